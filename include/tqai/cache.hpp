@@ -1,0 +1,192 @@
+// The compressed key/value cache of one attention layer.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <tqai/centering.hpp>
+#include <tqai/cpu.hpp>
+#include <tqai/eigen.hpp>
+#include <tqai/error.hpp>
+#include <tqai/export.hpp>
+#include <tqai/half.hpp>
+#include <tqai/packing.hpp>
+#include <tqai/rotation.hpp>
+
+namespace tqai {
+
+/// Geometry and settings of a cache; checked by KvCache's constructor.
+struct CacheOptions {
+  int kv_heads = 0;            // ≥ 1
+  int head_dim = 0;            // of keys and queries, 8…512
+  int value_head_dim = 0;      // 8…512; 0: as head_dim
+  DType dtype = DType::f32;    // of keys and values, and of what is kept exact
+  int bits_k = 4;              // 1…8 per coordinate
+  int bits_v = 2;              // 1…8 per coordinate
+  int sink_tokens = 4;         // first tokens of each row, kept exact for ever
+  int residual_window = 128;   // last tokens of each row, kept exact
+  RotationKind rotation = RotationKind::automatic;
+  Centering centering = Centering::automatic;
+  std::uint64_t seed = 0x7461'6971;  // of the key rotation; the value rotation takes another from it
+  std::optional<Level> level;        // default: default_level()
+};
+
+/// A borrowed 4-dimensional tensor. Strides are in elements, may be 0 (broadcast); the last
+/// dimension must be contiguous.
+struct ConstTensor {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::int64_t, 4> strides{};
+};
+
+/// As ConstTensor, to be written.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::int64_t, 4> strides{};
+};
+
+/// An attention mask, [batch or 1, query_heads or 1, queries, columns]; column j is token
+/// `AttendOptions::first_token` + j. Any strides, also for the last dimension.
+struct Mask {
+  enum class Kind : std::uint8_t { boolean, f32, f16, bf16 };
+  const void* data = nullptr;
+  Kind kind = Kind::boolean;  // boolean: bytes, nonzero = may be seen; else added to the scores
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::int64_t, 4> strides{};
+};
+
+struct AttendOptions {
+  /// Multiplies q·k; NaN: 1/√head_dim.
+  float scale = std::numeric_limits<float>::quiet_NaN();
+  /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask.
+  float soft_cap = 0.0F;
+  /// The last query stands at the last token, and none sees later tokens than its own.
+  bool causal = true;
+  /// > 0: a query at token p sees tokens p − window + 1 … p only.
+  std::int64_t window = 0;
+  /// Tokens before this one are not seen; the mask's first column.
+  std::int64_t first_token = 0;
+  /// Applied together with `causal` and `window`.
+  std::optional<Mask> mask;
+  /// [query_heads] fp32 attention sinks: a score that joins the softmax's sum with no value of its
+  /// own; null: none.
+  const float* sink_scores = nullptr;
+};
+
+/// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
+/// in each of them, once.
+struct MemoryReport {
+  std::int64_t tokens = 0;              // batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;       // of those, in tiles
+  std::size_t packed_bytes = 0;         // tiles: codes and norms
+  std::size_t exact_bytes = 0;          // sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;       // headers, lists, centres
+  std::size_t uncompressed_bytes = 0;   // of the same tokens in `dtype`
+  std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
+};
+
+/// Bytes now held by all caches of this process. Thread-safe.
+TQAI_API std::size_t allocated_bytes() noexcept;
+
+/// Keys and values of one attention layer for a batch of rows, compressed by TurboQuant
+/// (arXiv:2504.19874) but for the first and the last tokens, and attention over them.
+///
+/// A token is appended exact. When it has left the residual window, 64 of them at a time are sealed
+/// into an immutable tile: rotated codes and one FP16 norm a vector. Copies share tiles; copying
+/// costs a few pointers a tile, and no copy sees another's later changes.
+///
+/// All or nothing: a member that throws leaves the cache as it was. Const members may run
+/// concurrently on one cache; anything else needs a lock. `append`, `attend`, `seal` and `gather`
+/// use OpenMP threads where the work is worth it; results do not depend on their number, nor on
+/// the level.
+class TQAI_API KvCache {
+ public:
+  /// Throws ValueError for options out of range, UnsupportedError for a level this machine lacks.
+  explicit KvCache(const CacheOptions& options, int batch = 1);
+  KvCache(const KvCache& other);
+  KvCache(KvCache&& other) noexcept;
+  KvCache& operator=(const KvCache& other);
+  KvCache& operator=(KvCache&& other) noexcept;
+  ~KvCache();
+
+  /// As given, with the defaults filled in.
+  const CacheOptions& options() const noexcept;
+  int batch() const noexcept;
+  /// Tokens appended and not cropped, padding and discarded ones included; the same for each row.
+  std::int64_t tokens() const noexcept;
+  /// First token that some row still holds (see `discard_before`).
+  std::int64_t first_token() const noexcept;
+  /// Tokens of row `row` that are held as codes. Throws IndexError.
+  std::int64_t packed_tokens(int row) const;
+  /// What the keys of `row` and `head` are centred on; nothing before the first sealing.
+  std::optional<Centering> centering(int row, int head) const;
+
+  /// Adds tokens at the end. keys: [batch, kv_heads, n, head_dim], values: [batch, kv_heads, n,
+  /// value_head_dim], both of the cache's dtype. Tokens that had left the window before this call
+  /// are sealed first. Throws ValueError for a wrong shape or dtype, for NaN or infinity, and for a
+  /// vector longer than kMaxNorm.
+  void append(const ConstTensor& keys, const ConstTensor& values);
+
+  /// Largest norm of a key or value: what FP16 holds with room for centring and norm correction.
+  static constexpr float kMaxNorm = 16376.0F;
+
+  /// Seals what has left the window; without it the next `append` does. O(tokens · head_dim · log).
+  void seal();
+
+  /// Softmax attention. queries: [batch, query_heads, n, head_dim], query_heads a multiple of
+  /// kv_heads, query head h reads kv head h / (query_heads / kv_heads); the n queries are the last n
+  /// tokens. output: [batch, n, query_heads, value_head_dim], must not overlap anything else. A
+  /// query that sees no token gives zeros. Any dtypes.
+  /// Tiles are read by integer arithmetic: against exact decoding of the same codes the relative
+  /// error is about 1e-2 of the output's norm (docs/kernels.md). Throws ValueError.
+  void attend(const ConstTensor& queries, const Tensor& output, const AttendOptions& options = {}) const;
+
+  /// Decompresses tokens [first, first + n) into keys [batch, kv_heads, n, head_dim] and values
+  /// [batch, kv_heads, n, value_head_dim], of any dtype; padding and discarded tokens become zeros.
+  /// Exact tokens come out as they went in. Throws IndexError for tokens that do not exist.
+  void gather(std::int64_t first, const Tensor& keys, const Tensor& values) const;
+
+  /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes; below, the
+  /// kept part stays as codes. Throws ValueError where tokens is negative or more than there are,
+  /// or less than first_token() and not 0.
+  void crop(std::int64_t tokens);
+
+  /// Row i becomes a copy of row rows[i]; the batch becomes rows.size(). For beams, repeats and
+  /// choices of rows. Throws IndexError, or ValueError for no rows.
+  void select(std::span<const std::int64_t> rows);
+
+  /// The first `counts[row]` tokens of each row are padding: they are dropped, never seen, and do
+  /// not use up the sink tokens. counts: [batch], each in 0…tokens(). Only before anything is sealed
+  /// or discarded, else ValueError; a later call may not lower a count.
+  void set_padding(std::span<const std::int64_t> counts);
+
+  /// Says that tokens before `token` will never be seen again (sliding windows): whole tiles and
+  /// exact tokens before it are freed. Sinks too.
+  void discard_before(std::int64_t token);
+
+  MemoryReport memory() const;
+
+  /// `append` for one batch row of an inference runtime: keys [n, kv_heads · head_dim], values
+  /// [n, kv_heads · value_head_dim], fp32, as projections leave them.
+  void append(const Eigen::Ref<const RowMatrix>& keys, const Eigen::Ref<const RowMatrix>& values);
+  /// `attend` for one batch row: queries [n, query_heads · head_dim], output [n, query_heads ·
+  /// value_head_dim], fp32.
+  void attend(const Eigen::Ref<const RowMatrix>& queries, Eigen::Ref<RowMatrix> output,
+              const AttendOptions& options = {}) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace tqai
+
+#include <tqai/cache-inl.hpp>

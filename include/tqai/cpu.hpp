@@ -1,0 +1,29 @@
+// Which SIMD level the kernels run at.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <tqai/export.hpp>
+#include <vector>
+
+namespace tqai {
+
+/// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels).
+/// `avx512` needs F, BW, DQ, VL, VBMI and VNNI.
+enum class Level : std::uint8_t { scalar, avx2, avx512 };
+
+/// "scalar", "avx2" or "avx512".
+TQAI_API std::string_view name_of(Level level) noexcept;
+
+/// The level of that name. Throws ValueError naming the allowed ones.
+TQAI_API Level level_from_name(std::string_view name);
+
+/// Levels that this build has and this processor runs, slowest first; never empty.
+TQAI_API std::vector<Level> available_levels();
+
+/// The fastest available level, or the one named by the environment variable `TQAI_LEVEL`, read at
+/// each call. Throws ValueError for an unknown name, UnsupportedError for one not available here.
+TQAI_API Level default_level();
+
+}  // namespace tqai

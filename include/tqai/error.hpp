@@ -1,0 +1,32 @@
+// The errors that tqai throws. Every message says what was given, what is allowed and what to do.
+#pragma once
+
+#include <stdexcept>
+
+namespace tqai {
+
+/// Base of every error thrown by tqai; `std::bad_alloc` passes through as it is.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// An argument's value, shape or type is not allowed. Python: `ValueError`.
+class ValueError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A batch row, head or token that does not exist. Python: `IndexError`.
+class IndexError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A legal request that this build or processor cannot serve. Python: `NotImplementedError`.
+class UnsupportedError : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace tqai
