@@ -22,18 +22,19 @@ namespace tqai {
 
 /// Geometry and settings of a cache; checked by KvCache's constructor.
 struct CacheOptions {
-  int kv_heads = 0;            // ≥ 1
-  int head_dim = 0;            // of keys and queries, 8…512
-  int value_head_dim = 0;      // 8…512; 0: as head_dim
-  DType dtype = DType::f32;    // of keys and values, and of what is kept exact
-  int bits_k = 4;              // 1…8 per coordinate
-  int bits_v = 2;              // 1…8 per coordinate
-  int sink_tokens = 4;         // first tokens of each row, kept exact for ever
-  int residual_window = 128;   // last tokens of each row, kept exact
+  int kv_heads = 0;           // ≥ 1
+  int head_dim = 0;           // of keys and queries, 8…512
+  int value_head_dim = 0;     // 8…512; 0: as head_dim
+  DType dtype = DType::f32;   // of keys and values, and of what is kept exact
+  int bits_k = 4;             // 1…8 per coordinate
+  int bits_v = 2;             // 1…8 per coordinate
+  int sink_tokens = 4;        // first tokens of each row, kept exact for ever
+  int residual_window = 128;  // last tokens of each row, kept exact
   RotationKind rotation = RotationKind::automatic;
   Centering centering = Centering::automatic;
-  std::uint64_t seed = 0x7461'6971;  // of the key rotation; the value rotation takes another from it
-  std::optional<Level> level;        // default: default_level()
+  std::uint64_t seed =
+      0x7461'6971;             // of the key rotation; the value rotation takes another from it
+  std::optional<Level> level;  // default: default_level()
 };
 
 /// A borrowed 4-dimensional tensor. Strides are in elements, may be 0 (broadcast); the last
@@ -84,12 +85,12 @@ struct AttendOptions {
 /// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
 /// in each of them, once.
 struct MemoryReport {
-  std::int64_t tokens = 0;              // batch · tokens held, padding and discarded ones left out
-  std::int64_t packed_tokens = 0;       // of those, in tiles
-  std::size_t packed_bytes = 0;         // tiles: codes and norms
-  std::size_t exact_bytes = 0;          // sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;       // headers, lists, centres
-  std::size_t uncompressed_bytes = 0;   // of the same tokens in `dtype`
+  std::int64_t tokens = 0;             // batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;      // of those, in tiles
+  std::size_t packed_bytes = 0;        // tiles: codes and norms
+  std::size_t exact_bytes = 0;         // sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;      // headers, lists, centres
+  std::size_t uncompressed_bytes = 0;  // of the same tokens in `dtype`
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
 };
 
@@ -142,21 +143,22 @@ class TQAI_API KvCache {
   void seal();
 
   /// Softmax attention. queries: [batch, query_heads, n, head_dim], query_heads a multiple of
-  /// kv_heads, query head h reads kv head h / (query_heads / kv_heads); the n queries are the last n
-  /// tokens. output: [batch, n, query_heads, value_head_dim], must not overlap anything else. A
+  /// kv_heads, query head h reads kv head h / (query_heads / kv_heads); the n queries are the last
+  /// n tokens. output: [batch, n, query_heads, value_head_dim], must not overlap anything else. A
   /// query that sees no token gives zeros. Any dtypes.
   /// Tiles are read by integer arithmetic: against exact decoding of the same codes the relative
   /// error is about 1e-2 of the output's norm (docs/kernels.md). Throws ValueError.
-  void attend(const ConstTensor& queries, const Tensor& output, const AttendOptions& options = {}) const;
+  void attend(const ConstTensor& queries, const Tensor& output,
+              const AttendOptions& options = {}) const;
 
   /// Decompresses tokens [first, first + n) into keys [batch, kv_heads, n, head_dim] and values
   /// [batch, kv_heads, n, value_head_dim], of any dtype; padding and discarded tokens become zeros.
   /// Exact tokens come out as they went in. Throws IndexError for tokens that do not exist.
   void gather(std::int64_t first, const Tensor& keys, const Tensor& values) const;
 
-  /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes; below, the
-  /// kept part stays as codes. Throws ValueError where tokens is negative or more than there are,
-  /// or less than first_token() and not 0.
+  /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes; below,
+  /// the kept part stays as codes. Throws ValueError where tokens is negative or more than there
+  /// are, or less than first_token() and not 0.
   void crop(std::int64_t tokens);
 
   /// Row i becomes a copy of row rows[i]; the batch becomes rows.size(). For beams, repeats and
@@ -164,8 +166,8 @@ class TQAI_API KvCache {
   void select(std::span<const std::int64_t> rows);
 
   /// The first `counts[row]` tokens of each row are padding: they are dropped, never seen, and do
-  /// not use up the sink tokens. counts: [batch], each in 0…tokens(). Only before anything is sealed
-  /// or discarded, else ValueError; a later call may not lower a count.
+  /// not use up the sink tokens. counts: [batch], each in 0…tokens(). Only before anything is
+  /// sealed or discarded, else ValueError; a later call may not lower a count.
   void set_padding(std::span<const std::int64_t> counts);
 
   /// Says that tokens before `token` will never be seen again (sliding windows): whole tiles and

@@ -21,9 +21,9 @@ constexpr const char* name_of(DType dtype) noexcept {
 /// Largest finite FP16 value.
 inline constexpr float kMaxHalf = 65504.0F;
 
-/// IEEE binary16 bits of `value`, rounded to nearest even: bit-exact with F16C, subnormals included.
-/// Values beyond ±65504 (after rounding) become infinity, and a NaN stays a quiet NaN with its
-/// payload's upper bits; whoever stores norms checks their range before.
+/// IEEE binary16 bits of `value`, rounded to nearest even: bit-exact with F16C, subnormals
+/// included. Values beyond ±65504 (after rounding) become infinity, and a NaN stays a quiet NaN
+/// with its payload's upper bits; whoever stores norms checks their range before.
 constexpr std::uint16_t to_half(float value) noexcept {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000U);
@@ -75,10 +75,13 @@ constexpr float from_bfloat16(std::uint16_t value) noexcept {
   return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
 }
 
-/// `count` elements of `dtype` at `from` as fp32. No alignment is needed; the ranges must not overlap.
-TQAI_API void convert_to_float(const void* from, DType dtype, std::size_t count, float* to) noexcept;
+/// `count` elements of `dtype` at `from` as fp32. No alignment is needed; the ranges must not
+/// overlap.
+TQAI_API void convert_to_float(const void* from, DType dtype, std::size_t count,
+                               float* to) noexcept;
 
 /// `count` fp32 values rounded to `dtype` (nearest even). The ranges must not overlap.
-TQAI_API void convert_from_float(const float* from, std::size_t count, DType dtype, void* to) noexcept;
+TQAI_API void convert_from_float(const float* from, std::size_t count, DType dtype,
+                                 void* to) noexcept;
 
 }  // namespace tqai

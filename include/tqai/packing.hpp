@@ -24,11 +24,11 @@ constexpr int padded_dim(int coordinates) noexcept {
 
 /// Bytes of one tile's codes of `coordinates` (a multiple of kCoordinateBlock) at `bits` each.
 constexpr std::size_t packed_bytes(int coordinates, int bits) noexcept {
-  return static_cast<std::size_t>(coordinates) * static_cast<std::size_t>(bits) *
-         (kTileTokens / 8);
+  return static_cast<std::size_t>(coordinates) * static_cast<std::size_t>(bits) * (kTileTokens / 8);
 }
 
-// A group is 8 lines of codes, packed into `bits` lines. With byte i the same position of each line:
+// A group is 8 lines of codes, packed into `bits` lines. With byte i the same position of each
+// line:
 //   1 bit    line 0: bit n = code n
 //   2 bits   line l: bits 2m, 2m+1 = code 4l+m
 //   3 bits   line l: bits 0–2 = code 2l, bits 3–5 = code 2l+1; bits 6–7 of lines 0 and 1 are the

@@ -1,0 +1,341 @@
+#include <algorithm>
+#include <set>
+#include <string>
+#include <tqai/cache.hpp>
+#include <vector>
+
+#include "attend.hpp"
+#include "check.hpp"
+#include "row.hpp"
+
+namespace tqai {
+
+using detail::Context;
+using detail::Row;
+
+struct KvCache::State {
+  Context context;
+  std::int64_t tokens = 0;
+  detail::CountedVector<Row> rows;
+};
+
+namespace {
+
+std::array<std::int64_t, 4> shape_of(const Context& context, std::size_t batch, std::int64_t tokens,
+                                     int dim) {
+  return {static_cast<std::int64_t>(batch), context.options.kv_heads, tokens, dim};
+}
+
+constexpr const char* kKeyAxes = "batch, kv_heads, tokens, head_dim";
+constexpr const char* kValueAxes = "batch, kv_heads, tokens, value_head_dim";
+
+void check_dtype(const char* name, DType given, DType needed) {
+  if (given == needed) return;
+  throw ValueError(std::string(name) + " are " + name_of(given) + "; this cache holds " +
+                   name_of(needed) + ": convert them, or make a cache of that dtype");
+}
+
+void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t columns) {
+  const std::array<std::int64_t, 4> full = {queries.shape[0], queries.shape[1], queries.shape[2],
+                                            columns};
+  bool fits = mask.shape[3] == columns;
+  for (std::size_t i = 0; i < 3; ++i) {
+    fits = fits && (mask.shape[i] == full[i] || mask.shape[i] == 1);
+  }
+  if (!fits || (mask.data == nullptr && columns > 0)) {
+    throw ValueError("the mask has shape " + detail::shape_text(mask.shape) +
+                     "; needed: " + detail::shape_text(full) +
+                     " = [batch, query_heads, queries, tokens − first_token], the first three may "
+                     "be 1");
+  }
+}
+
+// Copies the tensor's tokens of one batch row behind the row's exact ones.
+void copy_in(const Context& context, Row& row, const ConstTensor& keys, const ConstTensor& values,
+             std::int64_t batch_row) noexcept {
+  const std::int64_t tokens = keys.shape[2];
+  const auto copy = [&](const ConstTensor& from, std::byte* to, int head, std::size_t bytes) {
+    const auto element = static_cast<std::int64_t>(size_of(from.dtype));
+    const auto* source = static_cast<const std::byte*>(from.data) +
+                         (batch_row * from.strides[0] + head * from.strides[1]) * element;
+    to += static_cast<std::size_t>(row.tail_tokens()) * bytes;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(source + t * from.strides[2] * element, bytes,
+                  to + static_cast<std::size_t>(t) * bytes);
+    }
+  };
+  for (int head = 0; head < context.options.kv_heads; ++head) {
+    copy(keys, exact_keys(context, row.tail, head), head, context.key_bytes());
+    copy(values, exact_values(context, row.tail, head), head, context.value_bytes());
+  }
+  row.tail.header().tokens += tokens;
+}
+
+void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
+  struct Job {
+    std::size_t row;
+    std::int64_t block;
+    int head;
+  };
+  std::vector<detail::Sealing> sealings(rows.size());
+  std::vector<Job> jobs;
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    const std::int64_t tokens = detail::sealable(context, rows[b]);
+    if (tokens == 0) continue;
+    sealings[b] = detail::prepare_sealing(context, rows[b], tokens);
+    for (std::int64_t block = 0; block < tokens / kTileTokens; ++block) {
+      for (int head = 0; head < context.options.kv_heads; ++head) {
+        jobs.push_back({b, block, head});
+      }
+    }
+  }
+  const auto count = static_cast<std::int64_t>(jobs.size());
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (count >= 8)
+#endif
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Job& job = jobs[static_cast<std::size_t>(i)];
+    detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head);
+  }
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    if (!sealings[b].blocks.empty()) detail::commit(rows[b], std::move(sealings[b]));
+  }
+}
+
+}  // namespace
+
+KvCache::KvCache(const CacheOptions& options, int batch) : state_(std::make_unique<State>()) {
+  if (batch < 1) {
+    throw ValueError("batch = " + std::to_string(batch) + "; allowed: 1 or more");
+  }
+  Context& context = state_->context;
+  context.options = detail::checked(options);
+  context.kernels = &kernels::kernels(*context.options.level);
+  context.codec = detail::shared_codec(context.options);
+  state_->rows.resize(static_cast<std::size_t>(batch));
+}
+
+KvCache::KvCache(const KvCache& other) : state_(std::make_unique<State>(*other.state_)) {}
+KvCache::KvCache(KvCache&& other) noexcept = default;
+KvCache& KvCache::operator=(const KvCache& other) {
+  *this = KvCache(other);
+  return *this;
+}
+KvCache& KvCache::operator=(KvCache&& other) noexcept = default;
+KvCache::~KvCache() = default;
+
+const CacheOptions& KvCache::options() const noexcept { return state_->context.options; }
+int KvCache::batch() const noexcept { return static_cast<int>(state_->rows.size()); }
+std::int64_t KvCache::tokens() const noexcept { return state_->tokens; }
+
+std::int64_t KvCache::first_token() const noexcept {
+  std::int64_t first = state_->tokens;
+  for (const Row& row : state_->rows) first = std::min(first, row.first);
+  return first;
+}
+
+std::int64_t KvCache::packed_tokens(int row) const {
+  if (row < 0 || row >= batch()) {
+    throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch()));
+  }
+  return state_->rows[static_cast<std::size_t>(row)].sealed_tokens;
+}
+
+std::optional<Centering> KvCache::centering(int row, int head) const {
+  if (row < 0 || row >= batch() || head < 0 || head >= options().kv_heads) {
+    throw IndexError("row " + std::to_string(row) + ", head " + std::to_string(head) +
+                     " of a batch of " + std::to_string(batch()) + " with " +
+                     std::to_string(options().kv_heads) + " kv heads");
+  }
+  const Row& held = state_->rows[static_cast<std::size_t>(row)];
+  if (!held.centres) return std::nullopt;
+  return kind_of(held.centres, head);
+}
+
+void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
+  State& state = *state_;
+  const Context& context = state.context;
+  detail::check_shape("keys", keys.shape,
+                      shape_of(context, state.rows.size(), -1, context.options.head_dim), kKeyAxes);
+  const std::int64_t tokens = keys.shape[2];
+  detail::check_shape("values", values.shape,
+                      shape_of(context, state.rows.size(), tokens, context.options.value_head_dim),
+                      kValueAxes);
+  check_dtype("keys", keys.dtype, context.options.dtype);
+  check_dtype("values", values.dtype, context.options.dtype);
+  detail::check_layout("keys", keys.data, keys.shape, keys.strides);
+  detail::check_layout("values", values.data, values.shape, values.strides);
+  if (tokens == 0) return;
+  detail::check_vectors(*context.kernels, "keys", keys);
+  detail::check_vectors(*context.kernels, "values", values);
+  seal();
+  for (Row& row : state.rows) detail::reserve_tail(context, row, tokens);
+  for (std::size_t b = 0; b < state.rows.size(); ++b) {
+    copy_in(context, state.rows[b], keys, values, static_cast<std::int64_t>(b));
+  }
+  state.tokens += tokens;
+}
+
+void KvCache::seal() {
+  for (const Row& row : state_->rows) {
+    if (detail::sealable(state_->context, row) > 0) {
+      seal_rows(state_->context, state_->rows);
+      return;
+    }
+  }
+}
+
+void KvCache::attend(const ConstTensor& queries, const Tensor& output,
+                     const AttendOptions& options) const {
+  const State& state = *state_;
+  const CacheOptions& geometry = state.context.options;
+  const auto batch = static_cast<std::int64_t>(state.rows.size());
+  detail::check_shape("queries", queries.shape, {batch, -1, -1, geometry.head_dim},
+                      "batch, query_heads, queries, head_dim");
+  if (queries.shape[1] % geometry.kv_heads != 0) {
+    throw ValueError("queries have " + std::to_string(queries.shape[1]) +
+                     " heads; a multiple of the cache's " + std::to_string(geometry.kv_heads) +
+                     " kv heads is needed");
+  }
+  if (queries.shape[2] > state.tokens) {
+    throw ValueError(std::to_string(queries.shape[2]) + " queries on a cache of " +
+                     std::to_string(state.tokens) +
+                     " tokens; they are its last tokens, so append theirs first");
+  }
+  detail::check_shape("output", output.shape,
+                      {batch, queries.shape[2], queries.shape[1], geometry.value_head_dim},
+                      "batch, queries, query_heads, value_head_dim");
+  detail::check_layout("queries", queries.data, queries.shape, queries.strides);
+  detail::check_layout("output", output.data, output.shape, output.strides);
+  if (!(options.soft_cap >= 0.0F)) {
+    throw ValueError("soft_cap = " + std::to_string(options.soft_cap) +
+                     "; allowed: 0 for none, or more");
+  }
+  if (options.first_token < 0 || options.first_token > state.tokens || options.window < 0) {
+    throw ValueError("first_token = " + std::to_string(options.first_token) +
+                     ", window = " + std::to_string(options.window) + "; allowed: 0…" +
+                     std::to_string(state.tokens) + ", and 0 for none or more");
+  }
+  if (options.mask) check_mask(*options.mask, queries, state.tokens - options.first_token);
+  detail::attend(state.context, state.rows, state.tokens, queries, output, options);
+}
+
+void KvCache::gather(std::int64_t first, const Tensor& keys, const Tensor& values) const {
+  const State& state = *state_;
+  const CacheOptions& geometry = state.context.options;
+  detail::check_shape("keys", keys.shape,
+                      shape_of(state.context, state.rows.size(), -1, geometry.head_dim), kKeyAxes);
+  detail::check_shape(
+      "values", values.shape,
+      shape_of(state.context, state.rows.size(), keys.shape[2], geometry.value_head_dim),
+      kValueAxes);
+  detail::check_layout("keys", keys.data, keys.shape, keys.strides);
+  detail::check_layout("values", values.data, values.shape, values.strides);
+  if (first < 0 || first > state.tokens - keys.shape[2]) {
+    throw IndexError("tokens " + std::to_string(first) + "…" +
+                     std::to_string(first + keys.shape[2]) + " of a cache of " +
+                     std::to_string(state.tokens));
+  }
+  detail::gather(state.context, state.rows, first, keys, values);
+}
+
+void KvCache::crop(std::int64_t tokens) {
+  State& state = *state_;
+  if (tokens < 0 || tokens > state.tokens) {
+    throw ValueError("crop to " + std::to_string(tokens) + " tokens; allowed: 0…" +
+                     std::to_string(state.tokens) + ", what the cache has");
+  }
+  // With tokens of a sliding window already freed, less than they span cannot be restored.
+  const std::int64_t first = first_token();
+  if (tokens != 0 && tokens < first) {
+    throw ValueError("crop to " + std::to_string(tokens) + " tokens; tokens before " +
+                     std::to_string(first) + " were discarded, so allowed: 0 or " +
+                     std::to_string(first) + "…" + std::to_string(state.tokens));
+  }
+  detail::CountedVector<Row> rows = state.rows;
+  for (Row& row : rows) {
+    if (tokens == 0) {
+      row = Row{};
+      continue;
+    }
+    detail::truncate(state.context, row, std::max<std::int64_t>(tokens - row.first, 0));
+    row.first = std::min(row.first, tokens);
+  }
+  state.rows = std::move(rows);
+  state.tokens = tokens;
+}
+
+void KvCache::select(std::span<const std::int64_t> rows) {
+  State& state = *state_;
+  if (rows.empty()) throw ValueError("no rows were chosen; a batch needs 1 or more");
+  for (const std::int64_t row : rows) {
+    if (row < 0 || row >= batch()) {
+      throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch()));
+    }
+  }
+  detail::CountedVector<Row> chosen;
+  chosen.reserve(rows.size());
+  for (const std::int64_t row : rows) chosen.push_back(state.rows[static_cast<std::size_t>(row)]);
+  state.rows = std::move(chosen);
+}
+
+void KvCache::set_padding(std::span<const std::int64_t> counts) {
+  State& state = *state_;
+  if (counts.size() != state.rows.size()) {
+    throw ValueError(std::to_string(counts.size()) + " padding counts for a batch of " +
+                     std::to_string(state.rows.size()) + "; one a row is needed");
+  }
+  for (std::size_t b = 0; b < counts.size(); ++b) {
+    const Row& row = state.rows[b];
+    if (counts[b] < row.first || counts[b] > state.tokens) {
+      throw ValueError("row " + std::to_string(b) + " with " + std::to_string(counts[b]) +
+                       " tokens of padding; allowed: " + std::to_string(row.first) + "…" +
+                       std::to_string(state.tokens));
+    }
+    if (counts[b] > row.first && row.centres) {
+      throw ValueError("row " + std::to_string(b) +
+                       " has sealed tokens already; padding must be said before");
+    }
+  }
+  detail::CountedVector<Row> rows = state.rows;
+  for (std::size_t b = 0; b < counts.size(); ++b) {
+    detail::drop_padding(state.context, rows[b], counts[b] - rows[b].first);
+  }
+  state.rows = std::move(rows);
+}
+
+void KvCache::discard_before(std::int64_t token) {
+  State& state = *state_;
+  if (token < 0 || token > state.tokens) {
+    throw ValueError("discard before token " + std::to_string(token) + "; allowed: 0…" +
+                     std::to_string(state.tokens));
+  }
+  for (Row& row : state.rows) {
+    if (token > row.first) detail::drop_front(state.context, row, token - row.first);
+  }
+}
+
+MemoryReport KvCache::memory() const {
+  const State& state = *state_;
+  MemoryReport report;
+  report.overhead_bytes = state.rows.capacity() * sizeof(Row);
+  std::set<const void*> seen;
+  const auto add = [&](const auto& shared, std::size_t& part) {
+    if (!shared || !seen.insert(shared.id()).second) return;
+    part += shared.payload_bytes();
+    report.overhead_bytes += shared.kPrefix;
+  };
+  for (const Row& row : state.rows) {
+    report.tokens += row.held();
+    report.packed_tokens += row.sealed_tokens;
+    report.overhead_bytes += row.sealed.capacity() * sizeof(detail::BlockView);
+    add(row.sinks, report.exact_bytes);
+    add(row.tail, report.exact_bytes);
+    add(row.centres, report.overhead_bytes);
+    for (const detail::BlockView& view : row.sealed) add(view.block, report.packed_bytes);
+  }
+  report.uncompressed_bytes = static_cast<std::size_t>(report.tokens) * state.context.token_bytes();
+  return report;
+}
+
+}  // namespace tqai

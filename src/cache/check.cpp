@@ -1,0 +1,101 @@
+#include "check.hpp"
+
+#include <cmath>
+#include <vector>
+
+namespace tqai::detail {
+namespace {
+
+[[noreturn]] void refuse(const std::string& name, std::int64_t given, const std::string& allowed) {
+  throw ValueError(name + " = " + std::to_string(given) + "; allowed: " + allowed);
+}
+
+void check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
+  if (value < low || value > high) {
+    refuse(name, value, std::to_string(low) + "…" + std::to_string(high));
+  }
+}
+
+}  // namespace
+
+CacheOptions checked(CacheOptions options) {
+  constexpr int kMost = 1 << 30;
+  check_range("kv_heads", options.kv_heads, 1, 1 << 16);
+  check_range("head_dim", options.head_dim, 8, kernels::kMaxDim);
+  if (options.value_head_dim == 0) options.value_head_dim = options.head_dim;
+  check_range("value_head_dim", options.value_head_dim, 8, kernels::kMaxDim);
+  check_range("bits_k", options.bits_k, 1, 8);
+  check_range("bits_v", options.bits_v, 1, 8);
+  check_range("sink_tokens", options.sink_tokens, 0, kMost);
+  check_range("residual_window", options.residual_window, 0, kMost);
+  if (!options.level) options.level = default_level();
+  return options;
+}
+
+std::string shape_text(const std::array<std::int64_t, 4>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
+  }
+  return text + "]";
+}
+
+void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
+                 const std::array<std::int64_t, 4>& wanted, const char* axes) {
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    if (shape[i] < 0 || (wanted[i] >= 0 && shape[i] != wanted[i])) {
+      throw ValueError(std::string(name) + " has shape " + shape_text(shape) +
+                       "; needed: " + shape_text(wanted) + " = [" + axes + "]");
+    }
+  }
+}
+
+void check_layout(const char* name, const void* data, const std::array<std::int64_t, 4>& shape,
+                  const std::array<std::int64_t, 4>& strides) {
+  const bool empty = shape[0] == 0 || shape[1] == 0 || shape[2] == 0 || shape[3] == 0;
+  if (data == nullptr && !empty) {
+    throw ValueError(std::string(name) + " has no data; a pointer to " + shape_text(shape) +
+                     " elements is needed");
+  }
+  if (strides[3] != 1 && shape[3] > 1) {
+    throw ValueError(std::string(name) + " has stride " + std::to_string(strides[3]) +
+                     " in its last dimension; 1 is needed: make it contiguous");
+  }
+}
+
+void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor) {
+  const auto [batch, heads, tokens, dim] = tensor.shape;
+  const auto element = static_cast<std::int64_t>(size_of(tensor.dtype));
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const char* rows = static_cast<const char*>(tensor.data) +
+                         (b * tensor.strides[0] + h * tensor.strides[1]) * element;
+      if (kernels.acceptable(rows, tensor.dtype, tokens, static_cast<int>(dim), tensor.strides[2],
+                             KvCache::kMaxNorm)) {
+        continue;
+      }
+      // Only on the way to the error: find the first offender.
+      std::vector<float> row(static_cast<std::size_t>(dim));
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        convert_to_float(rows + t * tensor.strides[2] * element, tensor.dtype, row.size(),
+                         row.data());
+        double norm2 = 0.0;
+        for (const float x : row) norm2 += static_cast<double>(x) * static_cast<double>(x);
+        const std::string where = std::string(name) + "[" + std::to_string(b) + ", " +
+                                  std::to_string(h) + ", " + std::to_string(t) + "]";
+        if (!std::isfinite(norm2)) {
+          throw ValueError(where + " holds NaN or infinity; only finite numbers can be cached");
+        }
+        if (std::sqrt(norm2) > static_cast<double>(KvCache::kMaxNorm)) {
+          throw ValueError(where + " has norm " + std::to_string(std::sqrt(norm2)) +
+                           "; allowed: up to " + std::to_string(KvCache::kMaxNorm) +
+                           ", what FP16 norms hold");
+        }
+      }
+      throw ValueError(std::string(name) + " holds a vector with a norm of about " +
+                       std::to_string(KvCache::kMaxNorm) + " or more; smaller ones are allowed");
+    }
+  }
+}
+
+}  // namespace tqai::detail

@@ -1,0 +1,28 @@
+// Checks of what callers hand in. Each throws the error that its header promises.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <tqai/cache.hpp>
+
+#include "kernels/kernels.hpp"
+
+namespace tqai::detail {
+
+/// The options with their defaults filled in.
+CacheOptions checked(CacheOptions options);
+
+std::string shape_text(const std::array<std::int64_t, 4>& shape);
+
+/// `name` must have this shape; −1 stands for any size ≥ 0. `axes` names them for the message.
+void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
+                 const std::array<std::int64_t, 4>& wanted, const char* axes);
+
+/// The last dimension must be contiguous, and the data not null unless the tensor is empty.
+void check_layout(const char* name, const void* data, const std::array<std::int64_t, 4>& shape,
+                  const std::array<std::int64_t, 4>& strides);
+
+/// Every vector finite and no longer than KvCache::kMaxNorm.
+void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor);
+
+}  // namespace tqai::detail

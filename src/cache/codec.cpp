@@ -1,0 +1,71 @@
+#include "codec.hpp"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace tqai::detail {
+namespace {
+
+// Values get another matrix than keys: with one seed for both a dense rotation measured worse.
+constexpr std::uint64_t kValueSeed = 0x9E37'79B9'7F4A'7C15;
+
+std::vector<kernels::SegmentPlan> plan_segments(const std::vector<Segment>& segments,
+                                                int head_dim) {
+  std::vector<kernels::SegmentPlan> plans;
+  std::size_t offset = 0;
+  for (const Segment& segment : segments) {
+    const Codebook& book = codebook(head_dim, segment.bits, Grid::int8);
+    plans.push_back({segment.first, segment.count, segment.bits, offset, book.levels().data(),
+                     book.boundaries().data(), book.step()});
+    offset += packed_bytes(segment.count, segment.bits);
+  }
+  return plans;
+}
+
+kernels::SidePlan plan_side(const Rotation& rotation,
+                            const std::vector<kernels::SegmentPlan>& segments, std::size_t codes,
+                            std::size_t norms) {
+  const auto data_or_null = [](std::span<const float> values) {
+    return values.empty() ? nullptr : values.data();
+  };
+  return {rotation.head_dim(),
+          padded_dim(rotation.head_dim()),
+          segments.data(),
+          static_cast<int>(segments.size()),
+          codes,
+          norms,
+          data_or_null(rotation.signs()),
+          data_or_null(rotation.matrix()),
+          data_or_null(rotation.transposed_matrix())};
+}
+
+}  // namespace
+
+Codec::Codec(const CacheOptions& options)
+    : key_rotation_(options.head_dim, options.rotation, options.seed),
+      value_rotation_(options.value_head_dim, options.rotation, options.seed ^ kValueSeed),
+      layout_(options.head_dim, options.value_head_dim, options.bits_k, options.bits_v),
+      key_segments_(plan_segments(layout_.key_segments(), options.head_dim)),
+      value_segments_(plan_segments(layout_.value_segments(), options.value_head_dim)),
+      plan_{plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
+            plan_side(value_rotation_, value_segments_, layout_.value_codes(),
+                      layout_.value_norms())} {}
+
+std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
+  using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;
+  static std::mutex mutex;
+  static std::map<Key, std::weak_ptr<const Codec>> table;
+  const Key key{options.head_dim, options.value_head_dim, options.bits_k,
+                options.bits_v,   options.rotation,       options.seed};
+  const std::scoped_lock lock(mutex);
+  std::weak_ptr<const Codec>& entry = table[key];
+  std::shared_ptr<const Codec> codec = entry.lock();
+  if (!codec) {
+    codec = std::make_shared<const Codec>(options);
+    entry = codec;
+  }
+  return codec;
+}
+
+}  // namespace tqai::detail

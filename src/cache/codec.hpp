@@ -1,0 +1,38 @@
+// Rotations, codebooks and layout of one geometry, shared by all caches that have it.
+#pragma once
+
+#include <memory>
+#include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
+#include <tqai/packing.hpp>
+#include <tqai/rotation.hpp>
+#include <vector>
+
+#include "kernels/kernels.hpp"
+
+namespace tqai::detail {
+
+class Codec {
+ public:
+  explicit Codec(const CacheOptions& options);
+  Codec(const Codec&) = delete;
+  Codec& operator=(const Codec&) = delete;
+
+  const TileLayout& layout() const noexcept { return layout_; }
+  const kernels::TilePlan& plan() const noexcept { return plan_; }
+  const Rotation& key_rotation() const noexcept { return key_rotation_; }
+  const Rotation& value_rotation() const noexcept { return value_rotation_; }
+
+ private:
+  Rotation key_rotation_;
+  Rotation value_rotation_;
+  TileLayout layout_;
+  std::vector<kernels::SegmentPlan> key_segments_;
+  std::vector<kernels::SegmentPlan> value_segments_;
+  kernels::TilePlan plan_{};
+};
+
+/// The codec of these options; one for all caches that need the same. Thread-safe.
+std::shared_ptr<const Codec> shared_codec(const CacheOptions& options);
+
+}  // namespace tqai::detail

@@ -1,0 +1,119 @@
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "attend.hpp"
+
+namespace tqai::detail {
+namespace {
+
+// Writes vectors of one batch row and head into a tensor, token by token.
+class Writer {
+ public:
+  Writer(const Tensor& tensor, std::int64_t batch_row, std::int64_t head)
+      : tensor_(tensor), element_(static_cast<std::int64_t>(size_of(tensor.dtype))) {
+    base_ = static_cast<char*>(tensor.data) +
+            (batch_row * tensor.strides[0] + head * tensor.strides[1]) * element_;
+  }
+  void write(std::int64_t token, const float* vector) const noexcept {
+    convert_from_float(vector, dim(), tensor_.dtype, at(token));
+  }
+  void copy(std::int64_t token, const std::byte* vector, DType dtype,
+            float* scratch) const noexcept {
+    if (dtype == tensor_.dtype) {
+      std::memcpy(at(token), vector, dim() * size_of(dtype));
+    } else {
+      convert_to_float(vector, dtype, dim(), scratch);
+      write(token, scratch);
+    }
+  }
+  void clear(std::int64_t token) const noexcept {
+    std::memset(at(token), 0, dim() * size_of(tensor_.dtype));
+  }
+  std::size_t dim() const noexcept { return static_cast<std::size_t>(tensor_.shape[3]); }
+
+ private:
+  char* at(std::int64_t token) const noexcept {
+    return base_ + token * tensor_.strides[2] * element_;
+  }
+  const Tensor& tensor_;
+  std::int64_t element_;
+  char* base_;
+};
+
+// Token i of the tensors is token first + i of the cache; both ends of a part are clipped to it.
+struct Range {
+  std::int64_t first;
+  std::int64_t count;
+
+  std::int64_t begin(std::int64_t part_start) const { return std::max(first, part_start); }
+  std::int64_t end(std::int64_t part_end) const { return std::min(first + count, part_end); }
+};
+
+void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_t start, int head,
+                  const Range& range, const Writer& keys, const Writer& values) {
+  if (!tokens) return;
+  float scratch[kernels::kMaxDim];
+  const std::byte* key = exact_keys(context, tokens, head);
+  const std::byte* value = exact_values(context, tokens, head);
+  const std::int64_t end = range.end(start + tokens.header().tokens);
+  for (std::int64_t t = range.begin(start); t < end; ++t) {
+    const auto from = static_cast<std::size_t>(t - start);
+    keys.copy(t - range.first, key + from * context.key_bytes(), context.options.dtype, scratch);
+    values.copy(t - range.first, value + from * context.value_bytes(), context.options.dtype,
+                scratch);
+  }
+}
+
+void gather_head(const Context& context, const Row& row, int head, const Range& range,
+                 const Writer& keys, const Writer& values) {
+  for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
+    keys.clear(t - range.first);
+    values.clear(t - range.first);
+  }
+  std::int64_t start = row.first;
+  gather_exact(context, row.sinks, start, head, range, keys, values);
+  start += row.sink_tokens();
+  std::vector<float> vectors;
+  for (const BlockView& view : row.sealed) {
+    const std::int64_t begin = range.begin(start);
+    const std::int64_t end = range.end(start + view.tokens);
+    if (begin < end) {
+      vectors.resize(static_cast<std::size_t>(kTileTokens) * kernels::kMaxDim);
+      const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.payload()) +
+                         static_cast<std::size_t>(head) * context.codec->layout().bytes();
+      const float* centre = centre_of(row.centres, head);
+      const int dim = context.options.head_dim;
+      context.kernels->decode(context.codec->plan().keys, true, tile, vectors.data());
+      for (std::int64_t t = begin; t < end; ++t) {
+        float* vector = vectors.data() + (t - start) * dim;
+        for (int c = 0; c < dim; ++c) vector[c] += centre[c];
+        keys.write(t - range.first, vector);
+      }
+      context.kernels->decode(context.codec->plan().values, false, tile, vectors.data());
+      for (std::int64_t t = begin; t < end; ++t) {
+        values.write(t - range.first,
+                     vectors.data() + (t - start) * context.options.value_head_dim);
+      }
+    }
+    start += view.tokens;
+  }
+  gather_exact(context, row.tail, start, head, range, keys, values);
+}
+
+}  // namespace
+
+void gather(const Context& context, std::span<const Row> rows, std::int64_t first,
+            const Tensor& keys, const Tensor& values) {
+  const Range range{first, keys.shape[2]};
+  const int heads = context.options.kv_heads;
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    for (int head = 0; head < heads; ++head) {
+      const auto row = static_cast<std::int64_t>(b);
+      gather_head(context, rows[b], head, range, Writer(keys, row, head),
+                  Writer(values, row, head));
+    }
+  }
+}
+
+}  // namespace tqai::detail

@@ -1,0 +1,29 @@
+#include "memory.hpp"
+
+#include <tqai/cache.hpp>
+
+namespace tqai {
+namespace {
+
+std::atomic<std::size_t> g_allocated{0};
+constexpr std::align_val_t kAlignment{64};
+
+}  // namespace
+
+std::size_t allocated_bytes() noexcept { return g_allocated.load(std::memory_order_relaxed); }
+
+namespace detail {
+
+void* allocate(std::size_t bytes) {
+  void* memory = ::operator new(bytes, kAlignment);
+  g_allocated.fetch_add(bytes, std::memory_order_relaxed);
+  return memory;
+}
+
+void deallocate(void* memory, std::size_t bytes) noexcept {
+  ::operator delete(memory, kAlignment);
+  g_allocated.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
+}  // namespace detail
+}  // namespace tqai

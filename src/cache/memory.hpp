@@ -1,0 +1,92 @@
+// Memory whose bytes are counted: all that a cache holds comes from here.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+namespace tqai::detail {
+
+/// 64-byte aligned memory, counted by allocated_bytes(). Throws std::bad_alloc.
+void* allocate(std::size_t bytes);
+void deallocate(void* memory, std::size_t bytes) noexcept;
+
+template <typename T>
+struct CountedAllocator {
+  using value_type = T;
+  CountedAllocator() = default;
+  template <typename U>
+  CountedAllocator(const CountedAllocator<U>& /*other*/) noexcept {}  // NOLINT: a conversion
+  T* allocate(std::size_t count) {
+    if (count > std::numeric_limits<std::size_t>::max() / sizeof(T)) throw std::bad_alloc();
+    return static_cast<T*>(detail::allocate(count * sizeof(T)));
+  }
+  void deallocate(T* memory, std::size_t count) noexcept {
+    detail::deallocate(memory, count * sizeof(T));
+  }
+  friend bool operator==(const CountedAllocator&, const CountedAllocator&) noexcept { return true; }
+};
+
+template <typename T>
+using CountedVector = std::vector<T, CountedAllocator<T>>;
+
+/// A counted object whose copies share it. `bytes()` of payload follow the header in the same
+/// allocation, 64-byte aligned. Reading is safe from any thread; writing only by a sole owner.
+template <typename Header>
+class Shared {
+ public:
+  Shared() = default;
+  Shared(Header header, std::size_t payload_bytes)
+      : control_(new (allocate(kPrefix + payload_bytes)) Control{header, payload_bytes, {1}}) {}
+  Shared(const Shared& other) noexcept : control_(other.control_) {
+    if (control_ != nullptr) control_->owners.fetch_add(1, std::memory_order_relaxed);
+  }
+  Shared(Shared&& other) noexcept : control_(std::exchange(other.control_, nullptr)) {}
+  Shared& operator=(Shared other) noexcept {
+    std::swap(control_, other.control_);
+    return *this;
+  }
+  ~Shared() {
+    if (control_ == nullptr || control_->owners.fetch_sub(1, std::memory_order_acq_rel) != 1) {
+      return;
+    }
+    const std::size_t bytes = kPrefix + control_->payload_bytes;
+    control_->~Control();
+    deallocate(control_, bytes);
+  }
+
+  explicit operator bool() const noexcept { return control_ != nullptr; }
+  friend bool operator==(const Shared& a, const Shared& b) noexcept {
+    return a.control_ == b.control_;
+  }
+  const Header& header() const noexcept { return control_->header; }
+  Header& header() noexcept { return control_->header; }
+  const std::byte* payload() const noexcept {
+    return reinterpret_cast<const std::byte*>(control_) + kPrefix;
+  }
+  std::byte* payload() noexcept { return reinterpret_cast<std::byte*>(control_) + kPrefix; }
+  std::size_t payload_bytes() const noexcept { return control_->payload_bytes; }
+  /// Whether nobody else can read it.
+  bool sole() const noexcept { return control_->owners.load(std::memory_order_acquire) == 1; }
+  /// Identity, for counting shared objects once.
+  const void* id() const noexcept { return control_; }
+
+  /// Bytes of an allocation beside its payload.
+  static constexpr std::size_t kPrefix = 64;
+
+ private:
+  struct Control {
+    Header header;
+    std::size_t payload_bytes;
+    std::atomic<std::size_t> owners;
+  };
+  static_assert(sizeof(Control) <= kPrefix);
+
+  Control* control_ = nullptr;
+};
+
+}  // namespace tqai::detail

@@ -1,0 +1,122 @@
+// One batch row of a cache: what it holds, and how tokens move from exact to sealed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tqai/cache.hpp>
+
+#include "codec.hpp"
+#include "memory.hpp"
+
+namespace tqai::detail {
+
+/// Exact tokens: keys [kv_heads, capacity, head_dim], then values [kv_heads, capacity,
+/// value_head_dim], in the cache's dtype.
+struct ExactShape {
+  std::int64_t capacity = 0;
+  std::int64_t tokens = 0;
+};
+using ExactTokens = Shared<ExactShape>;
+
+/// 64 sealed tokens of all kv heads: tiles [kv_heads, TileLayout::bytes()]. Immutable once sealed.
+struct SealedShape {
+  std::int64_t first_token = 0;
+};
+using SealedTokens = Shared<SealedShape>;
+
+/// A block of sealed tokens as a row sees it: its first `tokens` ones.
+struct BlockView {
+  SealedTokens block;
+  std::int32_t tokens = kTileTokens;
+};
+
+/// What each head's keys are centred on: [kv_heads, head_dim] fp32, zero where nothing is
+/// subtracted, then kinds [kv_heads] of Centering.
+struct CentreShape {
+  int kv_heads = 0;
+  int head_dim = 0;
+};
+using Centres = Shared<CentreShape>;
+
+const float* centre_of(const Centres& centres, int head) noexcept;
+Centering kind_of(const Centres& centres, int head) noexcept;
+
+/// Geometry and kernels that rows of a cache share.
+struct Context {
+  CacheOptions options;  // defaults filled in
+  std::shared_ptr<const Codec> codec;
+  const kernels::Kernels* kernels = nullptr;
+
+  std::size_t key_bytes() const noexcept {
+    return static_cast<std::size_t>(options.head_dim) * size_of(options.dtype);
+  }
+  std::size_t value_bytes() const noexcept {
+    return static_cast<std::size_t>(options.value_head_dim) * size_of(options.dtype);
+  }
+  /// Of one exact token of all heads.
+  std::size_t token_bytes() const noexcept {
+    return static_cast<std::size_t>(options.kv_heads) * (key_bytes() + value_bytes());
+  }
+  /// Of a block's payload.
+  std::size_t block_bytes() const noexcept {
+    return static_cast<std::size_t>(options.kv_heads) * codec->layout().bytes();
+  }
+};
+
+/// Where a head's tokens lie in ExactTokens.
+std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept;
+std::byte* exact_values(const Context& context, const ExactTokens& tokens, int head) noexcept;
+
+/// Tokens held, in order: sinks, sealed, tail; the first of them is token `first`. Before the first
+/// sealing all are in the tail. Copies share everything.
+struct Row {
+  std::int64_t first = 0;
+  ExactTokens sinks;  // may be empty
+  CountedVector<BlockView> sealed;
+  std::int64_t sealed_tokens = 0;
+  ExactTokens tail;  // may be empty
+  Centres centres;   // empty before the first sealing
+
+  std::int64_t sink_tokens() const noexcept { return sinks ? sinks.header().tokens : 0; }
+  std::int64_t tail_tokens() const noexcept { return tail ? tail.header().tokens : 0; }
+  std::int64_t held() const noexcept { return sink_tokens() + sealed_tokens + tail_tokens(); }
+};
+
+/// Makes room for `more` tokens in a tail that nobody shares. Changes no content; may throw.
+void reserve_tail(const Context& context, Row& row, std::int64_t more);
+
+/// What sealing does to a row, made beforehand so that the change itself cannot fail.
+struct Sealing {
+  ExactTokens sinks;
+  CountedVector<SealedTokens> blocks;  // to be encoded
+  ExactTokens tail;                    // allocated at the capacity that a sealed row keeps, empty
+  Centres centres;
+  std::int64_t new_sinks = 0;  // tokens that go from the tail to the sinks first
+};
+
+/// Tokens that may be sealed now, a multiple of 64.
+std::int64_t sealable(const Context& context, const Row& row) noexcept;
+
+/// Allocates all that sealing `tokens` > 0 tokens needs, chooses the centres where there are none,
+/// and fills sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
+Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens);
+
+/// Encodes one head of block `index`. Thread-safe for different (index, head).
+void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
+                 int head) noexcept;
+
+/// Makes the sealing the row's state.
+void commit(Row& row, Sealing&& sealing) noexcept;
+
+/// Keeps the first `held` tokens of those held. May throw before anything changed.
+void truncate(const Context& context, Row& row, std::int64_t held);
+
+/// Drops up to `count` tokens from the front: sinks one by one, others 64 at a time. `row.first`
+/// follows. May throw before anything changed.
+void drop_front(const Context& context, Row& row, std::int64_t count);
+
+/// Drops exactly `count` tokens from the front of a row that has nothing sealed. May throw before
+/// anything changed.
+void drop_padding(const Context& context, Row& row, std::int64_t count);
+
+}  // namespace tqai::detail

@@ -1,0 +1,93 @@
+#include <array>
+#include <cstdlib>
+#include <tqai/cpu.hpp>
+#include <tqai/error.hpp>
+
+#if defined(_MSC_VER) && defined(_M_X64)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace tqai {
+namespace {
+
+constexpr std::array kLevels = {Level::scalar, Level::avx2, Level::avx512};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+bool runs(Level level) {
+  __builtin_cpu_init();
+  if (level == Level::avx2) return __builtin_cpu_supports("avx2") != 0;
+  return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+         __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
+         __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vnni") != 0;
+}
+
+#elif defined(_MSC_VER) && defined(_M_X64)
+
+bool runs(Level level) {
+  std::array<int, 4> leaf{};
+  __cpuid(leaf.data(), 1);
+  constexpr int kOsXsave = 1 << 27;
+  if ((leaf[2] & kOsXsave) == 0) return false;
+  const auto saved = _xgetbv(0);  // register state that the system keeps
+  __cpuidex(leaf.data(), 7, 0);
+  const auto has = [](int word, int bit) { return (word >> bit & 1) != 0; };
+  if (level == Level::avx2) return (saved & 0x6U) == 0x6U && has(leaf[1], 5);
+  return (saved & 0xE6U) == 0xE6U && has(leaf[1], 16) && has(leaf[1], 17) && has(leaf[1], 30) &&
+         has(leaf[1], 31) && has(leaf[2], 1) && has(leaf[2], 11);
+}
+
+#else
+
+bool runs(Level) { return false; }
+
+#endif
+
+std::string joined_names(const std::vector<Level>& levels) {
+  std::string names;
+  for (const Level level : levels) {
+    names += (names.empty() ? "" : ", ") + std::string(name_of(level));
+  }
+  return names;
+}
+
+}  // namespace
+
+std::string_view name_of(Level level) noexcept {
+  switch (level) {
+    case Level::avx2: return "avx2";
+    case Level::avx512: return "avx512";
+    default: return "scalar";
+  }
+}
+
+Level level_from_name(std::string_view name) {
+  for (const Level level : kLevels) {
+    if (name == name_of(level)) return level;
+  }
+  throw ValueError("unknown kernel level \"" + std::string(name) +
+                   "\"; allowed: " + joined_names({kLevels.begin(), kLevels.end()}));
+}
+
+std::vector<Level> available_levels() {
+  std::vector<Level> levels = {Level::scalar};
+  for (const Level level : {Level::avx2, Level::avx512}) {
+    if (runs(level)) levels.push_back(level);
+  }
+  return levels;
+}
+
+Level default_level() {
+  const std::vector<Level> levels = available_levels();
+  const char* name = std::getenv("TQAI_LEVEL");
+  if (name == nullptr || *name == '\0') return levels.back();
+  const Level wanted = level_from_name(name);
+  for (const Level level : levels) {
+    if (level == wanted) return level;
+  }
+  throw UnsupportedError("TQAI_LEVEL=" + std::string(name) +
+                         " is not available on this machine; available: " + joined_names(levels));
+}
+
+}  // namespace tqai

@@ -1,0 +1,218 @@
+// Attention over sealed tiles and over exact tokens: the float part, around the level's integer
+// kernels `score` and `accumulate`.
+#pragma once
+
+#include <cmath>
+
+#include "softmax-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+// Query rows as two int8 terms: q ≈ step · (kTermRatio · a + b), so that the integer score has 15
+// bits; one term alone costs a peaky softmax 1.5 % of its output.
+constexpr int kTermRatio = 254;
+
+struct QueryTerms {
+  alignas(64) std::int8_t terms[2 * kMaxRows * kMaxDim];  // [2 · rows, count] a segment
+  float steps[kMaxRows];
+};
+
+// queries: [rows, stride]; the segment's coordinates of the block.
+inline void split_queries(const float* queries, std::int64_t stride, int rows,
+                          const SegmentPlan& segment, std::int8_t* terms, float* steps) noexcept {
+  for (int r = 0; r < rows; ++r) {
+    const float* q = queries + r * stride + segment.first;
+    float largest = 0.0F;
+    for (int c = 0; c < segment.count; ++c) {
+      const float magnitude = q[c] < 0.0F ? -q[c] : q[c];
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float unit = largest / 127.0F;
+    const float inverse = unit > 0.0F ? 127.0F / largest : 0.0F;
+    std::int8_t* coarse = terms + static_cast<std::ptrdiff_t>(2 * r) * segment.count;
+    std::int8_t* fine = coarse + segment.count;
+    for (int c = 0; c < segment.count; ++c) {
+      const float scaled = q[c] * inverse;
+      const auto a = static_cast<std::int32_t>(scaled + (scaled < 0.0F ? -0.5F : 0.5F));
+      const float rest = (scaled - static_cast<float>(a)) * static_cast<float>(kTermRatio);
+      const auto b = static_cast<std::int32_t>(rest + (rest < 0.0F ? -0.5F : 0.5F));
+      coarse[c] = static_cast<std::int8_t>(a);
+      fine[c] = static_cast<std::int8_t>(b);
+    }
+    steps[r] = unit / static_cast<float>(kTermRatio);
+  }
+}
+
+// Weights of one row, times the values' norms, as 8 bits. Returns their unit.
+inline float quantise_weights(const float* __restrict p, const float* __restrict norms,
+                              std::uint8_t* __restrict weights) noexcept {
+  alignas(64) float products[kTileTokens];
+  for (int t = 0; t < kTileTokens; ++t) products[t] = p[t] * norms[t];
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = products[i];
+  for (int t = kLanes; t < kTileTokens; t += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      lanes[i] = products[t + i] > lanes[i] ? products[t + i] : lanes[i];
+    }
+  }
+  const float largest = max_lanes(lanes);
+  if (!(largest > 1e-30F)) {  // too small to matter, and 255 / largest would overflow
+    for (int t = 0; t < kTileTokens; ++t) weights[t] = 0;
+    return 0.0F;
+  }
+  const float inverse = 255.0F / largest;
+  for (int t = 0; t < kTileTokens; ++t) {
+    weights[t] = static_cast<std::uint8_t>(static_cast<std::int32_t>(products[t] * inverse + 0.5F));
+  }
+  return largest / 255.0F;
+}
+
+struct TileScratch {
+  QueryTerms queries;
+  alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
+  alignas(64) std::int32_t sums[kMaxRows * kMaxDim];
+  alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
+  alignas(64) float norms[kTileTokens];
+  Block block;
+};
+
+inline void read_norms(const std::uint8_t* tile, const SidePlan& side, float* norms) noexcept {
+  std::uint16_t halves[kTileTokens];
+  std::memcpy(halves, tile + side.norms, sizeof halves);
+  for (int t = 0; t < kTileTokens; ++t) norms[t] = half_lane(halves[t]);
+}
+
+// q·k for all rows and tokens of the tile into scratch.block.
+template <auto kScore>
+inline void score_tile(const AttendTiles& args, const std::uint8_t* tile, TileScratch& scratch,
+                       const float* const steps[]) noexcept {
+  const SidePlan& side = args.plan->keys;
+  const int rows = args.softmax.rows;
+  std::ptrdiff_t terms = 0;
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    kScore(segment, tile + side.codes + segment.offset, scratch.queries.terms + terms, 2 * rows,
+           scratch.scores[0]);
+    terms += static_cast<std::ptrdiff_t>(2 * rows) * segment.count;
+    for (int r = 0; r < rows; ++r) {
+      const std::int32_t* coarse = scratch.scores[2 * r];
+      const std::int32_t* fine = scratch.scores[2 * r + 1];
+      const float step = steps[s][r] * segment.step;
+      float* scores = scratch.block.scores[r];
+      // |coarse|, |fine| ≤ 127 · 127 · 512: the sum stays below 2^31.
+      for (int t = 0; t < kTileTokens; ++t) {
+        const float score = static_cast<float>(kTermRatio * coarse[t] + fine[t]) * step;
+        scores[t] = s == 0 ? score : scores[t] + score;
+      }
+    }
+  }
+  read_norms(tile, side, scratch.norms);
+  for (int r = 0; r < rows; ++r) {
+    float* scores = scratch.block.scores[r];
+    const float centre = args.centre_scores[r];
+    for (int t = 0; t < kTileTokens; ++t) scores[t] = scores[t] * scratch.norms[t] + centre;
+  }
+}
+
+template <auto kAccumulate>
+inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile,
+                            TileScratch& scratch) noexcept {
+  const SidePlan& side = args.plan->values;
+  const Softmax& softmax = args.softmax;
+  float units[kMaxRows];
+  bool any = false;
+  read_norms(tile, side, scratch.norms);
+  for (int r = 0; r < softmax.rows; ++r) {
+    units[r] = quantise_weights(scratch.block.scores[r], scratch.norms, scratch.weights[r]);
+    any = any || units[r] > 0.0F;
+  }
+  if (!any) return;
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    kAccumulate(segment, tile + side.codes + segment.offset, scratch.weights[0], softmax.rows,
+                scratch.sums);
+    for (int r = 0; r < softmax.rows; ++r) {
+      const float unit = units[r] * segment.step;
+      const std::int32_t* sums = scratch.sums + static_cast<std::ptrdiff_t>(r) * segment.count;
+      float* output = softmax.output + r * softmax.output_stride + segment.first;
+      for (int c = 0; c < segment.count; ++c) {
+        output[c] = output[c] + static_cast<float>(sums[c]) * unit;
+      }
+    }
+  }
+}
+
+// Segments are at least 16 coordinates.
+constexpr int kMaxSegments = kMaxDim / kCoordinateBlock;
+
+template <auto kScore, auto kAccumulate>
+void attend_tiles(const AttendTiles& args) noexcept {
+  const SidePlan& keys = args.plan->keys;
+  const int rows = args.softmax.rows;
+  TileScratch scratch;
+  float steps[kMaxSegments][kMaxRows];
+  const float* step_rows[kMaxSegments];
+  std::ptrdiff_t terms = 0;
+  for (int s = 0; s < keys.segment_count; ++s) {
+    split_queries(args.queries, keys.padded, rows, keys.segments[s], scratch.queries.terms + terms,
+                  steps[s]);
+    step_rows[s] = steps[s];
+    terms += static_cast<std::ptrdiff_t>(2 * rows) * keys.segments[s].count;
+  }
+  std::int64_t start = 0;
+  for (std::int64_t i = 0; i < args.tile_count; ++i) {
+    const TileSpan& span = args.tiles[i];
+    if (sees(args.softmax, start, span.tokens)) {
+      score_tile<kScore>(args, span.tile, scratch, step_rows);
+      for (int r = 0; r < rows; ++r) {
+        weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
+      }
+      accumulate_tile<kAccumulate>(args, span.tile, scratch);
+    }
+    start += span.tokens;
+  }
+}
+
+inline void attend_exact(const AttendExact& args) noexcept {
+  const int padded = padded_dim(args.key_dim);
+  const auto element = static_cast<std::int64_t>(size_of(args.dtype));
+  const Softmax& softmax = args.softmax;
+  alignas(64) float row[kMaxDim];
+  Block block;
+  for (std::int64_t start = 0; start < args.tokens; start += kTileTokens) {
+    const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
+    if (!sees(softmax, start, tokens)) continue;
+    for (int c = args.key_dim; c < padded; ++c) row[c] = 0.0F;
+    for (int t = 0; t < tokens; ++t) {
+      widen(static_cast<const char*>(args.keys) + (start + t) * args.key_dim * element, args.dtype,
+            args.key_dim, row);
+      for (int r = 0; r < softmax.rows; ++r) {
+        const float* q = args.queries + static_cast<std::ptrdiff_t>(r) * padded;
+        float lanes[kLanes];
+        for (int i = 0; i < kLanes; ++i) lanes[i] = q[i] * row[i];
+        for (int c = kLanes; c < padded; c += kLanes) {
+          for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] + q[c + i] * row[c + i];
+        }
+        block.scores[r][t] = sum_lanes(lanes);
+      }
+    }
+    for (int r = 0; r < softmax.rows; ++r) {
+      for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
+      weigh(softmax, r, start, tokens, block.scores[r]);
+    }
+    for (int t = 0; t < tokens; ++t) {
+      widen(static_cast<const char*>(args.values) + (start + t) * args.value_dim * element,
+            args.dtype, args.value_dim, row);
+      for (int r = 0; r < softmax.rows; ++r) {
+        const float weight = block.scores[r][t];
+        if (weight == 0.0F) continue;
+        float* output = softmax.output + r * softmax.output_stride;
+        for (int c = 0; c < args.value_dim; ++c) output[c] = output[c] + weight * row[c];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tqai::kernels

@@ -1,0 +1,138 @@
+// AVX2: half a line is a register.
+#include "kernels.hpp"
+
+#ifdef TQAI_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+
+#include "attend-inl.hpp"
+#include "encode-inl.hpp"
+#include "integer-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+struct Avx2 {
+  using Vec = __m256i;
+  using Acc = __m256i;
+  static constexpr int kParts = 2;
+  static constexpr int kWords = 2;     // factors 0 and 2 as s16, then 1 and 3
+  static constexpr int kRowBlock = 2;  // 8 sums of 16 registers
+
+  static Vec load(const std::uint8_t* p) noexcept {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  template <int kBits>
+  static Vec shift_right(Vec v) noexcept {
+    return _mm256_srli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static Vec shift_left(Vec v) noexcept {
+    return _mm256_slli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static Vec low_bits(Vec v) noexcept {
+    return _mm256_and_si256(v, _mm256_set1_epi8((1 << kBits) - 1));
+  }
+  static Vec either(Vec a, Vec b) noexcept { return _mm256_or_si256(a, b); }
+
+  // vpmaddubsw saturates with 8-bit factors, so bytes are widened and vpmaddwd is exact.
+  struct Operand {
+    Vec even;  // bytes 0 and 2 of each lane as s16
+    Vec odd;   // bytes 1 and 3
+  };
+
+  template <int kBits>
+  struct Table {
+    static constexpr int kTables = kBits <= 4 || kBits == 8 ? 1 : 1 << (kBits - 4);
+    Vec entries[kTables];
+
+    Table(const std::int8_t* levels, bool /*keys*/) noexcept {
+      for (int table = 0; table < kTables; ++table) {
+        alignas(16) std::int8_t repeated[16];
+        for (int i = 0; i < 16; ++i) repeated[i] = levels[(16 * table + i) & ((1 << kBits) - 1)];
+        entries[table] =
+            _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(repeated)));
+      }
+    }
+    // Tables first … first + count − 1, chosen by the code's bits from 4 up.
+    template <int kFirst, int kCount>
+    Vec choose(Vec codes) const noexcept {
+      if constexpr (kCount == 1) {
+        return _mm256_shuffle_epi8(entries[kFirst], low_bits<4>(codes));
+      } else {
+        constexpr int kBit = 4 + std::countr_zero(static_cast<unsigned>(kCount)) - 1;
+        // vpblendvb looks at the top bit of each byte; codes are clean, so shifts within 16 bits do
+        // not mix bytes at that bit.
+        return _mm256_blendv_epi8(choose<kFirst, kCount / 2>(codes),
+                                  choose<kFirst + kCount / 2, kCount / 2>(codes),
+                                  shift_left<7 - kBit>(codes));
+      }
+    }
+    Operand operand(Vec codes) const noexcept {
+      Vec levels;
+      if constexpr (kBits == 8) {  // level = code − 128
+        levels = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(-128)));
+      } else {
+        levels = choose<0, kTables>(codes);
+      }
+      return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
+    }
+    Operand key_operand(Vec codes) const noexcept { return operand(codes); }
+    Operand value_operand(Vec codes) const noexcept { return operand(codes); }
+  };
+
+  template <typename Byte>
+  static void expand(const Byte* factors, int count, std::int32_t* words) noexcept {
+    for (int i = 0; i < count; i += 4) {
+      const std::int16_t pairs[4] = {factors[i], factors[i + 2], factors[i + 1], factors[i + 3]};
+      std::memcpy(words + i / 2, pairs, sizeof pairs);
+    }
+  }
+  static void expand_queries(const std::int8_t* q, int count, std::int32_t* words) noexcept {
+    expand(q, count, words);
+  }
+  static void expand_weights(const std::uint8_t* w, int count, std::int32_t* words) noexcept {
+    expand(w, count, words);
+  }
+  static std::int32_t key_bias(const std::int8_t* /*q*/, int /*count*/) noexcept { return 0; }
+
+  static Acc broadcast(std::int32_t value) noexcept { return _mm256_set1_epi32(value); }
+  static Acc dot(Acc acc, Operand levels, const std::int32_t* words) noexcept {
+    const Acc even = _mm256_madd_epi16(levels.even, _mm256_set1_epi32(words[0]));
+    const Acc odd = _mm256_madd_epi16(levels.odd, _mm256_set1_epi32(words[1]));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+  static void store(std::int32_t* p, Acc acc) noexcept {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
+  }
+};
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {
+    Level::avx2,  score<Avx2>, accumulate<Avx2>, attend_tiles<score<Avx2>, accumulate<Avx2>>,
+    attend_exact, encode,      decode,           acceptable};
+
+}  // namespace tqai::kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#endif  // TQAI_X86

@@ -1,0 +1,137 @@
+// AVX-512 with VBMI and VNNI: a line is a register.
+#include "kernels.hpp"
+
+#ifdef TQAI_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma"))), \
+    apply_to = function)
+#elif defined(__GNUC__)
+// GCC 12 takes the undefined upper parts inside its own intrinsics for uninitialised variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma")
+#endif
+
+#include "attend-inl.hpp"
+#include "encode-inl.hpp"
+#include "integer-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+struct Avx512 {
+  using Vec = __m512i;
+  using Acc = __m512i;
+  static constexpr int kParts = 1;
+  static constexpr int kWords = 1;
+  static constexpr int kRowBlock = 4;  // 16 sums of 32 registers
+
+  static Vec load(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
+  template <int kBits>
+  static Vec shift_right(Vec v) noexcept {
+    return _mm512_srli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static Vec shift_left(Vec v) noexcept {
+    return _mm512_slli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static Vec low_bits(Vec v) noexcept {
+    return _mm512_and_si512(v, _mm512_set1_epi8((1 << kBits) - 1));
+  }
+  static Vec either(Vec a, Vec b) noexcept { return _mm512_or_si512(a, b); }
+
+  // vpdpbusd multiplies u8 by s8. Keys are the u8 side, as level + 128, and queries the s8 one;
+  // values are the s8 side, weights the u8 one.
+  struct KeyOperand {
+    Vec levels;
+  };
+  struct ValueOperand {
+    Vec levels;
+  };
+
+  template <int kBits>
+  struct Table {
+    Vec low;
+    Vec high;
+
+    Table(const std::int8_t* levels, bool keys) noexcept {
+      // Repeated to 128 entries: vpermb looks at 6 bits of a code, so up to 4 bits need no mask.
+      alignas(64) std::uint8_t entries[128];
+      for (int i = 0; i < 128; ++i) {
+        const auto level = static_cast<std::uint8_t>(levels[i & ((1 << kBits) - 1)]);
+        entries[i] = keys ? level ^ 0x80U : level;
+      }
+      low = _mm512_load_si512(entries);
+      high = _mm512_load_si512(entries + 64);
+    }
+    Vec look_up(Vec codes) const noexcept {
+      if constexpr (kBits == 7) return _mm512_permutex2var_epi8(low, codes, high);
+      return _mm512_permutexvar_epi8(codes, low);
+    }
+    // At 8 bits code = level + 128, without a table.
+    KeyOperand key_operand(Vec codes) const noexcept {
+      if constexpr (kBits == 8) return {codes};
+      return {look_up(codes)};
+    }
+    ValueOperand value_operand(Vec codes) const noexcept {
+      if constexpr (kBits == 8) {
+        return {_mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(-128)))};
+      }
+      return {look_up(codes)};
+    }
+  };
+
+  static void expand_queries(const std::int8_t* q, int count, std::int32_t* words) noexcept {
+    std::memcpy(words, q, static_cast<std::size_t>(count));
+  }
+  static void expand_weights(const std::uint8_t* w, int count, std::int32_t* words) noexcept {
+    std::memcpy(words, w, static_cast<std::size_t>(count));
+  }
+  static std::int32_t key_bias(const std::int8_t* q, int count) noexcept {
+    std::int32_t sum = 0;
+    for (int c = 0; c < count; ++c) sum += q[c];
+    return -128 * sum;
+  }
+
+  static Acc broadcast(std::int32_t value) noexcept { return _mm512_set1_epi32(value); }
+  static Acc dot(Acc acc, KeyOperand keys, const std::int32_t* words) noexcept {
+    return _mm512_dpbusd_epi32(acc, keys.levels, _mm512_set1_epi32(*words));
+  }
+  static Acc dot(Acc acc, ValueOperand values, const std::int32_t* words) noexcept {
+    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*words), values.levels);
+  }
+  static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
+};
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {Level::avx512,
+                                score<Avx512>,
+                                accumulate<Avx512>,
+                                attend_tiles<score<Avx512>, accumulate<Avx512>>,
+                                attend_exact,
+                                encode,
+                                decode,
+                                acceptable};
+
+}  // namespace tqai::kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#endif  // TQAI_X86

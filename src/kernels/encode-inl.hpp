@@ -1,0 +1,219 @@
+// Sealing and opening tiles: 16 tokens side by side in lanes, so that every step is the same plain
+// loop over lanes at each level.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "group-inl.hpp"
+#include "kernels.hpp"
+#include "numeric-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+// [coordinates, 16 tokens]
+using LaneRows = float[kMaxDim][kLanes];
+
+// In-place Walsh–Hadamard transform over coordinates; the same order of additions as Rotation.
+inline void fwht_lanes(LaneRows& x, int dim) noexcept {
+  for (int stride = 1; stride < dim; stride *= 2) {
+    for (int block = 0; block < dim; block += 2 * stride) {
+      for (int c = block; c < block + stride; ++c) {
+        float* __restrict a = x[c];
+        float* __restrict b = x[c + stride];
+        for (int i = 0; i < kLanes; ++i) {
+          const float sum = a[i] + b[i];
+          b[i] = a[i] - b[i];
+          a[i] = sum;
+        }
+      }
+    }
+  }
+}
+
+inline void scale_lanes(LaneRows& x, int dim, float factor) noexcept {
+  for (int c = 0; c < dim; ++c) {
+    for (int i = 0; i < kLanes; ++i) x[c][i] = x[c][i] * factor;
+  }
+}
+
+inline void sign_lanes(LaneRows& x, int dim, const float* signs) noexcept {
+  for (int c = 0; c < dim; ++c) {
+    for (int i = 0; i < kLanes; ++i) x[c][i] = x[c][i] * signs[c];
+  }
+}
+
+// y = matrix · x, summed in order of coordinates.
+inline void multiply_lanes(const float* matrix, const LaneRows& x, int dim, LaneRows& y) noexcept {
+  for (int r = 0; r < dim; ++r) {
+    float sum[kLanes] = {};
+    const float* row = matrix + static_cast<std::ptrdiff_t>(r) * dim;
+    for (int c = 0; c < dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) sum[i] = sum[i] + row[c] * x[c][i];
+    }
+    for (int i = 0; i < kLanes; ++i) y[r][i] = sum[i];
+  }
+}
+
+inline void rotate_lanes(const SidePlan& side, LaneRows& x, LaneRows& scratch) noexcept {
+  if (side.signs != nullptr) {
+    sign_lanes(x, side.dim, side.signs);
+    fwht_lanes(x, side.dim);
+    scale_lanes(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)));
+  } else {
+    multiply_lanes(side.matrix, x, side.dim, scratch);
+    std::memcpy(x, scratch, static_cast<std::size_t>(side.dim) * sizeof x[0]);
+  }
+}
+
+inline void rotate_back_lanes(const SidePlan& side, LaneRows& x, LaneRows& scratch) noexcept {
+  if (side.signs != nullptr) {
+    fwht_lanes(x, side.dim);
+    scale_lanes(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)));
+    sign_lanes(x, side.dim, side.signs);
+  } else {
+    multiply_lanes(side.transposed, x, side.dim, scratch);
+    std::memcpy(x, scratch, static_cast<std::size_t>(side.dim) * sizeof x[0]);
+  }
+}
+
+// Codes of one coordinate of 16 tokens by binary search: the number of boundaries ≤ y.
+// `norm2` += the squares of the centroids in units of the step.
+template <int kBits>
+inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y,
+                           std::uint8_t* __restrict codes, float* __restrict norm2) noexcept {
+  std::int32_t found[kLanes] = {};
+  for (int bit = kBits - 1; bit >= 0; --bit) {
+    for (int i = 0; i < kLanes; ++i) {
+      const std::int32_t next = found[i] | 1 << bit;
+      found[i] = y[i] >= segment.boundaries[next - 1] ? next : found[i];
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const auto level = static_cast<float>(segment.levels[found[i]]);
+    norm2[i] = norm2[i] + level * level;
+    codes[i] = static_cast<std::uint8_t>(found[i]);
+  }
+}
+
+struct EncodeScratch {
+  alignas(64) LaneRows x;
+  alignas(64) LaneRows y;
+  alignas(64) std::uint8_t codes[kMaxDim * kTileTokens];  // [padded, 64]
+};
+
+// Codes [padded, 64] into the side's segments and back.
+inline void pack_side(const SidePlan& side, bool keys, const std::uint8_t* codes,
+                      std::uint8_t* tile) noexcept {
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    (keys ? pack_keys : pack_values)(codes + segment.first * kTileTokens, segment.count,
+                                     segment.bits, tile + side.codes + segment.offset);
+  }
+}
+
+inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* tile,
+                        std::uint8_t* codes) noexcept {
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    (keys ? unpack_keys : unpack_values)(tile + side.codes + segment.offset, segment.count,
+                                         segment.bits, codes + segment.first * kTileTokens);
+  }
+}
+
+void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept {
+  EncodeScratch scratch;
+  std::uint16_t halves[kTileTokens];
+  for (int start = 0; start < kTileTokens; start += kLanes) {
+    float norm2[kLanes] = {};
+    for (int c = 0; c < side.dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float value = rows[static_cast<std::ptrdiff_t>(start + i) * side.dim + c];
+        scratch.x[c][i] = value;
+        norm2[i] = norm2[i] + value * value;
+      }
+    }
+    float norms[kLanes];
+    float inverse[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      norms[i] = std::sqrt(norm2[i]);
+      inverse[i] = norms[i] > 0.0F ? 1.0F / norms[i] : 0.0F;
+    }
+    for (int c = 0; c < side.dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) scratch.x[c][i] = scratch.x[c][i] * inverse[i];
+    }
+    rotate_lanes(side, scratch.x, scratch.y);
+    // Norm correction: the reconstruction gets the length of the original.
+    float correction2[kLanes] = {};
+    for (int s = 0; s < side.segment_count; ++s) {
+      const SegmentPlan& segment = side.segments[s];
+      float levels2[kLanes] = {};
+      const int end = std::min(segment.first + segment.count, side.dim);
+      with_bits(segment.bits, [&]<int kBits>() {
+        for (int c = segment.first; c < end; ++c) {
+          quantise_lanes<kBits>(segment, scratch.x[c], scratch.codes + c * kTileTokens + start,
+                                levels2);
+        }
+      });
+      for (int i = 0; i < kLanes; ++i) {
+        correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);
+      }
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      const float length = std::sqrt(correction2[i]);
+      const float norm = length > 0.0F ? norms[i] / length : 0.0F;
+      halves[start + i] = to_half(norm < kMaxHalf ? norm : kMaxHalf);
+    }
+  }
+  std::memset(scratch.codes + side.dim * kTileTokens, 0,
+              static_cast<std::size_t>(side.padded - side.dim) * kTileTokens);
+  pack_side(side, keys, scratch.codes, tile);
+  std::memcpy(tile + side.norms, halves, sizeof halves);
+}
+
+void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows) noexcept {
+  EncodeScratch scratch;
+  std::uint16_t halves[kTileTokens];
+  std::memcpy(halves, tile + side.norms, sizeof halves);
+  unpack_side(side, keys, tile, scratch.codes);
+  for (int start = 0; start < kTileTokens; start += kLanes) {
+    for (int s = 0; s < side.segment_count; ++s) {
+      const SegmentPlan& segment = side.segments[s];
+      const int end = std::min(segment.first + segment.count, side.dim);
+      for (int c = segment.first; c < end; ++c) {
+        const std::uint8_t* codes = scratch.codes + c * kTileTokens + start;
+        for (int i = 0; i < kLanes; ++i) {
+          scratch.x[c][i] = static_cast<float>(segment.levels[codes[i]]) * segment.step;
+        }
+      }
+    }
+    rotate_back_lanes(side, scratch.x, scratch.y);
+    for (int i = 0; i < kLanes; ++i) {
+      const float norm = half_lane(halves[start + i]);
+      float* row = rows + static_cast<std::ptrdiff_t>(start + i) * side.dim;
+      for (int c = 0; c < side.dim; ++c) row[c] = scratch.x[c][i] * norm;
+    }
+  }
+}
+
+bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim, std::int64_t stride,
+                float max_norm) noexcept {
+  const auto element = static_cast<std::int64_t>(size_of(dtype));
+  float row[kMaxDim];
+  const int padded = padded_dim(dim);
+  for (int c = dim; c < padded; ++c) row[c] = 0.0F;
+  for (std::int64_t r = 0; r < count; ++r) {
+    widen(static_cast<const char*>(rows) + r * stride * element, dtype, dim, row);
+    float lanes[kLanes] = {};
+    for (int c = 0; c < padded; c += kLanes) {
+      for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] + row[c + i] * row[c + i];
+    }
+    const float norm2 = sum_lanes(lanes);  // not finite where an element is not
+    if (!(norm2 <= max_norm * max_norm)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace tqai::kernels

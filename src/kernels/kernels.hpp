@@ -1,0 +1,136 @@
+// The kernels: one table of functions per level, all with the same results.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tqai/cpu.hpp>
+#include <tqai/half.hpp>
+#include <tqai/packing.hpp>
+
+namespace tqai::kernels {
+
+/// Query rows that are served by one reading of a tile.
+inline constexpr int kMaxRows = 8;
+/// Largest padded head dimension.
+inline constexpr int kMaxDim = 512;
+
+/// One run of coordinates with its codebook on the int8 grid.
+struct SegmentPlan {
+  int first;
+  int count;
+  int bits;
+  std::size_t offset;         // of its packed codes, from the side's first
+  const std::int8_t* levels;  // [2^bits]
+  const float* boundaries;    // [2^bits − 1], ascending
+  float step;                 // centroid = step · level
+};
+
+/// Keys or values: how a vector becomes codes.
+struct SidePlan {
+  int dim;
+  int padded;
+  const SegmentPlan* segments;
+  int segment_count;
+  std::size_t codes;  // offsets in a tile
+  std::size_t norms;
+  const float* signs;   // [dim], Hadamard rotation; else null
+  const float* matrix;  // [dim, dim] row-major R and its transpose; null for Hadamard
+  const float* transposed;
+};
+
+struct TilePlan {
+  SidePlan keys;
+  SidePlan values;
+};
+
+/// What a query row may see, and how its scores become weights; shared by both attention kernels.
+struct Softmax {
+  int rows;  // 1…kMaxRows
+  float scale;
+  float soft_cap;             // 0: none
+  const std::int64_t* first;  // [rows], visible tokens [first, end) of those given
+  const std::int64_t* end;
+  const float* mask;  // [rows, …] added to scores, token 0 first; null: none
+  std::int64_t mask_stride;
+  /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): the largest score times
+  /// log2 e, the sum of 2^(score − max), and Σ 2^(score − max) · value.
+  float* max;                  // [rows], −inf before any token
+  float* sum;                  // [rows]
+  float* output;               // [rows, output_stride]
+  std::int64_t output_stride;  // padded head dimension of the values
+};
+
+struct TileSpan {
+  const std::uint8_t* tile;
+  int tokens;  // valid ones, 1…64
+};
+
+/// Attention over sealed tiles of one head.
+struct AttendTiles {
+  const TilePlan* plan;
+  const TileSpan* tiles;  // token counts follow one another without gaps
+  std::int64_t tile_count;
+  const float* queries;        // [rows, keys.padded], rotated, padding 0, finite
+  const float* centre_scores;  // [rows], q · centre
+  Softmax softmax;             // output in the rotated domain of the values
+};
+
+/// Attention over exact tokens of one head.
+struct AttendExact {
+  const void* keys;    // [tokens, key_dim] of dtype, contiguous
+  const void* values;  // [tokens, value_dim]
+  DType dtype;
+  int key_dim;
+  int value_dim;
+  std::int64_t tokens;
+  const float* queries;  // [rows, padded_dim(key_dim)], padding 0, finite
+  Softmax softmax;
+};
+
+struct Kernels {
+  Level level;
+
+  /// Integer dot products of one segment of 64 keys: scores[r, t] = Σ_c queries[r, c] ·
+  /// levels[code[t, c]], int32, exact. codes: the segment's packed key codes; queries: [rows,
+  /// count] in −127…127; scores: [rows, 64]; rows ≥ 1.
+  void (*score)(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
+                int rows, std::int32_t* scores) noexcept;
+
+  /// sums[r, c] = Σ_t weights[r, t] · levels[code[t, c]], int32, exact. codes: packed value codes;
+  /// weights: [rows, 64]; sums: [rows, count]; rows ≥ 1.
+  void (*accumulate)(const SegmentPlan& segment, const std::uint8_t* codes,
+                     const std::uint8_t* weights, int rows, std::int32_t* sums) noexcept;
+
+  /// Adds the tiles to the softmax state. Queries are int8 in two terms (15 bits), weights 8 bits
+  /// with a scale a tile. Error against exact attention over the decoded tile: each weight is off
+  /// by at most 1/510 of the tile's largest p·norm, each score by 2^-16 of max|q| · Σ|level|.
+  void (*attend_tiles)(const AttendTiles& args) noexcept;
+
+  /// Adds exact tokens to the softmax state, in fp32.
+  void (*attend_exact)(const AttendExact& args) noexcept;
+
+  /// Norms, rotates, quantises and packs 64 vectors. rows: [64, dim] fp32, finite; `tile`: the
+  /// head's tile, whose part of this side is written. Same bits at every level.
+  void (*encode)(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept;
+
+  /// The inverse: rows [64, dim], in the original domain. Same bits at every level.
+  void (*decode)(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows) noexcept;
+
+  /// Whether all elements are finite and, where `max_norm` > 0, no row is longer.
+  /// rows: [rows, dim] of dtype, `stride` elements apart.
+  bool (*acceptable)(const void* rows, DType dtype, std::int64_t count, int dim,
+                     std::int64_t stride, float max_norm) noexcept;
+};
+
+/// The table of a level; throws UnsupportedError where this build or processor lacks it.
+const Kernels& kernels(Level level);
+
+// One per level that this build has.
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__) || defined(_M_X64)
+#define TQAI_X86 1
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace tqai::kernels

@@ -1,0 +1,79 @@
+// Arithmetic on lanes, in plain loops that compilers vectorise for the target region they are
+// included in. Nothing here is reassociated or fused (-ffp-contract=off), so every level gives the
+// same bits.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <tqai/half.hpp>
+
+namespace tqai::kernels {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr float kLog2E = 1.44269504F;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// 2^x for x ≤ 0; 0 below −126. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]).
+inline float exp2_negative(float x) noexcept {
+  const float clamped = x < -126.0F ? -126.0F : x;
+  const auto whole = static_cast<std::int32_t>(clamped - 0.5F);  // towards zero: nearest
+  const float f = clamped - static_cast<float>(whole);
+  float p = 1.5403530e-4F;
+  p = p * f + 1.3333558e-3F;
+  p = p * f + 9.6181291e-3F;
+  p = p * f + 5.5504109e-2F;
+  p = p * f + 2.4022651e-1F;
+  p = p * f + 6.9314718e-1F;
+  p = p * f + 1.0F;
+  const float power = std::bit_cast<float>((whole + 127) << 23);
+  return x < -126.0F ? 0.0F : p * power;
+}
+
+// tanh by way of exp2; absolute error < 3e-7.
+inline float tanh_lane(float x) noexcept {
+  const float magnitude = x < 0.0F ? -x : x;
+  const float e = exp2_negative(magnitude * (-2.0F * kLog2E));
+  const float t = (1.0F - e) / (1.0F + e);
+  return x < 0.0F ? -t : t;
+}
+
+// FP16 to fp32 without branches; finite values only.
+inline float half_lane(std::uint16_t half) noexcept {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7FFFU) << 13;
+  const float value = std::bit_cast<float>(magnitude) * 0x1p112F;
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
+}
+
+// Sum of 16 lanes as a tree.
+inline float sum_lanes(const float* lanes) noexcept {
+  float half[8];
+  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; ++i) half[i] += half[i + 4];
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+
+inline float max_lanes(const float* lanes) noexcept {
+  float largest = lanes[0];
+  for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+}
+
+// from: [count] of dtype; to: fp32.
+inline void widen(const void* from, DType dtype, int count, float* __restrict to) noexcept {
+  if (dtype == DType::f32) {
+    const auto* source = static_cast<const float*>(from);
+    for (int i = 0; i < count; ++i) to[i] = source[i];
+  } else if (dtype == DType::f16) {
+    const auto* source = static_cast<const std::uint16_t*>(from);
+    for (int i = 0; i < count; ++i) to[i] = half_lane(source[i]);
+  } else {
+    const auto* source = static_cast<const std::uint16_t*>(from);
+    for (int i = 0; i < count; ++i) to[i] = from_bfloat16(source[i]);
+  }
+}
+
+}  // namespace
+}  // namespace tqai::kernels

@@ -1,0 +1,44 @@
+// The specification: plain C++ for every processor.
+#include "attend-inl.hpp"
+#include "encode-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
+           int rows, std::int32_t* scores) noexcept {
+  std::uint8_t codes[kMaxDim * kTileTokens];
+  unpack_keys(packed, segment.count, segment.bits, codes);
+  for (int r = 0; r < rows; ++r) {
+    std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
+    for (int t = 0; t < kTileTokens; ++t) row[t] = 0;
+    for (int c = 0; c < segment.count; ++c) {
+      const std::int32_t q = queries[static_cast<std::ptrdiff_t>(r) * segment.count + c];
+      for (int t = 0; t < kTileTokens; ++t) {
+        row[t] += q * segment.levels[codes[c * kTileTokens + t]];
+      }
+    }
+  }
+}
+
+void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
+                int rows, std::int32_t* sums) noexcept {
+  std::uint8_t codes[kMaxDim * kTileTokens];
+  unpack_values(packed, segment.count, segment.bits, codes);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < segment.count; ++c) {
+      std::int32_t sum = 0;
+      for (int t = 0; t < kTileTokens; ++t) {
+        sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+      }
+      sums[static_cast<std::ptrdiff_t>(r) * segment.count + c] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels kScalarKernels = {Level::scalar, score,  accumulate, attend_tiles<score, accumulate>,
+                                attend_exact,  encode, decode,     acceptable};
+
+}  // namespace tqai::kernels
