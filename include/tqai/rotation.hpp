@@ -28,7 +28,8 @@ class TQAI_API Rotation {
   std::uint64_t seed() const noexcept { return seed_; }
 
   /// y = R x for each row. `x`, `y`: [rows, head_dim] fp32; may be the same buffer, may not
-  /// otherwise overlap. Runs at the default level (cpu.hpp); every level gives the same bits.
+  /// otherwise overlap. The kernels' own rotations give the same bits. Throws ValueError for
+  /// negative rows.
   void apply(const float* x, float* y, std::int64_t rows) const;
   /// x = Rᵀ y for each row; as `apply`.
   void apply_transposed(const float* y, float* x, std::int64_t rows) const;

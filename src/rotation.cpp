@@ -1,0 +1,125 @@
+#include <Eigen/Core>
+#include <Eigen/QR>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <tqai/error.hpp>
+#include <tqai/rotation.hpp>
+
+#include "random.hpp"
+#include "rotate-inl.hpp"
+
+namespace tqai {
+namespace {
+
+constexpr int kMinDim = 8;
+constexpr int kMaxDim = 512;
+
+bool is_power_of_two(int value) { return std::has_single_bit(static_cast<unsigned>(value)); }
+
+int checked_dim(int head_dim) {
+  if (head_dim < kMinDim || head_dim > kMaxDim) {
+    throw ValueError("head_dim = " + std::to_string(head_dim) +
+                     "; allowed: " + std::to_string(kMinDim) + "…" + std::to_string(kMaxDim));
+  }
+  return head_dim;
+}
+
+RotationKind resolved(RotationKind kind, int head_dim) {
+  if (kind == RotationKind::automatic) {
+    return is_power_of_two(head_dim) ? RotationKind::hadamard : RotationKind::haar;
+  }
+  if (kind == RotationKind::hadamard && !is_power_of_two(head_dim)) {
+    throw ValueError("head_dim = " + std::to_string(head_dim) +
+                     " with a Hadamard rotation; allowed: powers of two, or a Haar rotation");
+  }
+  return kind;
+}
+
+void check_rows(const void* from, const void* to, std::int64_t rows) {
+  if (rows < 0) throw ValueError("rows = " + std::to_string(rows) + "; allowed: 0 or more");
+  if (rows > 0 && (from == nullptr || to == nullptr)) {
+    throw ValueError("null pointer for rows = " + std::to_string(rows) +
+                     "; allowed: only for no rows");
+  }
+}
+
+float hadamard_scale(int head_dim) { return 1.0F / std::sqrt(static_cast<float>(head_dim)); }
+
+/// Each row times the matrix whose columns are the rows of `columns`.
+void multiply_rows(const std::vector<float>& columns, const float* from, float* to,
+                   std::int64_t rows, int dim) {
+  float result[kMaxDim];  // `from` and `to` may be the same
+  for (std::int64_t r = 0; r < rows; ++r) {
+    matrix_row(columns.data(), from + r * dim, dim, result);
+    std::memcpy(to + r * dim, result, static_cast<std::size_t>(dim) * sizeof(float));
+  }
+}
+
+}  // namespace
+
+Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
+    : head_dim_(checked_dim(head_dim)), kind_(resolved(kind, head_dim)), seed_(seed) {
+  const auto dim = static_cast<std::size_t>(head_dim);
+  if (kind_ == RotationKind::hadamard) {
+    Xoshiro256 random(seed);
+    signs_.resize(dim);
+    for (float& sign : signs_) sign = random.sign();
+    return;
+  }
+  using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic>;
+  Gaussian random(seed);
+  Matrix gaussian(head_dim, head_dim);
+  for (int i = 0; i < head_dim; ++i) {
+    for (int j = 0; j < head_dim; ++j) gaussian(i, j) = random.next();
+  }
+  const Eigen::HouseholderQR<Matrix> qr(gaussian);
+  Matrix q = qr.householderQ();
+  // Only with a positive diagonal is the decomposition unique, and Q uniform over the group
+  // (arXiv:math-ph/0609050, §5).
+  for (int j = 0; j < head_dim; ++j) {
+    if (qr.matrixQR()(j, j) < 0.0) q.col(j) = -q.col(j);
+  }
+  matrix_.resize(dim * dim);
+  transposed_.resize(dim * dim);
+  Rows(matrix_.data(), head_dim, head_dim) = q.cast<float>();
+  Rows(transposed_.data(), head_dim, head_dim) = q.transpose().cast<float>();
+}
+
+void Rotation::apply(const float* x, float* y, std::int64_t rows) const {
+  check_rows(x, y, rows);
+  if (kind_ == RotationKind::haar) return multiply_rows(transposed_, x, y, rows, head_dim_);
+  const float scale = hadamard_scale(head_dim_);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* row = y + r * head_dim_;
+    multiply_row(x + r * head_dim_, signs_.data(), head_dim_, row);
+    fwht_row(row, head_dim_);
+    scale_row(row, head_dim_, scale);
+  }
+}
+
+void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) const {
+  check_rows(y, x, rows);
+  if (kind_ == RotationKind::haar) return multiply_rows(matrix_, y, x, rows, head_dim_);
+  const float scale = hadamard_scale(head_dim_);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* row = x + r * head_dim_;
+    std::memmove(row, y + r * head_dim_, static_cast<std::size_t>(head_dim_) * sizeof(float));
+    fwht_row(row, head_dim_);
+    scale_row(row, head_dim_, scale);
+    multiply_row(row, signs_.data(), head_dim_, row);
+  }
+}
+
+void Rotation::check_views(std::int64_t in_rows, std::int64_t in_cols, std::int64_t out_rows,
+                           std::int64_t out_cols) const {
+  if (in_cols == head_dim_ && out_cols == head_dim_ && in_rows == out_rows) return;
+  const auto shape = [](std::int64_t rows, std::int64_t cols) {
+    return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+  };
+  throw ValueError("rotation of " + shape(in_rows, in_cols) + " into " + shape(out_rows, out_cols) +
+                   "; allowed: both [rows, " + std::to_string(head_dim_) + "]");
+}
+
+}  // namespace tqai
