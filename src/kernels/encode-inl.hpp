@@ -97,6 +97,15 @@ inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y
   }
 }
 
+// Codes of coordinates [first, end) of 16 tokens; codes: [.., 64], the first of these tokens.
+template <int kBits>
+inline void quantise_segment(const SegmentPlan& segment, const LaneRows& y, int end,
+                             std::uint8_t* codes, float* norm2) noexcept {
+  for (int c = segment.first; c < end; ++c) {
+    quantise_lanes<kBits>(segment, y[c], codes + c * kTileTokens, norm2);
+  }
+}
+
 struct EncodeScratch {
   alignas(64) LaneRows x;
   alignas(64) LaneRows y;
@@ -151,10 +160,7 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
       float levels2[kLanes] = {};
       const int end = std::min(segment.first + segment.count, side.dim);
       with_bits(segment.bits, [&]<int kBits>() {
-        for (int c = segment.first; c < end; ++c) {
-          quantise_lanes<kBits>(segment, scratch.x[c], scratch.codes + c * kTileTokens + start,
-                                levels2);
-        }
+        quantise_segment<kBits>(segment, scratch.x, end, scratch.codes + start, levels2);
       });
       for (int i = 0; i < kLanes; ++i) {
         correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);

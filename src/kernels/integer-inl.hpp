@@ -17,46 +17,53 @@
 namespace tqai::kernels {
 namespace {
 
+// No lambda here takes or returns a Vec: GCC compiles lambdas without the region's target.
+template <typename Ops>
+inline typename Ops::Vec load_line(const std::uint8_t* group, int part, int line) noexcept {
+  return Ops::load(group + line * kLineBytes + part * (kLineBytes / Ops::kParts));
+}
+
+// A 3-bit code from its lower two bits and its upper one; both may have dirty upper bits.
+template <typename Ops>
+inline typename Ops::Vec join_three(typename Ops::Vec low, typename Ops::Vec high) noexcept {
+  return Ops::either(Ops::template low_bits<2>(low),
+                     Ops::template shift_left<2>(Ops::template low_bits<1>(high)));
+}
+
 // The 8 lines of codes of a group (packing.hpp), part `part` of each. Codes of up to 4 bits may
 // have dirty upper bits.
 template <typename Ops, int kBits>
 inline void load_group(const std::uint8_t* group, int part,
                        typename Ops::Vec (&codes)[kGroupCodes]) noexcept {
   using Vec = typename Ops::Vec;
-  const auto line = [group, part](int l) {
-    return Ops::load(group + l * kLineBytes + part * (kLineBytes / Ops::kParts));
-  };
   if constexpr (kBits == 8) {
-    for (int i = 0; i < 8; ++i) codes[i] = line(i);
+    for (int i = 0; i < 8; ++i) codes[i] = load_line<Ops>(group, part, i);
   } else if constexpr (kBits == 3) {
-    const Vec a = line(0);
-    const Vec b = line(1);
-    const Vec c = line(2);
+    const Vec a = load_line<Ops>(group, part, 0);
+    const Vec b = load_line<Ops>(group, part, 1);
+    const Vec c = load_line<Ops>(group, part, 2);
     codes[0] = a;
     codes[1] = Ops::template shift_right<3>(a);
     codes[2] = b;
     codes[3] = Ops::template shift_right<3>(b);
     codes[4] = c;
     codes[5] = Ops::template shift_right<3>(c);
-    const Vec upper = Ops::template low_bits<2>(Ops::template shift_right<6>(c));
-    codes[6] = Ops::either(Ops::template low_bits<2>(Ops::template shift_right<6>(a)),
-                           Ops::template shift_left<2>(Ops::template low_bits<1>(upper)));
-    codes[7] = Ops::either(Ops::template low_bits<2>(Ops::template shift_right<6>(b)),
-                           Ops::template shift_left<2>(Ops::template shift_right<1>(upper)));
+    codes[6] = join_three<Ops>(Ops::template shift_right<6>(a), Ops::template shift_right<6>(c));
+    codes[7] = join_three<Ops>(Ops::template shift_right<6>(b), Ops::template shift_right<7>(c));
   } else if constexpr (kBits == 4) {
     for (int l = 0; l < 4; ++l) {
-      codes[2 * l] = line(l);
+      codes[2 * l] = load_line<Ops>(group, part, l);
       codes[2 * l + 1] = Ops::template shift_right<4>(codes[2 * l]);
     }
   } else if constexpr (kBits == 2) {
     for (int l = 0; l < 2; ++l) {
-      codes[4 * l] = line(l);
+      codes[4 * l] = load_line<Ops>(group, part, l);
       codes[4 * l + 1] = Ops::template shift_right<2>(codes[4 * l]);
       codes[4 * l + 2] = Ops::template shift_right<4>(codes[4 * l]);
       codes[4 * l + 3] = Ops::template shift_right<6>(codes[4 * l]);
     }
   } else if constexpr (kBits == 1) {
-    codes[0] = line(0);
+    codes[0] = load_line<Ops>(group, part, 0);
     codes[1] = Ops::template shift_right<1>(codes[0]);
     codes[2] = Ops::template shift_right<2>(codes[0]);
     codes[3] = Ops::template shift_right<3>(codes[0]);

@@ -1,0 +1,274 @@
+// Every level against plain arithmetic on codes, and against the scalar level bit for bit.
+#include "kernels/kernels.hpp"
+
+#include <bit>
+#include <cstring>
+#include <tqai/codebook.hpp>
+#include <tqai/rotation.hpp>
+
+#include "cache/codec.hpp"
+#include "reference.hpp"
+
+namespace tqai {
+namespace {
+
+using kernels::Kernels;
+using kernels::kMaxRows;
+using kernels::SegmentPlan;
+
+constexpr int kDims[] = {16, 40, 64, 80, 96, 128, 256};
+
+detail::Codec make_codec(int dim, int bits) {
+  CacheOptions options;
+  options.kv_heads = 1;
+  options.head_dim = dim;
+  options.value_head_dim = dim;
+  options.bits_k = bits;
+  options.bits_v = bits;
+  return detail::Codec(options);
+}
+
+// The parameter is the level, or nothing runs: a level that this machine lacks is skipped.
+class Levels : public testing::TestWithParam<Level> {
+ protected:
+  void SetUp() override {
+    const auto levels = available_levels();
+    if (std::find(levels.begin(), levels.end(), GetParam()) == levels.end()) {
+      GTEST_SKIP() << "this processor has no " << name_of(GetParam());
+    }
+  }
+  const Kernels& level() const { return kernels::kernels(GetParam()); }
+  static const Kernels& scalar() { return kernels::kernels(Level::scalar); }
+};
+
+INSTANTIATE_TEST_SUITE_P(All, Levels, testing::Values(Level::scalar, Level::avx2, Level::avx512),
+                         [](const auto& param) { return test::level_text(param.param); });
+
+template <typename Int>
+std::vector<Int> random_ints(std::size_t count, int low, int high, std::mt19937_64& engine) {
+  std::uniform_int_distribution<int> uniform(low, high);
+  std::vector<Int> values(count);
+  for (Int& value : values) value = static_cast<Int>(uniform(engine));
+  // Extremes first: they are what would overflow or saturate.
+  for (std::size_t i = 0; i < count / 4; ++i) values[i] = static_cast<Int>(i % 2 == 0 ? high : low);
+  return values;
+}
+
+TEST_P(Levels, ScoresAreExact) {
+  auto engine = test::random_engine(1);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const int dim : kDims) {
+      const auto codec = make_codec(dim, bits);
+      const SegmentPlan& segment = codec.plan().keys.segments[0];
+      const auto count = static_cast<std::size_t>(segment.count);
+      const auto codes = random_ints<std::uint8_t>(count * kTileTokens, 0, (1 << bits) - 1, engine);
+      std::vector<std::uint8_t> packed(packed_bytes(segment.count, bits));
+      pack_keys(codes.data(), segment.count, bits, packed.data());
+      for (const int rows : {1, 2, 3, 4, 5, 16}) {
+        const auto queries =
+            random_ints<std::int8_t>(static_cast<std::size_t>(rows) * count, -127, 127, engine);
+        std::vector<std::int32_t> scores(static_cast<std::size_t>(rows) * kTileTokens, -1);
+        level().score(segment, packed.data(), queries.data(), rows, scores.data());
+        for (std::size_t i = 0; i < scores.size(); ++i) {
+          std::int64_t expected = 0;
+          for (std::size_t c = 0; c < count; ++c) {
+            expected += queries[i / kTileTokens * count + c] *
+                        segment.levels[codes[c * kTileTokens + i % kTileTokens]];
+          }
+          ASSERT_EQ(scores[i], expected) << "bits " << bits << ", d " << dim << ", rows " << rows;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Levels, WeightedSumsAreExact) {
+  auto engine = test::random_engine(2);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const int dim : kDims) {
+      const auto codec = make_codec(dim, bits);
+      const SegmentPlan& segment = codec.plan().values.segments[0];
+      const auto count = static_cast<std::size_t>(segment.count);
+      const auto codes = random_ints<std::uint8_t>(count * kTileTokens, 0, (1 << bits) - 1, engine);
+      std::vector<std::uint8_t> packed(packed_bytes(segment.count, bits));
+      pack_values(codes.data(), segment.count, bits, packed.data());
+      for (const int rows : {1, 2, 3, 4, 5, 8}) {
+        const auto weights =
+            random_ints<std::uint8_t>(static_cast<std::size_t>(rows) * kTileTokens, 0, 255, engine);
+        std::vector<std::int32_t> sums(static_cast<std::size_t>(rows) * count, -1);
+        level().accumulate(segment, packed.data(), weights.data(), rows, sums.data());
+        for (std::size_t i = 0; i < sums.size(); ++i) {
+          std::int64_t expected = 0;
+          for (std::size_t t = 0; t < kTileTokens; ++t) {
+            expected += weights[i / count * kTileTokens + t] *
+                        segment.levels[codes[i % count * kTileTokens + t]];
+          }
+          ASSERT_EQ(sums[i], expected) << "bits " << bits << ", d " << dim << ", rows " << rows;
+        }
+      }
+    }
+  }
+}
+
+// Tiles with vectors of all sizes, a zero vector and a one-hot one among them.
+std::vector<float> tile_rows(int dim, std::mt19937_64& engine) {
+  auto rows = test::random_normal(static_cast<std::size_t>(dim) * kTileTokens, engine);
+  for (int t = 0; t < kTileTokens; ++t) {
+    const float scale = std::ldexp(1.0F, t % 20 - 10);
+    for (int c = 0; c < dim; ++c) rows[static_cast<std::size_t>(t * dim + c)] *= scale;
+  }
+  std::fill_n(rows.begin() + 7 * dim, dim, 0.0F);
+  std::fill_n(rows.begin() + 8 * dim, dim, 0.0F);
+  rows[static_cast<std::size_t>(8 * dim + 3)] = 42.0F;
+  return rows;
+}
+
+TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
+  auto engine = test::random_engine(3);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const int dim : kDims) {
+      const auto codec = make_codec(dim, bits);
+      const auto rows = tile_rows(dim, engine);
+      for (const bool keys : {true, false}) {
+        const auto& side = keys ? codec.plan().keys : codec.plan().values;
+        std::vector<std::uint8_t> tile(codec.layout().bytes(), 0);
+        std::vector<std::uint8_t> expected(tile.size(), 0);
+        level().encode(side, keys, rows.data(), tile.data());
+        scalar().encode(side, keys, rows.data(), expected.data());
+        ASSERT_EQ(tile, expected) << "bits " << bits << ", d " << dim;
+        std::vector<float> decoded(rows.size());
+        std::vector<float> expected_rows(rows.size());
+        level().decode(side, keys, tile.data(), decoded.data());
+        scalar().decode(side, keys, tile.data(), expected_rows.data());
+        ASSERT_EQ(
+            0, std::memcmp(decoded.data(), expected_rows.data(), decoded.size() * sizeof(float)));
+      }
+    }
+  }
+}
+
+// The scalar level is the specification; this is the specification of the scalar level.
+TEST(Encode, CodesAreNearestCentroidsOfTheRotatedUnitVector) {
+  auto engine = test::random_engine(4);
+  for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8}) {
+    for (const int dim : kDims) {
+      const auto codec = make_codec(dim, bits);
+      const Codebook& book = codebook(dim, bits, Grid::int8);
+      const auto rows = tile_rows(dim, engine);
+      std::vector<std::uint8_t> tile(codec.layout().bytes());
+      kernels::kernels(Level::scalar).encode(codec.plan().keys, true, rows.data(), tile.data());
+      std::vector<std::uint8_t> codes(static_cast<std::size_t>(padded_dim(dim)) * kTileTokens);
+      unpack_keys(tile.data(), padded_dim(dim), bits, codes.data());
+      std::vector<float> decoded(rows.size());
+      kernels::kernels(Level::scalar).decode(codec.plan().keys, true, tile.data(), decoded.data());
+      for (int t = 0; t < kTileTokens; ++t) {
+        const float* x = rows.data() + t * dim;
+        double length = 0.0;
+        for (int c = 0; c < dim; ++c)
+          length += static_cast<double>(x[c]) * static_cast<double>(x[c]);
+        length = std::sqrt(length);
+        std::vector<float> unit(static_cast<std::size_t>(dim));
+        std::vector<float> rotated(unit.size());
+        for (int c = 0; c < dim; ++c) {
+          unit[static_cast<std::size_t>(c)] =
+              length > 0.0 ? static_cast<float>(x[c] / length) : 0.0F;
+        }
+        codec.key_rotation().apply(unit.data(), rotated.data(), 1);
+        double decoded_norm = 0.0;
+        for (int c = 0; c < dim; ++c) {
+          const auto at = static_cast<std::size_t>(c);
+          const int code = codes[at * kTileTokens + static_cast<std::size_t>(t)];
+          const float y = rotated[at];
+          // Rounding may put a coordinate on the other side of a boundary, never farther.
+          if (code > 0) {
+            EXPECT_GE(y, book.boundaries()[static_cast<std::size_t>(code - 1)] - 1e-6F);
+          }
+          if (code + 1 < 1 << bits) {
+            EXPECT_LE(y, book.boundaries()[static_cast<std::size_t>(code)] + 1e-6F);
+          }
+          const auto value = static_cast<double>(decoded[static_cast<std::size_t>(t * dim + c)]);
+          decoded_norm += value * value;
+        }
+        // Norm correction: the length survives, up to FP16's rounding of the norm. The norm stored
+        // is at least 2^-12 here, where FP16 is normal.
+        EXPECT_NEAR(std::sqrt(decoded_norm), length, length * 6e-4)
+            << "bits " << bits << ", d " << dim << ", token " << t;
+      }
+    }
+  }
+}
+
+struct Attended {
+  std::vector<float> max;
+  std::vector<float> sum;
+  std::vector<float> output;
+};
+
+Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
+                   const std::vector<kernels::TileSpan>& spans, const std::vector<float>& rotated,
+                   int rows, std::int64_t tokens, float soft_cap, const float* mask) {
+  const int padded = codec.plan().values.padded;
+  Attended state{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
+                 std::vector<float>(kMaxRows, 0.0F),
+                 std::vector<float>(static_cast<std::size_t>(rows * padded), 0.0F)};
+  const std::vector<std::int64_t> first(kMaxRows, 3);
+  const std::vector<std::int64_t> end(kMaxRows, tokens - 1);
+  const std::vector<float> centres(kMaxRows, 0.25F);
+  kernels::Softmax softmax{};
+  softmax.rows = rows;
+  softmax.scale = 0.3F;
+  softmax.soft_cap = soft_cap;
+  softmax.first = first.data();
+  softmax.end = end.data();
+  softmax.mask = mask;
+  softmax.mask_stride = tokens;
+  softmax.max = state.max.data();
+  softmax.sum = state.sum.data();
+  softmax.output = state.output.data();
+  softmax.output_stride = padded;
+  kernels.attend_tiles({&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()),
+                        rotated.data(), centres.data(), softmax});
+  return state;
+}
+
+TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
+  auto engine = test::random_engine(5);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const int dim : kDims) {
+      const auto codec = make_codec(dim, bits);
+      std::vector<std::vector<std::uint8_t>> tiles;
+      std::vector<kernels::TileSpan> spans;
+      for (const int tokens : {64, 64, 17, 64}) {
+        const auto rows = tile_rows(dim, engine);
+        tiles.emplace_back(codec.layout().bytes());
+        scalar().encode(codec.plan().keys, true, rows.data(), tiles.back().data());
+        scalar().encode(codec.plan().values, false, rows.data(), tiles.back().data());
+        spans.push_back({tiles.back().data(), tokens});
+      }
+      for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tile = tiles[i].data();
+      const std::int64_t tokens = 209;
+      for (const int rows : {1, 3, 8}) {
+        const int padded = padded_dim(dim);
+        std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
+        for (int r = 0; r < rows; ++r) {
+          const auto query = test::random_normal(static_cast<std::size_t>(dim), engine);
+          std::copy(query.begin(), query.end(), queries.begin() + r * padded);
+        }
+        const auto mask = test::random_normal(
+            static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), engine);
+        for (const float cap : {0.0F, 5.0F}) {
+          const auto got =
+              run_tiles(level(), codec, spans, queries, rows, tokens, cap, mask.data());
+          const auto expected =
+              run_tiles(scalar(), codec, spans, queries, rows, tokens, cap, mask.data());
+          ASSERT_EQ(got.max, expected.max);
+          ASSERT_EQ(got.sum, expected.sum);
+          ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tqai
