@@ -1,0 +1,180 @@
+// The two quantisers of TurboQuant (arXiv:2504.19874) for single vectors, at any bits and
+// dimension: the reference beside the cache, and the paper's reproduction.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tqai/codebook.hpp>
+#include <tqai/eigen.hpp>
+#include <tqai/export.hpp>
+#include <tqai/rotation.hpp>
+#include <vector>
+
+namespace tqai {
+
+/// Contiguous row-major views of codes [rows, code_bytes()] and of FP16 norms [rows, norm_count()].
+using CodeMatrix = Eigen::Matrix<std::uint8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using CodeRows = Eigen::Map<CodeMatrix>;
+using ConstCodeRows = Eigen::Map<const CodeMatrix>;
+using NormMatrix = Eigen::Matrix<std::uint16_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using NormRows = Eigen::Map<NormMatrix>;
+using ConstNormRows = Eigen::Map<const NormMatrix>;
+
+/// What both quantisers do. A vector becomes code_bytes() bytes of codes, little-endian in bits
+/// (code i at bits i·b … i·b+b−1 of its run), and norm_count() FP16 norms.
+///
+/// All arrays are contiguous and row-major; buffers written must not overlap others. Every function
+/// throws ValueError for a negative count, a missing buffer or a view of the wrong shape.
+/// Immutable: const members may run concurrently.
+class TQAI_API VectorQuantizer {
+ public:
+  virtual ~VectorQuantizer();
+
+  int head_dim() const noexcept { return head_dim_; }
+  int bits() const noexcept { return bits_; }
+  /// Bytes of one vector's codes.
+  std::size_t code_bytes() const noexcept { return code_bytes_; }
+  /// FP16 norms of one vector.
+  int norm_count() const noexcept { return norm_count_; }
+
+  /// vectors: [rows, head_dim] fp32. Zero vectors are legal and decode to zeros. Throws ValueError
+  /// for NaN, infinity and norms that FP16 cannot hold (codes and norms are then unspecified).
+  void encode(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+              std::uint16_t* norms) const;
+
+  /// The inverse, up to the quantisation error. codes and norms as `encode` wrote them; any codes
+  /// are legal, norms that are not finite come out as such.
+  void decode(const std::uint8_t* codes, const std::uint16_t* norms, std::int64_t rows,
+              float* vectors) const;
+
+  /// products: [query_rows, rows], of each query with each decoded vector, without un-rotating any.
+  /// queries: [query_rows, head_dim] fp32.
+  void inner_products(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
+                      const std::uint16_t* norms, std::int64_t rows, float* products) const;
+
+  void encode(ConstRows vectors, CodeRows codes, NormRows norms) const {
+    check_view("vectors", vectors.rows(), vectors.cols(), vectors.rows(), head_dim_);
+    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), vectors.rows());
+    encode(vectors.data(), vectors.rows(), codes.data(), norms.data());
+  }
+
+  void decode(ConstCodeRows codes, ConstNormRows norms, Rows vectors) const {
+    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), vectors.rows());
+    check_view("vectors", vectors.rows(), vectors.cols(), vectors.rows(), head_dim_);
+    decode(codes.data(), norms.data(), vectors.rows(), vectors.data());
+  }
+
+  void inner_products(ConstRows queries, ConstCodeRows codes, ConstNormRows norms,
+                      Rows products) const {
+    check_view("queries", queries.rows(), queries.cols(), queries.rows(), head_dim_);
+    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), codes.rows());
+    check_view("products", products.rows(), products.cols(), queries.rows(), codes.rows());
+    inner_products(queries.data(), queries.rows(), codes.data(), norms.data(), codes.rows(),
+                   products.data());
+  }
+
+ protected:
+  /// Throws ValueError where head_dim is outside 8…512 or bits outside 1…8.
+  VectorQuantizer(int head_dim, int bits);
+  VectorQuantizer(const VectorQuantizer&) = default;
+  VectorQuantizer(VectorQuantizer&&) = default;
+  VectorQuantizer& operator=(const VectorQuantizer&) = default;
+  VectorQuantizer& operator=(VectorQuantizer&&) = default;
+
+  std::size_t code_bytes_ = 0;
+  int norm_count_ = 1;
+
+ private:
+  virtual void encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                           std::uint16_t* norms) const = 0;
+  virtual void decode_rows(const std::uint8_t* codes, const std::uint16_t* norms, std::int64_t rows,
+                           float* vectors) const = 0;
+  virtual void multiply_rows(const float* queries, std::int64_t query_rows,
+                             const std::uint8_t* codes, const std::uint16_t* norms,
+                             std::int64_t rows, float* products) const = 0;
+
+  void check_codes(std::int64_t code_rows, std::int64_t code_cols, std::int64_t norm_rows,
+                   std::int64_t norm_cols, std::int64_t rows) const;
+  static void check_view(const char* name, std::int64_t rows, std::int64_t cols,
+                         std::int64_t allowed_rows, std::int64_t allowed_cols);
+
+  int head_dim_;
+  int bits_;
+};
+
+struct QuantizerOptions {
+  int head_dim = 0;  // 8…512
+  int bits = 4;      // 1…8 per coordinate
+  RotationKind rotation = RotationKind::automatic;
+  std::uint64_t seed = 0x7461'6971;  // of the rotation
+  Grid grid = Grid::exact;
+  bool norm_correction = true;
+};
+
+/// Smallest mean squared error: rotation, then the nearest centroid of each coordinate
+/// (arXiv:2504.19874, Alg. 1). Inner products are biased towards zero: by 2/π at 1 bit, before norm
+/// correction.
+/// Differs from the paper: any norm, stored as FP16; with `norm_correction` the norm is divided by
+/// that of the quantised unit vector, so that reconstructions have the original length.
+class TQAI_API Quantizer final : public VectorQuantizer {
+ public:
+  explicit Quantizer(const QuantizerOptions& options);
+
+  const QuantizerOptions& options() const noexcept { return options_; }
+  const Rotation& rotation() const noexcept { return rotation_; }
+  const Codebook& codebook() const noexcept { return *codebook_; }
+
+ private:
+  void encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                   std::uint16_t* norms) const override;
+  void decode_rows(const std::uint8_t* codes, const std::uint16_t* norms, std::int64_t rows,
+                   float* vectors) const override;
+  void multiply_rows(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
+                     const std::uint16_t* norms, std::int64_t rows, float* products) const override;
+
+  QuantizerOptions options_;
+  Rotation rotation_;
+  const Codebook* codebook_;  // of the process
+};
+
+struct ProdQuantizerOptions {
+  int head_dim = 0;  // 8…512
+  int bits = 4;      // 1…8 per coordinate, the sign of the residual's projection included
+  RotationKind rotation = RotationKind::automatic;
+  std::uint64_t seed = 0x7461'6971;             // of the rotation
+  std::uint64_t projection_seed = 0x716A'6C31;  // of the Gaussian projection; may equal `seed`
+  Grid grid = Grid::exact;
+};
+
+/// Unbiased inner products: `bits` − 1 bits as in Quantizer, without norm correction, and the signs
+/// of a Gaussian projection of what they leave (arXiv:2504.19874, Alg. 2; QJL, arXiv:2406.03482).
+/// With 1 bit it is the projection alone. Unbiased over projection seeds, at the price of variance.
+/// Codes of a vector: the centroids' codes, then one bit a coordinate, each run in whole bytes.
+/// Norms: the vector's, then the residual's; with 1 bit only the latter. O(head_dim²) a vector.
+class TQAI_API ProdQuantizer final : public VectorQuantizer {
+ public:
+  explicit ProdQuantizer(const ProdQuantizerOptions& options);
+
+  const ProdQuantizerOptions& options() const noexcept { return options_; }
+  const Rotation& rotation() const noexcept { return rotation_; }
+
+ private:
+  void encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                   std::uint16_t* norms) const override;
+  void decode_rows(const std::uint8_t* codes, const std::uint16_t* norms, std::int64_t rows,
+                   float* vectors) const override;
+  void multiply_rows(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
+                     const std::uint16_t* norms, std::int64_t rows, float* products) const override;
+
+  /// One vector's centroids in units of its norm, and its ±1 signs.
+  void unpack(const std::uint8_t* codes, float* unit, float* signs) const;
+
+  ProdQuantizerOptions options_;
+  Rotation rotation_;
+  const Codebook* codebook_ = nullptr;  // of the process; null at 1 bit
+  std::size_t centroid_bytes_ = 0;
+  std::vector<float> projection_;  // S, [head_dim, head_dim] row-major, and its transpose
+  std::vector<float> projection_transposed_;
+};
+
+}  // namespace tqai

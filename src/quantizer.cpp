@@ -1,0 +1,382 @@
+#include <cmath>
+#include <cstdio>
+#include <numbers>
+#include <string>
+#include <tqai/error.hpp>
+#include <tqai/half.hpp>
+#include <tqai/quantizer.hpp>
+
+#include "random.hpp"
+#include "rotate-inl.hpp"
+
+namespace tqai {
+namespace {
+
+constexpr int kMinDim = 8;
+constexpr int kMaxDim = 512;
+constexpr int kMaxBits = 8;
+constexpr std::uint16_t kHalfInfinity = 0x7C00;
+
+std::size_t bytes_for(int codes, int bits) {
+  return (static_cast<std::size_t>(codes) * static_cast<std::size_t>(bits) + 7) / 8;
+}
+
+// Little-endian in bits: the first code takes the lowest bits of the first byte.
+void pack_bits(const std::uint8_t* codes, int count, int bits, std::uint8_t* packed) {
+  unsigned pending = 0;
+  int filled = 0;
+  for (int i = 0; i < count; ++i) {
+    pending |= static_cast<unsigned>(codes[i]) << filled;
+    for (filled += bits; filled >= 8; filled -= 8) {
+      *packed++ = static_cast<std::uint8_t>(pending);
+      pending >>= 8;
+    }
+  }
+  if (filled > 0) *packed = static_cast<std::uint8_t>(pending);
+}
+
+void unpack_bits(const std::uint8_t* packed, int count, int bits, std::uint8_t* codes) {
+  const unsigned mask = (1U << bits) - 1U;
+  unsigned pending = 0;
+  int filled = 0;
+  for (int i = 0; i < count; ++i) {
+    if (filled < bits) {
+      pending |= static_cast<unsigned>(*packed++) << filled;
+      filled += 8;
+    }
+    codes[i] = static_cast<std::uint8_t>(pending & mask);
+    pending >>= bits;
+    filled -= bits;
+  }
+}
+
+// The order of additions is the kernels' (kernels/encode-inl.hpp), so that both give the same
+// codes.
+float norm_of(const float* x, int dim) {
+  float sum = 0.0F;
+  for (int i = 0; i < dim; ++i) sum = sum + x[i] * x[i];
+  return std::sqrt(sum);
+}
+
+float dot(const float* a, const float* b, int dim) {
+  constexpr int kLanes = 16;
+  float lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  }
+  for (int lane = 0; i < dim; ++i, ++lane) lanes[lane] += a[i] * b[i];
+  float sum = 0.0F;
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
+std::string text_of(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.6g", value);
+  return text;
+}
+
+/// Says why a row has no finite FP16 norm.
+[[noreturn]] void refuse_row(const float* row, std::int64_t index, int dim, const char* what) {
+  const std::string prefix = "row " + std::to_string(index) + ": ";
+  double sum = 0.0;
+  for (int i = 0; i < dim; ++i) {
+    if (!std::isfinite(row[i])) {
+      throw ValueError(prefix + "coordinate " + std::to_string(i) + " = " + text_of(row[i]) +
+                       "; allowed: finite numbers");
+    }
+    sum += static_cast<double>(row[i]) * row[i];
+  }
+  throw ValueError(prefix + what + " of a vector of norm " + text_of(std::sqrt(sum)) +
+                   " is beyond FP16; allowed: up to " + text_of(kMaxHalf));
+}
+
+/// y = R · row / ‖row‖, or zeros; returns ‖row‖.
+float rotated_unit(const Rotation& rotation, const float* row, float* y) {
+  const int dim = rotation.head_dim();
+  const float norm = norm_of(row, dim);
+  const float inverse = norm > 0.0F ? 1.0F / norm : 0.0F;
+  for (int i = 0; i < dim; ++i) y[i] = row[i] * inverse;
+  rotation.apply(y, y, 1);
+  return norm;
+}
+
+/// Rotated queries; the inner products need no other rotation: ⟨q, Rᵀŷ⟩ = ⟨Rq, ŷ⟩.
+std::vector<float> rotated(const Rotation& rotation, const float* queries, std::int64_t rows) {
+  std::vector<float> result(static_cast<std::size_t>(rows * rotation.head_dim()));
+  rotation.apply(queries, result.data(), rows);
+  return result;
+}
+
+/// E[s · sign⟨s, r⟩] = √(2/π) · r/‖r‖ for Gaussian s: what makes d signs an unbiased estimate
+/// (arXiv:2504.19874, Alg. 2, line 11).
+float projection_scale(int dim) {
+  return static_cast<float>(std::sqrt(std::numbers::pi / 2.0) / dim);
+}
+
+void check_count(const char* name, std::int64_t count) {
+  if (count >= 0) return;
+  throw ValueError(std::string(name) + " = " + std::to_string(count) + "; allowed: 0 or more");
+}
+
+void check_buffer(const char* name, const void* data, std::int64_t rows) {
+  if (data != nullptr || rows == 0) return;
+  throw ValueError(std::string(name) + " is a null pointer for " + std::to_string(rows) +
+                   " rows; allowed: only for none");
+}
+
+void check_range(const char* name, int value, int least, int most) {
+  if (value >= least && value <= most) return;
+  throw ValueError(std::string(name) + " = " + std::to_string(value) +
+                   "; allowed: " + std::to_string(least) + "…" + std::to_string(most));
+}
+
+}  // namespace
+
+VectorQuantizer::VectorQuantizer(int head_dim, int bits) : head_dim_(head_dim), bits_(bits) {
+  check_range("head_dim", head_dim, kMinDim, kMaxDim);
+  check_range("bits", bits, 1, kMaxBits);
+}
+
+VectorQuantizer::~VectorQuantizer() = default;
+
+void VectorQuantizer::encode(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                             std::uint16_t* norms) const {
+  check_count("rows", rows);
+  check_buffer("vectors", vectors, rows);
+  check_buffer("codes", codes, rows);
+  check_buffer("norms", norms, rows);
+  encode_rows(vectors, rows, codes, norms);
+}
+
+void VectorQuantizer::decode(const std::uint8_t* codes, const std::uint16_t* norms,
+                             std::int64_t rows, float* vectors) const {
+  check_count("rows", rows);
+  check_buffer("codes", codes, rows);
+  check_buffer("norms", norms, rows);
+  check_buffer("vectors", vectors, rows);
+  decode_rows(codes, norms, rows, vectors);
+}
+
+void VectorQuantizer::inner_products(const float* queries, std::int64_t query_rows,
+                                     const std::uint8_t* codes, const std::uint16_t* norms,
+                                     std::int64_t rows, float* products) const {
+  check_count("query_rows", query_rows);
+  check_count("rows", rows);
+  check_buffer("queries", queries, query_rows);
+  check_buffer("codes", codes, rows);
+  check_buffer("norms", norms, rows);
+  check_buffer("products", products, query_rows * rows);
+  multiply_rows(queries, query_rows, codes, norms, rows, products);
+}
+
+void VectorQuantizer::check_codes(std::int64_t code_rows, std::int64_t code_cols,
+                                  std::int64_t norm_rows, std::int64_t norm_cols,
+                                  std::int64_t rows) const {
+  check_view("codes", code_rows, code_cols, rows, static_cast<std::int64_t>(code_bytes_));
+  check_view("norms", norm_rows, norm_cols, rows, norm_count_);
+}
+
+void VectorQuantizer::check_view(const char* name, std::int64_t rows, std::int64_t cols,
+                                 std::int64_t allowed_rows, std::int64_t allowed_cols) {
+  if (rows == allowed_rows && cols == allowed_cols) return;
+  const auto shape = [](std::int64_t r, std::int64_t c) {
+    return "[" + std::to_string(r) + ", " + std::to_string(c) + "]";
+  };
+  throw ValueError(std::string(name) + " has shape " + shape(rows, cols) +
+                   "; allowed: " + shape(allowed_rows, allowed_cols));
+}
+
+Quantizer::Quantizer(const QuantizerOptions& options)
+    : VectorQuantizer(options.head_dim, options.bits),
+      options_(options),
+      rotation_(options.head_dim, options.rotation, options.seed),
+      codebook_(&tqai::codebook(options.head_dim, options.bits, options.grid)) {
+  code_bytes_ = bytes_for(options.head_dim, options.bits);
+}
+
+void Quantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                            std::uint16_t* norms) const {
+  const int dim = head_dim();
+  const auto levels = codebook_->levels();
+  const auto centroids = codebook_->centroids();
+  const float step = codebook_->step();
+  float y[kMaxDim];
+  std::uint8_t row_codes[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* row = vectors + r * dim;
+    float norm = rotated_unit(rotation_, row, y);  // arXiv:2504.19874, Alg. 1, line 5
+    if (!std::isfinite(norm)) refuse_row(row, r, dim, "the norm");
+    for (int i = 0; i < dim; ++i) row_codes[i] = codebook_->encode(y[i]);  // Alg. 1, line 6
+    if (options_.norm_correction) {
+      // On the integer grid in units of the step, where the sum is exact; as the kernels do.
+      float square = 0.0F;
+      for (int i = 0; i < dim; ++i) {
+        const float c =
+            levels.empty() ? centroids[row_codes[i]] : static_cast<float>(levels[row_codes[i]]);
+        square = square + c * c;
+      }
+      const float length = std::sqrt(levels.empty() ? square : square * (step * step));
+      norm = length > 0.0F ? norm / length : 0.0F;
+    }
+    norms[r] = to_half(norm);
+    if (norms[r] >= kHalfInfinity) refuse_row(row, r, dim, "the stored norm");
+    pack_bits(row_codes, dim, bits(), codes + r * static_cast<std::int64_t>(code_bytes()));
+  }
+}
+
+void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
+                            std::int64_t rows, float* vectors) const {
+  const int dim = head_dim();
+  const auto centroids = codebook_->centroids();
+  std::uint8_t row_codes[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* row = vectors + r * dim;
+    unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
+    for (int i = 0; i < dim; ++i) row[i] = centroids[row_codes[i]];
+    rotation_.apply_transposed(row, row, 1);  // arXiv:2504.19874, Alg. 1, line 10
+    scale_row(row, dim, from_half(norms[r]));
+  }
+}
+
+void Quantizer::multiply_rows(const float* queries, std::int64_t query_rows,
+                              const std::uint8_t* codes, const std::uint16_t* norms,
+                              std::int64_t rows, float* products) const {
+  const int dim = head_dim();
+  const auto centroids = codebook_->centroids();
+  const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);
+  float unit[kMaxDim];
+  std::uint8_t row_codes[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
+    for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
+    const float norm = from_half(norms[r]);
+    for (std::int64_t q = 0; q < query_rows; ++q) {
+      products[q * rows + r] = norm * dot(rotated_queries.data() + q * dim, unit, dim);
+    }
+  }
+}
+
+ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
+    : VectorQuantizer(options.head_dim, options.bits),
+      options_(options),
+      rotation_(options.head_dim, options.rotation, options.seed) {
+  const int dim = options.head_dim;
+  const bool has_centroids = options.bits > 1;
+  if (has_centroids) codebook_ = &tqai::codebook(dim, options.bits - 1, options.grid);
+  centroid_bytes_ = bytes_for(dim, options.bits - 1);
+  code_bytes_ = centroid_bytes_ + bytes_for(dim, 1);
+  norm_count_ = has_centroids ? 2 : 1;
+  // Another stream than Rotation's: with equal seeds its Gaussian would be the same matrix.
+  constexpr std::uint64_t kStream = 0x514A'4C5F'6761'7573;
+  Gaussian random(SplitMix64(options.projection_seed ^ kStream).next());
+  const auto size = static_cast<std::size_t>(dim);
+  projection_.resize(size * size);
+  projection_transposed_.resize(size * size);
+  for (std::size_t i = 0; i < size; ++i) {
+    for (std::size_t k = 0; k < size; ++k) {
+      const auto entry = static_cast<float>(random.next());
+      projection_[i * size + k] = entry;
+      projection_transposed_[k * size + i] = entry;
+    }
+  }
+}
+
+void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                                std::uint16_t* norms) const {
+  const int dim = head_dim();
+  float residual[kMaxDim];
+  float projected[kMaxDim];
+  std::uint8_t row_codes[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* row = vectors + r * dim;
+    std::uint8_t* packed = codes + r * static_cast<std::int64_t>(code_bytes());
+    std::uint16_t* row_norms = norms + r * norm_count();
+    const float norm = rotated_unit(rotation_, row, residual);
+    if (!std::isfinite(norm)) refuse_row(row, r, dim, "the norm");
+    if (codebook_ == nullptr) {
+      scale_row(residual, dim, norm);
+    } else {
+      // arXiv:2504.19874, Alg. 2, lines 5 and 6. The residual is of what the decoder will see: norm
+      // rounded.
+      row_norms[0] = to_half(norm);
+      if (row_norms[0] >= kHalfInfinity) refuse_row(row, r, dim, "the norm");
+      const float stored = from_half(row_norms[0]);
+      const auto centroids = codebook_->centroids();
+      for (int i = 0; i < dim; ++i) {
+        row_codes[i] = codebook_->encode(residual[i]);
+        residual[i] = norm * residual[i] - stored * centroids[row_codes[i]];
+      }
+      pack_bits(row_codes, dim, bits() - 1, packed);
+    }
+    const std::uint16_t length = to_half(norm_of(residual, dim));
+    if (length >= kHalfInfinity) refuse_row(row, r, dim, "the residual's norm");
+    row_norms[norm_count() - 1] = length;
+    // Alg. 2, line 7. Differs from the paper: S multiplies the rotated residual, which spares two
+    // rotations; S·R has the law of S.
+    matrix_row(projection_transposed_.data(), residual, dim, projected);
+    for (int i = 0; i < dim; ++i) row_codes[i] = projected[i] >= 0.0F ? 1 : 0;
+    pack_bits(row_codes, dim, 1, packed + centroid_bytes_);
+  }
+}
+
+void ProdQuantizer::unpack(const std::uint8_t* codes, float* unit, float* signs) const {
+  const int dim = head_dim();
+  std::uint8_t row_codes[kMaxDim];
+  unpack_bits(codes + centroid_bytes_, dim, 1, row_codes);
+  for (int i = 0; i < dim; ++i) signs[i] = row_codes[i] != 0 ? 1.0F : -1.0F;
+  if (codebook_ == nullptr) {
+    for (int i = 0; i < dim; ++i) unit[i] = 0.0F;
+    return;
+  }
+  const auto centroids = codebook_->centroids();
+  unpack_bits(codes, dim, bits() - 1, row_codes);
+  for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
+}
+
+void ProdQuantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
+                                std::int64_t rows, float* vectors) const {
+  const int dim = head_dim();
+  const float scale = projection_scale(dim);
+  float unit[kMaxDim];
+  float signs[kMaxDim];
+  float residual[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::uint16_t* row_norms = norms + r * norm_count();
+    const float norm = from_half(row_norms[0]);
+    const float length = from_half(row_norms[norm_count() - 1]);
+    unpack(codes + r * static_cast<std::int64_t>(code_bytes()), unit, signs);
+    matrix_row(projection_.data(), signs, dim, residual);
+    float* row = vectors + r * dim;
+    for (int i = 0; i < dim; ++i) row[i] = norm * unit[i] + scale * length * residual[i];
+    rotation_.apply_transposed(row, row, 1);
+  }
+}
+
+void ProdQuantizer::multiply_rows(const float* queries, std::int64_t query_rows,
+                                  const std::uint8_t* codes, const std::uint16_t* norms,
+                                  std::int64_t rows, float* products) const {
+  const int dim = head_dim();
+  const float scale = projection_scale(dim);
+  const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);
+  std::vector<float> projected(rotated_queries.size());
+  for (std::int64_t q = 0; q < query_rows; ++q) {
+    matrix_row(projection_transposed_.data(), rotated_queries.data() + q * dim, dim,
+               projected.data() + q * dim);
+  }
+  float unit[kMaxDim];
+  float signs[kMaxDim];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::uint16_t* row_norms = norms + r * norm_count();
+    const float norm = from_half(row_norms[0]);
+    const float length = from_half(row_norms[norm_count() - 1]);
+    unpack(codes + r * static_cast<std::int64_t>(code_bytes()), unit, signs);
+    for (std::int64_t q = 0; q < query_rows; ++q) {
+      const float estimate = scale * length * dot(projected.data() + q * dim, signs, dim);
+      products[q * rows + r] = norm * dot(rotated_queries.data() + q * dim, unit, dim) + estimate;
+    }
+  }
+}
+
+}  // namespace tqai
