@@ -1,0 +1,44 @@
+// What the parts of the Python module share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
+
+namespace tqai::python {
+
+namespace py = pybind11;
+
+/// Element types as Python sees them; bool for masks alone.
+enum class ElementType : std::uint8_t { float32, float16, bfloat16, boolean };
+
+/// A tensor as Python hands it in: (address, ElementType, shape, strides in elements). The caller
+/// keeps it alive during the call. Integers cost a third of what DLPack does.
+struct TensorReference {
+  void* data;
+  ElementType type;
+  std::array<std::int64_t, 4> shape;
+  std::array<std::int64_t, 4> strides;
+
+  ConstTensor constant(const char* name) const;
+  Tensor writable(const char* name) const;
+  Mask mask() const;
+};
+
+/// Throws ValueError where the tuple is not such a reference.
+TensorReference reference_of(const py::tuple& tuple, const char* name);
+
+RotationKind rotation_from_name(const std::string& name);
+const char* name_of(RotationKind kind);
+
+Grid grid_from_name(const std::string& name);
+const char* name_of(Grid grid);
+
+void bind_cache(py::module_& module);
+void bind_codebook(py::module_& module);
+
+}  // namespace tqai::python

@@ -1,0 +1,188 @@
+#include <pybind11/native_enum.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "bindings.hpp"
+
+namespace tqai::python {
+namespace {
+
+Centering centering_from_name(const std::string& name) {
+  if (name == "auto") return Centering::automatic;
+  if (name == "none") return Centering::none;
+  if (name == "mean") return Centering::mean;
+  throw ValueError("centering = \"" + name + "\"; allowed: auto, none, mean");
+}
+
+const char* name_of(Centering centering) {
+  switch (centering) {
+    case Centering::none: return "none";
+    case Centering::mean: return "mean";
+    default: return "auto";
+  }
+}
+
+ElementType type_of(DType dtype) {
+  return dtype == DType::f32   ? ElementType::float32
+         : dtype == DType::f16 ? ElementType::float16
+                               : ElementType::bfloat16;
+}
+
+KvCache make_cache(int batch, int kv_heads, int head_dim, int value_head_dim, ElementType dtype,
+                   int bits_k, int bits_v, int sink_tokens, int residual_window,
+                   const std::string& rotation, const std::string& centering, std::uint64_t seed,
+                   const std::optional<std::string>& level) {
+  CacheOptions options;
+  options.kv_heads = kv_heads;
+  options.head_dim = head_dim;
+  options.value_head_dim = value_head_dim;
+  if (dtype == ElementType::boolean) {
+    throw ValueError("dtype = bool; allowed: float32, float16, bfloat16");
+  }
+  options.dtype = dtype == ElementType::float32   ? DType::f32
+                  : dtype == ElementType::float16 ? DType::f16
+                                                  : DType::bf16;
+  options.bits_k = bits_k;
+  options.bits_v = bits_v;
+  options.sink_tokens = sink_tokens;
+  options.residual_window = residual_window;
+  options.rotation = rotation_from_name(rotation);
+  options.centering = centering_from_name(centering);
+  options.seed = seed;
+  if (level) options.level = level_from_name(*level);
+  const py::gil_scoped_release release;  // codebooks and rotations take a while the first time
+  return KvCache(options, batch);
+}
+
+void attend(const KvCache& cache, const py::tuple& queries, const py::tuple& output,
+            std::optional<float> scale, float soft_cap, bool causal, std::int64_t window,
+            std::int64_t first_token, const std::optional<py::tuple>& mask,
+            std::uintptr_t sink_scores) {
+  AttendOptions options;
+  if (scale) options.scale = *scale;
+  options.soft_cap = soft_cap;
+  options.causal = causal;
+  options.window = window;
+  options.first_token = first_token;
+  if (mask) options.mask = reference_of(*mask, "mask").mask();
+  options.sink_scores = reinterpret_cast<const float*>(sink_scores);
+  const ConstTensor query = reference_of(queries, "queries").constant("queries");
+  const Tensor out = reference_of(output, "output").writable("output");
+  const py::gil_scoped_release release;
+  cache.attend(query, out, options);
+}
+
+py::dict memory(const KvCache& cache) {
+  const MemoryReport report = cache.memory();
+  py::dict result;
+  result["tokens"] = report.tokens;
+  result["packed_tokens"] = report.packed_tokens;
+  result["packed_bytes"] = report.packed_bytes;
+  result["exact_bytes"] = report.exact_bytes;
+  result["overhead_bytes"] = report.overhead_bytes;
+  result["total_bytes"] = report.total_bytes();
+  result["uncompressed_bytes"] = report.uncompressed_bytes;
+  return result;
+}
+
+}  // namespace
+
+void bind_cache(py::module_& module) {
+  py::native_enum<ElementType>(module, "DType", "enum.Enum",
+                               "Element types of tensors; bool for masks alone.")
+      .value("float32", ElementType::float32)
+      .value("float16", ElementType::float16)
+      .value("bfloat16", ElementType::bfloat16)
+      .value("bool", ElementType::boolean)
+      .finalize();
+
+  module.def("allocated_bytes", &allocated_bytes, "Bytes now held by all caches of this process.");
+
+  using py::arg;
+  using py::kw_only;
+  py::class_<KvCache>(module, "KvCache", R"(Compressed keys and values of one attention layer.
+
+Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride
+1; the caller keeps them alive during the call. The GIL is released while numbers are moved. All or
+nothing: a method that raises leaves the cache as it was. See include/tqai/cache.hpp.)")
+      .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
+           arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
+           arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
+           arg("rotation") = "auto", arg("centering") = "auto", arg("seed") = CacheOptions{}.seed,
+           arg("level") = py::none())
+      .def_property_readonly("batch", &KvCache::batch)
+      .def_property_readonly("kv_heads", [](const KvCache& c) { return c.options().kv_heads; })
+      .def_property_readonly("head_dim", [](const KvCache& c) { return c.options().head_dim; })
+      .def_property_readonly("value_head_dim",
+                             [](const KvCache& c) { return c.options().value_head_dim; })
+      .def_property_readonly("dtype", [](const KvCache& c) { return type_of(c.options().dtype); })
+      .def_property_readonly(
+          "level", [](const KvCache& c) { return std::string(name_of(*c.options().level)); })
+      .def_property_readonly("tokens", &KvCache::tokens,
+                             "Tokens appended and not cropped, the same for each row.")
+      .def_property_readonly("first_token", &KvCache::first_token,
+                             "First token that some row still holds.")
+      .def("packed_tokens", &KvCache::packed_tokens, arg("row"), "Tokens of a row held as codes.")
+      .def(
+          "centering",
+          [](const KvCache& cache, int row, int head) -> std::optional<std::string> {
+            const auto kind = cache.centering(row, head);
+            return kind ? std::optional<std::string>(name_of(*kind)) : std::nullopt;
+          },
+          arg("row"), arg("head"), "What the keys are centred on; None before anything was sealed.")
+      .def(
+          "append",
+          [](KvCache& cache, const py::tuple& keys, const py::tuple& values) {
+            const ConstTensor k = reference_of(keys, "keys").constant("keys");
+            const ConstTensor v = reference_of(values, "values").constant("values");
+            const py::gil_scoped_release release;
+            cache.append(k, v);
+          },
+          arg("keys"), arg("values"),
+          "Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].")
+      .def("seal", &KvCache::seal, py::call_guard<py::gil_scoped_release>(),
+           "Compresses what has left the residual window.")
+      .def("attend", &attend, arg("queries"), arg("output"), kw_only(), arg("scale") = py::none(),
+           arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
+           arg("mask") = py::none(), arg("sink_scores") = 0,
+           R"(Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into
+output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads or 1, n,
+tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0.)")
+      .def(
+          "gather",
+          [](const KvCache& cache, std::int64_t first, const py::tuple& keys,
+             const py::tuple& values) {
+            const Tensor k = reference_of(keys, "keys").writable("keys");
+            const Tensor v = reference_of(values, "values").writable("values");
+            const py::gil_scoped_release release;
+            cache.gather(first, k, v);
+          },
+          arg("first"), arg("keys"), arg("values"),
+          "Decompresses the tokens from `first` on; padding and discarded ones become zeros.")
+      .def("crop", &KvCache::crop, arg("tokens"), "Forgets all tokens from `tokens` on.")
+      .def(
+          "select",
+          [](KvCache& cache, const std::vector<std::int64_t>& rows) { cache.select(rows); },
+          arg("rows"), "Row i becomes a copy of row rows[i]; tiles are shared.")
+      .def(
+          "set_padding",
+          [](KvCache& cache, const std::vector<std::int64_t>& counts) {
+            cache.set_padding(counts);
+          },
+          arg("counts"), "The first counts[row] tokens of each row are padding.")
+      .def("discard_before", &KvCache::discard_before, arg("token"),
+           "Frees what only tokens before `token` need.")
+      .def("memory", &memory, "Bytes held, by part.")
+      .def(
+          "copy", [](const KvCache& cache) { return KvCache(cache); },
+          "A copy that shares the tiles.")
+      .def("__copy__", [](const KvCache& cache) { return KvCache(cache); })
+      .def(
+          "__deepcopy__", [](const KvCache& cache, const py::dict&) { return KvCache(cache); },
+          arg("memo"));
+}
+
+}  // namespace tqai::python

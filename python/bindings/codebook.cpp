@@ -1,0 +1,57 @@
+#include <pybind11/numpy.h>
+
+#include <tqai/codebook.hpp>
+
+#include "bindings.hpp"
+
+namespace tqai::python {
+namespace {
+
+template <typename T>
+py::array_t<T> array_of(std::span<const T> values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+}  // namespace
+
+Grid grid_from_name(const std::string& name) {
+  if (name == "exact") return Grid::exact;
+  if (name == "int8") return Grid::int8;
+  throw ValueError("grid = \"" + name + "\"; allowed: exact, int8");
+}
+
+const char* name_of(Grid grid) { return grid == Grid::exact ? "exact" : "int8"; }
+
+void bind_codebook(py::module_& module) {
+  using py::arg;
+  py::class_<Codebook>(module, "Codebook",
+                       R"(Lloyd-Max centroids of one coordinate of a random unit vector.
+
+grid "exact": the optimal ones; "int8": the best among integer multiples of one step, as the cache's
+kernels use them. head_dim 8 to 512, bits 1 to 8, else ValueError.)")
+      .def(py::init([](int head_dim, int bits, const std::string& grid) {
+             const Grid kind = grid_from_name(grid);
+             const py::gil_scoped_release release;
+             return Codebook(head_dim, bits, kind);
+           }),
+           arg("head_dim"), arg("bits"), arg("grid") = "exact")
+      .def_property_readonly("head_dim", &Codebook::head_dim)
+      .def_property_readonly("bits", &Codebook::bits)
+      .def_property_readonly("grid",
+                             [](const Codebook& b) { return std::string(name_of(b.grid())); })
+      .def_property_readonly("step", &Codebook::step,
+                             "Distance of grid points; 0 for the exact grid.")
+      .def_property_readonly("distortion", &Codebook::distortion,
+                             "Expected squared error of a unit vector.")
+      .def_property_readonly(
+          "centroids", [](const Codebook& b) { return array_of(b.centroids()); },
+          "[2^bits] float32, ascending.")
+      .def_property_readonly(
+          "boundaries", [](const Codebook& b) { return array_of(b.boundaries()); },
+          "[2^bits - 1] float32: code i is nearest from boundary i-1 up to boundary i.")
+      .def_property_readonly(
+          "levels", [](const Codebook& b) { return array_of(b.levels()); },
+          "[2^bits] int8 with centroid = step * level; empty for the exact grid.");
+}
+
+}  // namespace tqai::python

@@ -1,0 +1,43 @@
+#include <pybind11/stl.h>
+
+#include "bindings.hpp"
+
+namespace tqai::python {
+namespace {
+
+// PyErr_SetString, for every kind that tqai throws.
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const IndexError& error) {
+    py::set_error(PyExc_IndexError, error.what());
+  } catch (const UnsupportedError& error) {
+    py::set_error(PyExc_NotImplementedError, error.what());
+  } catch (const Error& error) {
+    py::set_error(PyExc_ValueError, error.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled part of tqai: caches and quantisers on addresses and numbers.";
+  module.attr("__version__") = TQAI_VERSION;
+  py::register_exception_translator(translate);
+
+  module.def(
+      "available_levels",
+      [] {
+        std::vector<std::string> names;
+        for (const Level level : available_levels()) names.emplace_back(tqai::name_of(level));
+        return names;
+      },
+      "Kernel levels of this build and processor, slowest first.");
+  module.def(
+      "default_level", [] { return std::string(tqai::name_of(default_level())); },
+      "The level that new caches take: the fastest, or the one that TQAI_LEVEL names.");
+  bind_cache(module);
+  bind_codebook(module);
+}
+
+}  // namespace tqai::python
