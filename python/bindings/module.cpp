@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, module) {
       "The level that new caches take: the fastest, or the one that TQAI_LEVEL names.");
   bind_cache(module);
   bind_codebook(module);
+  bind_quantizers(module);
 }
 
 }  // namespace tqai::python
