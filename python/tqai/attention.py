@@ -1,0 +1,229 @@
+"""The attention and mask functions that transformers calls in a patched model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from weakref import ref as weak_ref
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from tqai.original import (
+    PATCHED_NAMES,
+    Attention,
+    formula_of,
+    original_attention,
+    takes_unknown,
+)
+from tqai.refs import is_mask_dtype, mask_ref, ref, rows_contiguous
+from tqai.view import Undifferentiable, Update, update_of
+
+CONTINUOUS_BATCHING = (
+    "continuous batching keeps a paged cache of its own, which tqai does not compress; "
+    "call tqai.unpatch(model) before generate_batch()"
+)
+
+
+def register() -> None:
+    """Makes tqai's names known as attention implementations. May be called again."""
+    for implementation, name in PATCHED_NAMES.items():
+        AttentionInterface.register(name, partial(attention_forward, implementation))
+        AttentionInterface.register(f"paged|{name}", _refuse_paged)
+        AttentionMaskInterface.register(name, partial(_mask, implementation))
+
+
+def attention_forward(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention from the packed bytes where `key` and `value` are views of a compressed layer.
+
+    Anything else, and whatever the kernel does not compute, goes to the model's original function,
+    with dequantised keys and values if need be.
+
+    Args:
+        implementation: the original implementation, "sdpa" or "eager".
+        module: the attention layer.
+        query: [batch, query_heads, n, head_dim].
+        key: [batch, kv_heads, kv_len, head_dim].
+        value: [batch, kv_heads, kv_len, value_head_dim].
+        attention_mask: [batch or 1, query_heads or 1, n, kv_len], bool or additive; None: causal.
+
+    Returns:
+        [batch, n, query_heads, value_head_dim] in the query's dtype, and the attention weights if
+        the original gave them.
+
+    Raises:
+        NotImplementedError: under continuous batching.
+        RuntimeError: for views that are older than the cache.
+    """
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(CONTINUOUS_BATCHING)
+    original = original_attention(implementation, module)
+    update = update_of(key, value)
+    if update is None:
+        return original(module, query, key, value, attention_mask, **kwargs)
+    try:
+        return _attend_update(original, module, query, update, attention_mask, kwargs)
+    except BaseException:
+        if update.cache is not None:
+            update.cache.roll_back()
+        raise
+
+
+def _attend_update(
+    original: Attention,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    update: Update,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    result = None
+    if update.fresh is None and update.layer.is_packed():
+        arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
+        if arguments is not None:
+            result = _attend_packed(query, update, arguments), None
+    if result is None:
+        # A view's dense tensors are its fresh ones, exact, where the layer was empty before.
+        key, value = _dense(query, update)
+        result = original(module, query, key, value, mask, **kwargs)
+    if not update.settled and update.is_current():
+        if mask is not None and update.queries > 1:
+            hidden = _leading_hidden(mask, update, query.shape[0])
+            if hidden is not None:
+                update.layer.mark_padding(hidden, update.queries)
+        update.layer.settle(update.fresh is not None)
+        update.settled = True
+    return result
+
+
+def _dense(query: torch.Tensor, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = update.dense(0), update.dense(1)
+    if update.fresh is None and torch.is_grad_enabled() and query.requires_grad:
+        key = Undifferentiable.apply(query, key)
+    return key, value
+
+
+def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any]) -> torch.Tensor:
+    core = update.layer.core
+    assert core is not None
+    if not update.is_current():
+        update.dense(0)  # raises
+    batch, heads, queries, _ = query.shape
+    output = torch.empty(batch, queries, heads, core.value_head_dim, dtype=query.dtype)
+    rows = rows_contiguous(query)
+    sinks = arguments.pop("sinks")
+    core.attend(
+        ref(rows),
+        ref(output),
+        first_token=update.first,
+        sink_scores=0 if sinks is None else sinks.data_ptr(),
+        **arguments,
+    )
+    if torch.is_grad_enabled() and query.requires_grad:
+        return Undifferentiable.apply(query, output)
+    return output
+
+
+def _kernel_arguments(
+    original: Attention,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    update: Update,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Keyword arguments for ``KvCache.attend``; None where only `original` is right."""
+    core = update.layer.core
+    assert core is not None
+    batch, heads, queries, dim = query.shape
+    groups = getattr(module, "num_key_value_groups", 1)
+    if (batch, dim) != (core.batch, core.head_dim) or heads != core.kv_heads * groups:
+        return None
+    if queries != update.queries or takes_unknown(original, kwargs) or kwargs.get("dropout"):
+        return None
+    if _wants_weights(module, kwargs) and original is not original_attention("sdpa", module):
+        return None
+    if mask is None and queries > 1:  # what no mask means then differs between implementations
+        return None
+    if mask is not None and not _fits(mask, update, query):
+        return None
+
+    soft_cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    shape = heads, core.kv_heads, dim, core.value_head_dim
+    formula = formula_of(original, module, shape, soft_cap, sinks)
+    if formula is None:
+        return None
+    if sinks is not None:
+        sinks = sinks.detach().reshape(-1).to(torch.float32).contiguous()
+        if formula.sinks and sinks.numel() != heads:
+            return None
+    return {
+        "scale": kwargs.get("scaling"),
+        "soft_cap": float(soft_cap) if formula.soft_cap else 0.0,
+        # A mask says everything: models with bidirectional or chunked spans put them there.
+        "causal": mask is None,
+        "window": (update.layer.sliding_window or 0) if mask is None else 0,
+        "mask": None if mask is None else mask_ref(mask),
+        "sinks": sinks if formula.sinks else None,
+    }
+
+
+def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    config = getattr(module, "config", None)
+    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+
+
+def _fits(mask: torch.Tensor, update: Update, query: torch.Tensor) -> bool:
+    batch, heads, queries, _ = query.shape
+    return (
+        mask.ndim == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] in (1, heads)
+        and tuple(mask.shape[2:]) == (queries, update.length)
+        and is_mask_dtype(mask.dtype)
+        and mask.device.type == "cpu"
+    )
+
+
+_hidden: dict[tuple[int, int], tuple[Any, list[int]]] = {}
+
+
+def _leading_hidden(mask: torch.Tensor, update: Update, batch: int) -> list[int] | None:
+    """[batch]: how many of the update's new tokens, from the first on, no query sees.
+
+    None where the mask is of an unusual shape. All layers of a forward pass get the same masks, so
+    the answer is kept for as long as the mask lives.
+    """
+    queries, length = update.queries, update.length
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (queries, length):
+        return None
+    key = id(mask), batch
+    if key in _hidden and _hidden[key][0]() is mask:
+        return _hidden[key][1]
+    new = mask[..., length - queries :]
+    visible = new if mask.dtype == torch.bool else new > torch.finfo(mask.dtype).min / 2
+    # A padded token does not see itself: that bounds the columns to look at.
+    itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
+    candidates = int((itself.cumsum(-1) == 0).sum(-1).max())
+    seen = visible[..., :candidates].any(-2).any(1)
+    hidden = (seen.cumsum(-1) == 0).sum(-1).expand(batch).tolist()
+    _hidden[key] = weak_ref(mask, lambda _: _hidden.pop(key, None)), hidden
+    return hidden
+
+
+def _mask(implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask that the original implementation takes."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+
+
+def _refuse_paged(*args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(CONTINUOUS_BATCHING)

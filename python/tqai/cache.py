@@ -1,0 +1,176 @@
+"""The compressed cache of a model: a list of layers, as transformers' DynamicCache is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+from tqai.geometry import Geometry, is_compressible
+from tqai.layer import TqaiLayer
+from tqai.settings import Settings
+from tqai.view import TqaiView
+
+_BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
+_COUNTS = ("tokens", "packed_tokens", *_BYTES)
+
+
+class TqaiCache(DynamicCache):
+    """Keys and values of a patched model, compressed. Made by ``tqai.patch`` and ``new_cache``.
+
+    Pass it as ``past_key_values``; it belongs to the model that it was made for. ``copy.deepcopy``
+    is cheap: copies share what is packed, and neither sees later changes of the other. Layers in
+    ``skip_layers`` and layers without keys and values are transformers' own.
+
+    A forward pass that fails inside a layer's update or attention leaves the cache as it was before
+    the pass.
+    """
+
+    def __init__(self, geometry: Geometry, settings: Settings) -> None:
+        super().__init__(config=geometry.config)
+        self.geometry = geometry
+        self.settings = settings
+        skipped = settings.skipped(len(self.layers))
+        for index, layer in enumerate(self.layers):
+            if index not in skipped and is_compressible(layer):
+                window = getattr(layer, "sliding_window", None)
+                self.layers[index] = TqaiLayer(index, settings, window, geometry.heads[index])
+        self._before: dict[int, _Before] = {}
+
+    def check_model(self, geometry: Geometry) -> None:
+        """Raises ValueError where this is the cache of another model than the one described."""
+        if geometry != self.geometry:
+            other = geometry.describe()
+            if other == self.geometry.describe():
+                other = f"another {other}"
+            raise ValueError(
+                f"this cache was made for {self.geometry.describe()}, not for {other}; make one "
+                "with tqai.new_cache(model)"
+            )
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds tokens to a layer; see ``TqaiLayer.update``.
+
+        Raises:
+            ValueError: also for a layer that the cache's model does not have. As after any error
+                here, the layers that the forward pass has updated forget its tokens.
+        """
+        if layer_idx in self._before:  # a new forward pass
+            self._before.clear()
+        try:
+            if not 0 <= layer_idx < len(self.layers):
+                raise ValueError(
+                    f"layer {layer_idx} does not exist in this cache, which was made for "
+                    f"{self.geometry.describe()}; make one with tqai.new_cache(model)"
+                )
+            self._before[layer_idx] = _Before(self.layers[layer_idx])
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self.roll_back()
+            raise
+        if isinstance(keys, TqaiView):
+            keys.update.cache = self
+        return keys, values
+
+    def roll_back(self) -> None:
+        """Forgets what the forward pass that is under way has added."""
+        for index, before in self._before.items():
+            before.restore(self.layers[index])
+        self._before.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds; ``memory_report()["total_bytes"]``."""
+        return self.memory_report()["total_bytes"]
+
+    def memory_report(self) -> dict[str, Any]:
+        """What the cache holds, as its allocators handed it out.
+
+        ``packed_bytes`` (codes and norms), ``exact_bytes`` (sinks, windows, tokens that wait to be
+        sealed, uncompressed layers), ``overhead_bytes`` (headers, lists, centres) and their sum
+        ``total_bytes``, and ``uncompressed_bytes``, that the same tokens would take, are sums over
+        the layers. ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over
+        all rows and without padding. ``layers`` has the same numbers layer by layer, ``centering``
+        counts the heads by what their keys are centred on, ``settings`` has the arguments of
+        ``patch``. Tiles that caches share count in each of them.
+        """
+        layers = [_memory(layer) for layer in self.layers]
+        report: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _BYTES}
+        kept = sum(before.nbytes for before in self._before.values())
+        report["exact_bytes"] += kept
+        report["total_bytes"] += kept
+        for name in ("tokens", "packed_tokens"):
+            report[name] = max((layer[name] for layer in layers), default=0)
+        report["layers"] = layers
+        report["centering"] = dict(sum((_centerings(layer) for layer in self.layers), Counter()))
+        report["settings"] = asdict(self.settings)
+        return report
+
+    def __repr__(self) -> str:
+        report = self.memory_report()
+        return (
+            f"TqaiCache({self.geometry.describe()}: {report['tokens']} tokens in "
+            f"{report['total_bytes']} bytes, uncompressed {report['uncompressed_bytes']})"
+        )
+
+
+class _Before:
+    """How a layer was before an update."""
+
+    def __init__(self, layer: Any) -> None:
+        self.length = int(layer.get_seq_length())
+        # A layer of transformers' own that forgets old tokens cannot be cropped back.
+        self.state = (
+            {name: vars(layer)[name] for name in ("keys", "values", "is_initialized")}
+            if type(layer) is DynamicSlidingWindowLayer
+            else {}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for no other reason."""
+        tensors = (self.state.get("keys"), self.state.get("values"))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def restore(self, layer: Any) -> None:
+        if isinstance(layer, TqaiLayer):
+            layer.truncate(self.length)
+        elif self.state:
+            vars(layer).update(self.state, cumulative_length=self.length)
+        elif layer.get_seq_length() > self.length:
+            layer.crop(self.length - layer.get_seq_length())
+
+
+def _memory(layer: Any) -> dict[str, int]:
+    """One layer's numbers; those of transformers' own layers count as exact."""
+    if isinstance(layer, TqaiLayer):
+        if layer.core is None:
+            return dict.fromkeys(_COUNTS, 0)
+        memory = layer.core.memory()
+        return {name: memory[name] for name in _COUNTS}
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    tensors = [tensor for tensor in (keys, values) if tensor is not None]
+    size = sum(tensor.nbytes for tensor in tensors)
+    tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
+    sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
+    return {**dict.fromkeys(_COUNTS, 0), **sizes, "tokens": tokens}
+
+
+def _centerings(layer: Any) -> Counter[str]:
+    core = layer.core if isinstance(layer, TqaiLayer) else None
+    if core is None:
+        return Counter()
+    kinds = (
+        core.centering(row, head) for row in range(core.batch) for head in range(core.kv_heads)
+    )
+    return Counter(kind or "undecided" for kind in kinds)

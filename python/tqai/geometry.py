@@ -1,0 +1,160 @@
+"""What a model looks like to a cache: its decoder, its attention layers and their heads."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tqai.layer import Heads, check_head_dim
+from tqai.settings import Settings
+
+try:
+    from transformers.cache_utils import LinearAttentionLayer
+except ImportError:  # transformers 4
+    LinearAttentionLayer = None
+
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a model's cache, and which model it is."""
+
+    model: str = field(compare=False)
+    """Name of the model's class."""
+    config: Any = field(compare=False, repr=False)
+    """The decoder's configuration, that transformers builds its own cache from."""
+    heads: tuple[Heads | None, ...]
+    """Of each layer; None where the model's modules do not say."""
+    identity: int
+    """Tells models of equal shape apart."""
+
+    def describe(self) -> str:
+        """As in "LlamaForCausalLM (4 layers, 2 key/value heads of 16)"."""
+        text = f"{len(self.heads)} layers"
+        known = [heads for heads in self.heads if heads is not None]
+        if known:
+            text += f", {known[0].count} key/value heads of {known[0].dim}"
+        return f"{self.model} ({text})"
+
+
+_geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
+_identities = itertools.count(1)
+
+
+def geometry_of(model: PreTrainedModel) -> Geometry:
+    """The geometry of `model`, or of the model that `model` is the decoder of."""
+    decoder = decoder_of(model)
+    if decoder not in _geometries:
+        config = model.config.get_text_config(decoder=True)
+        heads = _heads(decoder, len(_own_layers(type(model).__name__, config)))
+        _geometries[decoder] = Geometry(type(model).__name__, config, heads, next(_identities))
+    return _geometries[decoder]
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The module whose forward takes the cache: the model without its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model if decoder is None else decoder
+
+
+def check_model(model: Any, settings: Settings) -> None:
+    """Raises ValueError or NotImplementedError where `model` cannot be patched."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"tqai.patch takes a transformers PreTrainedModel; got {type(model).__name__}"
+        )
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{name} is an encoder-decoder model; tqai takes decoders only")
+    decoder = decoder_of(model)
+    config = model.config.get_text_config(decoder=True)
+    if not _has_attention(model, decoder, config):
+        raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")
+    takes_cache = "past_key_values" in inspect.signature(decoder.forward).parameters
+    default_cache = getattr(type(model), "_supports_default_dynamic_cache", lambda: True)
+    if not takes_cache or not default_cache():
+        raise NotImplementedError(
+            f"{name} keeps a cache of its own kind, which tqai cannot replace"
+        )
+    _check_layers(name, decoder, config, settings)
+
+
+def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:
+    if LinearAttentionLayer is None:
+        for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if kind not in _ATTENTION_TYPES:
+                raise NotImplementedError(
+                    f"layer {index} of {name} is of type {kind!r}, which tqai supports with "
+                    "transformers 5 or later only"
+                )
+    layers = _own_layers(name, config)
+    skipped = settings.skipped(len(layers))
+    for index, layer in enumerate(layers):
+        if index not in skipped and not (is_compressible(layer) or is_linear(layer)):
+            raise NotImplementedError(
+                f"layer {index} of {name} has a cache of type {type(layer).__name__}, which tqai "
+                f"cannot compress; leave it exact with skip_layers=[{index}]"
+            )
+    for index, heads in enumerate(_heads(decoder, len(layers))):
+        if heads is not None and index not in skipped:
+            check_head_dim(index, "keys", heads.dim)
+
+
+def _own_layers(name: str, config: Any) -> list[Any]:
+    """The layers of the cache that transformers would make for a model of this configuration."""
+    try:
+        return DynamicCache(config=config).layers
+    except KeyError as error:
+        raise NotImplementedError(
+            f"{name} has layers of type {error}, for which transformers has no dynamic cache"
+        ) from error
+
+
+def is_compressible(layer: Any) -> bool:
+    """Whether a layer of transformers' DynamicCache is one that ``TqaiLayer`` replaces."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer holds a recurrent state and no keys and values."""
+    return LinearAttentionLayer is not None and type(layer) is LinearAttentionLayer
+
+
+def _has_attention(model: PreTrainedModel, decoder: torch.nn.Module, config: Any) -> bool:
+    if not getattr(config, "num_attention_heads", None):
+        return False
+    if all(is_linear(layer) for layer in _own_layers(type(model).__name__, config)):
+        return False
+    causal = any(getattr(module, "is_causal", False) is True for module in decoder.modules())
+    return causal or model.can_generate()
+
+
+def _kinds(decoder: torch.nn.Module) -> str:
+    """The classes of the decoder's layers, as in "2 × MambaBlock"."""
+    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0]
+    longest = max(lists, key=len, default=decoder.children())
+    counts = Counter(type(layer).__name__ for layer in longest)
+    return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+
+
+def _heads(decoder: torch.nn.Module, layers: int) -> tuple[Heads | None, ...]:
+    """The key/value heads of each layer, read off attention modules of the usual make."""
+    found: dict[int, set[Heads | None]] = {}
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        dim = getattr(module, "head_dim", None)
+        width = getattr(getattr(module, "k_proj", None), "out_features", None)
+        if isinstance(index, int) and isinstance(dim, int) and isinstance(width, int):
+            whole = dim > 0 and width % dim == 0
+            found.setdefault(index, set()).add(Heads(width // dim, dim) if whole else None)
+    candidates = (found.get(index, set()) for index in range(layers))
+    return tuple(next(iter(heads)) if len(heads) == 1 else None for heads in candidates)

@@ -1,0 +1,178 @@
+"""What ``patch`` puts on a model, and how ``unpatch`` takes it off again.
+
+- each distinct config of the model gets tqai's attention implementation;
+- the model's ``_prepare_cache_for_generation`` makes a compressed cache in place of DynamicCache;
+- a pre-hook on the decoder gives a compressed cache to a plain forward call, and refuses another
+  model's;
+- ``init_continuous_batching`` says that it does not go with a compressed cache.
+
+All of it lives on the instance, in a way that ``copy.deepcopy(model)`` copies rightly; nothing is
+serialised with the config.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from tqai import attention
+from tqai.cache import TqaiCache
+from tqai.geometry import check_model, decoder_of, geometry_of
+from tqai.original import original_name, patched_name
+from tqai.settings import Settings
+
+_STATE = "_tqai_patch"
+_patched: WeakSet[PreTrainedModel] = WeakSet()
+
+
+class _Patch(NamedTuple):
+    """What a patched model carries."""
+
+    settings: Settings
+    configs: list[Any]
+    """The configs whose attention implementation was changed."""
+    overrides: list[str]
+    """Methods that the instance shadows."""
+
+
+def install(model: PreTrainedModel, settings: Settings) -> TqaiCache:
+    """Patches `model`, or gives a patched one new settings; returns a fresh cache.
+
+    Raises:
+        ValueError, NotImplementedError: see ``tqai.patch``; the model is as before.
+    """
+    check_model(model, settings)
+    configs = _configs(model)
+    names = [patched_name(config._attn_implementation) for config in configs]
+    cache = TqaiCache(geometry_of(model), settings)
+
+    if _state(model) is not None:
+        remove(model)
+    attention.register()
+    for config, name in zip(configs, names, strict=True):
+        config._attn_implementation_internal = name
+    decoder_of(model).register_forward_pre_hook(_CacheHook(settings), with_kwargs=True)
+    overrides = {
+        "_prepare_cache_for_generation": _prepare_cache_for_generation,
+        "init_continuous_batching": _refuse_continuous_batching,
+    }
+    overrides = {name: f for name, f in overrides.items() if hasattr(type(model), name)}
+    for name, function in overrides.items():
+        model.__dict__[name] = MethodType(function, model)
+    model.__dict__[_STATE] = _Patch(settings, configs, list(overrides))
+    _patched.add(model)
+    return cache
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Undoes ``install``.
+
+    Raises:
+        ValueError: when `model` is not patched.
+    """
+    state = _require_state(model)
+    _patched.discard(model)
+    for name in state.overrides:
+        del model.__dict__[name]
+    hooks = decoder_of(model)._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _CacheHook)]:
+        del hooks[key]
+        decoder_of(model)._forward_pre_hooks_with_kwargs.pop(key, None)
+    # A config may serve several models; it stays tqai's while one of them is patched.
+    others = [config for other in _patched for config in other.__dict__[_STATE].configs]
+    for config in state.configs:
+        if not any(config is other for other in others):
+            config._attn_implementation_internal = original_name(config._attn_implementation)
+    del model.__dict__[_STATE]
+
+
+def fresh_cache(model: PreTrainedModel) -> TqaiCache:
+    """A cache with the settings that `model` was patched with.
+
+    Raises:
+        ValueError: when `model` is not patched.
+    """
+    return TqaiCache(geometry_of(model), _require_state(model).settings)
+
+
+def _state(model: Any) -> _Patch | None:
+    return getattr(model, "__dict__", {}).get(_STATE)
+
+
+def _require_state(model: Any) -> _Patch:
+    state = _state(model)
+    if state is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not patched; call tqai.patch(model) first"
+        )
+    return state
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The distinct configs of the model's parts whose attention implementation can be chosen.
+
+    Models whose attention does not go through the interface are left alone; there the views are
+    dequantised.
+    """
+    if not type(model)._can_set_attn_implementation():
+        return []
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) is not None:
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+class _CacheHook:
+    """Forward pre-hook of a decoder: gives it a compressed cache where it would make its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        names = list(inspect.signature(decoder.forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        if isinstance(cache, TqaiCache):
+            cache.check_model(geometry_of(decoder))
+        if cache is not None or decoder.training or not _uses_cache(decoder, given):
+            return None
+        fresh = TqaiCache(geometry_of(decoder), self.settings)
+        position = names.index("past_key_values")
+        if position < len(args):
+            return (*args[:position], fresh, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "past_key_values": fresh}
+
+
+def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
+    use_cache = given.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the DynamicCache that transformers makes, unless the user passed or chose one."""
+    method = type(self)._prepare_cache_for_generation
+    arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
+    model_kwargs = arguments["model_kwargs"]
+    given = model_kwargs.get("past_key_values")
+    result = method(self, *args, **kwargs)
+    made = model_kwargs.get("past_key_values")
+    if given is None and type(made) is DynamicCache and not made.offloading:
+        cache = fresh_cache(self)
+        if getattr(arguments["generation_config"], "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+    return result
+
+
+def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(attention.CONTINUOUS_BATCHING)

@@ -1,0 +1,147 @@
+"""The attention that a patched model had before: which it was, and what it computes.
+
+The name in a patched config says which implementation tqai stands before, so that nothing has to be
+remembered beside the config, and a copied model stays right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
+"""Attention implementation of a config → the name that stands for tqai before it."""
+
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+_UNDERSTOOD = frozenset(
+    "module query key value attention_mask scaling dropout is_causal softcap s_aux "
+    "sliding_window".split()
+)
+
+
+def patched_name(implementation: str) -> str:
+    """The name for tqai before `implementation`.
+
+    Raises:
+        NotImplementedError: for an implementation that tqai does not stand before.
+    """
+    if implementation in PATCHED_NAMES.values():
+        return implementation
+    if implementation not in PATCHED_NAMES:
+        raise NotImplementedError(
+            f"the model's attention implementation is {implementation!r}; tqai works with "
+            f"{' and '.join(map(repr, PATCHED_NAMES))}: model.set_attn_implementation('sdpa') first"
+        )
+    return PATCHED_NAMES[implementation]
+
+
+def original_name(implementation: str) -> str:
+    """The implementation that `implementation`, perhaps one of tqai's names, stands before."""
+    names = {patched: name for name, patched in PATCHED_NAMES.items()}
+    return names.get(implementation, implementation)
+
+
+def original_attention(implementation: str, module: torch.nn.Module) -> Attention:
+    """The function that `module` would call were its config set to `implementation`."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    # Each model file has its own eager function, in the scope of its attention's forward.
+    forward = inspect.unwrap(type(module).forward)
+    scopes = (getattr(forward, "__globals__", {}), vars(sys.modules[type(module).__module__]))
+    for scope in scopes:
+        if "eager_attention_forward" in scope:
+            return scope["eager_attention_forward"]
+    raise NotImplementedError(
+        f"{type(module).__name__} has no eager attention function that tqai can find; "
+        "use attn_implementation='sdpa'"
+    )
+
+
+def takes_unknown(attention: Attention, kwargs: dict[str, Any]) -> bool:
+    """Whether `kwargs` gives `attention` something by name that the kernel does not know."""
+    named = inspect.signature(attention).parameters
+    return any(
+        value is not None and name in named and name not in _UNDERSTOOD
+        for name, value in kwargs.items()
+    )
+
+
+class Formula(NamedTuple):
+    """What an attention function computes beyond softmax(scale · q kᵀ + mask) v."""
+
+    soft_cap: bool
+    """It caps scores at the `softcap` that it is given."""
+    sinks: bool
+    """It counts the `s_aux` that it is given in the softmax's sum."""
+
+
+_formulas: dict[tuple[Attention, type, bool, bool], Formula | None] = {}
+
+
+def formula_of(
+    attention: Attention,
+    module: torch.nn.Module,
+    heads: tuple[int, int, int, int],
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> Formula | None:
+    """What `attention` makes of a soft cap and sinks; None: nothing that the kernel computes.
+
+    Found by trying it on a few random vectors, as models' own functions differ and some take
+    arguments only to ignore them. Remembered for each function and class of module.
+
+    heads: query heads, key/value heads, head_dim, value_head_dim.
+    """
+    key = attention, type(module), soft_cap is not None, sinks is not None
+    if key not in _formulas:
+        try:
+            _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks)
+        except Exception:  # whatever it needs, it is not what the kernel does
+            _formulas[key] = None
+    return _formulas[key]
+
+
+@torch.no_grad()
+def _probe(
+    attention: Attention,
+    module: torch.nn.Module,
+    heads: tuple[int, int, int, int],
+    capped: bool,
+    sinks: torch.Tensor | None,
+) -> Formula | None:
+    query_heads, kv_heads, dim, value_dim = heads
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    random = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(1), **exact)
+    query = random(1, query_heads, 2, dim)
+    key = random(1, kv_heads, 3, dim)
+    value = random(1, kv_heads, 3, value_dim)
+    mask = torch.zeros(1, 1, 2, 3, **exact)
+    mask[0, 0, 0, 2] = torch.finfo(mask.dtype).min
+    cap, scaling = 1.5, 2.0 / dim**0.5  # scores of about 2, so that the cap shows
+    extra: dict[str, Any] = {"softcap": cap} if capped else {}
+    if sinks is not None:
+        extra["s_aux"] = sinks
+    with torch.autocast("cpu", enabled=False):
+        got = attention(module, query, key, value, mask, dropout=0.0, scaling=scaling, **extra)[0]
+
+    groups = query_heads // kv_heads
+    scores = query @ key.repeat_interleave(groups, 1).mT * scaling
+    for with_sinks in (True, False) if sinks is not None else (False,):
+        for with_cap in (True, False) if capped else (False,):
+            logits = (cap * torch.tanh(scores / cap) if with_cap else scores) + mask
+            if with_sinks:
+                assert sinks is not None
+                column = sinks.float().reshape(1, -1, 1, 1).expand(1, query_heads, 2, 1)
+                logits = torch.cat([logits, column], -1)
+            weights = logits.softmax(-1)[..., :3]
+            expected = (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+            if torch.allclose(got.float(), expected, rtol=0, atol=2e-3):
+                return Formula(with_cap, with_sinks)
+    return None

@@ -1,0 +1,39 @@
+"""Torch tensors as the integers that ``tqai._core`` takes: address, dtype, shape, strides."""
+
+from __future__ import annotations
+
+import torch
+
+from tqai import _core
+
+Ref = tuple[int, "_core.DType", tuple[int, ...], tuple[int, ...]]
+
+DTYPES: dict[torch.dtype, _core.DType] = {
+    torch.float32: _core.DType.float32,
+    torch.float16: _core.DType.float16,
+    torch.bfloat16: _core.DType.bfloat16,
+}
+_MASK_DTYPES = {**DTYPES, torch.bool: _core.DType.bool}
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied only if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def ref(tensor: torch.Tensor) -> Ref:
+    """Borrows a 4-dimensional CPU tensor whose dtype is a key of ``DTYPES``.
+
+    The caller keeps `tensor` alive while the reference is used.
+    """
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def mask_ref(mask: torch.Tensor) -> Ref:
+    """As ``ref``, for an attention mask: bool as well, and any strides."""
+    return mask.data_ptr(), _MASK_DTYPES[mask.dtype], tuple(mask.shape), mask.stride()
+
+
+def is_mask_dtype(dtype: torch.dtype) -> bool:
+    """Whether ``_core`` reads masks of this dtype."""
+    return dtype in _MASK_DTYPES
