@@ -1,0 +1,39 @@
+"""The command line, ``tqai VERB``. Each verb is a module with ``add(verbs)``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import tqai
+from tqai.cli import demo, evaluate, info, memory
+
+VERBS = (demo, info, evaluate, memory)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; 2 and one line on stderr where the user asked for what cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="tqai", description="Compressed key/value caches for transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"tqai {tqai.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add(verbs)
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads {options.threads}: expected at least 1")
+        # Read by the OpenMP runtimes when they are loaded, also in child processes.
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    try:
+        options.run(options)
+    except (ValueError, NotImplementedError, OSError) as error:
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"tqai: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,221 @@
+"""``tqai demo``: a real model answers a long prompt, with its own cache and with the compressed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli.output import megabytes, percent, print_json, print_table
+from tqai.cli.process import resident_bytes, run_fresh
+from tqai.text import prose
+
+QUESTION = "Explain, in a few sentences, what the assert statement does."
+# More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
+_WARM_UP_TOKENS = 320
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "demo",
+        "A model answers a long prompt with its own cache and with the compressed one.",
+        run,
+    )
+    add_model(parser)
+    for option, default, text in (
+        ("--context", 4096, "tokens of the prompt"),
+        ("--tokens", 64, "tokens to generate, at most"),
+    ):
+        parser.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    # Each in a process of its own, one after the other: neither sees the other's memory or load.
+    plain = run_fresh(generate, options, None)
+    compressed = run_fresh(generate, options, settings_of(options))
+    equal = [a == b for a, b in zip(plain["tokens"], compressed["tokens"], strict=False)]
+    length = max(len(plain["tokens"]), len(compressed["tokens"]))
+    result = {
+        "prompt_tokens": plain["prompt_tokens"],
+        "dtype": options.dtype,
+        "threads": compressed["threads"],
+        "level": compressed["level"],
+        "settings": compressed["report"]["settings"],
+        "plain": plain,
+        "compressed": compressed,
+        "tokens_equal": sum(equal),
+        "tokens_compared": length,
+        "tokens_equal_from_start": equal.index(False) if False in equal else len(equal),
+    }
+    if options.json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def generate(options: argparse.Namespace, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Generates greedily; with the model's own cache where `settings` is None. Meant for a fresh
+    process, whose growth it measures."""
+    import torch
+    from tqdm import tqdm
+    from transformers import DynamicCache
+
+    import tqai
+    from tqai import _core
+    from tqai.models import load
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    name = "own cache" if settings is None else "compressed cache"
+    model, tokenizer = load(options.model, options.dtype)
+    ids = prompt(tokenizer, options.context)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if options.tokens < 1:
+        raise ValueError(f"--tokens {options.tokens}: expected at least 1")
+    if limit is not None and options.context + options.tokens > limit:
+        raise ValueError(
+            f"--context {options.context} and --tokens {options.tokens} together: the model was "
+            f"made for {limit} tokens"
+        )
+
+    if settings is not None:
+        tqai.patch(model, **settings)
+
+    def fresh_cache() -> Any:
+        return DynamicCache(config=model.config) if settings is None else tqai.new_cache(model)
+
+    def answer(ids: torch.Tensor, tokens: int, cache: Any, clock: _Clock) -> list[int]:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=[clock],
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+    answer(ids[:, -_WARM_UP_TOKENS:], 2, fresh_cache(), _Clock())
+    cache = fresh_cache()
+    before = resident_bytes()
+    with tqdm(total=options.tokens, desc=name, unit="token") as bar:
+        clock = _Clock(bar.update)
+        tokens = answer(ids, options.tokens, cache, clock)
+    after = resident_bytes()
+
+    result = {
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "tokens": tokens,
+        "prompt_tokens": ids.shape[1],
+        "cached_tokens": cache.get_seq_length(),
+        "growth_bytes": None if before is None or after is None else after - before,
+        "prefill_seconds": clock.times[1] - clock.times[0],
+        "decode_seconds": clock.times[-1] - clock.times[1],
+        "decode_tokens_per_second": None,
+        "threads": torch.get_num_threads(),
+    }
+    if len(tokens) > 1:
+        result["decode_tokens_per_second"] = (len(tokens) - 1) / result["decode_seconds"]
+    if settings is None:
+        result["cache_bytes"] = sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+        )
+    else:
+        report = cache.memory_report()
+        del report["layers"]
+        result["cache_bytes"] = cache.nbytes
+        result["report"] = report
+        result["level"] = report["settings"]["level"] or _core.default_level()
+    return result
+
+
+class _Clock:
+    """A stopping criterion that never stops, but notes the time of the start and of each token."""
+
+    def __init__(self, on_token: Any = None) -> None:
+        self.times = [time.perf_counter()]
+        self._on_token = on_token
+
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        self.times.append(time.perf_counter())
+        if self._on_token is not None:
+            self._on_token()
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+
+def prompt(tokenizer: Any, length: int) -> Any:
+    """Token ids [1, length]: prose and a question about its beginning, as the model's chat template
+    has it."""
+    import torch
+
+    mark = "@text@"
+    template = f"{mark}\n\n{QUESTION}"
+    if tokenizer.chat_template:
+        template = tokenizer.apply_chat_template(
+            [{"role": "user", "content": template}], tokenize=False, add_generation_prompt=True
+        )
+        special = False
+    else:
+        special = True
+    head, _, tail = template.partition(mark)
+    first = tokenizer(head, add_special_tokens=special).input_ids
+    last = tokenizer(tail, add_special_tokens=False).input_ids
+    text = tokenizer(prose(), add_special_tokens=False, verbose=False).input_ids
+    count = length - len(first) - len(last)
+    if not 1 <= count <= len(text):
+        raise ValueError(
+            f"--context {length}: expected {len(first) + len(last) + 1} to "
+            f"{len(first) + len(last) + len(text)}"
+        )
+    return torch.tensor([first + text[:count] + last])
+
+
+def _print(result: dict[str, Any]) -> None:
+    plain, compressed = result["plain"], result["compressed"]
+    report = compressed["report"]
+    settings = result["settings"]
+    print(f"Prompt of {result['prompt_tokens']} tokens, ending in: {QUESTION}\n")
+    print(f"With the model's own cache:\n{plain['text'].strip()}\n")
+    print(f"With the compressed cache:\n{compressed['text'].strip()}\n")
+    print(
+        f"Equal tokens: {result['tokens_equal']} of {result['tokens_compared']}, "
+        f"the first {result['tokens_equal_from_start']} in a row\n"
+    )
+
+    def growth(run: dict[str, Any]) -> str:
+        return "unknown" if run["growth_bytes"] is None else megabytes(run["growth_bytes"])
+
+    def speed(run: dict[str, Any]) -> str:
+        rate = run["decode_tokens_per_second"]
+        return "–" if rate is None else f"{rate:.1f} tokens/s"
+
+    bits = f"K{settings['bits_k']}/V{settings['bits_v']}"
+    print_table(
+        ["", f"own cache, {result['dtype']}", f"compressed, {bits}"],
+        [
+            ["cache", megabytes(plain["cache_bytes"]), megabytes(compressed["cache_bytes"])],
+            ["  packed tokens", "", megabytes(report["packed_bytes"])],
+            ["  exact tokens", megabytes(plain["cache_bytes"]), megabytes(report["exact_bytes"])],
+            ["  overhead", "", megabytes(report["overhead_bytes"])],
+            ["growth of the process", growth(plain), growth(compressed)],
+            [
+                "prefill",
+                f"{plain['prefill_seconds']:.2f} s",
+                f"{compressed['prefill_seconds']:.2f} s",
+            ],
+            ["decoding", speed(plain), speed(compressed)],
+        ],
+    )
+    share = compressed["cache_bytes"] / plain["cache_bytes"]
+    print(
+        f"\nThe compressed cache takes {percent(share)} of the model's own. "
+        f"{report['packed_tokens']} of {report['tokens']} tokens are packed. "
+        f"{result['threads']} threads, {result['level']} kernels."
+    )

