@@ -4,10 +4,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
-#include "group-inl.hpp"
 #include "kernels.hpp"
 #include "numeric-inl.hpp"
+#include "pack-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -78,16 +79,40 @@ inline void rotate_back_lanes(const SidePlan& side, LaneRows& x, LaneRows& scrat
   }
 }
 
-// Codes of one coordinate of 16 tokens by binary search: the number of boundaries ≤ y.
-// `norm2` += the squares of the centroids in units of the step.
+// The number of boundaries ≤ y, with the steps written out so that they stay in registers.
+template <std::size_t... kIndex>
+inline std::int32_t count_boundaries(float y, const float* boundaries,
+                                     std::index_sequence<kIndex...> /*indices*/) noexcept {
+  std::int32_t count = 0;
+  ((count += y >= boundaries[kIndex] ? 1 : 0), ...);
+  return count;
+}
+
+// Codes of one coordinate of 16 tokens. norm2 += the squares of their levels.
 template <int kBits>
 inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y,
                            std::uint8_t* __restrict codes, float* __restrict norm2) noexcept {
-  std::int32_t found[kLanes] = {};
-  for (int bit = kBits - 1; bit >= 0; --bit) {
+  constexpr int kBoundaries = (1 << kBits) - 1;
+  const float* boundaries = segment.boundaries;
+  std::int32_t found[kLanes];
+  if constexpr (kBits == 8) {  // uniform: level i is i − 128
+    const float inverse = 1.0F / segment.step;
     for (int i = 0; i < kLanes; ++i) {
-      const std::int32_t next = found[i] | 1 << bit;
-      found[i] = y[i] >= segment.boundaries[next - 1] ? next : found[i];
+      const float scaled = y[i] * inverse + 128.5F;
+      const float low = scaled < 0.0F ? 0.0F : scaled;
+      found[i] = static_cast<std::int32_t>(low > 255.0F ? 255.0F : low);
+    }
+  } else if constexpr (kBits <= 4) {
+    for (int i = 0; i < kLanes; ++i) {
+      found[i] = count_boundaries(y[i], boundaries, std::make_index_sequence<kBoundaries>());
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i) found[i] = 0;
+    for (int bit = kBits - 1; bit >= 0; --bit) {
+      for (int i = 0; i < kLanes; ++i) {
+        const std::int32_t next = found[i] | 1 << bit;
+        found[i] = y[i] >= boundaries[next - 1] ? next : found[i];
+      }
     }
   }
   for (int i = 0; i < kLanes; ++i) {
@@ -117,8 +142,8 @@ inline void pack_side(const SidePlan& side, bool keys, const std::uint8_t* codes
                       std::uint8_t* tile) noexcept {
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    (keys ? pack_keys : pack_values)(codes + segment.first * kTileTokens, segment.count,
-                                     segment.bits, tile + side.codes + segment.offset);
+    pack_lines(keys, codes + segment.first * kTileTokens, segment.count, segment.bits,
+               tile + side.codes + segment.offset);
   }
 }
 
@@ -126,8 +151,8 @@ inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* til
                         std::uint8_t* codes) noexcept {
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    (keys ? unpack_keys : unpack_values)(tile + side.codes + segment.offset, segment.count,
-                                         segment.bits, codes + segment.first * kTileTokens);
+    unpack_lines(keys, tile + side.codes + segment.offset, segment.count, segment.bits,
+                 codes + segment.first * kTileTokens);
   }
 }
 
