@@ -171,21 +171,19 @@ void VectorQuantizer::inner_products(const float* queries, std::int64_t query_ro
   multiply_rows(queries, query_rows, codes, norms, rows, products);
 }
 
-void VectorQuantizer::check_codes(std::int64_t code_rows, std::int64_t code_cols,
-                                  std::int64_t norm_rows, std::int64_t norm_cols,
-                                  std::int64_t rows) const {
-  check_view("codes", code_rows, code_cols, rows, static_cast<std::int64_t>(code_bytes_));
-  check_view("norms", norm_rows, norm_cols, rows, norm_count_);
-}
-
-void VectorQuantizer::check_view(const char* name, std::int64_t rows, std::int64_t cols,
-                                 std::int64_t allowed_rows, std::int64_t allowed_cols) {
-  if (rows == allowed_rows && cols == allowed_cols) return;
-  const auto shape = [](std::int64_t r, std::int64_t c) {
-    return "[" + std::to_string(r) + ", " + std::to_string(c) + "]";
+void VectorQuantizer::check_shape(const char* name, std::array<std::int64_t, 2> shape,
+                                  std::array<std::int64_t, 2> allowed, std::int64_t row_stride) {
+  const auto text = [](const std::array<std::int64_t, 2>& s) {
+    return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + "]";
   };
-  throw ValueError(std::string(name) + " has shape " + shape(rows, cols) +
-                   "; allowed: " + shape(allowed_rows, allowed_cols));
+  if (shape != allowed) {
+    throw ValueError(std::string(name) + " has shape " + text(shape) +
+                     "; allowed: " + text(allowed));
+  }
+  if (shape[0] > 1 && row_stride != shape[1]) {
+    throw ValueError(std::string(name) + " has rows " + std::to_string(row_stride) +
+                     " elements apart; allowed: contiguous ones, " + std::to_string(shape[1]));
+  }
 }
 
 Quantizer::Quantizer(const QuantizerOptions& options)

@@ -83,8 +83,8 @@ Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
   }
   matrix_.resize(dim * dim);
   transposed_.resize(dim * dim);
-  Rows(matrix_.data(), head_dim, head_dim) = q.cast<float>();
-  Rows(transposed_.data(), head_dim, head_dim) = q.transpose().cast<float>();
+  Eigen::Map<RowMatrix>(matrix_.data(), head_dim, head_dim) = q.cast<float>();
+  Eigen::Map<RowMatrix>(transposed_.data(), head_dim, head_dim) = q.transpose().cast<float>();
 }
 
 void Rotation::apply(const float* x, float* y, std::int64_t rows) const {

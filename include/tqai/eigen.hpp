@@ -9,14 +9,9 @@ namespace tqai {
 
 /// Row-major fp32 matrix, for callers that want to own one.
 using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-/// Contiguous row-major views [rows, columns].
-using Rows = Eigen::Map<RowMatrix>;
-using ConstRows = Eigen::Map<const RowMatrix>;
-
-/// View of an owned matrix.
-inline Rows rows_of(RowMatrix& matrix) { return {matrix.data(), matrix.rows(), matrix.cols()}; }
-inline ConstRows rows_of(const RowMatrix& matrix) {
-  return {matrix.data(), matrix.rows(), matrix.cols()};
-}
+/// Row-major views [rows, columns] of matrices, maps and blocks; columns are contiguous, rows may
+/// lie further apart. A read-only view of anything else is a copy.
+using Rows = Eigen::Ref<RowMatrix>;
+using ConstRows = Eigen::Ref<const RowMatrix>;
 
 }  // namespace tqai

@@ -2,6 +2,7 @@
 // dimension: the reference beside the cache, and the paper's reproduction.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <tqai/codebook.hpp>
@@ -12,13 +13,13 @@
 
 namespace tqai {
 
-/// Contiguous row-major views of codes [rows, code_bytes()] and of FP16 norms [rows, norm_count()].
+/// Row-major codes [rows, code_bytes()] and FP16 norms [rows, norm_count()], and views of them.
 using CodeMatrix = Eigen::Matrix<std::uint8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using CodeRows = Eigen::Map<CodeMatrix>;
-using ConstCodeRows = Eigen::Map<const CodeMatrix>;
+using CodeRows = Eigen::Ref<CodeMatrix>;
+using ConstCodeRows = Eigen::Ref<const CodeMatrix>;
 using NormMatrix = Eigen::Matrix<std::uint16_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using NormRows = Eigen::Map<NormMatrix>;
-using ConstNormRows = Eigen::Map<const NormMatrix>;
+using NormRows = Eigen::Ref<NormMatrix>;
+using ConstNormRows = Eigen::Ref<const NormMatrix>;
 
 /// What both quantisers do. A vector becomes code_bytes() bytes of codes, little-endian in bits
 /// (code i at bits i·b … i·b+b−1 of its run), and norm_count() FP16 norms.
@@ -52,24 +53,32 @@ class TQAI_API VectorQuantizer {
   void inner_products(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
                       const std::uint16_t* norms, std::int64_t rows, float* products) const;
 
-  void encode(ConstRows vectors, CodeRows codes, NormRows norms) const {
-    check_view("vectors", vectors.rows(), vectors.cols(), vectors.rows(), head_dim_);
-    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), vectors.rows());
-    encode(vectors.data(), vectors.rows(), codes.data(), norms.data());
+  // The same for Eigen's matrices, maps and blocks whose rows follow one another without gaps.
+
+  void encode(const ConstRows& vectors, CodeRows codes, NormRows norms) const {
+    const Eigen::Index rows = vectors.rows();
+    check_view("vectors", vectors, rows, head_dim_);
+    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
+    check_view("norms", norms, rows, norm_count_);
+    encode(vectors.data(), rows, codes.data(), norms.data());
   }
 
-  void decode(ConstCodeRows codes, ConstNormRows norms, Rows vectors) const {
-    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), vectors.rows());
-    check_view("vectors", vectors.rows(), vectors.cols(), vectors.rows(), head_dim_);
-    decode(codes.data(), norms.data(), vectors.rows(), vectors.data());
+  void decode(const ConstCodeRows& codes, const ConstNormRows& norms, Rows vectors) const {
+    const Eigen::Index rows = codes.rows();
+    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
+    check_view("norms", norms, rows, norm_count_);
+    check_view("vectors", vectors, rows, head_dim_);
+    decode(codes.data(), norms.data(), rows, vectors.data());
   }
 
-  void inner_products(ConstRows queries, ConstCodeRows codes, ConstNormRows norms,
-                      Rows products) const {
-    check_view("queries", queries.rows(), queries.cols(), queries.rows(), head_dim_);
-    check_codes(codes.rows(), codes.cols(), norms.rows(), norms.cols(), codes.rows());
-    check_view("products", products.rows(), products.cols(), queries.rows(), codes.rows());
-    inner_products(queries.data(), queries.rows(), codes.data(), norms.data(), codes.rows(),
+  void inner_products(const ConstRows& queries, const ConstCodeRows& codes,
+                      const ConstNormRows& norms, Rows products) const {
+    const Eigen::Index rows = codes.rows();
+    check_view("queries", queries, queries.rows(), head_dim_);
+    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
+    check_view("norms", norms, rows, norm_count_);
+    check_view("products", products, queries.rows(), rows);
+    inner_products(queries.data(), queries.rows(), codes.data(), norms.data(), rows,
                    products.data());
   }
 
@@ -93,10 +102,13 @@ class TQAI_API VectorQuantizer {
                              const std::uint8_t* codes, const std::uint16_t* norms,
                              std::int64_t rows, float* products) const = 0;
 
-  void check_codes(std::int64_t code_rows, std::int64_t code_cols, std::int64_t norm_rows,
-                   std::int64_t norm_cols, std::int64_t rows) const;
-  static void check_view(const char* name, std::int64_t rows, std::int64_t cols,
-                         std::int64_t allowed_rows, std::int64_t allowed_cols);
+  template <typename View>
+  static void check_view(const char* name, const View& view, std::int64_t rows,
+                         std::int64_t columns) {
+    check_shape(name, {view.rows(), view.cols()}, {rows, columns}, view.outerStride());
+  }
+  static void check_shape(const char* name, std::array<std::int64_t, 2> shape,
+                          std::array<std::int64_t, 2> allowed, std::int64_t row_stride);
 
   int head_dim_;
   int bits_;

@@ -43,14 +43,18 @@ class TQAI_API Rotation {
   std::span<const float> matrix() const noexcept { return matrix_; }
 
   /// `apply` for Eigen rows: x, y [rows, head_dim].
-  void apply(ConstRows x, Rows y) const {
+  void apply(const ConstRows& x, Rows y) const {
     check_views(x.rows(), x.cols(), y.rows(), y.cols());
-    apply(x.data(), y.data(), x.rows());
+    for (Eigen::Index r = 0; r < x.rows(); ++r) {
+      apply(x.data() + r * x.outerStride(), y.data() + r * y.outerStride(), 1);
+    }
   }
   /// `apply_transposed` for Eigen rows: y, x [rows, head_dim].
-  void apply_transposed(ConstRows y, Rows x) const {
+  void apply_transposed(const ConstRows& y, Rows x) const {
     check_views(y.rows(), y.cols(), x.rows(), x.cols());
-    apply_transposed(y.data(), x.data(), y.rows());
+    for (Eigen::Index r = 0; r < y.rows(); ++r) {
+      apply_transposed(y.data() + r * y.outerStride(), x.data() + r * x.outerStride(), 1);
+    }
   }
 
  private:

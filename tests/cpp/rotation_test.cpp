@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <tqai/rotation.hpp>
-#include <utility>
 #include <vector>
 
 #include "law.hpp"
@@ -283,16 +282,22 @@ TEST(Rotation, AutomaticTakesHadamardForPowersOfTwo) {
 }
 
 TEST(Rotation, EigenViewsAreThePointers) {
+  constexpr int kRows = 4;
   const Rotation rotation(80, RotationKind::haar, kSeed);
-  RowMatrix x = ConstRows(sphere_vectors(80, 4, kDataSeed).data(), 4, 80);
-  RowMatrix y(4, 80);
-  std::vector<float> expected(4 * 80);
-  rotation.apply(x.data(), expected.data(), 4);
-  rotation.apply(rows_of(std::as_const(x)), rows_of(y));
-  EXPECT_EQ(y, Rows(expected.data(), 4, 80));
-  rotation.apply_transposed(x.data(), expected.data(), 4);
-  rotation.apply_transposed(rows_of(std::as_const(x)), rows_of(y));
-  EXPECT_EQ(y, Rows(expected.data(), 4, 80));
+  const std::vector<float> data = sphere_vectors(80, kRows, kDataSeed);
+  const Eigen::Map<const RowMatrix> x(data.data(), kRows, 80);
+  RowMatrix expected(kRows, 80);
+  RowMatrix y(kRows, 80);
+  RowMatrix wide = RowMatrix::Zero(kRows, 100);
+  rotation.apply(data.data(), expected.data(), kRows);
+  rotation.apply(x, y);
+  EXPECT_EQ(y, expected);
+  rotation.apply(x, wide.middleCols(10, 80));  // rows further apart
+  EXPECT_EQ(wide.middleCols(10, 80), expected);
+  EXPECT_TRUE((wide.rightCols(10).array() == 0.0F).all());
+  rotation.apply_transposed(data.data(), expected.data(), kRows);
+  rotation.apply_transposed(x, y);
+  EXPECT_EQ(y, expected);
 }
 
 TEST(Rotation, RefusesWhatItCannotDo) {
@@ -309,10 +314,10 @@ TEST(Rotation, RefusesWhatItCannotDo) {
   RowMatrix narrow(3, 8);
   RowMatrix few(2, 16);
   for (RowMatrix* y : {&narrow, &few}) {
-    EXPECT_THROW(rotation.apply(rows_of(std::as_const(x)), rows_of(*y)), ValueError);
-    EXPECT_THROW(rotation.apply_transposed(rows_of(std::as_const(*y)), rows_of(x)), ValueError);
+    EXPECT_THROW(rotation.apply(x, *y), ValueError);
+    EXPECT_THROW(rotation.apply_transposed(*y, x), ValueError);
   }
-  EXPECT_EQ(value_error([&] { rotation.apply(rows_of(std::as_const(x)), rows_of(narrow)); }),
+  EXPECT_EQ(value_error([&] { rotation.apply(x, narrow); }),
             "rotation of [3, 16] into [3, 8]; allowed: both [rows, 16]");
   EXPECT_EQ(value_error([&] { rotation.apply(x.data(), x.data(), -1); }),
             "rows = -1; allowed: 0 or more");
