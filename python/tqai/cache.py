@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai.geometry import Geometry, is_compressible
 from tqai.layer import TqaiLayer
@@ -29,15 +29,18 @@ class TqaiCache(DynamicCache):
     the pass.
     """
 
-    def __init__(self, geometry: Geometry, settings: Settings) -> None:
+    def __init__(self, geometry: Geometry, settings: Settings, sliding: bool = True) -> None:
+        """`sliding`: whether layers with a sliding window forget the tokens that have left it."""
         super().__init__(config=geometry.config)
         self.geometry = geometry
         self.settings = settings
         skipped = settings.skipped(len(self.layers))
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
-                window = getattr(layer, "sliding_window", None)
+                window = getattr(layer, "sliding_window", None) if sliding else None
                 self.layers[index] = TqaiLayer(index, settings, window, geometry.heads[index])
+            elif type(layer) is DynamicSlidingWindowLayer and not sliding:
+                self.layers[index] = DynamicLayer()
         self._before: dict[int, _Before] = {}
 
     def check_model(self, geometry: Geometry) -> None:

@@ -167,7 +167,8 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
     result = method(self, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
     if given is None and type(made) is DynamicCache and not made.offloading:
-        cache = fresh_cache(self)
+        # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
+        cache = TqaiCache(geometry_of(self), _require_state(self).settings, bool(made.layers))
         if getattr(arguments["generation_config"], "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

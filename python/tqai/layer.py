@@ -55,8 +55,8 @@ class TqaiLayer(CacheLayerMixin):
         self.heads = heads
         self.record_past = False
         self.core: _core.KvCache | None = None
-        self.dtype: torch.dtype | None = None
-        self.device: torch.device | None = None
+        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
+        """Of the keys and of the values; under autocast they differ."""
         self.version = 0
         """Counts changes, so that a view can tell whether it is out of date."""
         self.padding: list[int] = []
@@ -97,7 +97,7 @@ class TqaiLayer(CacheLayerMixin):
 
         Args:
             key_states: [batch, kv_heads, n, head_dim], float32, float16 or bfloat16, on the CPU.
-            value_states: [batch, kv_heads, n, value_head_dim], same dtype.
+            value_states: [batch, kv_heads, n, value_head_dim].
 
         Raises:
             ValueError: for a shape or dtype that does not fit the layer, NaN, infinity, or vectors
@@ -108,12 +108,13 @@ class TqaiLayer(CacheLayerMixin):
         self._check(keys, values)
         was_empty = self.get_seq_length() == 0
         length, first = self.get_mask_sizes(keys.shape[-2])
-        core = self._make_core(keys, values) if self.core is None else self.core
-        keys, values = rows_contiguous(keys), rows_contiguous(values)
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        core = self._make_core(keys, values, dtype) if self.core is None else self.core
+        rows = [rows_contiguous(states.to(dtype)) for states in (keys, values)]
         with self._named_errors():
-            core.append(ref(keys), ref(values))
+            core.append(ref(rows[0]), ref(rows[1]))
         if self.core is None:
-            self.core, self.dtype, self.device = core, keys.dtype, keys.device
+            self.core, self.dtypes = core, (keys.dtype, values.dtype)
             self.padding = [0] * core.batch
         self.version += 1
         if self.is_sliding and not was_empty and not self.record_past:
@@ -158,16 +159,16 @@ class TqaiLayer(CacheLayerMixin):
         target = min(count, tokens) if count > 0 else max(tokens + count, 0)
         if self.is_sliding and target < tokens and self._first_visible(target) < self._first_held():
             raise RuntimeError(
-                f"layer {self.index} cannot go back from {tokens} tokens to {target}: its window of "
-                f"{self.sliding_window} tokens has moved on; call activate_past_recording() before "
-                "the tokens that are to be cropped are added"
+                f"layer {self.index} cannot go back from {tokens} tokens to {target}: its window "
+                f"of {self.sliding_window} tokens has moved on; call activate_past_recording() "
+                "before the tokens that are to be cropped are added"
             )
         self.truncate(target)
         if self.core is not None and self.is_sliding:
             self.core.discard_before(self._first_visible(target))
 
     def reset(self) -> None:
-        self.core = None
+        self.core = self.dtypes = None
         self.padding = []
         self.version += 1
 
@@ -197,17 +198,17 @@ class TqaiLayer(CacheLayerMixin):
         return core is not None and any(core.packed_tokens(row) for row in range(core.batch))
 
     def gather(self, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantised keys and values of tokens first…first + length − 1 in the layer's dtype.
+        """Dequantised keys and values of tokens first…first + length − 1 in the layer's dtypes.
 
         Shapes [batch, kv_heads, length, head_dim] and [batch, kv_heads, length, value_head_dim].
         Padding and discarded tokens are zeros; tokens that are still exact come out as they went
         in.
         """
-        assert self.core is not None
         core = self.core
+        assert core is not None and self.dtypes is not None
         shape = core.batch, core.kv_heads, length
-        keys = torch.empty(*shape, core.head_dim, dtype=self.dtype)
-        values = torch.empty(*shape, core.value_head_dim, dtype=self.dtype)
+        keys = torch.empty(*shape, core.head_dim, dtype=self.dtypes[0])
+        values = torch.empty(*shape, core.value_head_dim, dtype=self.dtypes[1])
         core.gather(first, ref(keys), ref(values))
         return keys, values
 
@@ -272,7 +273,9 @@ class TqaiLayer(CacheLayerMixin):
         self.padding = [self.padding[row] for row in rows]
         self.version += 1
 
-    def _make_core(self, keys: torch.Tensor, values: torch.Tensor) -> _core.KvCache:
+    def _make_core(
+        self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+    ) -> _core.KvCache:
         options = self.settings.core_options()
         if self.is_sliding:
             options["sink_tokens"] = 0  # a sink that has left the window is never seen again
@@ -282,7 +285,7 @@ class TqaiLayer(CacheLayerMixin):
                 kv_heads=keys.shape[1],
                 head_dim=keys.shape[3],
                 value_head_dim=values.shape[3],
-                dtype=DTYPES[keys.dtype],
+                dtype=DTYPES[dtype],
                 **options,
             )
 
@@ -304,10 +307,15 @@ class TqaiLayer(CacheLayerMixin):
                     "bfloat16"
                 )
             check_head_dim(self.index, name, tensor.shape[3])
-        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        if keys.shape[:3] != values.shape[:3]:
             raise ValueError(
-                f"layer {self.index}: keys {tuple(keys.shape)} of {keys.dtype} do not go with "
-                f"values {tuple(values.shape)} of {values.dtype}"
+                f"layer {self.index}: keys of shape {tuple(keys.shape)} do not go with values of "
+                f"shape {tuple(values.shape)}"
+            )
+        if self.dtypes not in (None, (keys.dtype, values.dtype)):
+            raise ValueError(
+                f"layer {self.index}: keys of {keys.dtype} and values of {values.dtype}; the cache "
+                f"holds {self.dtypes[0]} and {self.dtypes[1]}"
             )
         given = Heads(keys.shape[1], keys.shape[3])
         if self.heads is not None and given != self.heads:

@@ -117,8 +117,9 @@ class TqaiView(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, TqaiView) and _written(argument):
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if isinstance(value, TqaiView) and _is_written(argument):
                 raise NotImplementedError(
                     f"{func} writes into the {_NAMES[value.which]} of a compressed cache; "
                     "clone() them first"
@@ -132,7 +133,7 @@ class TqaiView(torch.Tensor):
         )
 
 
-def _written(argument: Any) -> bool:
+def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 

@@ -1,0 +1,124 @@
+"""Small random models, made from configs: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+VOCABULARY = 128
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HALF_SLIDING = ["sliding_attention", "full_attention"]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 16}),
+    "mistral_wide": ("MistralConfig", {"sliding_window": 150, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 16,
+            "sliding_window": 150,
+            "attn_logit_softcapping": 1.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": 150,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": HALF_SLIDING,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "falcon": ("FalconConfig", {}),
+    "diffllama": ("DiffLlamaConfig", {}),
+}
+
+Models = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(family: str = "llama", seed: int = 1, **options: Any) -> Any:
+    """A causal language model of a family, in eval mode, with weights large enough to matter.
+
+    options: `dtype`, `attn_implementation`, or fields of the config.
+    """
+    name, extra = FAMILIES[family]
+    dtype = options.pop("dtype", torch.float32)
+    attention = options.pop("attn_implementation", None)
+    config = getattr(transformers, name)(**{**SMALL, **extra, **options})
+    if attention is not None:
+        config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or "sinks" in name:
+            parameter.data.normal_(0, 0.08 if parameter.dim() > 1 else 1.0)
+    return model.to(dtype)
+
+
+def make_ids(batch: int = 1, tokens: int = 23, seed: int = 0) -> Any:
+    """Token numbers [batch, tokens], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def models() -> Models:
+    """``models("qwen2", …)``: a model shared by the session's tests, which leave it unpatched."""
+    made: dict[Any, Any] = {}
+
+    def get(family: str = "llama", **options: Any) -> Any:
+        key = family, tuple(sorted(options.items(), key=str))
+        if key not in made:
+            made[key] = make_model(family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _unpatched(models: Models) -> Iterator[None]:
+    yield
+    from tqai import hooks, unpatch
+
+    for model in list(hooks._patched):
+        unpatch(model)
+
+
+@pytest.fixture
+def greedy() -> dict[str, Any]:
+    """Arguments of ``generate`` for 16 tokens, whatever they are."""
+    return {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

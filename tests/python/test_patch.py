@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import SMALL, Models, make_ids, make_model
+from transformers import DynamicCache, StaticCache
+
+import tqai
+from tqai import _core
+
+
+def traces(model: Any) -> dict[str, Any]:
+    """All that a patch may change."""
+    modules = list(model.modules())
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    return {
+        "attributes": [sorted(vars(module)) for module in modules],
+        "hooks": [list(module._forward_pre_hooks.items()) for module in modules],
+        "hooks with keywords": [list(module._forward_pre_hooks_with_kwargs) for module in modules],
+        "implementations": [config._attn_implementation for config in configs],
+        "configs": [sorted(vars(config)) for config in configs],
+        "saved": model.config.to_json_string(use_diff=False),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss", "falcon"])
+def test_unpatch_restores_everything(family: str, models: Models, greedy: dict[str, Any]) -> None:
+    model = models(family)
+    before = traces(model)
+    expected = model.generate(make_ids(), **greedy)
+    tqai.patch(model)
+    assert traces(model) != before
+    assert model.config.to_json_string(use_diff=False) == before["saved"]
+    model.generate(make_ids(), **greedy)
+    tqai.unpatch(model)
+    assert traces(model) == before
+    result = model.generate(make_ids(), return_dict_in_generate=True, **greedy)
+    assert torch.equal(result.sequences, expected)
+    assert type(result.past_key_values) is DynamicCache
+
+
+@pytest.mark.parametrize("action", [tqai.unpatch, tqai.new_cache])
+def test_an_unpatched_model_is_refused(action: Any, models: Models) -> None:
+    model = models()
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched.*tqai.patch"):
+        action(model)
+    tqai.patch(model)
+    tqai.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        action(model)
+
+
+def test_patching_again_replaces_the_settings(models: Models, greedy: dict[str, Any]) -> None:
+    model = models()
+    before = traces(model)
+    first = tqai.patch(model, bits_k=8, residual_window=16)
+    model.generate(make_ids(), past_key_values=first, **greedy)
+    second = tqai.patch(model, bits_k=3)
+    assert second is not first and second.get_seq_length() == 0
+    assert tqai.new_cache(model).settings == second.settings != first.settings
+    assert (second.settings.bits_k, second.settings.residual_window) == (3, 128)
+    # The older cache goes on with its own settings.
+    more = torch.cat([make_ids(), make_ids(seed=1)], 1)
+    model.generate(more, past_key_values=first, **greedy)
+    assert first.settings.bits_k == 8
+    tqai.unpatch(model)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bits_k": 9}, {"rotation": "none"}, {"skip_layers": [2]}, {"level": "mmx"}]
+)
+@pytest.mark.parametrize("patched", [False, True])
+def test_bad_settings_change_nothing(bad: dict[str, Any], patched: bool, models: Models) -> None:
+    model = models()
+    if patched:
+        tqai.patch(model, bits_k=5)
+    before = traces(model)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        tqai.patch(model, **bad)
+    assert traces(model) == before
+    if patched:
+        assert tqai.new_cache(model).settings.bits_k == 5
+
+
+def test_a_level_that_cannot_run_changes_nothing(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models()
+    before = traces(model)
+
+    def fail() -> str:
+        raise NotImplementedError("TQAI_LEVEL=neon")
+
+    monkeypatch.setattr(_core, "default_level", fail)
+    with pytest.raises(NotImplementedError, match="TQAI_LEVEL"):
+        tqai.patch(model)
+    assert traces(model) == before
+
+
+def test_every_call_of_a_patched_model_gets_a_compressed_cache(
+    models: Models, greedy: dict[str, Any]
+) -> None:
+    model = models()
+    tqai.patch(model, bits_v=3)
+    ids = make_ids()
+    cache = model.generate(ids, return_dict_in_generate=True, **greedy).past_key_values
+    assert type(cache) is tqai.TqaiCache and cache.settings.bits_v == 3
+    with torch.no_grad():
+        outputs = [model(ids), model(ids, use_cache=True), model.model(ids), model(ids, None)]
+        assert {type(output.past_key_values) for output in outputs} == {tqai.TqaiCache}
+        assert model(ids, use_cache=False).past_key_values is None
+    assert len({id(output.past_key_values) for output in outputs}) == len(outputs)
+
+
+def test_caches_that_the_user_chose_stay(models: Models, greedy: dict[str, Any]) -> None:
+    model = models()
+    tqai.patch(model)
+    options = {"return_dict_in_generate": True, **greedy}
+    own = DynamicCache(config=model.config)
+    assert model.generate(make_ids(), past_key_values=own, **options).past_key_values is own
+    static = model.generate(make_ids(), cache_implementation="static", **options).past_key_values
+    assert isinstance(static, StaticCache)
+
+
+def test_a_base_model_can_be_patched() -> None:
+    model = make_model().model
+    tqai.patch(model)
+    with torch.no_grad():
+        assert type(model(make_ids()).past_key_values) is tqai.TqaiCache
+    tqai.unpatch(model)
+    with torch.no_grad():
+        assert type(model(make_ids()).past_key_values) is DynamicCache
+
+
+def test_training_is_left_alone() -> None:
+    model = make_model(attention_dropout=0.1)
+    ids = make_ids(2)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        output = model.train()(ids, labels=ids)
+        assert not isinstance(output.past_key_values, tqai.TqaiCache)
+        output.loss.backward()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        return found
+
+    expected = gradients()
+    tqai.patch(model)
+    for got, plain in zip(gradients(), expected, strict=True):
+        assert torch.equal(got, plain)
+
+
+def test_gradients_of_a_forward_pass_in_eval_mode_are_right() -> None:
+    model, ids = make_model(), make_ids()
+
+    def gradient() -> torch.Tensor:
+        model(ids, labels=ids).loss.backward()
+        found = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+        model.zero_grad()
+        return found
+
+    expected = gradient()
+    tqai.patch(model)
+    assert torch.equal(gradient(), expected)
+
+
+def test_gradients_through_a_filled_cache_raise(models: Models) -> None:
+    model = models()
+    cache = tqai.patch(model, residual_window=16)
+    with torch.no_grad():
+        model(make_ids(tokens=200), past_key_values=cache)
+    loss = model(make_ids(tokens=1), past_key_values=cache).logits.sum()
+    with pytest.raises(RuntimeError, match="not differentiable.*no_grad"):
+        loss.backward()
+
+
+def test_a_copied_model_is_patched_on_its_own(greedy: dict[str, Any]) -> None:
+    model = make_model()
+    cache = tqai.patch(model, bits_k=5)
+    twin = copy.deepcopy(model)
+    expected = model.generate(make_ids(), **greedy)
+    tqai.unpatch(model)
+    result = twin.generate(make_ids(), return_dict_in_generate=True, **greedy)
+    assert torch.equal(result.sequences, expected)
+    assert type(result.past_key_values) is tqai.TqaiCache
+    assert tqai.new_cache(twin).settings.bits_k == 5
+    with pytest.raises(ValueError, match="another LlamaForCausalLM"):
+        twin.generate(make_ids(), past_key_values=cache, **greedy)
+    tqai.unpatch(twin)
+    assert traces(twin) == traces(model)
+
+
+def test_models_that_share_a_config_are_unpatched_one_by_one(greedy: dict[str, Any]) -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    if first.config is not second.config:
+        pytest.skip("this transformers copies configs")
+    implementation = config._attn_implementation
+    tqai.patch(first)
+    tqai.patch(second)
+    tqai.unpatch(first)
+    assert config._attn_implementation != implementation
+    result = second.generate(make_ids(), return_dict_in_generate=True, **greedy)
+    assert type(result.past_key_values) is tqai.TqaiCache
+    first.generate(make_ids(), **greedy)
+    tqai.unpatch(second)
+    assert config._attn_implementation == implementation
+
+
+def unsupported(name: str, **fields: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**fields)
+    return transformers.AutoModel.from_config(config).eval()
+
+
+def test_models_without_attention_are_named() -> None:
+    bert = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cases = [
+        (torch.nn.Linear(2, 2), "PreTrainedModel; got Linear"),
+        (None, "got NoneType"),
+        (unsupported("Mamba", num_hidden_layers=2, hidden_size=32), "MambaModel.*2 × MambaBlock"),
+        (unsupported("Bert", **bert, intermediate_size=32), "BertModel.*2 × BertLayer"),
+    ]
+    for model, message in cases:
+        with pytest.raises(ValueError, match=message):
+            tqai.patch(model)
+
+
+def test_models_of_another_make_are_named() -> None:
+    t5 = unsupported("T5", d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(NotImplementedError, match="T5Model is an encoder-decoder"):
+        tqai.patch(t5)
+    reformer = transformers.ReformerConfig(
+        is_decoder=True, axial_pos_embds=False, hidden_size=32, attn_layers=["local"]
+    )
+    with pytest.raises(NotImplementedError, match="ReformerModelWithLMHead"):
+        tqai.patch(transformers.ReformerModelWithLMHead(reformer).eval())
+
+
+def test_a_layer_that_cannot_be_compressed_may_be_skipped(greedy: dict[str, Any]) -> None:
+    model = make_model("qwen3", head_dim=4)
+    with pytest.raises(NotImplementedError, match=r"layer 0.*head_dim 4.*skip_layers=\[0\]"):
+        tqai.patch(model)
+    with pytest.raises(NotImplementedError, match="layer 1"):
+        tqai.patch(model, skip_layers=[0])
+    expected = model.generate(make_ids(), **greedy)
+    tqai.patch(model, skip_layers=[0, 1])
+    assert torch.equal(model.generate(make_ids(), **greedy), expected)
+
+
+def test_an_attention_that_tqai_does_not_know_is_named() -> None:
+    model = make_model()
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(NotImplementedError, match="'flex_attention'.*'sdpa' and 'eager'"):
+        tqai.patch(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_continuous_batching_is_refused(models: Models) -> None:
+    model = models()
+    tqai.patch(model)
+    with pytest.raises(NotImplementedError, match="continuous batching.*unpatch"):
+        model.generate_batch([[3, 4, 5]])
+
+
+def test_importing_tqai_imports_no_torch() -> None:
+    code = "import sys, tqai; tqai.patch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_exports() -> None:
+    assert set(tqai.__all__) <= set(dir(tqai))
+    for name in tqai.__all__:
+        assert getattr(tqai, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        tqai.nothing  # noqa: B018

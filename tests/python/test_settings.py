@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tqai import _core
+from tqai.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("bits_k", 0, "1 to 8"),
+        ("bits_k", 9, "1 to 8"),
+        ("bits_k", 2.5, "1 to 8"),
+        ("bits_k", True, "1 to 8"),
+        ("bits_v", "4", "1 to 8"),
+        ("bits_v", None, "1 to 8"),
+        ("sink_tokens", -1, "0 to"),
+        ("residual_window", -1, "0 to"),
+        ("residual_window", 2**31, "0 to"),
+        ("rotation", "random", "'auto', 'hadamard', 'haar'"),
+        ("rotation", None, "'auto', 'hadamard', 'haar'"),
+        ("centering", "median", "'auto', 'none', 'mean'"),
+        ("skip_layers", 3, "a sequence"),
+        ("skip_layers", "0", "a sequence"),
+        ("skip_layers", [0.5], "an integer"),
+        ("seed", -1, "0 to"),
+        ("seed", 2**64, "0 to"),
+        ("level", "sse2", "'scalar', 'avx2', 'avx512', 'neon'"),
+    ],
+)
+def test_names_what_was_given_and_what_is_allowed(name: str, value: object, allowed: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Settings(**{name: value})
+    message = str(caught.value)
+    assert name in message and allowed in message
+    assert str(value) in message or repr(value) in message or isinstance(value, list)
+
+
+def test_takes_any_integer_type_and_any_sequence() -> None:
+    settings = Settings(bits_k=np.int64(3), skip_layers=range(2), seed=2**64 - 1)
+    assert settings.bits_k == 3 and type(settings.bits_k) is int
+    assert settings.skip_layers == (0, 1)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_all_bits_make_a_cache(bits: int) -> None:
+    options = Settings(bits_k=bits, bits_v=9 - bits).core_options()
+    assert _core.KvCache(batch=1, kv_heads=1, head_dim=16, **options).tokens == 0
+
+
+def test_skipped_layers_count_from_either_end() -> None:
+    assert Settings(skip_layers=(0, -1, -1)).skipped(4) == {0, 3}
+    for layer in (4, -5):
+        with pytest.raises(ValueError, match=rf"skip_layers={layer}.*4 layers.*-4…3"):
+            Settings(skip_layers=(layer,)).skipped(4)
+
+
+def test_a_level_that_the_machine_lacks_is_not_silently_replaced() -> None:
+    lacking = {"scalar", "avx2", "avx512", "neon"} - set(_core.available_levels())
+    assert lacking  # no machine has both AVX and NEON
+    for level in lacking:
+        with pytest.raises(NotImplementedError, match=level):
+            Settings(level=level)
+
+
+@pytest.mark.parametrize("level", _core.available_levels())
+def test_the_level_reaches_the_core(level: str) -> None:
+    options = Settings(level=level).core_options()
+    assert _core.KvCache(batch=1, kv_heads=1, head_dim=16, **options).level == level
