@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <tqai/codebook.hpp>
 #include <tqai/eigen.hpp>
 #include <tqai/export.hpp>
@@ -169,6 +170,8 @@ class TQAI_API ProdQuantizer final : public VectorQuantizer {
 
   const ProdQuantizerOptions& options() const noexcept { return options_; }
   const Rotation& rotation() const noexcept { return rotation_; }
+  /// S, [head_dim, head_dim] row-major; it multiplies rotated residuals.
+  std::span<const float> projection() const noexcept { return projection_; }
 
  private:
   void encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,

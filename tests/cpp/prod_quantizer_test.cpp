@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <numbers>
 #include <tqai/quantizer.hpp>
@@ -26,8 +27,9 @@ TEST(ProdQuantizer, InnerProductsAreUnbiased) {
   constexpr int kSeeds = 1500;
   for (const int bits : {1, 2, 3, 5, 8}) {
     SCOPED_TRACE(bits);
-    const std::vector<float> x = sphere_vectors(kDim, 1, kDataSeed + static_cast<unsigned>(bits));
+    std::vector<float> x = sphere_vectors(kDim, 1, kDataSeed + static_cast<unsigned>(bits));
     const std::vector<float> y = at_angle(x, kDim, 0.5);
+    for (float& coordinate : x) coordinate *= 6.5F;
     std::vector<double> residual(x.begin(), x.end());
     if (bits > 1) {
       QuantizerOptions options{kDim, bits - 1};
@@ -56,19 +58,38 @@ TEST(ProdQuantizer, InnerProductsAreUnbiased) {
   }
 }
 
-TEST(ProdQuantizer, ProjectionIsNotTheRotation) {
-  // With one generator for both, equal seeds would make the rotation a function of the projection.
-  constexpr int kDim = 16;
-  ProdQuantizerOptions options{kDim, 1, RotationKind::haar, 9, 9};
-  Sample sample;
-  const std::vector<float> x = sphere_vectors(kDim, 1, kDataSeed);
-  for (std::uint64_t seed = 0; seed < 2000; ++seed) {
-    options.seed = seed;
-    options.projection_seed = seed;
-    const ProdQuantizer quantizer(options);
-    sample.add(Encoded(quantizer, x).inner_products(quantizer, x)[0]);
+// A Haar rotation is the Q of a Gaussian's QR decomposition: were S that Gaussian, QᵀS would be
+// upper triangular, and the two not independent.
+TEST(ProdQuantizer, ProjectionIsNotTheRotationsGaussian) {
+  constexpr std::size_t kDim = 16;
+  ProdQuantizerOptions options{kDim, 2, RotationKind::haar};
+  options.seed = 9;
+  options.projection_seed = 9;
+  const ProdQuantizer quantizer(options);
+  double below = 0.0;
+  for (std::size_t i = 0; i < kDim; ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      double entry = 0.0;
+      for (std::size_t k = 0; k < kDim; ++k) {
+        entry += static_cast<double>(quantizer.rotation().matrix()[k * kDim + i]) *
+                 static_cast<double>(quantizer.projection()[k * kDim + j]);
+      }
+      below += entry * entry;
+    }
   }
-  EXPECT_NEAR(sample.mean(), 1.0, 3.0 * sample.error());
+  EXPECT_GT(below, 0.5 * kDim * (kDim - 1) / 2);  // 1 each on average
+}
+
+TEST(ProdQuantizer, ProjectionIsStandardGaussian) {
+  const ProdQuantizer quantizer({256, 2});
+  Sample first;
+  Sample second;
+  for (const float entry : quantizer.projection()) {
+    first.add(entry);
+    second.add(static_cast<double>(entry) * static_cast<double>(entry));
+  }
+  EXPECT_NEAR(first.mean(), 0.0, 4.0 * first.error());
+  EXPECT_NEAR(second.mean(), 1.0, 4.0 * second.error());
 }
 
 TEST(ProdQuantizer, Sizes) {

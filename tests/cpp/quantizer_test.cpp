@@ -29,7 +29,7 @@ constexpr double kHalfEpsilon = 0x1p-11;  // relative rounding error of FP16
 // arXiv:2504.19874, Theorem 1, with the true numbers in place of the bounds.
 void expect_table_distortion(int table_row) {
   const int dim = test::kTableDims[table_row];
-  const std::vector<float> vectors = sphere_vectors(dim, 3000, kDataSeed);
+  const std::vector<float> vectors = sphere_vectors(dim, 2000, kDataSeed);
   for (const RotationKind kind : {RotationKind::hadamard, RotationKind::haar}) {
     for (int bits = 1; bits <= 8; ++bits) {
       for (const Grid grid : {Grid::exact, Grid::int8}) {
