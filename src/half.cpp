@@ -79,27 +79,17 @@ void narrow_all(const float* __restrict from, std::size_t count, void* to, Conve
 void convert_to_float(const void* from, DType dtype, std::size_t count, float* to) noexcept {
   if (count == 0) return;
   switch (dtype) {
-    case DType::f32:
-      std::memcpy(to, from, count * sizeof(float));
-      return;
-    case DType::f16:
-      widen_all(from, count, to, [](auto h) { return widen_half(h); });
-      return;
-    case DType::bf16:
-      widen_all(from, count, to, [](auto h) { return from_bfloat16(h); });
-      return;
+    case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;
+    case DType::f16: widen_all(from, count, to, [](auto h) { return widen_half(h); }); return;
+    case DType::bf16: widen_all(from, count, to, [](auto h) { return from_bfloat16(h); }); return;
   }
 }
 
 void convert_from_float(const float* from, std::size_t count, DType dtype, void* to) noexcept {
   if (count == 0) return;
   switch (dtype) {
-    case DType::f32:
-      std::memcpy(to, from, count * sizeof(float));
-      return;
-    case DType::f16:
-      narrow_all(from, count, to, [](float v) { return narrow_half(v); });
-      return;
+    case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;
+    case DType::f16: narrow_all(from, count, to, [](float v) { return narrow_half(v); }); return;
     case DType::bf16:
       narrow_all(from, count, to, [](float v) { return narrow_bfloat16(v); });
       return;
