@@ -14,13 +14,16 @@ from tqai.patch import new_cache, patch, unpatch
 if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
     from tqai.cache import TqaiCache
+    from tqai.fidelity import Fidelity, evaluate
 
 __all__ = [
     "Codebook",
+    "Fidelity",
     "ProdQuantizer",
     "Quantizer",
     "TqaiCache",
     "__version__",
+    "evaluate",
     "new_cache",
     "patch",
     "unpatch",
@@ -33,6 +36,8 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 
 _LAZY = {
     "TqaiCache": "tqai.cache",
+    "Fidelity": "tqai.fidelity",
+    "evaluate": "tqai.fidelity",
     "Codebook": "tqai._core",
     "ProdQuantizer": "tqai._core",
     "Quantizer": "tqai._core",

@@ -110,6 +110,7 @@ def evaluate(
         ValueError: for a text too short, a patched model, or a setting under which no token read
             packed ones: it would have measured nothing.
     """
+    _check_unpatched(model)
     measures = [_Measure(setting) for setting in settings]
     if not measures:
         raise ValueError("settings: expected at least one")
@@ -144,6 +145,14 @@ def evaluate(
             finally:
                 tqai.unpatch(model)
     return [measure.result() for measure in measures]
+
+
+def _check_unpatched(model: PreTrainedModel) -> None:
+    try:
+        tqai.new_cache(model)
+    except ValueError:
+        return
+    raise ValueError("the model is patched; call tqai.unpatch(model) first")
 
 
 @torch.inference_mode()

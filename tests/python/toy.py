@@ -1,0 +1,30 @@
+"""A model small enough for tests of whole programs, with a tokenizer: one token a character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conftest import VOCABULARY, make_model
+
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<a>"
+
+
+def tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = {chr(code): code for code in range(VOCABULARY)}
+    toy = Tokenizer(models.WordLevel(characters, unk_token="?"))
+    toy.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    toy.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=toy, unk_token="?", bos_token="\x01")
+
+
+def folder(path: Path, chat: bool = False, **config: Any) -> Path:
+    """A saved random Llama with this tokenizer."""
+    make_model("llama", **config).save_pretrained(path)
+    saved = tokenizer()
+    saved.chat_template = CHAT_TEMPLATE if chat else None
+    saved.save_pretrained(path)
+    return path
