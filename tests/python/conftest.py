@@ -120,5 +120,6 @@ def _unpatched(models: Models) -> Iterator[None]:
 
 @pytest.fixture
 def greedy() -> dict[str, Any]:
-    """Arguments of ``generate`` for 16 tokens, whatever they are."""
-    return {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    """Arguments of ``generate`` for 16 tokens, whatever they are: no token ends the text."""
+    never = VOCABULARY + 1
+    return {"max_new_tokens": 16, "do_sample": False, "eos_token_id": never, "pad_token_id": 0}

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRANSFORMERS_4, Models, make_ids, make_model
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
 import tqai
+from conftest import TRANSFORMERS_4, Models, make_ids, make_model
 from tqai import attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 SEALING = {"residual_window": 16, "sink_tokens": 2, "bits_k": 4, "bits_v": 4}
 NATIVE = ["llama", "qwen2", "qwen3", "mistral_wide", "gpt_oss", "gpt_neox", "gemma2"]
@@ -262,10 +261,10 @@ def test_padding_longer_than_the_first_chunk(models: Models, greedy: dict[str, A
     mask = torch.ones_like(ids)
     mask[0, :10] = 0
     mask[1, :45] = 0
-    expected = model.generate(ids, attention_mask=mask, **greedy)
+    options = {"attention_mask": mask, "prefill_chunk_size": 20, **greedy}
+    expected = model.generate(ids, **options)
     cache = tqai.patch(model)
-    options = {"attention_mask": mask, "prefill_chunk_size": 20, "past_key_values": cache}
-    assert torch.equal(model.generate(ids, **options, **greedy), expected)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
     assert cache.layers[0].padding == [10, 45]
 
 

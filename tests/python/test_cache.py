@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRANSFORMERS_4, VOCABULARY, Models, make_ids, make_model
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
 import tqai
+from conftest import TRANSFORMERS_4, VOCABULARY, Models, make_ids, make_model
 from tqai import _core
 from tqai.layer import TqaiLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 OTHERS = ["mistral_wide", "gemma2", "gpt_oss", "gpt_neox", "falcon", "diffllama"]
@@ -41,8 +40,12 @@ def assert_equal(got: Any, expected: Any) -> None:
 # With everything inside the window, outputs are those of the plain cache, to the bit.
 
 
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+
+
 def plain(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
-    return [model.generate(make_ids(2), **options)]
+    result = model.generate(make_ids(2), **LOGITS, **options)
+    return [result.sequences, *result.logits]
 
 
 def left_padded(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
@@ -50,7 +53,8 @@ def left_padded(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     mask[2, :22] = 0
-    return [model.generate(ids, attention_mask=mask, **options)]
+    result = model.generate(ids, attention_mask=mask, **LOGITS, **options)
+    return [result.sequences, *result.logits]
 
 
 def beams(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:

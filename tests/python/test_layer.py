@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
 from tqai import _core
 from tqai.layer import Heads, TqaiLayer
 from tqai.settings import Settings
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 HEADS, DIM = 2, 16
 EXACT = Settings(residual_window=10_000)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import tqai
 import transformers
 from conftest import SMALL, Models, make_ids, make_model
-from transformers import DynamicCache, StaticCache
-
-import tqai
 from tqai import _core
+from transformers import DynamicCache, StaticCache
 
 
 def traces(model: Any) -> dict[str, Any]:

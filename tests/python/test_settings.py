@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from tqai import _core
 from tqai.settings import Settings
 

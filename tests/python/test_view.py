@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import SMALL
-
 from tqai.layer import TqaiLayer
 from tqai.settings import Settings
 from tqai.view import TqaiView, update_of
