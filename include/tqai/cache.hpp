@@ -32,6 +32,7 @@ struct CacheOptions {
   int residual_window = 128;  // last tokens of each row, kept exact
   RotationKind rotation = RotationKind::automatic;
   Centering centering = Centering::automatic;
+  std::optional<Rope> rope;  // what the keys have gone through, if known
   std::uint64_t seed =
       0x7461'6971;             // of the key rotation; the value rotation takes another from it
   std::optional<Level> level;  // default: default_level()

@@ -2,13 +2,31 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace tqai {
 
-/// Softmax ignores what moves all scores of a query alike, so a constant may leave a head's keys
-/// and come back as one number per query, exactly; the quantisation error shrinks with the norm
-/// that is left. `none`: keys as they are. `mean`: the head's mean key. `automatic`: per batch row
-/// and head, whichever leaves less energy in the tokens of the first sealing; frozen from then on.
-enum class Centering : std::uint8_t { automatic, none, mean };
+/// Softmax ignores what moves all scores of a query alike, so a part of the keys that is known from
+/// their position alone may be left out of the codes and come back in the scores, exactly; the
+/// quantisation error shrinks with the norm that is left.
+/// `none`: keys as they are. `mean`: the head's mean key. `rope`: the head's mean key before rotary
+/// position embedding, turned to each position; needs `CacheOptions::rope`. `automatic`: per batch
+/// row and head, whichever leaves the least energy in the tokens of the first sealing, `rope` only
+/// where it leaves clearly less, since it costs time; frozen from then on.
+enum class Centering : std::uint8_t { automatic, none, mean, rope };
+
+/// The rotary position embedding that keys have gone through: pair f of a key at position p is
+/// turned by the angle p · inv_freq[f]. Positions count from any origin: what a cache takes for the
+/// position of a token is its index. Where a model's positions are other than that, results are
+/// as right, only less well compressed.
+struct Rope {
+  /// Which coordinates make pair f: `half_split` f and f + rotary_dim / 2 (Llama, Qwen),
+  /// `interleaved` 2f and 2f + 1 (GPT-J, Cohere).
+  enum class Layout : std::uint8_t { half_split, interleaved };
+
+  std::vector<float> inv_freq;  // [rotary_dim / 2], radians per token, scaling included
+  Layout layout = Layout::half_split;
+  int rotary_dim = 0;  // even, 2…head_dim: the first coordinates of a head
+};
 
 }  // namespace tqai

@@ -3,6 +3,7 @@
 
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "bindings.hpp"
@@ -14,15 +15,28 @@ Centering centering_from_name(const std::string& name) {
   if (name == "auto") return Centering::automatic;
   if (name == "none") return Centering::none;
   if (name == "mean") return Centering::mean;
-  throw ValueError("centering = \"" + name + "\"; allowed: auto, none, mean");
+  if (name == "rope") return Centering::rope;
+  throw ValueError("centering = \"" + name + "\"; allowed: auto, none, mean, rope");
 }
 
 const char* name_of(Centering centering) {
   switch (centering) {
     case Centering::none: return "none";
     case Centering::mean: return "mean";
+    case Centering::rope: return "rope";
     default: return "auto";
   }
+}
+
+using RopeArguments = std::tuple<std::vector<float>, std::string, int>;
+
+Rope make_rope(const RopeArguments& arguments) {
+  const auto& [inv_freq, layout, rotary_dim] = arguments;
+  if (layout != "half_split" && layout != "interleaved") {
+    throw ValueError("rope layout = \"" + layout + "\"; allowed: half_split, interleaved");
+  }
+  return {inv_freq, layout == "interleaved" ? Rope::Layout::interleaved : Rope::Layout::half_split,
+          rotary_dim};
 }
 
 ElementType type_of(DType dtype) {
@@ -33,7 +47,8 @@ ElementType type_of(DType dtype) {
 
 KvCache make_cache(int batch, int kv_heads, int head_dim, int value_head_dim, ElementType dtype,
                    int bits_k, int bits_v, int sink_tokens, int residual_window,
-                   const std::string& rotation, const std::string& centering, std::uint64_t seed,
+                   const std::string& rotation, const std::string& centering,
+                   const std::optional<RopeArguments>& rope, std::uint64_t seed,
                    const std::optional<std::string>& level) {
   CacheOptions options;
   options.kv_heads = kv_heads;
@@ -51,6 +66,7 @@ KvCache make_cache(int batch, int kv_heads, int head_dim, int value_head_dim, El
   options.residual_window = residual_window;
   options.rotation = rotation_from_name(rotation);
   options.centering = centering_from_name(centering);
+  if (rope) options.rope = make_rope(*rope);
   options.seed = seed;
   if (level) options.level = level_from_name(*level);
   const py::gil_scoped_release release;  // codebooks and rotations take a while the first time
@@ -107,12 +123,13 @@ void bind_cache(py::module_& module) {
 
 Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride
 1; the caller keeps them alive during the call. The GIL is released while numbers are moved. All or
-nothing: a method that raises leaves the cache as it was. See include/tqai/cache.hpp.)")
+nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
+"interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
            arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
-           arg("rotation") = "auto", arg("centering") = "auto", arg("seed") = CacheOptions{}.seed,
-           arg("level") = py::none())
+           arg("rotation") = "auto", arg("centering") = "auto", arg("rope") = py::none(),
+           arg("seed") = CacheOptions{}.seed, arg("level") = py::none())
       .def_property_readonly("batch", &KvCache::batch)
       .def_property_readonly("kv_heads", [](const KvCache& c) { return c.options().kv_heads; })
       .def_property_readonly("head_dim", [](const KvCache& c) { return c.options().head_dim; })

@@ -245,25 +245,16 @@ void Attention::attend_sealed(const Unit& unit, const Work& work, kernels::Softm
   for (std::size_t i = 0; i < first_block; ++i) start += row.sealed[i].tokens;
   for (std::size_t i = 0; i < count; ++i) {
     const BlockView& view = row.sealed[first_block + i];
-    spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.payload()) + offset, view.tokens};
+    spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.payload()) + offset, view.tokens,
+                view.block.header().first_token};
   }
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];
   set_range(unit, work, start, first, end, softmax);
-  const float* centre = centre_of(row.centres, unit.kv_head);
-  float centre_scores[kMaxRows] = {};
-  if (kind_of(row.centres, unit.kv_head) != Centering::none) {
-    for (int r = 0; r < unit.rows; ++r) {
-      const float* query = work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_;
-      double sum = 0.0;
-      for (int c = 0; c < context_.options.head_dim; ++c) {
-        sum += static_cast<double>(query[c]) * static_cast<double>(centre[c]);
-      }
-      centre_scores[r] = static_cast<float>(sum);
-    }
-  }
+  const CentreScores centre(context_, row.centres, unit.kv_head, work.plain, key_padded_, unit.rows,
+                            tokens_);
   context_.kernels->attend_tiles({&context_.codec->plan(), spans, static_cast<std::int64_t>(count),
-                                  work.rotated, centre_scores, softmax});
+                                  work.rotated, centre.constants(), centre.rope(), softmax});
 }
 
 void Attention::finish(const Unit& unit, const Work& work) const noexcept {

@@ -110,6 +110,7 @@ KvCache::KvCache(const CacheOptions& options, int batch) : state_(std::make_uniq
   }
   Context& context = state_->context;
   context.options = detail::checked(options);
+  if (context.options.rope) context.rope = detail::shared_rope_tables(*context.options.rope);
   context.kernels = &kernels::kernels(*context.options.level);
   context.codec = detail::shared_codec(context.options);
   state_->rows.resize(static_cast<std::size_t>(batch));
@@ -149,7 +150,7 @@ std::optional<Centering> KvCache::centering(int row, int head) const {
   }
   const Row& held = state_->rows[static_cast<std::size_t>(row)];
   if (!held.centres) return std::nullopt;
-  return kind_of(held.centres, head);
+  return held.centres.kind(head);
 }
 
 void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
@@ -331,7 +332,7 @@ MemoryReport KvCache::memory() const {
     report.overhead_bytes += row.sealed.capacity() * sizeof(detail::BlockView);
     add(row.sinks, report.exact_bytes);
     add(row.tail, report.exact_bytes);
-    add(row.centres, report.overhead_bytes);
+    add(row.centres.memory(), report.overhead_bytes);
     for (const detail::BlockView& view : row.sealed) add(view.block, report.packed_bytes);
   }
   report.uncompressed_bytes = static_cast<std::size_t>(report.tokens) * state.context.token_bytes();

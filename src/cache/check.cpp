@@ -16,6 +16,21 @@ void check_range(const char* name, std::int64_t value, std::int64_t low, std::in
   }
 }
 
+void check_rope(const Rope& rope, int head_dim) {
+  check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
+  if (rope.rotary_dim % 2 != 0 ||
+      rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
+    throw ValueError("rope has " + std::to_string(rope.inv_freq.size()) +
+                     " frequencies for rotary_dim " + std::to_string(rope.rotary_dim) +
+                     "; needed: an even rotary_dim and half as many frequencies");
+  }
+  for (const float frequency : rope.inv_freq) {
+    if (!std::isfinite(frequency)) {
+      throw ValueError("rope has a frequency that is NaN or infinite; finite ones are needed");
+    }
+  }
+}
+
 }  // namespace
 
 CacheOptions checked(CacheOptions options) {
@@ -28,6 +43,12 @@ CacheOptions checked(CacheOptions options) {
   check_range("bits_v", options.bits_v, 1, 8);
   check_range("sink_tokens", options.sink_tokens, 0, kMost);
   check_range("residual_window", options.residual_window, 0, kMost);
+  if (options.rope) check_rope(*options.rope, options.head_dim);
+  if (options.centering == Centering::rope && !options.rope) {
+    throw ValueError(
+        "centering is rope, but no rope was given; say how keys are rotated, or let it "
+        "be automatic, mean or none");
+  }
   if (!options.level) options.level = default_level();
   return options;
 }

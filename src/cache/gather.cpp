@@ -82,13 +82,11 @@ void gather_head(const Context& context, const Row& row, int head, const Range& 
       vectors.resize(static_cast<std::size_t>(kTileTokens) * kernels::kMaxDim);
       const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.payload()) +
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
-      const float* centre = centre_of(row.centres, head);
       const int dim = context.options.head_dim;
       context.kernels->decode(context.codec->plan().keys, true, tile, vectors.data());
+      add_centre(context, row.centres, head, view.block.header().first_token, 1.0F, vectors.data());
       for (std::int64_t t = begin; t < end; ++t) {
-        float* vector = vectors.data() + (t - start) * dim;
-        for (int c = 0; c < dim; ++c) vector[c] += centre[c];
-        keys.write(t - range.first, vector);
+        keys.write(t - range.first, vectors.data() + (t - start) * dim);
       }
       context.kernels->decode(context.codec->plan().values, false, tile, vectors.data());
       for (std::int64_t t = begin; t < end; ++t) {

@@ -36,70 +36,22 @@ ExactTokens copy_tokens(const Context& context, const ExactTokens& source, std::
   return copy;
 }
 
-// The mean key of a head's tokens [from, from + count) where it leaves clearly less energy: a mean
-// of n samples of pure noise takes about one n-th of the energy by chance, and pays for nothing.
-bool find_mean(const Context& context, const ExactTokens& tokens, std::int64_t from,
-               std::int64_t count, int head, Centering wanted, float* mean) {
-  const auto dim = static_cast<std::size_t>(context.options.head_dim);
-  std::vector<double> sums(dim, 0.0);
-  std::vector<float> key(dim);
-  double energy = 0.0;
-  for (std::int64_t t = from; t < from + count; ++t) {
-    convert_to_float(
-        exact_keys(context, tokens, head) + static_cast<std::size_t>(t) * context.key_bytes(),
-        context.options.dtype, dim, key.data());
-    for (std::size_t c = 0; c < dim; ++c) {
-      const auto value = static_cast<double>(key[c]);
-      sums[c] += value;
-      energy += value * value;
-    }
-  }
-  double mean_energy = 0.0;
-  for (std::size_t c = 0; c < dim; ++c) {
-    sums[c] /= static_cast<double>(count);
-    mean_energy += sums[c] * sums[c];
-  }
-  const double left = energy / static_cast<double>(count) - mean_energy;  // per token
-  constexpr double kClearly = 2.0;
-  const bool worth =
-      wanted == Centering::mean || mean_energy > kClearly * left / static_cast<double>(count);
-  for (std::size_t c = 0; c < dim; ++c) mean[c] = worth ? static_cast<float>(sums[c]) : 0.0F;
-  return worth;
-}
-
+// The centres of tokens [from, from + count) of `tokens`, which begin at token `first_token`.
 Centres make_centres(const Context& context, const ExactTokens& tokens, std::int64_t from,
-                     std::int64_t count) {
-  const int heads = context.options.kv_heads;
-  const int dim = context.options.head_dim;
-  const auto floats = static_cast<std::size_t>(heads) * static_cast<std::size_t>(dim);
-  Centres centres(CentreShape{heads, dim},
-                  floats * sizeof(float) + static_cast<std::size_t>(heads));
-  auto* means = reinterpret_cast<float*>(centres.payload());
-  auto* kinds = reinterpret_cast<Centering*>(centres.payload() + floats * sizeof(float));
-  const Centering wanted = context.options.centering;
-  for (int head = 0; head < heads; ++head) {
-    float* mean = means + static_cast<std::ptrdiff_t>(head) * dim;
-    std::fill_n(mean, dim, 0.0F);
-    kinds[head] =
-        wanted != Centering::none && find_mean(context, tokens, from, count, head, wanted, mean)
-            ? Centering::mean
-            : Centering::none;
+                     std::int64_t count, std::int64_t first_token) {
+  const CacheOptions& options = context.options;
+  Centres centres(CentreShape{options.kv_heads, options.head_dim,
+                              context.rope ? context.rope->pair_count() : 0});
+  for (int head = 0; head < options.kv_heads; ++head) {
+    const HeadKeys keys{
+        exact_keys(context, tokens, head) + static_cast<std::size_t>(from) * context.key_bytes(),
+        first_token, count};
+    choose_centre(context, keys, head, centres);
   }
   return centres;
 }
 
 }  // namespace
-
-const float* centre_of(const Centres& centres, int head) noexcept {
-  return reinterpret_cast<const float*>(centres.payload()) +
-         static_cast<std::ptrdiff_t>(head) * centres.header().head_dim;
-}
-
-Centering kind_of(const Centres& centres, int head) noexcept {
-  const auto floats = static_cast<std::size_t>(centres.header().kv_heads) *
-                      static_cast<std::size_t>(centres.header().head_dim);
-  return reinterpret_cast<const Centering*>(centres.payload() + floats * sizeof(float))[head];
-}
 
 std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept {
   auto* payload = const_cast<std::byte*>(tokens.payload());
@@ -142,9 +94,9 @@ Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
     }
   }
   if (!sealing.sinks) sealing.sinks = row.sinks;
-  sealing.centres =
-      row.centres ? row.centres : make_centres(context, row.tail, sealing.new_sinks, tokens);
   const std::int64_t first = row.first + row.sink_tokens() + row.sealed_tokens + sealing.new_sinks;
+  sealing.centres =
+      row.centres ? row.centres : make_centres(context, row.tail, sealing.new_sinks, tokens, first);
   for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
     sealing.blocks.emplace_back(SealedShape{first + done}, context.block_bytes());
   }
@@ -169,12 +121,8 @@ void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::
 
   convert_to_float(exact_keys(context, row.tail, head) + from * context.key_bytes(), options.dtype,
                    static_cast<std::size_t>(kTileTokens * options.head_dim), rows);
-  if (kind_of(sealing.centres, head) != Centering::none) {
-    const float* centre = centre_of(sealing.centres, head);
-    for (int t = 0; t < kTileTokens; ++t) {
-      for (int c = 0; c < options.head_dim; ++c) rows[t * options.head_dim + c] -= centre[c];
-    }
-  }
+  const std::int64_t first = sealing.blocks[static_cast<std::size_t>(index)].header().first_token;
+  add_centre(context, sealing.centres, head, first, -1.0F, rows);
   context.kernels->encode(codec.plan().keys, true, rows, tile);
 
   convert_to_float(exact_values(context, row.tail, head) + from * context.value_bytes(),

@@ -5,6 +5,7 @@
 #include <optional>
 #include <tqai/cache.hpp>
 
+#include "centres.hpp"
 #include "codec.hpp"
 #include "memory.hpp"
 
@@ -30,21 +31,11 @@ struct BlockView {
   std::int32_t tokens = kTileTokens;
 };
 
-/// What each head's keys are centred on: [kv_heads, head_dim] fp32, zero where nothing is
-/// subtracted, then kinds [kv_heads] of Centering.
-struct CentreShape {
-  int kv_heads = 0;
-  int head_dim = 0;
-};
-using Centres = Shared<CentreShape>;
-
-const float* centre_of(const Centres& centres, int head) noexcept;
-Centering kind_of(const Centres& centres, int head) noexcept;
-
 /// Geometry and kernels that rows of a cache share.
 struct Context {
   CacheOptions options;  // defaults filled in
   std::shared_ptr<const Codec> codec;
+  std::shared_ptr<const RopeTables> rope;  // null where the options have none
   const kernels::Kernels* kernels = nullptr;
 
   std::size_t key_bytes() const noexcept {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "rope-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels {
@@ -85,9 +86,10 @@ inline void read_norms(const std::uint8_t* tile, const SidePlan& side, float* no
 
 // q·k for all rows and tokens of the tile into scratch.block.
 template <auto kScore>
-inline void score_tile(const AttendTiles& args, const std::uint8_t* tile, TileScratch& scratch,
+inline void score_tile(const AttendTiles& args, const TileSpan& span, TileScratch& scratch,
                        const float* const steps[]) noexcept {
   const SidePlan& side = args.plan->keys;
+  const std::uint8_t* tile = span.tile;
   const int rows = args.softmax.rows;
   std::ptrdiff_t terms = 0;
   for (int s = 0; s < side.segment_count; ++s) {
@@ -113,6 +115,7 @@ inline void score_tile(const AttendTiles& args, const std::uint8_t* tile, TileSc
     const float centre = args.centre_scores[r];
     for (int t = 0; t < kTileTokens; ++t) scores[t] = scores[t] * scratch.norms[t] + centre;
   }
+  if (args.rope.count > 0) add_rope(args.rope, span.first_token, rows, scratch.block.scores);
 }
 
 template <auto kAccumulate>
@@ -164,7 +167,7 @@ void attend_tiles(const AttendTiles& args) noexcept {
   for (std::int64_t i = 0; i < args.tile_count; ++i) {
     const TileSpan& span = args.tiles[i];
     if (sees(args.softmax, start, span.tokens)) {
-      score_tile<kScore>(args, span.tile, scratch, step_rows);
+      score_tile<kScore>(args, span, scratch, step_rows);
       for (int r = 0; r < rows; ++r) {
         weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
       }

@@ -63,6 +63,19 @@ struct Softmax {
 struct TileSpan {
   const std::uint8_t* tile;
   int tokens;  // valid ones, 1…64
+  std::int64_t first_token;
+};
+
+/// What RoPE-centred keys leave out of the scores: at position p, Σ_f Re(factor_f · e^(i p ω_f)).
+struct RopeBias {
+  int count;                   // of frequencies that the head keeps, ≤ kMaxDim / 2; 0: no bias
+  const std::uint16_t* pairs;  // [count], ascending
+  const float* factors;  // [rows, 2, count]: conj(query pair) · mean pair, real then imaginary
+  // Tables over all pairs (cache/rope_tables.hpp).
+  int pair_count;
+  const float* half;     // [pair_count, 2, 32]: cos, sin of (j + 1/2) ω
+  const float* tiles;    // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
+  const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
 };
 
 /// Attention over sealed tiles of one head.
@@ -72,7 +85,8 @@ struct AttendTiles {
   std::int64_t tile_count;
   const float* queries;        // [rows, keys.padded], rotated, padding 0, finite
   const float* centre_scores;  // [rows], q · centre
-  Softmax softmax;             // output in the rotated domain of the values
+  RopeBias rope;
+  Softmax softmax;  // output in the rotated domain of the values
 };
 
 /// Attention over exact tokens of one head.

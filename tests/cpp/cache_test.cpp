@@ -3,110 +3,23 @@
 #include <cstring>
 #include <tqai/cache.hpp>
 
-#include "reference.hpp"
+#include "cache_helpers.hpp"
 
 namespace tqai {
 namespace {
 
 using test::Array;
-using test::Matrix;
+using test::attend;
+using test::contains;
+using test::gather;
+using test::Gathered;
+using test::geometry;
+using test::message_of;
+using test::rows_of_head;
+using test::Tokens;
+using test::worst_error;
 
-CacheOptions geometry(int dim, int bits_k = 4, int bits_v = 4, int kv_heads = 2) {
-  CacheOptions options;
-  options.kv_heads = kv_heads;
-  options.head_dim = dim;
-  options.bits_k = bits_k;
-  options.bits_v = bits_v;
-  options.sink_tokens = 4;
-  options.residual_window = 16;
-  return options;
-}
-
-// Keys with a mean, as models have them, and values without.
-struct Tokens {
-  Array keys;
-  Array values;
-
-  Tokens(int batch, int heads, std::int64_t tokens, int dim, std::mt19937_64& engine)
-      : keys({batch, heads, tokens, dim}, engine), values({batch, heads, tokens, dim}, engine) {
-    for (std::size_t i = 0; i < keys.data.size(); ++i) {
-      keys.data[i] += 2.0F * std::sin(static_cast<float>(i % static_cast<std::size_t>(dim)));
-    }
-  }
-  // Tokens [first, first + count) as a tensor over the same data.
-  static ConstTensor slice(const Array& array, std::int64_t first, std::int64_t count) {
-    ConstTensor tensor = array;
-    tensor.data = array.data.data() + first * array.shape[3];
-    tensor.shape[2] = count;
-    return tensor;
-  }
-  void append_to(KvCache& cache, std::int64_t first, std::int64_t count) const {
-    cache.append(slice(keys, first, count), slice(values, first, count));
-  }
-};
-
-struct Gathered {
-  Array keys;
-  Array values;
-};
-
-Gathered gather(const KvCache& cache, std::int64_t first, std::int64_t count) {
-  const CacheOptions& options = cache.options();
-  Gathered all{Array({cache.batch(), options.kv_heads, count, options.head_dim}),
-               Array({cache.batch(), options.kv_heads, count, options.value_head_dim})};
-  cache.gather(first, all.keys, all.values);
-  return all;
-}
-
-Matrix rows_of_head(const Array& array, std::int64_t batch_row, std::int64_t head) {
-  Matrix rows;
-  for (std::int64_t t = 0; t < array.shape[2]; ++t) {
-    const float* row = array.at(batch_row, head, t);
-    rows.emplace_back(row, row + array.shape[3]);
-  }
-  return rows;
-}
-
-Array attend(const KvCache& cache, const Array& queries, const AttendOptions& options = {}) {
-  Array output(
-      {queries.shape[0], queries.shape[2], queries.shape[1], cache.options().value_head_dim});
-  cache.attend(queries, output, options);
-  return output;
-}
-
-// Largest error of the outputs, relative to the values' scale: against double-precision attention
-// over what `gather` returns.
-double worst_error(const KvCache& cache, const Array& queries, const Array& output,
-                   test::ReferenceOptions options = {}) {
-  const Gathered all = gather(cache, 0, cache.tokens());
-  const std::int64_t group = queries.shape[1] / cache.options().kv_heads;
-  if (options.scale == 0.0) options.scale = 1.0 / std::sqrt(cache.options().head_dim);
-  double worst = 0.0;
-  for (std::int64_t b = 0; b < queries.shape[0]; ++b) {
-    for (std::int64_t h = 0; h < queries.shape[1]; ++h) {
-      const Matrix keys = rows_of_head(all.keys, b, h / group);
-      const Matrix values = rows_of_head(all.values, b, h / group);
-      for (std::int64_t q = 0; q < queries.shape[2]; ++q) {
-        const auto expected = test::attention(queries.at(b, h, q), keys, values,
-                                              cache.tokens() - queries.shape[2] + q, options);
-        std::vector<double> difference(expected);
-        double scale = 0.0;
-        for (const auto& value : values) scale = std::max(scale, test::norm(value));
-        for (std::size_t c = 0; c < difference.size(); ++c) {
-          difference[c] -= static_cast<double>(output.at(b, q, h)[c]);
-        }
-        worst = std::max(worst, test::norm(difference) / scale);
-      }
-    }
-  }
-  return worst;
-}
-
-// In units of the largest value. 8-bit weights have one scale a tile: each is off by up to 1/510 of
-// the largest one of its tile, and 64 such errors, of either sign, add up to about 8 · 0.3 / 255 of
-// it. 15-bit queries and fp32 are far below that.
-constexpr double kPackedError = 1.5e-2;
-constexpr double kExactBound = 2e-6;
+constexpr double kExactError = 2e-6;
 
 class EveryLevel : public testing::TestWithParam<Level> {
  protected:
@@ -138,7 +51,7 @@ TEST_P(EveryLevel, AttendsAsDoublePrecisionOverBitsDimsAndTileEdges) {
         ASSERT_EQ(cache.packed_tokens(0), (tokens - options.sink_tokens) / 64 * 64);
         const Array queries({1, 3, 1, dim}, engine);
         const Array output = attend(cache, queries);
-        ASSERT_LT(worst_error(cache, queries, output), kPackedError)
+        ASSERT_LT(worst_error(cache, queries, output), test::kPackedError)
             << "d " << dim << ", bits " << bits << ", tokens " << tokens;
         // Every level gives the bits of the scalar one.
         options.level = Level::scalar;
@@ -162,7 +75,7 @@ TEST_P(EveryLevel, LongContextIsSplitAndMerged) {
     all.append_to(cache, 0, 4097);
     cache.seal();
     const Array queries({1, 6, 5, dim}, engine, 2.0F);
-    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kPackedError);
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError);
   }
 }
 
@@ -195,7 +108,7 @@ TEST_P(EveryLevel, ExactTokensAreAttendedInFp32) {
     cache.seal();
     ASSERT_EQ(cache.packed_tokens(0), 0);
     const Array queries({1, 4, 7, dim}, engine);
-    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kExactBound) << dim;
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kExactError) << dim;
   }
 }
 
@@ -232,23 +145,29 @@ TEST_F(Cache, MasksCapsWindowsAndSinksAsTheReference) {
   test::ReferenceOptions reference;
   options.scale = 0.2F;
   reference.scale = static_cast<double>(0.2F);
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
   options.soft_cap = 3.0F;
   reference.soft_cap = 3.0;
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
   options.window = 100;
   reference.window = 100;
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
   options.first_token = 350;
   reference.first_token = 350;
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
   options.causal = false;
   reference.causal = false;
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
   const float sinks[4] = {1.5F, 1.5F, 1.5F, 1.5F};
   options.sink_scores = sinks;
   reference.sink_score = 1.5;
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
 }
 
 TEST_F(Cache, BooleanAndAdditiveMasksHideTheSame) {
@@ -371,7 +290,7 @@ TEST_F(Cache, CropKeepsWhatItKeeps) {
     cache.seal();
     EXPECT_EQ(cache.tokens(), kept + 200);
     const Array queries({2, 4, 2, 64}, engine_);
-    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kPackedError) << kept;
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError) << kept;
   }
 }
 
@@ -397,7 +316,7 @@ TEST_F(Cache, SelectReordersRepeatsAndShares) {
   more.append_to(cache, 0, 100);
   cache.seal();
   const Array queries({4, 2, 1, 64}, engine_);
-  EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kPackedError);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError);
 }
 
 TEST_F(Cache, PaddingIsNeverSeenAndTakesNoSinks) {
@@ -514,7 +433,7 @@ TEST_F(Cache, HoldsHalfPrecisionAsItCame) {
                  {tail_values.data(), dtype, shape, strides});
     EXPECT_EQ(0, std::memcmp(tail.data(), keys.data() + 132 * 64, 18 * 64 * 2));
     const Array queries({1, 4, 1, 64}, engine_);
-    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kPackedError);
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError);
   }
 }
 
@@ -532,22 +451,6 @@ TEST_F(Cache, ResultsDoNotDependOnHowTokensArrive) {
   }
   EXPECT_EQ(gather(whole, 0, 300).keys.data, gather(later, 0, 300).keys.data);
   EXPECT_EQ(whole.memory().total_bytes(), later.memory().total_bytes());
-}
-
-// Calls, and returns the message of the ValueError that must come.
-template <typename Call>
-std::string message_of(Call call) {
-  try {
-    call();
-  } catch (const ValueError& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no ValueError";
-  return {};
-}
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
 }
 
 TEST_F(Cache, RefusesOptionsOutOfRange) {

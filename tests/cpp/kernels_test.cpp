@@ -7,6 +7,7 @@
 #include <tqai/rotation.hpp>
 
 #include "cache/codec.hpp"
+#include "cache/rope_tables.hpp"
 #include "reference.hpp"
 
 namespace tqai {
@@ -206,7 +207,8 @@ struct Attended {
 
 Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
                    const std::vector<kernels::TileSpan>& spans, const std::vector<float>& rotated,
-                   int rows, std::int64_t tokens, float soft_cap, const float* mask) {
+                   int rows, std::int64_t tokens, float soft_cap, const float* mask,
+                   const kernels::RopeBias& rope) {
   const int padded = codec.plan().values.padded;
   Attended state{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
                  std::vector<float>(kMaxRows, 0.0F),
@@ -227,7 +229,7 @@ Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
   softmax.output = state.output.data();
   softmax.output_stride = padded;
   kernels.attend_tiles({&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()),
-                        rotated.data(), centres.data(), softmax});
+                        rotated.data(), centres.data(), rope, softmax});
   return state;
 }
 
@@ -243,10 +245,24 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         tiles.emplace_back(codec.layout().bytes());
         scalar().encode(codec.plan().keys, true, rows.data(), tiles.back().data());
         scalar().encode(codec.plan().values, false, rows.data(), tiles.back().data());
-        spans.push_back({tiles.back().data(), tokens});
+        spans.push_back({tiles.back().data(), tokens, 0});
       }
       for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tile = tiles[i].data();
       const std::int64_t tokens = 209;
+      // The tiles lie at positions of a sequence from which something was cropped.
+      const std::int64_t starts[] = {5, 69, 133, 150};
+      for (std::size_t i = 0; i < spans.size(); ++i) spans[i].first_token = starts[i];
+      const detail::RopeTables tables(test::rope_of(dim));
+      const auto phasors = tables.tiles(4);
+      const std::vector<std::uint16_t> pairs = {0, 1, 3, 7};
+      const auto factors = test::random_normal(kMaxRows * 2 * pairs.size(), engine);
+      const kernels::RopeBias rope = {static_cast<int>(pairs.size()),
+                                      pairs.data(),
+                                      factors.data(),
+                                      tables.pair_count(),
+                                      tables.half(),
+                                      phasors->data(),
+                                      tables.offsets()};
       for (const int rows : {1, 3, 8}) {
         const int padded = padded_dim(dim);
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
@@ -257,10 +273,11 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         const auto mask = test::random_normal(
             static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), engine);
         for (const float cap : {0.0F, 5.0F}) {
+          const kernels::RopeBias bias = cap > 0.0F ? rope : kernels::RopeBias{};
           const auto got =
-              run_tiles(level(), codec, spans, queries, rows, tokens, cap, mask.data());
+              run_tiles(level(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
           const auto expected =
-              run_tiles(scalar(), codec, spans, queries, rows, tokens, cap, mask.data());
+              run_tiles(scalar(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
           ASSERT_EQ(got.max, expected.max);
           ASSERT_EQ(got.sum, expected.sum);
           ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;

@@ -52,6 +52,32 @@ struct Array {
   operator Tensor() { return {data.data(), DType::f32, shape, strides()}; }
 };
 
+/// A rotary embedding over all of a head, with Llama's frequencies.
+inline Rope rope_of(int dim, Rope::Layout layout = Rope::Layout::half_split) {
+  Rope rope;
+  rope.rotary_dim = dim;
+  rope.layout = layout;
+  for (int f = 0; f < dim / 2; ++f) {
+    rope.inv_freq.push_back(
+        std::pow(10000.0F, -2.0F * static_cast<float>(f) / static_cast<float>(dim)));
+  }
+  return rope;
+}
+
+/// Turns a key at `position` as the embedding does, in double.
+inline void turn(const Rope& rope, double position, float* key) {
+  const int pairs = rope.rotary_dim / 2;
+  for (int f = 0; f < pairs; ++f) {
+    const bool interleaved = rope.layout == Rope::Layout::interleaved;
+    float& a = key[interleaved ? 2 * f : f];
+    float& b = key[interleaved ? 2 * f + 1 : f + pairs];
+    const double angle = position * static_cast<double>(rope.inv_freq[static_cast<std::size_t>(f)]);
+    const double turned = a * std::cos(angle) - b * std::sin(angle);
+    b = static_cast<float>(a * std::sin(angle) + b * std::cos(angle));
+    a = static_cast<float>(turned);
+  }
+}
+
 /// What a query sees beyond causality, and how scores are formed.
 struct ReferenceOptions {
   double scale = 0.0;

@@ -1,0 +1,81 @@
+// What is left out of a row's keys before they are quantised, per head.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <tqai/cache.hpp>
+
+#include "kernels/kernels.hpp"
+#include "memory.hpp"
+#include "rope_tables.hpp"
+
+namespace tqai::detail {
+
+struct Context;
+
+/// The centre of head h at position p is constant[h] + Σ_f mean[h, f] · e^(i p ω_f), the latter on
+/// the coordinates of pair f. Payload: constants [kv_heads, head_dim] fp32, means [kv_heads, 2,
+/// pairs] fp32 (real, imaginary), kinds [kv_heads] of Centering. Chosen once, then immutable.
+struct CentreShape {
+  int kv_heads = 0;
+  int head_dim = 0;
+  int pairs = 0;
+};
+
+class Centres {
+ public:
+  Centres() = default;
+  /// All zero, of kind `none`. Throws std::bad_alloc.
+  explicit Centres(const CentreShape& shape);
+
+  explicit operator bool() const noexcept { return static_cast<bool>(memory_); }
+  const Shared<CentreShape>& memory() const noexcept { return memory_; }
+
+  float* constant(int head) noexcept;
+  const float* constant(int head) const noexcept;
+  float* means(int head) noexcept;
+  const float* means(int head) const noexcept;
+  Centering& kind(int head) noexcept;
+  Centering kind(int head) const noexcept;
+
+ private:
+  std::size_t means_offset() const noexcept;
+  std::size_t kinds_offset() const noexcept;
+
+  Shared<CentreShape> memory_;
+};
+
+/// Keys of one head, contiguous [tokens, head_dim] in the context's dtype, the first of which is
+/// token `first_token` of its row.
+struct HeadKeys {
+  const std::byte* data;
+  std::int64_t first_token;
+  std::int64_t tokens;  // a multiple of 64
+};
+
+/// Chooses head `head`'s centre from its keys as the context's options say.
+void choose_centre(const Context& context, const HeadKeys& keys, int head, Centres& centres);
+
+/// rows[t] += factor · centre at position first_token + t. rows: [64, head_dim] fp32.
+void add_centre(const Context& context, const Centres& centres, int head, std::int64_t first_token,
+                float factor, float* rows);
+
+/// What the centre adds to the scores of query rows: constants, and the arguments of the kernel.
+class CentreScores {
+ public:
+  /// queries: [rows, stride] fp32; tokens up to `end` will be asked for.
+  CentreScores(const Context& context, const Centres& centres, int head, const float* queries,
+               std::ptrdiff_t stride, int rows, std::int64_t end);
+
+  const float* constants() const noexcept { return constants_; }
+  const kernels::RopeBias& rope() const noexcept { return rope_; }
+
+ private:
+  float constants_[kernels::kMaxRows] = {};
+  std::shared_ptr<const std::vector<float>> tiles_;
+  std::uint16_t pairs_[kernels::kMaxDim / 2];
+  float factors_[kernels::kMaxRows * kernels::kMaxDim];
+  kernels::RopeBias rope_{};
+};
+
+}  // namespace tqai::detail

@@ -1,0 +1,175 @@
+// RoPE-aware and mean centring, through the cache.
+#include "cache/centres.hpp"
+
+#include <cmath>
+
+#include "cache_helpers.hpp"
+
+namespace tqai {
+namespace {
+
+using test::Array;
+using test::attend;
+using test::contains;
+using test::gather;
+using test::geometry;
+using test::message_of;
+using test::Tokens;
+using test::worst_error;
+
+// Keys with a strong bias before the embedding, as Qwen2's: the bias turns with the position.
+Tokens turned_tokens(int batch, std::int64_t tokens, int dim, const Rope& rope,
+                     std::mt19937_64& engine) {
+  Tokens all(batch, 2, tokens, dim, engine);
+  all.keys.data = test::random_normal(all.keys.data.size(), engine);
+  const auto bias = test::random_normal(static_cast<std::size_t>(dim), engine, 8.0F);
+  for (int b = 0; b < batch; ++b) {
+    for (int h = 0; h < 2; ++h) {
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        float* key = all.keys.at(b, h, t);
+        for (int c = 0; c < dim; ++c) key[c] += bias[static_cast<std::size_t>(c)];
+        test::turn(rope, static_cast<double>(t), key);
+      }
+    }
+  }
+  return all;
+}
+
+double key_error(const KvCache& cache, const Tokens& all) {
+  const auto gathered = gather(cache, 0, cache.tokens());
+  double sum = 0.0;
+  for (std::size_t i = 0; i < gathered.keys.data.size(); ++i) {
+    sum += std::pow(static_cast<double>(gathered.keys.data[i] - all.keys.data[i]), 2);
+  }
+  return sum / static_cast<double>(gathered.keys.data.size());
+}
+
+class Centres : public testing::Test {
+ protected:
+  std::mt19937_64 engine_ = test::random_engine(40);
+};
+
+TEST_F(Centres, RopeIsChosenForTurnedBiasesAndTakesTheErrorAway) {
+  for (const auto layout : {Rope::Layout::half_split, Rope::Layout::interleaved}) {
+    for (const int dim : {40, 64, 128}) {
+      const Rope rope = test::rope_of(dim, layout);
+      const Tokens all = turned_tokens(1, 600, dim, rope, engine_);
+      double error[3];
+      int i = 0;
+      for (const Centering centering : {Centering::none, Centering::mean, Centering::automatic}) {
+        CacheOptions options = geometry(dim);
+        options.rope = rope;
+        options.centering = centering;
+        KvCache cache(options);
+        all.append_to(cache, 0, 600);
+        cache.seal();
+        if (centering == Centering::automatic) {
+          EXPECT_EQ(cache.centering(0, 0), Centering::rope);
+        }
+        error[i++] = key_error(cache, all);
+      }
+      // 64 times the noise's energy is bias; what is left is the noise's own error at 4 bits.
+      EXPECT_LT(error[2], 0.05 * error[0]) << dim;
+      EXPECT_LT(error[2], 0.1 * error[1]) << dim;
+      EXPECT_LT(error[2], 0.012) << dim;
+    }
+  }
+}
+
+TEST_F(Centres, OtherLayoutsOrFrequenciesDoNotHelp) {
+  const Tokens all = turned_tokens(1, 600, 64, test::rope_of(64), engine_);
+  CacheOptions options = geometry(64);
+  options.centering = Centering::rope;
+  options.rope = test::rope_of(64);
+  KvCache right(options);
+  options.rope = test::rope_of(64, Rope::Layout::interleaved);
+  KvCache wrong(options);
+  for (KvCache* cache : {&right, &wrong}) {
+    all.append_to(*cache, 0, 600);
+    cache->seal();
+  }
+  EXPECT_GT(key_error(wrong, all), 10.0 * key_error(right, all));
+}
+
+TEST_F(Centres, ScoresCarryTheCentreAtEveryLevel) {
+  const Rope rope = test::rope_of(64);
+  const Tokens all = turned_tokens(2, 700, 64, rope, engine_);
+  const Array queries({2, 6, 3, 64}, engine_, 0.3F);
+  Array scalar({0, 0, 0, 0});
+  for (const Level level : available_levels()) {
+    CacheOptions options = geometry(64);
+    options.rope = rope;
+    options.centering = Centering::rope;
+    options.level = level;
+    KvCache cache(options, 2);
+    all.append_to(cache, 0, 700);
+    cache.seal();
+    const Array output = attend(cache, queries);
+    EXPECT_LT(worst_error(cache, queries, output), test::kPackedError) << name_of(level);
+    if (level == Level::scalar) scalar = output;
+    EXPECT_EQ(output.data, scalar.data) << name_of(level);
+  }
+}
+
+TEST_F(Centres, PartialRotaryAndSlidingAndCroppedAndPaddedRows) {
+  Rope rope = test::rope_of(32);  // of 64 coordinates
+  const Tokens all = turned_tokens(2, 500, 64, rope, engine_);
+  CacheOptions options = geometry(64);
+  options.rope = rope;
+  options.centering = Centering::rope;
+  KvCache cache(options, 2);
+  all.append_to(cache, 0, 400);
+  cache.set_padding(std::vector<std::int64_t>{0, 29});
+  cache.seal();
+  const Array queries({2, 4, 2, 64}, engine_, 0.3F);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries), {}, {0, 29}), test::kPackedError);
+  cache.crop(237);
+  all.append_to(cache, 237, 200);
+  cache.seal();
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries), {}, {0, 29}), test::kPackedError);
+  cache.select(std::vector<std::int64_t>{1, 1});
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries), {}, {29, 29}), test::kPackedError);
+}
+
+TEST_F(Centres, NoiseGetsNone) {
+  CacheOptions options = geometry(64);
+  options.rope = test::rope_of(64);
+  KvCache cache(options);
+  Tokens all(1, 2, 300, 64, engine_);
+  all.keys.data = test::random_normal(all.keys.data.size(), engine_);
+  EXPECT_FALSE(cache.centering(0, 0).has_value());
+  all.append_to(cache, 0, 300);
+  cache.seal();
+  EXPECT_EQ(cache.centering(0, 0), Centering::none);
+  EXPECT_EQ(cache.centering(0, 1), Centering::none);
+}
+
+TEST_F(Centres, FarPositionsStayExact) {
+  // Phasors come from double angles: at position 200 000 the centre is as good as at the start.
+  const Rope rope = test::rope_of(64);
+  const detail::RopeTables tables(rope);
+  const auto tiles = tables.tiles(3200);
+  const std::size_t tile = 3125;  // 200 000 / 64
+  for (std::size_t f = 0; f < 32; ++f) {
+    const double angle = (200000.0 + 31.5) * static_cast<double>(rope.inv_freq[f]);
+    EXPECT_NEAR((*tiles)[tile * 64 + f], std::cos(angle), 1e-6);
+    EXPECT_NEAR((*tiles)[tile * 64 + 32 + f], std::sin(angle), 1e-6);
+  }
+}
+
+TEST_F(Centres, RefusesBadRopes) {
+  CacheOptions options = geometry(64);
+  options.centering = Centering::rope;
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "no rope was given"));
+  options.rope = test::rope_of(64);
+  options.rope->rotary_dim = 66;
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "rotary_dim = 66"));
+  options.rope->rotary_dim = 32;
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "32 frequencies"));
+  options.rope = test::rope_of(64);
+  options.rope->inv_freq[3] = std::numeric_limits<float>::infinity();
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "NaN or infinite"));
+}
+
+}  // namespace
+}  // namespace tqai
