@@ -19,6 +19,7 @@
 #pragma GCC target("avx2")
 #endif
 
+#define TQAI_VECTOR_LANES 8
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "integer-inl.hpp"

@@ -24,6 +24,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma")
 #endif
 
+#define TQAI_VECTOR_LANES 16
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "integer-inl.hpp"

@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <tqai/half.hpp>
 
@@ -14,6 +15,34 @@ namespace {
 constexpr int kLanes = 16;
 constexpr float kLog2E = 1.44269504F;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// As many floats as a register of the target region holds, for loops whose sums must stay in
+// registers; everything else is left to the vectoriser. Lane by lane the same at any width.
+// TQAI_VECTOR_LANES is set by the level's file.
+#if defined(__GNUC__)
+using FloatVec [[gnu::vector_size(4 * TQAI_VECTOR_LANES)]] = float;
+#else
+struct FloatVec {
+  float lanes[TQAI_VECTOR_LANES];
+  friend FloatVec operator+(FloatVec a, FloatVec b) noexcept {
+    for (int i = 0; i < TQAI_VECTOR_LANES; ++i) a.lanes[i] = a.lanes[i] + b.lanes[i];
+    return a;
+  }
+  friend FloatVec operator*(float a, FloatVec b) noexcept {
+    for (int i = 0; i < TQAI_VECTOR_LANES; ++i) b.lanes[i] = a * b.lanes[i];
+    return b;
+  }
+};
+#endif
+constexpr int kVectorLanes = TQAI_VECTOR_LANES;
+
+inline FloatVec load_floats(const float* from) noexcept {
+  FloatVec vec;
+  std::memcpy(&vec, from, sizeof vec);
+  return vec;
+}
+
+inline void store_floats(float* to, FloatVec vec) noexcept { std::memcpy(to, &vec, sizeof vec); }
 
 // 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.

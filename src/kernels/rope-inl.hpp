@@ -34,10 +34,10 @@ inline void find_phasors(const RopeBias& bias, std::int64_t first_token,
   }
 }
 
-// even, odd += the products of kRows rows with one frequency's cosines and sines.
+// The bias of kRows rows; their factors are [kRows, 2, count].
 template <int kRows>
 inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, const float* factors,
-                          float (*__restrict scores)[kTileTokens]) noexcept {
+                          float (*scores)[kTileTokens]) noexcept {
   float real[kRows][kMaxDim / 2];
   float imaginary[kRows][kMaxDim / 2];
   for (int r = 0; r < kRows; ++r) {
@@ -48,25 +48,38 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
       imaginary[r][k] = g[k] * phasors.imaginary[k] + h[k] * phasors.real[k];
     }
   }
-  for (int start = 0; start < kHalfTile; start += kLanes) {
-    float even[kRows][kLanes] = {};
-    float odd[kRows][kLanes] = {};
+  // Up to 16 sums at a time.
+  constexpr int kVecs = kRows == 1 ? (kVectorLanes == 16 ? 2 : 4) : (kVectorLanes == 16 ? 2 : 1);
+  for (int start = 0; start < kHalfTile; start += kVecs * kVectorLanes) {
+    FloatVec even[kRows][kVecs] = {};
+    FloatVec odd[kRows][kVecs] = {};
     for (int k = 0; k < bias.count; ++k) {
-      const float* cosines =
+      const float* table =
           bias.half + static_cast<std::ptrdiff_t>(bias.pairs[k]) * kTileTokens + start;
-      const float* sines = cosines + kHalfTile;
-      for (int r = 0; r < kRows; ++r) {
-        const float re = real[r][k];
-        const float im = imaginary[r][k];
-        for (int i = 0; i < kLanes; ++i) even[r][i] = even[r][i] + re * cosines[i];
-        for (int i = 0; i < kLanes; ++i) odd[r][i] = odd[r][i] + im * sines[i];
+      for (int v = 0; v < kVecs; ++v) {
+        const FloatVec cosines = load_floats(table + v * kVectorLanes);
+        const FloatVec sines = load_floats(table + kHalfTile + v * kVectorLanes);
+        for (int r = 0; r < kRows; ++r) {
+          even[r][v] = even[r][v] + real[r][k] * cosines;
+          odd[r][v] = odd[r][v] + imaginary[r][k] * sines;
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      float* after = scores[r] + kHalfTile + start;
-      float* before = scores[r] + kHalfTile - 1 - start;
-      for (int i = 0; i < kLanes; ++i) after[i] = after[i] + (even[r][i] - odd[r][i]);
-      for (int i = 0; i < kLanes; ++i) before[-i] = before[-i] + (even[r][i] + odd[r][i]);
+      for (int v = 0; v < kVecs; ++v) {
+        float cosine_part[kVectorLanes];
+        float sine_part[kVectorLanes];
+        store_floats(cosine_part, even[r][v]);
+        store_floats(sine_part, odd[r][v]);
+        float* after = scores[r] + kHalfTile + start + v * kVectorLanes;
+        float* before = scores[r] + kHalfTile - 1 - start - v * kVectorLanes;
+        for (int i = 0; i < kVectorLanes; ++i) {
+          after[i] = after[i] + (cosine_part[i] - sine_part[i]);
+        }
+        for (int i = 0; i < kVectorLanes; ++i) {
+          before[-i] = before[-i] + (cosine_part[i] + sine_part[i]);
+        }
+      }
     }
   }
 }
@@ -81,7 +94,10 @@ inline void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
   for (; r + 4 <= rows; r += 4) {
     add_rope_rows<4>(bias, phasors, bias.factors + r * row, scores + r);
   }
-  for (; r < rows; ++r) add_rope_rows<1>(bias, phasors, bias.factors + r * row, scores + r);
+  for (; r + 2 <= rows; r += 2) {
+    add_rope_rows<2>(bias, phasors, bias.factors + r * row, scores + r);
+  }
+  if (r < rows) add_rope_rows<1>(bias, phasors, bias.factors + r * row, scores + r);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The specification: plain C++ for every processor.
+#define TQAI_VECTOR_LANES 4
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 
