@@ -127,7 +127,8 @@ struct Avx2 {
 
 const Kernels kAvx2Kernels = {
     Level::avx2,  score<Avx2>, accumulate<Avx2>, attend_tiles<score<Avx2>, accumulate<Avx2>>,
-    attend_exact, encode,      decode,           acceptable};
+    attend_exact, add_rope,    encode,           decode,
+    acceptable};
 
 }  // namespace tqai::kernels
 

@@ -124,6 +124,7 @@ const Kernels kAvx512Kernels = {Level::avx512,
                                 accumulate<Avx512>,
                                 attend_tiles<score<Avx512>, accumulate<Avx512>>,
                                 attend_exact,
+                                add_rope,
                                 encode,
                                 decode,
                                 acceptable};

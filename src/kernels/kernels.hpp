@@ -123,6 +123,11 @@ struct Kernels {
   /// Adds exact tokens to the softmax state, in fp32.
   void (*attend_exact)(const AttendExact& args) noexcept;
 
+  /// scores[r, t] += what RoPE-centred keys leave out at position first_token + t, in fp32 from
+  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64].
+  void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
+                   float (*scores)[kTileTokens]) noexcept;
+
   /// Norms, rotates, quantises and packs 64 vectors. rows: [64, dim] fp32, finite; `tile`: the
   /// head's tile, whose part of this side is written. Same bits at every level.
   void (*encode)(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept;

@@ -85,8 +85,8 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
 }
 
 // Adds the bias of a tile to the rows' scores.
-inline void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
-                     float (*scores)[kTileTokens]) noexcept {
+void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
+              float (*scores)[kTileTokens]) noexcept {
   TilePhasors phasors;
   find_phasors(bias, first_token, phasors);
   const std::ptrdiff_t row = 2 * static_cast<std::ptrdiff_t>(bias.count);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cache/row.hpp"
 #include "cache_helpers.hpp"
 
 namespace tqai {
@@ -108,6 +109,60 @@ TEST_F(Centres, ScoresCarryTheCentreAtEveryLevel) {
     EXPECT_LT(worst_error(cache, queries, output), test::kPackedError) << name_of(level);
     if (level == Level::scalar) scalar = output;
     EXPECT_EQ(output.data, scalar.data) << name_of(level);
+  }
+}
+
+// The bias that the kernel adds is the direct product of query and centre, as the layout says.
+TEST_F(Centres, BiasIsTheDirectProduct) {
+  for (const auto layout : {Rope::Layout::half_split, Rope::Layout::interleaved}) {
+    for (const int dim : {16, 64, 80, 128, 256}) {
+      Rope rope = test::rope_of(dim, layout);
+      const Tokens all = turned_tokens(1, 320, dim, rope, engine_);
+      detail::Context context;
+      context.options = geometry(dim);
+      context.options.value_head_dim = dim;
+      context.options.centering = Centering::rope;
+      context.rope = detail::shared_rope_tables(rope);
+      detail::Centres centres(detail::CentreShape{1, dim, dim / 2});
+      const auto* keys = reinterpret_cast<const std::byte*>(all.keys.at(0, 0, 0));
+      detail::choose_centre(context, {keys, 7, 320}, 0, centres);
+      const Array queries({1, 1, 5, dim}, engine_);
+      for (const std::int64_t first : {0, 7, 64, 1000, 100003}) {
+        const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5, first);
+        std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
+        detail::add_centre(context, centres, 0, first, 1.0F, rows.data());
+        for (const Level level : available_levels()) {
+          float bias[5][kTileTokens];
+          for (int r = 0; r < 5; ++r) std::fill_n(bias[r], kTileTokens, scores.constants()[r]);
+          kernels::kernels(level).add_rope(scores.rope(), first, 5, bias);
+          for (int r = 0; r < 5; ++r) {
+            for (int t = 0; t < kTileTokens; ++t) {
+              // Directly, in double: the mean pairs turned to the position.
+              double direct = 0.0;
+              double scale = 0.0;
+              for (int f = 0; f < dim / 2; ++f) {
+                const bool split = layout == Rope::Layout::half_split;
+                const int a = split ? f : 2 * f;
+                const int b = split ? f + dim / 2 : 2 * f + 1;
+                const double angle =
+                    static_cast<double>(first + t) *
+                    static_cast<double>(rope.inv_freq[static_cast<std::size_t>(f)]);
+                const double real = static_cast<double>(centres.means(0)[f]);
+                const double imaginary = static_cast<double>(centres.means(0)[dim / 2 + f]);
+                const double c_a = real * std::cos(angle) - imaginary * std::sin(angle);
+                const double c_b = real * std::sin(angle) + imaginary * std::cos(angle);
+                const float* query = queries.at(0, 0, r);
+                direct += static_cast<double>(query[a]) * c_a + static_cast<double>(query[b]) * c_b;
+                scale += std::hypot(static_cast<double>(query[a]), static_cast<double>(query[b])) *
+                         std::hypot(real, imaginary);
+                EXPECT_NEAR(rows[static_cast<std::size_t>(t * dim + a)], c_a, 1e-5 * 10.0);
+              }
+              ASSERT_NEAR(bias[r][t], direct, 1e-5 * scale) << dim << " " << first << " " << t;
+            }
+          }
+        }
+      }
+    }
   }
 }
 
