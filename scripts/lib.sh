@@ -52,7 +52,7 @@ setup_compiler() {
 
 # pip install at the pinned versions.
 pip_install() {
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
     --constraint constraints.txt "$@"
 }
 
