@@ -85,6 +85,12 @@ class TqaiCache(DynamicCache):
             keys.update.cache = self
         return keys, values
 
+    def activate_past_recording(self) -> None:
+        """Makes sliding layers keep what ``crop`` may go back to; see ``TqaiLayer``."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def roll_back(self) -> None:
         """Forgets what the forward pass that is under way has added."""
         for index, before in self._before.items():

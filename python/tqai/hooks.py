@@ -13,6 +13,7 @@ serialised with the config.
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -139,7 +140,7 @@ class _CacheHook:
     def __call__(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        names = list(inspect.signature(decoder.forward).parameters)
+        names = _parameters(type(decoder))
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         if isinstance(cache, TqaiCache):
@@ -151,6 +152,12 @@ class _CacheHook:
         if position < len(args):
             return (*args[:position], fresh, *args[position + 1 :]), kwargs
         return args, {**kwargs, "past_key_values": fresh}
+
+
+@lru_cache(maxsize=256)
+def _parameters(decoder: type[torch.nn.Module]) -> list[str]:
+    """Names of the arguments of the forward call."""
+    return list(inspect.signature(decoder.forward).parameters)[1:]
 
 
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:

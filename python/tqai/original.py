@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,25 +52,32 @@ def original_attention(implementation: str, module: torch.nn.Module) -> Attentio
     """The function that `module` would call were its config set to `implementation`."""
     if implementation != "eager":
         return ALL_ATTENTION_FUNCTIONS[implementation]
-    # Each model file has its own eager function, in the scope of its attention's forward.
-    forward = inspect.unwrap(type(module).forward)
-    scopes = (getattr(forward, "__globals__", {}), vars(sys.modules[type(module).__module__]))
+    return _eager_attention(type(module))
+
+
+@lru_cache(maxsize=256)
+def _eager_attention(module: type) -> Attention:
+    """Each model file has its own eager function, in the scope of its attention's forward."""
+    forward = inspect.unwrap(module.forward)
+    scopes = (getattr(forward, "__globals__", {}), vars(sys.modules[module.__module__]))
     for scope in scopes:
         if "eager_attention_forward" in scope:
             return scope["eager_attention_forward"]
     raise NotImplementedError(
-        f"{type(module).__name__} has no eager attention function that tqai can find; "
+        f"{module.__name__} has no eager attention function that tqai can find; "
         "use attn_implementation='sdpa'"
     )
 
 
 def takes_unknown(attention: Attention, kwargs: dict[str, Any]) -> bool:
     """Whether `kwargs` gives `attention` something by name that the kernel does not know."""
-    named = inspect.signature(attention).parameters
-    return any(
-        value is not None and name in named and name not in _UNDERSTOOD
-        for name, value in kwargs.items()
-    )
+    unknown = _unknown_names(attention)
+    return any(value is not None and name in unknown for name, value in kwargs.items())
+
+
+@lru_cache(maxsize=256)
+def _unknown_names(attention: Attention) -> frozenset[str]:
+    return frozenset(inspect.signature(attention).parameters) - _UNDERSTOOD
 
 
 class Formula(NamedTuple):

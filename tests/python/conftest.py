@@ -84,8 +84,10 @@ def make_model(family: str = "llama", seed: int = 1, **options: Any) -> Any:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "sinks" in name:
-            parameter.data.normal_(0, 0.08 if parameter.dim() > 1 else 1.0)
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08)
+        elif "sinks" in name:
+            parameter.data.normal_(4, 1)
     return model.to(dtype)
 
 

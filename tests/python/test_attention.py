@@ -149,28 +149,28 @@ def test_the_soft_cap_is_applied_where_the_original_applies_it(
 
 
 def test_unknown_arguments_go_to_the_original(models: Models, checker: Checker) -> None:
-    """With a position bias, transformers' own function decides, on dequantised keys."""
     model = models()
     cache = tqai.patch(model, **SEALING)
     layer = model.model.layers[0].self_attn
     with torch.no_grad():
         model(make_ids(tokens=200), past_key_values=cache)
-    query = torch.randn(1, 4, 1, 16)
+    plain = attention.original_attention("sdpa", layer)
 
-    def odd(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        assert kwargs["twist"] == 7 and key.shape[-2] == cache.get_seq_length()
-        return torch.full((1, 1, 4, 16), 7.0), None
+    def twisted(module: Any, *args: Any, twist: float | None = None, **kwargs: Any) -> Any:
+        output, weights = plain(module, *args, **kwargs)
+        return output * (twist or 1), weights
 
-    def twisted(module: Any, query: Any, key: Any, value: Any, mask: Any, twist: Any = None,
-                **kwargs: Any) -> Any:  # fmt: skip
-        return odd(module, query, key, value, mask, twist=twist, **kwargs)
-
+    query, packed = torch.randn(1, 4, 1, 16), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "original_attention", lambda *_: twisted)
-        views = cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
-        got = attention.attention_forward("sdpa", layer, query, *views, None, scaling=0.1, twist=7)
-    assert checker.packed == 0 and checker.dense == 1
-    assert torch.equal(got[0], torch.full((1, 1, 4, 16), 7.0))
+        for twist in (None, 7.0):
+            views = cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+            attention.attention_forward(
+                "sdpa", layer, query, *views, None, scaling=0.1, twist=twist, other=3
+            )
+            packed.append(checker.packed)
+    assert packed == [1, 1]
+    assert checker.worst < BOUND[torch.float32]
 
 
 def test_an_original_that_computes_something_else_is_called(

@@ -176,6 +176,12 @@ def test_a_sliding_layer_frees_what_no_query_sees_again() -> None:
     assert layer.core.memory()["tokens"] < 2 * (100 + 32 + 64 + 64)
 
 
+def test_a_sliding_layer_keeps_no_sink_tokens() -> None:
+    settings = Settings(residual_window=16, sink_tokens=100)
+    assert layer_with(200, settings, window=190).core.packed_tokens(0) == 128
+    assert layer_with(200, settings).core.packed_tokens(0) == 64
+
+
 BAD = {
     "nan": (lambda x: x.index_fill(3, torch.tensor([1]), float("nan")), ValueError, "[Nn]a[Nn]"),
     "inf": (lambda x: x.index_fill(3, torch.tensor([1]), float("inf")), ValueError, "[Ii]nf"),

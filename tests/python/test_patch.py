@@ -9,7 +9,7 @@ import pytest
 import torch
 import tqai
 import transformers
-from conftest import SMALL, Models, make_ids, make_model
+from conftest import SMALL, TRANSFORMERS_4, Models, make_ids, make_model
 from tqai import _core
 from transformers import DynamicCache, StaticCache
 
@@ -126,6 +126,43 @@ def test_caches_that_the_user_chose_stay(models: Models, greedy: dict[str, Any])
     assert model.generate(make_ids(), past_key_values=own, **options).past_key_values is own
     static = model.generate(make_ids(), cache_implementation="static", **options).past_key_values
     assert isinstance(static, StaticCache)
+
+
+def test_an_offloaded_cache_stays(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models()
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True  # making one takes an accelerator
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        model_kwargs["past_key_values"] = offloaded
+
+    monkeypatch.setattr(type(model), "_prepare_cache_for_generation", prepare)
+    tqai.patch(model)
+    kwargs: dict[str, Any] = {}
+    model._prepare_cache_for_generation(None, kwargs)
+    assert kwargs["past_key_values"] is offloaded
+
+
+def test_assisted_generation(greedy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models' caches go back over rejected tokens, also where a window has moved on."""
+    model, assistant = make_model("mistral"), make_model("mistral", num_hidden_layers=1)
+    ids = make_ids(tokens=60)
+    expected = model.generate(ids, **greedy)
+    recording = []
+    activate = tqai.TqaiCache.activate_past_recording
+
+    def record(cache: tqai.TqaiCache) -> None:
+        recording.append(cache)
+        activate(cache)
+
+    monkeypatch.setattr(tqai.TqaiCache, "activate_past_recording", record)
+    tqai.patch(model)
+    tqai.patch(assistant)
+    got = model.generate(ids, assistant_model=assistant, **greedy)
+    assert torch.equal(got, expected)
+    if not TRANSFORMERS_4:  # where no layer forgets anything
+        assert {len(cache.layers) for cache in recording} == {1, 2}
+        assert all(layer.record_past for cache in recording for layer in cache.layers)
 
 
 def test_a_base_model_can_be_patched() -> None:
