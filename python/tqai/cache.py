@@ -38,7 +38,9 @@ class TqaiCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
-                self.layers[index] = TqaiLayer(index, settings, window, geometry.heads[index])
+                self.layers[index] = TqaiLayer(
+                    index, settings, window, geometry.heads[index], geometry.ropes[index]
+                )
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, _Before] = {}
@@ -110,8 +112,9 @@ class TqaiCache(DynamicCache):
         ``total_bytes``, and ``uncompressed_bytes``, that the same tokens would take, are sums over
         the layers. ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over
         all rows and without padding. ``layers`` has the same numbers layer by layer, ``centering``
-        counts the heads by what their keys are centred on, ``settings`` has the arguments of
-        ``patch``. Tiles that caches share count in each of them.
+        counts the heads by what their keys are centred on, ``rotary`` the compressed layers by the
+        layout of their rotary embedding, "unrecognised" where keys get no rotary centre,
+        ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
         """
         layers = [_memory(layer) for layer in self.layers]
         report: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _BYTES}
@@ -122,6 +125,13 @@ class TqaiCache(DynamicCache):
             report[name] = max((layer[name] for layer in layers), default=0)
         report["layers"] = layers
         report["centering"] = dict(sum((_centerings(layer) for layer in self.layers), Counter()))
+        report["rotary"] = dict(
+            Counter(
+                layer.rope.layout if layer.rope else "unrecognised"
+                for layer in self.layers
+                if isinstance(layer, TqaiLayer)
+            )
+        )
         report["settings"] = asdict(self.settings)
         return report
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai.layer import Heads, check_head_dim
+from tqai.rope import Rope, find_ropes
 from tqai.settings import Settings
 
 try:
@@ -34,6 +35,8 @@ class Geometry:
     """The decoder's configuration, that transformers builds its own cache from."""
     heads: tuple[Heads | None, ...]
     """Of each layer; None where the model's modules do not say."""
+    ropes: tuple[Rope | None, ...] = field(compare=False)
+    """The rotary embedding of each layer's keys; None where none was recognised."""
     identity: int
     """Tells models of equal shape apart."""
 
@@ -55,8 +58,10 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     decoder = decoder_of(model)
     if decoder not in _geometries:
         config = model.config.get_text_config(decoder=True)
-        heads = _heads(decoder, len(_own_layers(type(model).__name__, config)))
-        _geometries[decoder] = Geometry(type(model).__name__, config, heads, next(_identities))
+        name = type(model).__name__
+        layers = len(_own_layers(name, config))
+        heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
+        _geometries[decoder] = Geometry(name, config, heads, ropes, next(_identities))
     return _geometries[decoder]
 
 

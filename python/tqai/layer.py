@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from tqai import _core
 from tqai.refs import DTYPES, ref, rows_contiguous
+from tqai.rope import Rope
 from tqai.settings import Settings
 from tqai.view import TqaiView, Update
 
@@ -45,14 +46,27 @@ class TqaiLayer(CacheLayerMixin):
         settings: Settings,
         sliding_window: int | None = None,
         heads: Heads | None = None,
+        rope: Rope | None = None,
     ) -> None:
-        """`heads` is what the model's configuration says, checked at each update; None: unknown."""
+        """`heads` is what the model's configuration says, checked at each update; None: unknown.
+
+        `rope` is what the keys have gone through; None: unknown, or nothing.
+
+        Raises:
+            ValueError: for centering="rope" without one.
+        """
+        if settings.centering == "rope" and rope is None:
+            raise ValueError(
+                f"layer {index}: centering='rope' needs a rotary embedding that tqai recognises; "
+                "the model has none there: use centering='auto'"
+            )
         # CacheLayerMixin.__init__ would assign `keys` and `values`, which are computed here.
         self.index = index
         self.settings = settings
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.heads = heads
+        self.rope = rope
         self.record_past = False
         self.core: _core.KvCache | None = None
         self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
@@ -286,6 +300,7 @@ class TqaiLayer(CacheLayerMixin):
                 head_dim=keys.shape[3],
                 value_head_dim=values.shape[3],
                 dtype=DTYPES[dtype],
+                rope=None if self.rope is None else self.rope.core_argument(),
                 **options,
             )
 

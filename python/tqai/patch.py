@@ -44,7 +44,7 @@ def patch(
         centering: what keys are centred on: "auto", "mean" or "none".
         skip_layers: layers that stay uncompressed; negative numbers count from the end.
         seed: of the rotations.
-        level: kernel level, "scalar", "avx2", "avx512" or "neon"; by default the best one here.
+        level: kernel level, "scalar", "avx2" or "avx512"; by default the best one here.
 
     Raises:
         ValueError: for a setting out of range or a model without attention layers.

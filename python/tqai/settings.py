@@ -10,8 +10,8 @@ from typing import Any
 from tqai import _core
 
 ROTATIONS = ("auto", "hadamard", "haar")
-CENTERINGS = ("auto", "none", "mean")
-LEVELS = ("scalar", "avx2", "avx512", "neon")
+CENTERINGS = ("auto", "none", "mean", "rope")
+LEVELS = ("scalar", "avx2", "avx512")
 
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
@@ -74,6 +74,8 @@ class Settings:
     """Last tokens of each row, kept exact."""
     rotation: str = "auto"
     centering: str = "auto"
+    """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
+    to each position), "none", or "auto": the best for each head."""
     skip_layers: tuple[int, ...] = ()
     """Layers that stay uncompressed; negative numbers count from the end."""
     seed: int | None = None
