@@ -1,0 +1,220 @@
+"""``tqai reproduce``: the paper's synthetic results, measured here."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqai.cli.options import add_verb
+from tqai.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+
+    from tqai.reproduce import Bias, Quantity, Reproduction
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "reproduce",
+        "Measures the errors of TurboQuant's two quantisers (arXiv:2504.19874) on random unit "
+        "vectors, beside the paper's values and bounds.",
+        run,
+    )
+    number = {"type": int, "metavar": "N"}
+    for option, default, text in (
+        ("--head-dim", 128, "coordinates of a vector, 8…512"),
+        ("--vectors", 32768, "vectors, in equal parts for each projection"),
+        ("--queries", 64, "queries for each part, each multiplied with all of its vectors"),
+        ("--projections", 128, "projection seeds of the prod quantiser"),
+        ("--seed", 0, "of everything: vectors, rotation and projections"),
+    ):
+        parser.add_argument(
+            option, default=default, help=f"{text} (default: %(default)s)", **number
+        )
+    parser.add_argument(
+        "--bits", nargs="+", default=list(range(1, 9)), help="1…8 each (default: all)", **number
+    )
+    parser.add_argument(
+        "--rotation",
+        choices=("auto", "hadamard", "haar"),
+        default="auto",
+        help="kind of rotation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw both errors (needs tqai[plot])"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from tqai.reproduce import reproduce
+
+    figure = None if options.plot is None else _figure_for(options.plot)
+    with _bar() as progress:
+        result = reproduce(
+            options.head_dim,
+            options.bits,
+            vectors=options.vectors,
+            queries=options.queries,
+            projections=options.projections,
+            rotation=options.rotation,
+            seed=options.seed,
+            progress=progress,
+        )
+    if options.json:
+        print_json(asdict(result) | {"notes": result.notes()})
+    else:
+        _print(result)
+    if figure is not None:
+        _draw(figure, result)
+        figure.savefig(options.plot)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar's callback; None where tqdm, which comes with tqai[torch], is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    # The delay keeps a user's error the only line.
+    with tqdm(unit="step", delay=0.1) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _print(result: Reproduction) -> None:
+    d = result.head_dim
+
+    def paper(quantity: Quantity, scale: int = 1) -> str:
+        return "" if quantity.paper is None else f"{quantity.paper * scale:.3g}"
+
+    def bias(bias: Bias) -> list[str]:
+        expected = f"{bias.expected:+.6f}" if bias.expected else "0"
+        return [f"{bias.measured:+.6f}", f"{bias.standard_error:.6f}", expected]
+
+    print(
+        f"{result.vectors} unit vectors of {d} coordinates, {result.rotation.title()} rotation, "
+        f"seed {result.seed}.\n\n"
+        "Squared error of the mse quantiser, and of the same on the cache's int8 grid:"
+    )
+    print_table(
+        ["bits", "mse", "expected", "paper", "int8 grid", "expected", "4^−b", "√3π/2·4^−b"],
+        [
+            [
+                str(row.bits),
+                _text(row.error.measured),
+                _text(row.error.expected),
+                paper(row.error),
+                _text(row.error_int8.measured),
+                _text(row.error_int8.expected),
+                _text(row.error.lower_bound),
+                _text(row.error.upper_bound),
+            ]
+            for row in result.rows
+        ],
+    )
+    print(
+        f"\nSquared error of inner products with {result.queries} unit queries for each of "
+        f"{result.projections} projections, times d = {d}:"
+    )
+    print_table(
+        ["bits", "mse", "prod", "expected", "paper", "4^−b", "mse: √3π/2·4^−b", "prod: √3π²·4^−b"],
+        [
+            [
+                str(row.bits),
+                _text(row.product_mse.measured * d),
+                _text(row.product_prod.measured * d),
+                _text(row.product_prod.expected * d),
+                paper(row.product_prod, d),
+                _text(row.product_prod.lower_bound * d),
+                _text(row.product_mse.upper_bound * d),
+                _text(row.product_prod.upper_bound * d),
+            ]
+            for row in result.rows
+        ],
+    )
+    print("\nBias of the inner products, as a share of them, with its standard error:")
+    print_table(
+        ["bits", "mse", "±", "expected", "prod", "±", "expected"],
+        [[str(row.bits), *bias(row.bias_mse), *bias(row.bias_prod)] for row in result.rows],
+    )
+
+    def uncertainty(*names: str) -> str:
+        quantities = [getattr(row, name) for row in result.rows for name in names]
+        return f"{100 * max(q.standard_error / q.measured for q in quantities):.2f} %"
+
+    print(
+        f"\nStandard errors are up to {uncertainty('error')} of the squared error, "
+        f"{uncertainty('error_int8')} on the int8 grid,\nand "
+        f"{uncertainty('product_mse', 'product_prod')} of that of inner products. "
+        "Expected: by integration of the law on the sphere.\n"
+    )
+    for note in result.notes():
+        print(textwrap.fill(note, 100, initial_indent="- ", subsequent_indent="  "))
+
+
+def _text(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4f}" if value >= 0.1 else f"{value:.3e}"
+
+
+def _figure_for(path: Path) -> Figure:
+    """An empty figure. Raises ValueError or OSError where it could not be drawn to `path` later."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install 'tqai[plot]'") from None
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: expected a name that ends in .{', .'.join(kinds)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot {path}: no folder {path.parent}")
+    return figure
+
+
+def _draw(figure: Figure, result: Reproduction) -> None:
+    """Both errors against bits, each between its bounds, on logarithmic scales."""
+    bits = [row.bits for row in result.rows]
+    left, right = figure.subplots(1, 2)
+
+    def points(axes: Any, quantities: list[Quantity], label: str, style: str) -> None:
+        axes.plot(bits, [q.measured for q in quantities], style, label=label, markersize=5)
+
+    def bound(axes: Any, values: list[float], label: str, style: str) -> None:
+        axes.plot(bits, values, style, color="0.45", linewidth=1, label=label, zorder=1)
+
+    error = [row.error for row in result.rows]
+    points(left, error, "mse", "oC0-")
+    points(left, [row.error_int8 for row in result.rows], "mse, int8 grid", "xC2--")
+    bound(left, [q.upper_bound for q in error], r"$\frac{\sqrt{3}\pi}{2}\,4^{-b}$", "--")
+    bound(left, [q.lower_bound for q in error], r"$4^{-b}$", ":")
+    left.set(title=f"Mean squared error, d = {result.head_dim}", ylabel=r"E‖x − x̂‖²")
+
+    mse = [row.product_mse for row in result.rows]
+    prod = [row.product_prod for row in result.rows]
+    points(right, prod, "prod", "sC1-")
+    points(right, mse, "mse", "oC0-")
+    bound(right, [q.upper_bound for q in prod], r"$\sqrt{3}\pi^2\,4^{-b}/d$ (prod)", "-.")
+    bound(right, [q.upper_bound for q in mse], r"$\frac{\sqrt{3}\pi}{2}\,4^{-b}/d$ (mse)", "--")
+    bound(right, [q.lower_bound for q in prod], r"$4^{-b}/d$", ":")
+    right.set(title=f"Inner-product error, d = {result.head_dim}", ylabel="E(⟨y, x⟩ − ⟨y, x̂⟩)²")
+    for axes in (left, right):
+        axes.set(yscale="log", xlabel="bits a coordinate", xticks=sorted(set(bits)))
+        axes.grid(alpha=0.3)
+        axes.legend()
