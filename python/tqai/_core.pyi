@@ -1,0 +1,224 @@
+"""
+The compiled part of tqai: caches and quantisers on addresses and numbers.
+"""
+from __future__ import annotations
+import collections.abc
+import enum
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level']
+class DType(enum.Enum):
+    """
+    Element types of tensors; bool for masks alone.
+    """
+    bfloat16: typing.ClassVar[DType]
+    bool: typing.ClassVar[DType]
+    float16: typing.ClassVar[DType]
+    float32: typing.ClassVar[DType]
+    @classmethod
+    def __new__(cls, value):
+        ...
+class KvCache:
+    """
+    Compressed keys and values of one attention layer.
+    
+    Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride
+    1; the caller keeps them alive during the call. The GIL is released while numbers are moved. All or
+    nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
+    "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.
+    """
+    def __copy__(self) -> KvCache:
+        ...
+    def __deepcopy__(self, memo: dict) -> KvCache:
+        ...
+    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None) -> None:
+        ...
+    def append(self, keys: tuple, values: tuple) -> None:
+        """
+        Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].
+        """
+    def attend(self, queries: tuple, output: tuple, *, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into
+        output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads or 1, n,
+        tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0.
+        """
+    def centering(self, row: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> str | None:
+        """
+        What the keys are centred on; None before anything was sealed.
+        """
+    def copy(self) -> KvCache:
+        """
+        A copy that shares the tiles.
+        """
+    def crop(self, tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Forgets all tokens from `tokens` on.
+        """
+    def discard_before(self, token: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Frees what only tokens before `token` need.
+        """
+    def gather(self, first: typing.SupportsInt | typing.SupportsIndex, keys: tuple, values: tuple) -> None:
+        """
+        Decompresses the tokens from `first` on; padding and discarded ones become zeros.
+        """
+    def memory(self) -> dict:
+        """
+        Bytes held, by part.
+        """
+    def packed_tokens(self, row: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Tokens of a row held as codes.
+        """
+    def seal(self) -> None:
+        """
+        Compresses what has left the residual window.
+        """
+    def select(self, rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        """
+        Row i becomes a copy of row rows[i]; tiles are shared.
+        """
+    def set_padding(self, counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        """
+        The first counts[row] tokens of each row are padding.
+        """
+    @property
+    def batch(self) -> int:
+        ...
+    @property
+    def dtype(self) -> DType:
+        ...
+    @property
+    def first_token(self) -> int:
+        """
+        First token that some row still holds.
+        """
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def kv_heads(self) -> int:
+        ...
+    @property
+    def level(self) -> str:
+        ...
+    @property
+    def tokens(self) -> int:
+        """
+        Tokens appended and not cropped, the same for each row.
+        """
+    @property
+    def value_head_dim(self) -> int:
+        ...
+class Codebook:
+    """
+    Lloyd-Max centroids of one coordinate of a random unit vector.
+    
+    grid "exact": the optimal ones; "int8": the best among integer multiples of one step, as the cache's
+    kernels use them. head_dim 8 to 512, bits 1 to 8, else ValueError.
+    """
+    def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex, grid: str = 'exact') -> None:
+        ...
+    @property
+    def bits(self) -> int:
+        ...
+    @property
+    def boundaries(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        [2^bits - 1] float32: code i is nearest from boundary i-1 up to boundary i.
+        """
+    @property
+    def centroids(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        [2^bits] float32, ascending.
+        """
+    @property
+    def distortion(self) -> float:
+        """
+        Expected squared error of a unit vector.
+        """
+    @property
+    def grid(self) -> str:
+        ...
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def levels(self) -> numpy.typing.NDArray[numpy.int8]:
+        """
+        [2^bits] int8 with centroid = step * level; empty for the exact grid.
+        """
+    @property
+    def step(self) -> float:
+        """
+        Distance of grid points; 0 for the exact grid.
+        """
+class VectorQuantizer:
+    """
+    What both quantisers do. Thread-safe; the GIL is released.
+    """
+    def decode(self, codes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        The inverse, up to the quantisation error: [rows, head_dim] float32.
+        """
+    def encode(self, vectors: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> tuple:
+        """
+        vectors [rows, head_dim] to codes [rows, code_bytes] uint8 and norms
+        [rows, norm_count] float16. ValueError for NaN, infinity and norms beyond FP16.
+        """
+    def inner_products(self, queries: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], codes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        [query_rows, rows] float32: each query [query_rows, head_dim] with each vector.
+        """
+    @property
+    def bits(self) -> int:
+        ...
+    @property
+    def code_bytes(self) -> int:
+        """
+        Bytes of one vector's codes.
+        """
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def norm_count(self) -> int:
+        """
+        FP16 norms of one vector.
+        """
+class Quantizer(VectorQuantizer):
+    """
+    Smallest mean squared error (arXiv:2504.19874, Alg. 1): a random rotation, then the nearest
+    centroid of each coordinate; the norm as FP16. With norm_correction reconstructions keep the length.
+    head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8".
+    """
+    def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex = 4, *, rotation: str = 'auto', seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, grid: str = 'exact', norm_correction: bool = True) -> None:
+        ...
+    @property
+    def rotation(self) -> str:
+        ...
+class ProdQuantizer(VectorQuantizer):
+    """
+    Unbiased inner products (arXiv:2504.19874, Alg. 2): bits - 1 bits as in Quantizer, and the
+    signs of a Gaussian projection of the rest (QJL).
+    """
+    def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex = 4, *, rotation: str = 'auto', seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, projection_seed: typing.SupportsInt | typing.SupportsIndex = 1902799921, grid: str = 'exact') -> None:
+        ...
+    @property
+    def rotation(self) -> str:
+        ...
+def allocated_bytes() -> int:
+    """
+    Bytes now held by all caches of this process.
+    """
+def available_levels() -> list[str]:
+    """
+    Kernel levels of this build and processor, slowest first.
+    """
+def default_level() -> str:
+    """
+    The level that new caches take: the fastest, or the one that TQAI_LEVEL names.
+    """
+__version__: str = '0.1.0'
