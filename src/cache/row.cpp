@@ -183,8 +183,11 @@ void drop_front(const Context& context, Row& row, std::int64_t count) {
       std::max<std::int64_t>(count - sinks - row.sealed_tokens, 0) / kTileTokens * kTileTokens;
   ExactTokens kept_tail;
   if (from_tail > 0) {
-    kept_tail = copy_tokens(context, row.tail, from_tail, row.tail_tokens() - from_tail,
-                            row.tail.header().capacity);
+    // A prefill's capacity is given back, as by sealing.
+    const std::int64_t kept = row.tail_tokens() - from_tail;
+    const std::int64_t usual = context.options.residual_window + kTileTokens;
+    kept_tail = copy_tokens(context, row.tail, from_tail, kept,
+                            std::max(kept, std::min(row.tail.header().capacity, usual)));
   }
   if (from_sinks > 0) row.sinks = std::move(kept_sinks);
   row.first += from_sinks;

@@ -520,6 +520,20 @@ TEST_F(Cache, RefusesBadTensorsAndStaysAsItWas) {
   EXPECT_EQ(cache.tokens(), 200);
 }
 
+TEST_F(Cache, DiscardGivesAPrefillsCapacityBack) {
+  CacheOptions options = geometry(64);
+  options.sink_tokens = 0;
+  options.residual_window = 128;
+  KvCache cache(options);  // as a layer that sees the last 8 tokens only
+  const Tokens all(1, 2, 1000, 64, engine_);
+  all.append_to(cache, 0, 1000);
+  cache.discard_before(992);
+  cache.seal();
+  EXPECT_EQ(cache.packed_tokens(0), 0);
+  EXPECT_LE(cache.memory().exact_bytes, 192U * cache.memory().uncompressed_bytes /
+                                            static_cast<std::size_t>(cache.memory().tokens));
+}
+
 TEST_F(Cache, ZeroVectorsAreLegal) {
   KvCache cache(geometry(64));
   const Array zeros({1, 2, 200, 64});
