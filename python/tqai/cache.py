@@ -39,7 +39,11 @@ class TqaiCache(DynamicCache):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
                 self.layers[index] = TqaiLayer(
-                    index, settings, window, geometry.heads[index], geometry.ropes[index]
+                    index,
+                    settings.of_layer(index, len(self.layers)),
+                    window,
+                    geometry.heads[index],
+                    geometry.ropes[index],
                 )
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()

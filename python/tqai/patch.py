@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tqai.cache import TqaiCache
+    from tqai.settings import Bits
 
 
 def patch(
     model: PreTrainedModel,
     *,
-    bits_k: int = 4,
-    bits_v: int = 2,
+    preset: str | None = None,
+    bits_k: Bits | None = None,
+    bits_v: Bits | None = None,
     sink_tokens: int = 4,
     residual_window: int = 128,
     rotation: str = "auto",
@@ -35,13 +37,18 @@ def patch(
 
     Args:
         model: a decoder-only transformers model on the CPU; changed in place.
-        bits_k: bits per key coordinate, 1…8.
-        bits_v: bits per value coordinate, 1…8.
+        preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
+            "small" (2 and 2); bits that are given as well take precedence.
+        bits_k: bits per key coordinate, 1…8, by default 4: of every layer, a sequence with one
+            number a layer, or a mapping {layer: bits}, the other layers having 4. Negative layers
+            count from the end.
+        bits_v: bits per value coordinate, as `bits_k`; by default 2.
         sink_tokens: first tokens of each row, kept exact for ever. Layers with a sliding window
             keep none.
         residual_window: last tokens of each row, kept exact.
         rotation: "auto", "hadamard" or "haar".
-        centering: what keys are centred on: "auto", "mean" or "none".
+        centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
+            embedding, turned to each position), "none", or "auto": the best for each head.
         skip_layers: layers that stay uncompressed; negative numbers count from the end.
         seed: of the rotations.
         level: kernel level, "scalar", "avx2" or "avx512"; by default the best one here.
@@ -54,14 +61,15 @@ def patch(
     from tqai import hooks
     from tqai.settings import Settings
 
-    settings = Settings(
-        bits_k=bits_k,
-        bits_v=bits_v,
+    bits = {"bits_k": bits_k, "bits_v": bits_v}
+    settings = Settings.named(
+        preset,
+        **{name: value for name, value in bits.items() if value is not None},
         sink_tokens=sink_tokens,
         residual_window=residual_window,
         rotation=rotation,
         centering=centering,
-        skip_layers=skip_layers,  # type: ignore[arg-type]  # made a tuple by Settings
+        skip_layers=skip_layers,
         seed=seed,
         level=level,
     )

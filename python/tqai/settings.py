@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqai import _core
@@ -12,6 +12,18 @@ from tqai import _core
 ROTATIONS = ("auto", "hadamard", "haar")
 CENTERINGS = ("auto", "none", "mean", "rope")
 LEVELS = ("scalar", "avx2", "avx512")
+
+Bits = int | tuple[int, ...] | Mapping[int, int]
+"""Bits of every layer, layer by layer, or of some layers."""
+
+DEFAULT_BITS = {"bits_k": 4, "bits_v": 2}
+
+PRESETS: dict[str, dict[str, int]] = {
+    "quality": {"bits_k": 4, "bits_v": 4},
+    "balanced": dict(DEFAULT_BITS),
+    "small": {"bits_k": 2, "bits_v": 2},
+}
+"""Settings by name; docs/algorithm.md has what each costs on several models."""
 
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
@@ -28,6 +40,38 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     if not low <= number <= high:
         raise ValueError(f"{name}={number}: expected {allowed}")
     return number
+
+
+def _bits(name: str, value: Any) -> Bits:
+    if isinstance(value, Mapping):
+        return {
+            _integer(f"layer of {name}", layer, -_INT32_MAX, _INT32_MAX): _integer(
+                f"{name}[{layer}]", bits, 1, 8
+            )
+            for layer, bits in value.items()
+        }
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(_integer(f"{name}[{at}]", bits, 1, 8) for at, bits in enumerate(value))
+    return _integer(name, value, 1, 8)
+
+
+def _bits_of_layer(name: str, value: Bits, layer: int, layers: int) -> int:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, tuple):
+        if len(value) != layers:
+            raise ValueError(
+                f"{name} has {len(value)} entries: the model's cache has {layers} layers, expected "
+                "one for each"
+            )
+        return value[layer]
+    for given in value:
+        if not -layers <= given < layers:
+            raise ValueError(
+                f"{name} names layer {given}: the model's cache has {layers} layers, expected "
+                f"{-layers}…{layers - 1}"
+            )
+    return value.get(layer, value.get(layer - layers, DEFAULT_BITS[name]))
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
@@ -64,10 +108,11 @@ class Settings:
         NotImplementedError: for a kernel level that this machine lacks.
     """
 
-    bits_k: int = 4
-    """Bits per key coordinate, 1…8."""
-    bits_v: int = 2
-    """Bits per value coordinate, 1…8."""
+    bits_k: Bits = DEFAULT_BITS["bits_k"]
+    """Bits per key coordinate, 1…8: of every layer, a sequence with one for each, or a mapping from
+    layers to bits, the others having the default."""
+    bits_v: Bits = DEFAULT_BITS["bits_v"]
+    """Bits per value coordinate, as ``bits_k``."""
     sink_tokens: int = 4
     """First tokens of each row, kept exact for ever."""
     residual_window: int = 128
@@ -85,8 +130,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked = {
-            "bits_k": _integer("bits_k", self.bits_k, 1, 8),
-            "bits_v": _integer("bits_v", self.bits_v, 1, 8),
+            "bits_k": _bits("bits_k", self.bits_k),
+            "bits_v": _bits("bits_v", self.bits_v),
             "sink_tokens": _integer("sink_tokens", self.sink_tokens, 0, _INT32_MAX),
             "residual_window": _integer("residual_window", self.residual_window, 0, _INT32_MAX),
             "rotation": _choice("rotation", self.rotation, ROTATIONS),
@@ -97,6 +142,27 @@ class Settings:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def named(cls, preset: str | None, **given: Any) -> Settings:
+        """The settings of a preset, None being the defaults, with what is given in their place.
+
+        Raises:
+            ValueError: also for a preset that does not exist.
+        """
+        named = {} if preset is None else PRESETS[_choice("preset", preset, tuple(PRESETS))]
+        return cls(**{**named, **given})
+
+    def of_layer(self, layer: int, layers: int) -> Settings:
+        """The settings of layer `layer` of `layers`, with its own bits.
+
+        Raises:
+            ValueError: for bits of layers that do not exist.
+        """
+        bits = {
+            name: _bits_of_layer(name, getattr(self, name), layer, layers) for name in DEFAULT_BITS
+        }
+        return replace(self, **bits)
 
     def skipped(self, layers: int) -> frozenset[int]:
         """The layers to leave uncompressed, as numbers from 0, of a model with `layers` layers.

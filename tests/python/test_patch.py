@@ -317,3 +317,18 @@ def test_exports() -> None:
         assert getattr(tqai, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         tqai.nothing  # noqa: B018
+
+
+def test_layers_have_bits_of_their_own() -> None:
+    model = make_model("llama")
+    cache = tqai.patch(model, preset="quality", bits_k={0: 8}, residual_window=16)
+    with torch.no_grad():
+        model(make_ids(1, 200), past_key_values=cache)
+    first, second = cache.memory_report()["layers"]
+    # Bytes of a packed token: bits of keys and values, two FP16 norms a head.
+    heads, dim = cache.layers[0].heads
+    assert first["packed_bytes"] == first["packed_tokens"] * heads * ((8 + 4) * dim // 8 + 4)
+    assert second["packed_bytes"] == second["packed_tokens"] * heads * ((4 + 4) * dim // 8 + 4)
+    with pytest.raises(ValueError, match="bits_v has 1 entries"):
+        tqai.patch(model, bits_v=[2])
+    assert tqai.new_cache(model).settings.bits_v == 4

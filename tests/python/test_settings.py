@@ -70,3 +70,36 @@ def test_a_level_that_the_machine_lacks_is_not_silently_replaced(
 def test_the_level_reaches_the_core(level: str) -> None:
     options = Settings(level=level).core_options()
     assert _core.KvCache(batch=1, kv_heads=1, head_dim=16, **options).level == level
+
+
+def test_bits_by_layer() -> None:
+    listed = Settings(bits_k=[4, 3, 2], bits_v={0: 8, -1: 6})
+    assert [listed.of_layer(layer, 3).bits_k for layer in range(3)] == [4, 3, 2]
+    assert [listed.of_layer(layer, 3).bits_v for layer in range(3)] == [8, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ([4, 4], "2 entries.*4 layers"),
+        ({4: 8}, "layer 4.*4 layers.*-4…3"),
+        ({-5: 8}, "layer -5"),
+    ],
+)
+def test_bits_of_layers_that_do_not_exist(bits: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(bits_k=bits).of_layer(0, 4)
+
+
+@pytest.mark.parametrize("bits", [[4, 9], {0: 0}, {"0": 4}, {0: "4"}, [None]])
+def test_bits_by_layer_are_checked(bits: object) -> None:
+    with pytest.raises(ValueError, match="expected an integer from"):
+        Settings(bits_k=bits)
+
+
+def test_presets_and_what_is_given_beside_them() -> None:
+    assert Settings.named(None) == Settings.named("balanced") == Settings()
+    small = Settings.named("small", bits_k=3)
+    assert (small.bits_k, small.bits_v) == (3, 2)
+    with pytest.raises(ValueError, match="preset='tiny'.*'quality', 'balanced', 'small'"):
+        Settings.named("tiny")

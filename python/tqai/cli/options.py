@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tqai.models import DTYPES
-from tqai.settings import CENTERINGS, LEVELS, ROTATIONS, Settings
+from tqai.settings import CENTERINGS, LEVELS, PRESETS, ROTATIONS, Settings
 
 
 def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace], None]) -> Any:
@@ -44,6 +44,12 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
 
     number = {"type": int, "metavar": "N"}
     if bits:
+        group.add_argument(
+            "--preset",
+            choices=PRESETS,
+            default=argparse.SUPPRESS,
+            help="bits by name (default: balanced)",
+        )
         add("--bits-k", "bits_k", "bits of a key's coordinate, 1…8", **number)
         add("--bits-v", "bits_v", "bits of a value's coordinate, 1…8", **number)
     add("--sinks", "sink_tokens", "first tokens, kept exact for ever", **number)
@@ -57,4 +63,8 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``tqai.patch`` that were given."""
-    return {name: value for name, value in vars(options).items() if hasattr(Settings, name)}
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name == "preset" or hasattr(Settings, name)
+    }
