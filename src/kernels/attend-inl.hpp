@@ -1,5 +1,5 @@
-// Attention over sealed tiles and over exact tokens: the float part, around the level's integer
-// kernels `score` and `accumulate`.
+// Attention over sealed tiles: the float part, around the level's integer kernels `score` and
+// `accumulate`.
 #pragma once
 
 #include <cmath>
@@ -174,46 +174,6 @@ void attend_tiles(const AttendTiles& args) noexcept {
       accumulate_tile<kAccumulate>(args, span.tile, scratch);
     }
     start += span.tokens;
-  }
-}
-
-inline void attend_exact(const AttendExact& args) noexcept {
-  const int padded = padded_dim(args.key_dim);
-  const auto element = static_cast<std::int64_t>(size_of(args.dtype));
-  const Softmax& softmax = args.softmax;
-  alignas(64) float row[kMaxDim];
-  Block block;
-  for (std::int64_t start = 0; start < args.tokens; start += kTileTokens) {
-    const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
-    if (!sees(softmax, start, tokens)) continue;
-    for (int c = args.key_dim; c < padded; ++c) row[c] = 0.0F;
-    for (int t = 0; t < tokens; ++t) {
-      widen(static_cast<const char*>(args.keys) + (start + t) * args.key_dim * element, args.dtype,
-            args.key_dim, row);
-      for (int r = 0; r < softmax.rows; ++r) {
-        const float* q = args.queries + static_cast<std::ptrdiff_t>(r) * padded;
-        float lanes[kLanes];
-        for (int i = 0; i < kLanes; ++i) lanes[i] = q[i] * row[i];
-        for (int c = kLanes; c < padded; c += kLanes) {
-          for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] + q[c + i] * row[c + i];
-        }
-        block.scores[r][t] = sum_lanes(lanes);
-      }
-    }
-    for (int r = 0; r < softmax.rows; ++r) {
-      for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
-      weigh(softmax, r, start, tokens, block.scores[r]);
-    }
-    for (int t = 0; t < tokens; ++t) {
-      widen(static_cast<const char*>(args.values) + (start + t) * args.value_dim * element,
-            args.dtype, args.value_dim, row);
-      for (int r = 0; r < softmax.rows; ++r) {
-        const float weight = block.scores[r][t];
-        if (weight == 0.0F) continue;
-        float* output = softmax.output + r * softmax.output_stride;
-        for (int c = 0; c < args.value_dim; ++c) output[c] = output[c] + weight * row[c];
-      }
-    }
   }
 }
 

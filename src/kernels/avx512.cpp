@@ -27,6 +27,7 @@
 #define TQAI_VECTOR_LANES 16
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
+#include "exact-inl.hpp"
 #include "integer-inl.hpp"
 
 namespace tqai::kernels {

@@ -2,6 +2,7 @@
 #define TQAI_VECTOR_LANES 4
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
+#include "exact-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
