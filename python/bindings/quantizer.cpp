@@ -19,7 +19,8 @@ std::int64_t rows_of(const Array<T>& array, std::int64_t columns, const char* na
   if (array.ndim() == 2 && array.shape(1) == columns) return array.shape(0);
   std::string given = "(";
   for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-    given += (i == 0 ? "" : ", ") + std::to_string(array.shape(i));
+    if (i > 0) given += ", ";
+    given += std::to_string(array.shape(i));
   }
   throw ValueError(std::string(name) + " has shape " + given + "); needed: (rows, " +
                    std::to_string(columns) + ")");

@@ -124,11 +124,91 @@ struct Avx2 {
   }
 };
 
+// An 8 × 8 transpose: columns of `rows` into x[0…7], lanes `lane` and on.
+inline void transpose8(const float* rows, std::ptrdiff_t stride, float (*x)[kLanes],
+                       int lane) noexcept {
+  __m256 a[8];
+  __m256 b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      a[i + 2 * h] = _mm256_shuffle_ps(b[i + h], b[i + h + 2], 0x44);
+      a[i + 2 * h + 1] = _mm256_shuffle_ps(b[i + h], b[i + h + 2], 0xEE);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(x[c] + lane, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(x[4 + c] + lane, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+
+struct Avx2Lanes : PlainLanes {
+  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
+    int c = 0;
+    for (; c + 8 <= dim; c += 8) {
+      transpose8(rows + c, dim, x + c, 0);
+      transpose8(rows + c + static_cast<std::ptrdiff_t>(8) * dim, dim, x + c, 8);
+    }
+    for (; c < dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
+    }
+  }
+
+  // Entry `index` (below 16) of a table in two registers.
+  static __m256 look_up(__m256 low, __m256 high, __m256i index) noexcept {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                            _mm256_permutevar8x32_ps(high, index), upper);
+  }
+
+  // The binary search with boundaries and levels in registers.
+  template <int kBits>
+  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
+                       float* norm2) noexcept {
+    if constexpr (kBits > 4) {
+      PlainLanes::quantise<kBits>(segment, y, end, codes, norm2);
+    } else {
+      constexpr int kLevels = 1 << kBits;
+      float table[16] = {};
+      for (int i = 0; i + 1 < kLevels; ++i) table[i] = segment.boundaries[i];
+      const __m256 low_boundaries = _mm256_loadu_ps(table);
+      const __m256 high_boundaries = _mm256_loadu_ps(table + 8);
+      for (int i = 0; i < kLevels; ++i) table[i] = static_cast<float>(segment.levels[i]);
+      const __m256 low_levels = _mm256_loadu_ps(table);
+      const __m256 high_levels = _mm256_loadu_ps(table + 8);
+      for (int lane = 0; lane < kLanes; lane += 8) {
+        __m256 sum = _mm256_loadu_ps(norm2 + lane);
+        for (int c = segment.first; c < end; ++c) {
+          const __m256 value = _mm256_loadu_ps(y[c] + lane);
+          __m256i found = _mm256_setzero_si256();
+          for (int bit = kBits - 1; bit >= 0; --bit) {
+            const __m256i next = _mm256_or_si256(found, _mm256_set1_epi32((1 << bit) - 1));
+            const __m256 boundary = look_up(low_boundaries, high_boundaries, next);
+            const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(value, boundary, _CMP_GE_OQ));
+            found = _mm256_or_si256(found, _mm256_and_si256(above, _mm256_set1_epi32(1 << bit)));
+          }
+          const __m256 level = look_up(low_levels, high_levels, found);
+          sum = _mm256_add_ps(sum, _mm256_mul_ps(level, level));
+          const __m128i words =
+              _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + c * kTileTokens + lane),
+                           _mm_packus_epi16(words, words));
+        }
+        _mm256_storeu_ps(norm2 + lane, sum);
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    Level::avx2,  score<Avx2>, accumulate<Avx2>, attend_tiles<score<Avx2>, accumulate<Avx2>>,
-    attend_exact, add_rope,    encode,           decode,
+    Level::avx2,  score<Avx2>, accumulate<Avx2>,  attend_tiles<score<Avx2>, accumulate<Avx2>>,
+    attend_exact, add_rope,    encode<Avx2Lanes>, decode,
     acceptable};
 
 }  // namespace tqai::kernels

@@ -118,17 +118,86 @@ struct Avx512 {
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
 };
 
+// A 16 × 16 transpose of what 4-wide, then 16-wide exchanges leave in order.
+inline void transpose16(const float* rows, std::ptrdiff_t stride, float (*x)[kLanes]) noexcept {
+  __m512 a[16];
+  __m512 b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(b[i + h]);
+      const __m512d high = _mm512_castps_pd(b[i + h + 2]);
+      a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // a[4 g + c]: in each 128-bit lane q, coordinate 4 q + c of tokens 4 g … 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
+    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
+    _mm512_storeu_ps(x[c], _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(x[4 + c], _mm512_shuffle_f32x4(low01, low23, 0xDD));
+    _mm512_storeu_ps(x[8 + c], _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(x[12 + c], _mm512_shuffle_f32x4(high01, high23, 0xDD));
+  }
+}
+
+struct Avx512Lanes : PlainLanes {
+  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
+    int c = 0;
+    for (; c + 16 <= dim; c += 16) transpose16(rows + c, dim, x + c);
+    for (; c < dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
+    }
+  }
+
+  // The binary search with boundaries and levels in registers.
+  template <int kBits>
+  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
+                       float* norm2) noexcept {
+    if constexpr (kBits > 4) {
+      PlainLanes::quantise<kBits>(segment, y, end, codes, norm2);
+    } else {
+      constexpr int kLevels = 1 << kBits;
+      float table[16] = {};
+      for (int i = 0; i + 1 < kLevels; ++i) table[i] = segment.boundaries[i];
+      const __m512 boundaries = _mm512_loadu_ps(table);
+      for (int i = 0; i < kLevels; ++i) table[i] = static_cast<float>(segment.levels[i]);
+      const __m512 levels = _mm512_loadu_ps(table);
+      __m512 sum = _mm512_loadu_ps(norm2);
+      for (int c = segment.first; c < end; ++c) {
+        const __m512 value = _mm512_loadu_ps(y[c]);
+        __m512i found = _mm512_setzero_si512();
+        for (int bit = kBits - 1; bit >= 0; --bit) {
+          const __m512i next = _mm512_or_si512(found, _mm512_set1_epi32((1 << bit) - 1));
+          const __m512 boundary = _mm512_permutexvar_ps(next, boundaries);
+          const __mmask16 above = _mm512_cmp_ps_mask(value, boundary, _CMP_GE_OQ);
+          found = _mm512_mask_or_epi32(found, above, found, _mm512_set1_epi32(1 << bit));
+        }
+        const __m512 level = _mm512_permutexvar_ps(found, levels);
+        sum = _mm512_add_ps(sum, _mm512_mul_ps(level, level));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + c * kTileTokens),
+                         _mm512_cvtepi32_epi8(found));
+      }
+      _mm512_storeu_ps(norm2, sum);
+    }
+  }
+};
+
 }  // namespace
 
-const Kernels kAvx512Kernels = {Level::avx512,
-                                score<Avx512>,
-                                accumulate<Avx512>,
-                                attend_tiles<score<Avx512>, accumulate<Avx512>>,
-                                attend_exact,
-                                add_rope,
-                                encode,
-                                decode,
-                                acceptable};
+const Kernels kAvx512Kernels = {
+    Level::avx512,       score<Avx512>,
+    accumulate<Avx512>,  attend_tiles<score<Avx512>, accumulate<Avx512>>,
+    attend_exact,        add_rope,
+    encode<Avx512Lanes>, decode,
+    acceptable};
 
 }  // namespace tqai::kernels
 

@@ -79,21 +79,11 @@ inline void rotate_back_lanes(const SidePlan& side, LaneRows& x, LaneRows& scrat
   }
 }
 
-// The number of boundaries ≤ y, with the steps written out so that they stay in registers.
-template <std::size_t... kIndex>
-inline std::int32_t count_boundaries(float y, const float* boundaries,
-                                     std::index_sequence<kIndex...> /*indices*/) noexcept {
-  std::int32_t count = 0;
-  ((count += y >= boundaries[kIndex] ? 1 : 0), ...);
-  return count;
-}
-
-// Codes of one coordinate of 16 tokens. norm2 += the squares of their levels.
+// Codes of 16 coordinates by counting the boundaries ≤ y; the specification of every level's
+// Ops::quantise. norm2 += the squares of their levels.
 template <int kBits>
 inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y,
                            std::uint8_t* __restrict codes, float* __restrict norm2) noexcept {
-  constexpr int kBoundaries = (1 << kBits) - 1;
-  const float* boundaries = segment.boundaries;
   std::int32_t found[kLanes];
   if constexpr (kBits == 8) {  // uniform: level i is i − 128
     const float inverse = 1.0F / segment.step;
@@ -102,11 +92,12 @@ inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y
       const float low = scaled < 0.0F ? 0.0F : scaled;
       found[i] = static_cast<std::int32_t>(low > 255.0F ? 255.0F : low);
     }
-  } else if constexpr (kBits <= 4) {
     for (int i = 0; i < kLanes; ++i) {
-      found[i] = count_boundaries(y[i], boundaries, std::make_index_sequence<kBoundaries>());
+      const auto level = static_cast<float>(found[i] - 128);
+      norm2[i] = norm2[i] + level * level;
     }
-  } else {
+  } else {  // a binary search
+    const float* boundaries = segment.boundaries;
     for (int i = 0; i < kLanes; ++i) found[i] = 0;
     for (int bit = kBits - 1; bit >= 0; --bit) {
       for (int i = 0; i < kLanes; ++i) {
@@ -114,22 +105,32 @@ inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y
         found[i] = y[i] >= boundaries[next - 1] ? next : found[i];
       }
     }
+    for (int i = 0; i < kLanes; ++i) {
+      const auto level = static_cast<float>(segment.levels[found[i]]);
+      norm2[i] = norm2[i] + level * level;
+    }
   }
-  for (int i = 0; i < kLanes; ++i) {
-    const auto level = static_cast<float>(segment.levels[found[i]]);
-    norm2[i] = norm2[i] + level * level;
-    codes[i] = static_cast<std::uint8_t>(found[i]);
-  }
+  for (int i = 0; i < kLanes; ++i) codes[i] = static_cast<std::uint8_t>(found[i]);
 }
 
-// Codes of coordinates [first, end) of 16 tokens; codes: [.., 64], the first of these tokens.
-template <int kBits>
-inline void quantise_segment(const SegmentPlan& segment, const LaneRows& y, int end,
-                             std::uint8_t* codes, float* norm2) noexcept {
-  for (int c = segment.first; c < end; ++c) {
-    quantise_lanes<kBits>(segment, y[c], codes + c * kTileTokens, norm2);
+// What a level may do better than plain loops, with the same results.
+struct PlainLanes {
+  // x[c, i] = rows[i, c]: 16 tokens of `dim` coordinates, a multiple of 16 or not.
+  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
+    for (int c = 0; c < dim; ++c) {
+      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
+    }
   }
-}
+  // Codes of coordinates [segment.first, end) of 16 tokens; codes: [.., 64], the first of these
+  // tokens. norm2 += the squares of their levels.
+  template <int kBits>
+  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
+                       float* norm2) noexcept {
+    for (int c = segment.first; c < end; ++c) {
+      quantise_lanes<kBits>(segment, y[c], codes + c * kTileTokens, norm2);
+    }
+  }
+};
 
 struct EncodeScratch {
   alignas(64) LaneRows x;
@@ -156,17 +157,15 @@ inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* til
   }
 }
 
+template <typename Lanes>
 void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept {
   EncodeScratch scratch;
   std::uint16_t halves[kTileTokens];
   for (int start = 0; start < kTileTokens; start += kLanes) {
+    Lanes::transpose(rows + static_cast<std::ptrdiff_t>(start) * side.dim, side.dim, scratch.x);
     float norm2[kLanes] = {};
     for (int c = 0; c < side.dim; ++c) {
-      for (int i = 0; i < kLanes; ++i) {
-        const float value = rows[static_cast<std::ptrdiff_t>(start + i) * side.dim + c];
-        scratch.x[c][i] = value;
-        norm2[i] = norm2[i] + value * value;
-      }
+      for (int i = 0; i < kLanes; ++i) norm2[i] = norm2[i] + scratch.x[c][i] * scratch.x[c][i];
     }
     float norms[kLanes];
     float inverse[kLanes];
@@ -185,7 +184,7 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
       float levels2[kLanes] = {};
       const int end = std::min(segment.first + segment.count, side.dim);
       with_bits(segment.bits, [&]<int kBits>() {
-        quantise_segment<kBits>(segment, scratch.x, end, scratch.codes + start, levels2);
+        Lanes::template quantise<kBits>(segment, scratch.x, end, scratch.codes + start, levels2);
       });
       for (int i = 0; i < kLanes; ++i) {
         correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);

@@ -41,7 +41,7 @@ void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const st
 }  // namespace
 
 const Kernels kScalarKernels = {
-    Level::scalar, score,  accumulate, attend_tiles<score, accumulate>, attend_exact, add_rope,
-    encode,        decode, acceptable};
+    Level::scalar,      score,  accumulate, attend_tiles<score, accumulate>, attend_exact, add_rope,
+    encode<PlainLanes>, decode, acceptable};
 
 }  // namespace tqai::kernels
