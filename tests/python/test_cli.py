@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -149,6 +150,18 @@ def test_user_errors(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tqai: ")]
     assert len(error) == 1
     assert message in error[0]
+
+
+@pytest.mark.parametrize("verb", ["demo", "eval", "memory"])
+def test_without_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else found(name)
+    )
+    assert main([verb]) == 2
+    assert capsys.readouterr().err == "tqai: torch not installed: pip install 'tqai[torch]'\n"
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

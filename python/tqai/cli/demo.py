@@ -11,6 +11,7 @@ from typing import Any
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import resident_bytes, run_fresh
+from tqai.models import require
 from tqai.text import prose
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."
@@ -37,6 +38,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    require("torch", "transformers", "tqdm", extra="torch")
     # Each in a process of its own, one after the other: neither sees the other's memory or load.
     plain = run_fresh(generate, options, None)
     compressed = run_fresh(generate, options, settings_of(options), plain["tokens"])

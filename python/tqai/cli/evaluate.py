@@ -9,6 +9,7 @@ from typing import Any
 
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table
+from tqai.models import require
 
 
 def add(verbs: Any) -> None:
@@ -42,6 +43,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    require("torch", "transformers", "tqdm", extra="torch")
     from tqdm import tqdm
 
     from tqai.fidelity import evaluate

@@ -9,6 +9,7 @@ from typing import Any
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table
 from tqai.cli.process import resident_bytes, run_fresh
+from tqai.models import require
 from tqai.text import prose
 
 _CHUNK = 1024
@@ -30,6 +31,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    require("torch", "transformers", "tqdm", extra="torch")
     result = run_fresh(fill, options)
     if options.json:
         print_json(result)
