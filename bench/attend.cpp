@@ -1,0 +1,175 @@
+// Decode attention of one query per head: compressed, and uncompressed bf16 beside it. The
+// benchmarks' names say all but the thread, of which there is one unless OMP_NUM_THREADS says more.
+#include <benchmark/benchmark.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <tqai/cache.hpp>
+#include <vector>
+
+#include "bf16_attention.hpp"
+
+namespace tqai::bench {
+namespace {
+
+constexpr int kKvHeads = 8;
+
+struct Shape {
+  int dim;
+  int group;
+  int bits_k;
+  int bits_v;
+  std::int64_t tokens;
+};
+
+std::vector<float> random_floats(std::size_t count) {
+  std::mt19937_64 engine(0xBE7C);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+// Every token sealed, so that it is the packed path that is timed. One block of random tokens is
+// repeated: the kernels' time does not depend on the numbers.
+KvCache filled_cache(const Shape& shape, Level level, Centering centering) {
+  constexpr std::int64_t kBlock = 1024;
+  CacheOptions options;
+  options.kv_heads = kKvHeads;
+  options.head_dim = shape.dim;
+  options.bits_k = shape.bits_k;
+  options.bits_v = shape.bits_v;
+  options.sink_tokens = 0;
+  options.residual_window = 0;
+  options.level = level;
+  options.centering = centering;
+  if (centering == Centering::rope) {
+    Rope rope;
+    rope.rotary_dim = shape.dim;
+    for (int f = 0; f < shape.dim / 2; ++f) {
+      rope.inv_freq.push_back(
+          std::pow(10000.0F, -2.0F * static_cast<float>(f) / static_cast<float>(shape.dim)));
+    }
+    options.rope = rope;
+  }
+  KvCache cache(options);
+  auto keys = random_floats(static_cast<std::size_t>(kKvHeads * kBlock * shape.dim));
+  const std::vector<float> values = keys;
+  if (centering == Centering::rope) {  // a bias on half of the frequencies, as found in models
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const std::size_t row = i / static_cast<std::size_t>(shape.dim);
+      const std::size_t c = i % static_cast<std::size_t>(shape.dim);
+      const std::size_t f = c % static_cast<std::size_t>(shape.dim / 2);
+      if (f % 2 != 0) continue;
+      const double angle =
+          static_cast<double>(row % kBlock) * static_cast<double>(options.rope->inv_freq[f]);
+      keys[i] += static_cast<float>(5.0 * (c == f ? std::cos(angle) : std::sin(angle)));
+    }
+  }
+  const std::array<std::int64_t, 4> tensor_shape = {1, kKvHeads, kBlock, shape.dim};
+  const std::array<std::int64_t, 4> strides = {0, kBlock * shape.dim, shape.dim, 1};
+  for (std::int64_t start = 0; start < shape.tokens; start += kBlock) {
+    cache.append({keys.data(), DType::f32, tensor_shape, strides},
+                 {values.data(), DType::f32, tensor_shape, strides});
+  }
+  cache.seal();
+  return cache;
+}
+
+void report(benchmark::State& state, const Shape& shape, double bytes) {
+  const auto iterations = static_cast<double>(state.iterations());
+  state.counters["GB/s"] =
+      benchmark::Counter(bytes * iterations / 1e9, benchmark::Counter::kIsRate);
+  state.counters["per token and head"] =
+      benchmark::Counter(iterations * static_cast<double>(shape.tokens) * kKvHeads,
+                         benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
+}
+
+void attend_packed(benchmark::State& state, const Shape& shape, Level level, Centering centering) {
+  const KvCache cache = filled_cache(shape, level, centering);
+  const std::int64_t heads = kKvHeads * shape.group;
+  const auto queries = random_floats(static_cast<std::size_t>(heads * shape.dim));
+  std::vector<float> output(queries.size());
+  const ConstTensor query{
+      queries.data(), DType::f32, {1, heads, 1, shape.dim}, {0, shape.dim, shape.dim, 1}};
+  const Tensor out{
+      output.data(), DType::f32, {1, 1, heads, shape.dim}, {0, heads * shape.dim, shape.dim, 1}};
+  for (auto _ : state) {
+    cache.attend(query, out);
+    benchmark::DoNotOptimize(output.data());
+  }
+  report(state, shape, static_cast<double>(cache.memory().packed_bytes));
+}
+
+void attend_bf16(benchmark::State& state, const Shape& shape) {
+  if (!has_bf16_attention()) {
+    state.SkipWithError("this processor has no AVX-512 BF16");
+    return;
+  }
+  const std::int64_t floats = shape.tokens * shape.dim;
+  const auto random = random_floats(static_cast<std::size_t>(1024 * shape.dim));
+  std::vector<std::uint16_t> keys(static_cast<std::size_t>(kKvHeads * floats));
+  for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = to_bfloat16(random[i % random.size()]);
+  const std::vector<std::uint16_t> values = keys;
+  const auto queries = random_floats(static_cast<std::size_t>(kKvHeads * shape.group * shape.dim));
+  std::vector<float> output(queries.size());
+  const float scale = 1.0F / std::sqrt(static_cast<float>(shape.dim));
+  for (auto _ : state) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic)
+#endif
+    for (int head = 0; head < kKvHeads; ++head) {
+      const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(head) * shape.group * shape.dim;
+      bf16_attention(keys.data() + head * floats, values.data() + head * floats, shape.tokens,
+                     shape.dim, shape.group, queries.data() + at, scale, output.data() + at);
+    }
+    benchmark::DoNotOptimize(output.data());
+  }
+  report(state, shape, static_cast<double>(2 * keys.size() * sizeof(std::uint16_t)));
+}
+
+std::string name_of_shape(const char* what, const Shape& shape, const std::string& rest) {
+  return std::string(what) + "/d=" + std::to_string(shape.dim) +
+         "/g=" + std::to_string(shape.group) + "/tokens=" + std::to_string(shape.tokens) + rest;
+}
+
+void register_all() {
+  for (const int dim : {64, 96, 128, 256}) {
+    for (const int group : {1, 4, 7, 8}) {
+      for (const std::int64_t tokens : {8192, 32768}) {
+        const Shape plain{dim, group, 16, 16, tokens};
+        benchmark::RegisterBenchmark(name_of_shape("bf16", plain, "").c_str(), [plain](
+                                                                                   auto& state) {
+          attend_bf16(state, plain);
+        })->UseRealTime();
+        for (const Level level : available_levels()) {
+          if (level == Level::scalar) continue;
+          for (const int bits_v : {4, 2}) {
+            for (const Centering centering : {Centering::mean, Centering::rope}) {
+              const Shape shape{dim, group, 4, bits_v, tokens};
+              const std::string rest = "/bits=4," + std::to_string(bits_v) +
+                                       "/level=" + std::string(name_of(level)) +
+                                       (centering == Centering::rope ? "/rope" : "");
+              benchmark::RegisterBenchmark(
+                  name_of_shape("attend", shape, rest).c_str(),
+                  [=](auto& state) { attend_packed(state, shape, level, centering); })
+                  ->UseRealTime();
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tqai::bench
+
+int main(int argc, char** argv) {
+  tqai::bench::register_all();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}

@@ -1,0 +1,70 @@
+// Sealing: norm, rotation, codes and packing of whole tiles, one thread.
+#include <benchmark/benchmark.h>
+
+#include <random>
+#include <string>
+#include <tqai/cpu.hpp>
+#include <vector>
+
+#include "cache/codec.hpp"
+#include "kernels/kernels.hpp"
+
+namespace tqai::bench {
+namespace {
+
+void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, Level level,
+            bool keys) {
+  CacheOptions options;
+  options.kv_heads = 1;
+  options.head_dim = options.value_head_dim = dim;
+  options.bits_k = options.bits_v = bits;
+  options.rotation = rotation;
+  const detail::Codec codec(options);
+  std::mt19937_64 engine(0xBE7C);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens);
+  for (float& value : rows) value = normal(engine);
+  std::vector<std::uint8_t> tile(codec.layout().bytes());
+  const kernels::Kernels& kernels = kernels::kernels(level);
+  const kernels::SidePlan& side = keys ? codec.plan().keys : codec.plan().values;
+  for (auto _ : state) {
+    kernels.encode(side, keys, rows.data(), tile.data());
+    benchmark::DoNotOptimize(tile.data());
+  }
+  state.counters["per vector"] =
+      benchmark::Counter(static_cast<double>(state.iterations()) * kTileTokens,
+                         benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
+}
+
+void register_all() {
+  for (const int dim : {64, 96, 128, 256}) {
+    for (const int bits : {2, 4, 8}) {
+      for (const bool hadamard : {true, false}) {
+        if (hadamard && (dim & (dim - 1)) != 0) continue;
+        for (const Level level : available_levels()) {
+          for (const bool keys : {true, false}) {
+            const std::string name = std::string("encode/") + (keys ? "keys" : "values") +
+                                     "/d=" + std::to_string(dim) + "/bits=" + std::to_string(bits) +
+                                     (hadamard ? "/hadamard" : "/haar") +
+                                     "/level=" + std::string(name_of(level));
+            const RotationKind rotation = hadamard ? RotationKind::hadamard : RotationKind::haar;
+            benchmark::RegisterBenchmark(name.c_str(), [=](auto& state) {
+              encode(state, dim, bits, rotation, level, keys);
+            });
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tqai::bench
+
+int main(int argc, char** argv) {
+  tqai::bench::register_all();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}
