@@ -48,9 +48,10 @@ Codec::Codec(const CacheOptions& options)
       layout_(options.head_dim, options.value_head_dim, options.bits_k, options.bits_v),
       key_segments_(plan_segments(layout_.key_segments(), options.head_dim)),
       value_segments_(plan_segments(layout_.value_segments(), options.value_head_dim)),
-      plan_{plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
-            plan_side(value_rotation_, value_segments_, layout_.value_codes(),
-                      layout_.value_norms())} {}
+      plan_{
+          plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
+          plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),
+          layout_.bytes()} {}
 
 std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;

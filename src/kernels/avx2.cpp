@@ -38,6 +38,9 @@ struct Avx2 {
   static Vec load(const std::uint8_t* p) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
+  static void prefetch(const std::uint8_t* p) noexcept {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
   template <int kBits>
   static Vec shift_right(Vec v) noexcept {
     return _mm256_srli_epi16(v, kBits);

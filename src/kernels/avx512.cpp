@@ -41,6 +41,9 @@ struct Avx512 {
   static constexpr int kRowBlock = 4;  // 16 sums of 32 registers
 
   static Vec load(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
+  static void prefetch(const std::uint8_t* p) noexcept {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
   template <int kBits>
   static Vec shift_right(Vec v) noexcept {
     return _mm512_srli_epi16(v, kBits);

@@ -1,7 +1,7 @@
 // The integer kernels' loops over a level's primitives, `Ops`:
 //   Vec, Acc                     a part of a line; 32-bit sums, one a lane of 4 bytes
 //   kParts                       Vecs that make a line
-//   load(p)                      a Vec
+//   load(p), prefetch(p)         a Vec; its line, for later
 //   shift_right<n>(v)            each byte's bits n… at its low end; higher bits are dirty
 //   low_bits<n>(v), either(a,b)  AND with 2^n − 1, OR
 //   shift_left<n>(v)             of bytes whose high bits are 0
@@ -91,11 +91,29 @@ inline void load_group(const std::uint8_t* group, int part,
   }
 }
 
+// Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
+struct Fetch {
+  const std::uint8_t* next;
+  const std::uint8_t* end;
+  std::ptrdiff_t bytes;  // a step
+
+  template <typename Ops>
+  void step() noexcept {
+    const std::uint8_t* until = end - next < bytes ? end : next + bytes;
+    for (; next < until; next += kLineBytes) Ops::prefetch(next);
+  }
+};
+
+inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
+  const auto lines = static_cast<std::ptrdiff_t>(ahead.bytes / kLineBytes);
+  return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
+}
+
 // scores[r, t] of kRows rows; words: the expanded queries, [kRows, count / 4, kWords].
 template <typename Ops, int kBits, int kRows>
 inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                       const std::int32_t* words, const std::int32_t* bias,
-                       std::int32_t* scores) noexcept {
+                       const std::int32_t* words, const std::int32_t* bias, std::int32_t* scores,
+                       Fetch fetch) noexcept {
   constexpr int kSubtiles = 4;
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   const typename Ops::template Table<kBits> table(segment.levels, true);
@@ -120,6 +138,7 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
         word += Ops::kWords;
       }
       group += kBits * kLineBytes;
+      fetch.template step<Ops>();
     }
     for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kSubtiles; ++s) {
@@ -132,7 +151,7 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
 // sums[r, c] of kRows rows; words: the expanded weights, [kRows, 16, kWords].
 template <typename Ops, int kBits, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                            const std::int32_t* words, std::int32_t* sums) noexcept {
+                            const std::int32_t* words, std::int32_t* sums, Fetch fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr std::ptrdiff_t kStride = kTileTokens / 4 * Ops::kWords;
   const typename Ops::template Table<kBits> table(segment.levels, false);
@@ -158,6 +177,7 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
       }
     }
     group += static_cast<std::ptrdiff_t>(2) * kBits * kLineBytes;
+    fetch.template step<Ops>();
   }
 }
 
@@ -188,7 +208,7 @@ inline void with_bits_and_rows(int bits, int rows, Body&& body) noexcept {
 
 template <typename Ops>
 void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
-           int rows, std::int32_t* scores) noexcept {
+           int rows, std::int32_t* scores, Ahead ahead) noexcept {
   alignas(64) std::int32_t words[Ops::kRowBlock * kMaxDim / 4 * Ops::kWords];
   std::int32_t bias[Ops::kRowBlock];
   for (int first = 0; first < rows; first += Ops::kRowBlock) {
@@ -201,14 +221,16 @@ void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::in
     }
     std::int32_t* block_scores = scores + static_cast<std::ptrdiff_t>(first) * kTileTokens;
     with_bits_and_rows(segment.bits, block, [&]<int kBits, int kRows>() {
-      score_rows<Ops, kBits, kRows>(segment, packed, words, bias, block_scores);
+      score_rows<Ops, kBits, kRows>(
+          segment, packed, words, bias, block_scores,
+          fetch_of(first == 0 ? ahead : Ahead{}, segment.count / kGroupCodes * Ops::kParts));
     });
   }
 }
 
 template <typename Ops>
 void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
-                int rows, std::int32_t* sums) noexcept {
+                int rows, std::int32_t* sums, Ahead ahead) noexcept {
   alignas(64) std::int32_t words[Ops::kRowBlock * kTileTokens / 4 * Ops::kWords];
   for (int first = 0; first < rows; first += Ops::kRowBlock) {
     const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
@@ -216,7 +238,9 @@ void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const st
                         block * kTileTokens, words);
     std::int32_t* block_sums = sums + static_cast<std::ptrdiff_t>(first) * segment.count;
     with_bits_and_rows(segment.bits, block, [&]<int kBits, int kRows>() {
-      accumulate_rows<Ops, kBits, kRows>(segment, packed, words, block_sums);
+      accumulate_rows<Ops, kBits, kRows>(
+          segment, packed, words, block_sums,
+          fetch_of(first == 0 ? ahead : Ahead{}, segment.count / kCoordinateBlock));
     });
   }
 }

@@ -41,6 +41,13 @@ struct SidePlan {
 struct TilePlan {
   SidePlan keys;
   SidePlan values;
+  std::size_t bytes;  // of a tile
+};
+
+/// What will be read next, to be fetched meanwhile; may be empty.
+struct Ahead {
+  const std::uint8_t* data = nullptr;
+  std::size_t bytes = 0;
 };
 
 /// What a query row may see, and how its scores become weights; shared by both attention kernels.
@@ -108,16 +115,18 @@ struct Kernels {
   /// levels[code[t, c]], int32, exact. codes: the segment's packed key codes; queries: [rows,
   /// count] in −127…127; scores: [rows, 64]; rows ≥ 1.
   void (*score)(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
-                int rows, std::int32_t* scores) noexcept;
+                int rows, std::int32_t* scores, Ahead ahead) noexcept;
 
   /// sums[r, c] = Σ_t weights[r, t] · levels[code[t, c]], int32, exact. codes: packed value codes;
   /// weights: [rows, 64]; sums: [rows, count]; rows ≥ 1.
   void (*accumulate)(const SegmentPlan& segment, const std::uint8_t* codes,
-                     const std::uint8_t* weights, int rows, std::int32_t* sums) noexcept;
+                     const std::uint8_t* weights, int rows, std::int32_t* sums,
+                     Ahead ahead) noexcept;
 
-  /// Adds the tiles to the softmax state. Queries are int8 in two terms (15 bits), weights 8 bits
-  /// with a scale a tile. Error against exact attention over the decoded tile: each weight is off
-  /// by at most 1/510 of the tile's largest p·norm, each score by 2^-16 of max|q| · Σ|level|.
+  /// Adds the tiles to the softmax state. Error against exact attention over the decoded tiles:
+  /// queries are int8 in one term where keys have up to 4 bits, off by up to max|q| / 254 a
+  /// coordinate, and in two above, off by max|q| / 64516; each weight is off by up to 1/510 of its
+  /// tile's largest p · norm. Same bits at every level.
   void (*attend_tiles)(const AttendTiles& args) noexcept;
 
   /// Adds exact tokens to the softmax state, in fp32.

@@ -8,7 +8,7 @@ namespace tqai::kernels {
 namespace {
 
 void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
-           int rows, std::int32_t* scores) noexcept {
+           int rows, std::int32_t* scores, Ahead /*ahead*/) noexcept {
   std::uint8_t codes[kMaxDim * kTileTokens];
   unpack_keys(packed, segment.count, segment.bits, codes);
   for (int r = 0; r < rows; ++r) {
@@ -24,7 +24,7 @@ void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::in
 }
 
 void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
-                int rows, std::int32_t* sums) noexcept {
+                int rows, std::int32_t* sums, Ahead /*ahead*/) noexcept {
   std::uint8_t codes[kMaxDim * kTileTokens];
   unpack_values(packed, segment.count, segment.bits, codes);
   for (int r = 0; r < rows; ++r) {

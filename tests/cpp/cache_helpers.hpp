@@ -102,7 +102,7 @@ inline double worst_error(const KvCache& cache, const Array& queries, const Arra
 
 // In units of the largest value. 8-bit weights have one scale a tile: each is off by up to 1/510 of
 // the largest one of its tile, and 64 such errors, of either sign, add up to about 8 · 0.3 / 255 of
-// it. 15-bit queries and fp32 are far below that.
+// it. Queries and fp32 are below that.
 inline constexpr double kPackedError = 1.5e-2;
 
 // Calls, and returns the message of the ValueError that must come.

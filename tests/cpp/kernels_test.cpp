@@ -69,7 +69,7 @@ TEST_P(Levels, ScoresAreExact) {
         const auto queries =
             random_ints<std::int8_t>(static_cast<std::size_t>(rows) * count, -127, 127, engine);
         std::vector<std::int32_t> scores(static_cast<std::size_t>(rows) * kTileTokens, -1);
-        level().score(segment, packed.data(), queries.data(), rows, scores.data());
+        level().score(segment, packed.data(), queries.data(), rows, scores.data(), {});
         for (std::size_t i = 0; i < scores.size(); ++i) {
           std::int64_t expected = 0;
           for (std::size_t c = 0; c < count; ++c) {
@@ -97,7 +97,7 @@ TEST_P(Levels, WeightedSumsAreExact) {
         const auto weights =
             random_ints<std::uint8_t>(static_cast<std::size_t>(rows) * kTileTokens, 0, 255, engine);
         std::vector<std::int32_t> sums(static_cast<std::size_t>(rows) * count, -1);
-        level().accumulate(segment, packed.data(), weights.data(), rows, sums.data());
+        level().accumulate(segment, packed.data(), weights.data(), rows, sums.data(), {});
         for (std::size_t i = 0; i < sums.size(); ++i) {
           std::int64_t expected = 0;
           for (std::size_t t = 0; t < kTileTokens; ++t) {
