@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
     from tqai.cache import TqaiCache
     from tqai.fidelity import Fidelity, evaluate
+    from tqai.recall import Recall, needle
 
 __all__ = [
     "Codebook",
     "Fidelity",
     "ProdQuantizer",
     "Quantizer",
+    "Recall",
     "TqaiCache",
     "__version__",
     "evaluate",
+    "needle",
     "new_cache",
     "patch",
     "unpatch",
@@ -38,6 +41,8 @@ _LAZY = {
     "TqaiCache": "tqai.cache",
     "Fidelity": "tqai.fidelity",
     "evaluate": "tqai.fidelity",
+    "Recall": "tqai.recall",
+    "needle": "tqai.recall",
     "Codebook": "tqai._core",
     "ProdQuantizer": "tqai._core",
     "Quantizer": "tqai._core",

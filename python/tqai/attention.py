@@ -87,7 +87,8 @@ def _attend_update(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     result = None
-    if update.fresh is None and update.layer.is_packed():
+    layer = update.layer
+    if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
         arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
         if arguments is not None:
             result = _attend_packed(query, update, arguments), None

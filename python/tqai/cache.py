@@ -97,6 +97,15 @@ class TqaiCache(DynamicCache):
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
+    def use_exact_arithmetic(self) -> None:
+        """Makes attention dequantise the codes and leave the rest to torch, from now on.
+
+        Slow: for measurements of what the kernels' integer arithmetic adds to the codes' own error.
+        """
+        for layer in self.layers:
+            if isinstance(layer, TqaiLayer):
+                layer.exact_arithmetic = True
+
     def roll_back(self) -> None:
         """Forgets what the forward pass that is under way has added."""
         for index, before in self._before.items():

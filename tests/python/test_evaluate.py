@@ -10,7 +10,8 @@ import torch
 import toy
 import tqai
 from conftest import make_model
-from tqai.fidelity import parse_setting
+from tqai import attention
+from tqai.named import parse_setting
 from transformers import DynamicCache
 
 TEXT = "".join(chr(32 + (i * i + 3 * i) % 90) for i in range(2000))
@@ -25,17 +26,19 @@ def model() -> Any:
 
 
 @torch.inference_mode()
-def reference(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def reference(model: Any, ids: torch.Tensor, cache: Any, chunk: int) -> torch.Tensor:
     """Log-probabilities [READ, vocabulary] after each token that follows the prefill."""
     model(ids[:, :PREFILL], past_key_values=cache, use_cache=True)
     logits = [
-        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0, -1]
-        for i in range(PREFILL, PREFILL + READ)
+        model(ids[:, i : min(i + chunk, PREFILL + READ)], past_key_values=cache).logits[0]
+        for i in range(PREFILL, PREFILL + READ, chunk)
     ]
-    return torch.log_softmax(torch.stack(logits).double(), -1)
+    return torch.log_softmax(torch.cat(logits).double(), -1)
 
 
-def test_numbers(model: Any) -> None:
+# Chunks of 7 leave 3 tokens for the last one.
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_numbers(model: Any, chunk: int) -> None:
     progress = []
     (result,) = tqai.evaluate(
         model,
@@ -44,13 +47,14 @@ def test_numbers(model: Any) -> None:
         [SETTING],
         prefill=PREFILL,
         read=READ,
+        chunk=chunk,
         progress=lambda *args: progress.append(args),
     )
     ids = torch.tensor([toy.tokenizer()(TEXT).input_ids[: PREFILL + READ + 1]])
     targets = ids[0, PREFILL + 1 :, None]
-    p = reference(model, ids, DynamicCache(config=model.config))
+    p = reference(model, ids, DynamicCache(config=model.config), chunk)
     cache = tqai.patch(model, **parse_setting(SETTING))
-    q = reference(model, ids, cache)
+    q = reference(model, ids, cache, chunk)
     report = cache.memory_report()
     tqai.unpatch(model)
 
@@ -71,7 +75,7 @@ def test_numbers(model: Any) -> None:
     )
     assert result.tokens_read == result.tokens_read_packed == READ
     assert result.packed_share == 64 / (PREFILL + READ)
-    assert progress[0] == (1, 2 * READ, "uncompressed")
+    assert progress[0] == (chunk, 2 * READ, "uncompressed")
     assert progress[-1] == (2 * READ, 2 * READ, SETTING)
 
 
@@ -87,6 +91,49 @@ def test_samples_are_spread_over_the_text(model: Any) -> None:
     assert both.tokens_read == 2 * READ
     assert both.kl_mean == pytest.approx(sum(end.kl_mean for end in ends) / 2, rel=1e-4)
     assert both.kl_max == pytest.approx(max(end.kl_max for end in ends), rel=1e-4)
+
+
+def test_only_tokens_that_read_packed_ones_are_counted_so(model: Any) -> None:
+    # 2 sinks, a tile of 64 and the window of 32 are full after the second token that is fed.
+    def read_packed(chunk: int) -> int:
+        (result,) = tqai.evaluate(
+            model,
+            toy.tokenizer(),
+            TEXT,
+            ["k4v4,sinks=2,window=32"],
+            prefill=PREFILL,
+            read=READ,
+            chunk=chunk,
+        )
+        return result.tokens_read_packed
+
+    assert read_packed(1) == READ - 2
+    assert read_packed(7) == READ - 7
+    assert read_packed(16) == READ - 16
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_exact_arithmetic_reads_the_same_codes_without_the_kernels(
+    model: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    def evaluate(*settings: Any) -> list[tqai.Fidelity]:
+        return tqai.evaluate(
+            model, toy.tokenizer(), TEXT, settings, prefill=PREFILL, read=READ, chunk=chunk
+        )
+
+    kernel, exact = evaluate(SETTING, f"{SETTING},arithmetic=exact")
+    assert exact.setting == f"{SETTING},arithmetic=exact"
+    assert exact.kl_mean != kernel.kl_mean
+    assert exact.kl_mean == pytest.approx(kernel.kl_mean, rel=0.02)
+    assert exact.bits_per_coordinate == kernel.bits_per_coordinate
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the kernel ran")
+
+    monkeypatch.setattr(attention, "_attend_packed", refuse)
+    assert evaluate({**parse_setting(SETTING), "arithmetic": "exact"})[0].kl_mean == exact.kl_mean
+    with pytest.raises(AssertionError, match="the kernel ran"):
+        evaluate(SETTING)
 
 
 def test_exact_cache_costs_nothing_but_is_refused(model: Any) -> None:
@@ -118,6 +165,10 @@ def test_more_bits_cost_less(model: Any) -> None:
         ({"prefill": 0}, "prefill=0"),
         ({"read": 0}, "read=0"),
         ({"samples": 0}, "samples=0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 33, "settings": ["k4v2", "k4v4,window=32"]}, "chunk=33: setting 'k4v4,window"),
+        ({"chunk": 2, "settings": ["k4v4,window=0"]}, "a window of 0 tokens"),
+        ({"settings": ["k4v2,arithmetic=none"]}, "arithmetic='none'; expected one of kernel, ex"),
         ({"text": "short"}, "the text has 5 tokens: expected at least 769"),
         ({"settings": ["k9v2"]}, "bits_k=9"),
     ],
@@ -148,9 +199,13 @@ def test_parse_setting() -> None:
         "centering": "none",
         "skip_layers": (0, 29),
     }
+    assert parse_setting("small,seed=3") == {"preset": "small", "seed": 3}
+    assert parse_setting("k4v2,arithmetic=exact")["arithmetic"] == "exact"
 
 
-@pytest.mark.parametrize("name", ["", "4v2", "k4", "k4v2,", "k4v2,bits=3", "k4v2,window=wide"])
+@pytest.mark.parametrize(
+    "name", ["", "tiny", "4v2", "k4", "k4v2,", "k4v2,bits=3", "k4v2,window=wide"]
+)
 def test_parse_setting_refuses(name: str) -> None:
     with pytest.raises(ValueError, match="setting"):
         parse_setting(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def test_folder(tmp_path: Path, dtype: str) -> None:
     assert models.load_config(tmp_path).num_hidden_layers == 2
 
 
-@needs_smollm2
-def test_default_model_is_smollm2_with_plain_weights() -> None:
-    model, tokenizer = models.load()
+def test_default_model_is_smollm2_with_plain_weights(smollm2: Any) -> None:
+    model, tokenizer = smollm2
     config = model.config
     assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (30, 3, 64)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -12,7 +12,7 @@ from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import resident_bytes, run_fresh
 from tqai.models import require
-from tqai.text import prose
+from tqai.text import frame, prose
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."
 # More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
@@ -171,18 +171,7 @@ def prompt(tokenizer: Any, length: int) -> Any:
     has it."""
     import torch
 
-    mark = "@text@"
-    template = f"{mark}\n\n{QUESTION}"
-    if tokenizer.chat_template:
-        template = tokenizer.apply_chat_template(
-            [{"role": "user", "content": template}], tokenize=False, add_generation_prompt=True
-        )
-        special = False
-    else:
-        special = True
-    head, _, tail = template.partition(mark)
-    first = tokenizer(head, add_special_tokens=special).input_ids
-    last = tokenizer(tail, add_special_tokens=False).input_ids
+    first, last = frame(tokenizer, QUESTION)
     text = tokenizer(prose(), add_special_tokens=False, verbose=False).input_ids
     count = length - len(first) - len(last)
     if not 1 <= count <= len(text):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -27,3 +28,23 @@ def megabytes(count: int) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar's callback, for steps done, all steps and what is being done; None where tqdm,
+    which comes with tqai[torch], is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    # The delay keeps a user's error the only line.
+    with tqdm(unit=unit, delay=0.1) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        yield progress

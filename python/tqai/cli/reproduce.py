@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqai.cli.options import add_verb
-from tqai.cli.output import print_json, print_table
+from tqai.cli.output import print_json, print_table, progress_bar
+from tqai.cli.plot import add_plot, figure_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from matplotlib.figure import Figure
 
     from tqai.reproduce import Bias, Quantity, Reproduction
@@ -49,16 +45,14 @@ def add(verbs: Any) -> None:
         default="auto",
         help="kind of rotation (default: %(default)s)",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw both errors (needs tqai[plot])"
-    )
+    add_plot(parser, "both errors")
 
 
 def run(options: argparse.Namespace) -> None:
     from tqai.reproduce import reproduce
 
-    figure = None if options.plot is None else _figure_for(options.plot)
-    with _bar() as progress:
+    figure = None if options.plot is None else figure_for(options.plot, (11, 4.8))
+    with progress_bar("step") as progress:
         result = reproduce(
             options.head_dim,
             options.bits,
@@ -76,25 +70,6 @@ def run(options: argparse.Namespace) -> None:
     if figure is not None:
         _draw(figure, result)
         figure.savefig(options.plot)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar's callback; None where tqdm, which comes with tqai[torch], is missing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield None
-        return
-    # The delay keeps a user's error the only line.
-    with tqdm(unit="step", delay=0.1) as bar:
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_description(what, refresh=False)
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _print(result: Reproduction) -> None:
@@ -171,21 +146,6 @@ def _print(result: Reproduction) -> None:
 def _text(value: float) -> str:
     """Four digits."""
     return f"{value:.4f}" if value >= 0.1 else f"{value:.3e}"
-
-
-def _figure_for(path: Path) -> Figure:
-    """An empty figure. Raises ValueError or OSError where it could not be drawn to `path` later."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'tqai[plot]'") from None
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"--plot {path}: expected a name that ends in .{', .'.join(kinds)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--plot {path}: no folder {path.parent}")
-    return figure
 
 
 def _draw(figure: Figure, result: Reproduction) -> None:
