@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,15 +216,15 @@ def _print_search(results: list[Recall]) -> None:
 def _draw(figure: Figure, results: list[Fidelity]) -> None:
     """Mean KL, on a logarithmic scale, against bits: a named point for each setting."""
     axes = figure.subplots()
-    bits = [result.bits_per_coordinate for result in results]
-    axes.plot(bits, [result.kl_mean for result in results], "oC0")
-    for result in results:
-        axes.annotate(
-            result.setting,
-            (result.bits_per_coordinate, result.kl_mean),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize="small",
+    # Hollow and of several shapes, so that settings that come out alike can be told apart.
+    for result, marker in zip(results, itertools.cycle("os^Dv<>"), strict=False):
+        axes.plot(
+            result.bits_per_coordinate,
+            result.kl_mean,
+            marker,
+            fillstyle="none",
+            markersize=8,
+            label=result.setting,
         )
     axes.set(
         title="Divergence from the uncompressed model",
@@ -231,8 +232,9 @@ def _draw(figure: Figure, results: list[Fidelity]) -> None:
         ylabel="mean KL(p‖q), nats",
         yscale="log",
     )
-    axes.margins(x=0.15, y=0.1)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def _complete(name: str, given: dict[str, Any]) -> str:
