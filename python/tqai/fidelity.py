@@ -53,6 +53,7 @@ def evaluate(
     read: int = 256,
     samples: int = 1,
     chunk: int = 1,
+    bos: bool | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Fidelity]:
     """Compares compressed caches with the model's own, as in decoding: one result per setting.
@@ -69,6 +70,8 @@ def evaluate(
             the dequantised codes; or their names (``tqai.named.parse_setting``).
         chunk: tokens fed at a time. Those of a chunk are exact to each other, so it is at most as
             long as every setting's residual window, or 1.
+        bos: whether each stretch begins with the tokenizer's first token; by default where the
+            tokenizer puts it, which tokenizers out of a GGUF file may have forgotten.
         progress: called after every chunk with the tokens fed, all that will be, and for what.
 
     Raises:
@@ -86,7 +89,9 @@ def evaluate(
     measures = [_Measure(setting) for setting in named_settings(model, settings)]
     for measure in measures:
         measure.check_chunk(chunk)
-    stretches = _stretches(tokenizer, prose() if text is None else text, prefill + read, samples)
+    stretches = _stretches(
+        tokenizer, prose() if text is None else text, prefill + read, samples, bos
+    )
 
     total = samples * read * (1 + len(measures))
     done = 0
@@ -127,13 +132,17 @@ def _decode(
 
 
 def _stretches(
-    tokenizer: PreTrainedTokenizerBase, text: str, length: int, samples: int
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, samples: int, bos: bool | None
 ) -> list[torch.Tensor]:
     """Token ids [1, length + 1] each: the last token is only predicted."""
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     # Some models (Gemma) make no sense of a text without its first token.
     first = [tokenizer.bos_token_id]
-    start = first if tokenizer("a").input_ids[:1] == first else []
+    if bos is None:
+        bos = tokenizer("a").input_ids[:1] == first
+    elif bos and first == [None]:
+        raise ValueError("bos: the tokenizer has no token to begin a text with")
+    start = first if bos else []
     taken = length + 1 - len(start)
     if len(tokens) < taken:
         raise ValueError(f"the text has {len(tokens)} tokens: expected at least {taken}")

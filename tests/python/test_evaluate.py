@@ -93,6 +93,19 @@ def test_samples_are_spread_over_the_text(model: Any) -> None:
     assert both.kl_max == pytest.approx(max(end.kl_max for end in ends), rel=1e-4)
 
 
+def test_a_stretch_begins_as_asked(model: Any) -> None:
+    def evaluate(text: str, bos: bool | None) -> float:
+        (result,) = tqai.evaluate(
+            model, toy.tokenizer(), text, [SETTING], prefill=PREFILL, read=READ, bos=bos
+        )
+        return result.perplexity_uncompressed
+
+    # The toy tokenizer puts no first token by itself; "\x01" is it.
+    text = TEXT[: PREFILL + READ]
+    assert evaluate(text, True) == evaluate("\x01" + text, False) == evaluate("\x01" + text, None)
+    assert evaluate(text + " ", True) != evaluate(text + " ", None)
+
+
 def test_only_tokens_that_read_packed_ones_are_counted_so(model: Any) -> None:
     # 2 sinks, a tile of 64 and the window of 32 are full after the second token that is fed.
     def read_packed(chunk: int) -> int:

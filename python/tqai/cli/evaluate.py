@@ -61,7 +61,14 @@ def add(verbs: Any) -> None:
         for option, default, text in numbers:
             group.add_argument(option, type=int, metavar="N", help=f"{text} (default: {default})")
 
-    add_numbers(parser.add_argument_group("comparison"), _COMPARISON)
+    comparison = parser.add_argument_group("comparison")
+    add_numbers(comparison, _COMPARISON)
+    comparison.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each stretch with the tokenizer's first token (default: as the tokenizer does, "
+        "which one out of a GGUF file may have forgotten)",
+    )
     search = parser.add_argument_group("needles")
     search.add_argument(
         "--needle",
@@ -106,7 +113,13 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
     model, tokenizer = load(options.model, options.dtype)
     with progress_bar("token") as progress:
         results = evaluate(
-            model, tokenizer, text, names, **_numbers(options, _COMPARISON), progress=progress
+            model,
+            tokenizer,
+            text,
+            names,
+            **_numbers(options, _COMPARISON),
+            bos=options.bos,
+            progress=progress,
         )
     if options.json:
         print_json([asdict(result) for result in results])
@@ -121,7 +134,7 @@ def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> 
     from tqai.models import load
     from tqai.recall import needle
 
-    for option in ("--plot", *(option for option, *_ in _COMPARISON)):
+    for option in ("--plot", "--bos", *(option for option, *_ in _COMPARISON)):
         if _value(options, option) is not None:
             raise ValueError(f"{option} goes without --needle")
     numbers = _numbers(options, _SEARCH)
