@@ -9,7 +9,7 @@
 
 namespace tqai {
 
-/// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels).
+/// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels.md).
 /// `avx512` needs F, BW, DQ, VL, VBMI and VNNI.
 enum class Level : std::uint8_t { scalar, avx2, avx512 };
 
