@@ -246,24 +246,40 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   const RopeTables& tables = *context.rope;
   const float* means = centres.means(head);
   int count = 0;
+  int slow_count = 0;
   for (int f = 0; f < tables.pair_count(); ++f) {
     if (means[f] == 0.0F && means[tables.pair_count() + f] == 0.0F) continue;
-    pairs_[count++] = static_cast<std::uint16_t>(f);
+    if (tables.is_slow(f)) {
+      slow_pairs_[slow_count++] = static_cast<std::uint16_t>(f);
+    } else {
+      pairs_[count++] = static_cast<std::uint16_t>(f);
+    }
   }
+  for (int power = 0; slow_count > 0 && power < kernels::kRopePowers; ++power) {
+    pairs_[count++] = static_cast<std::uint16_t>(tables.pair_count() + power);
+  }
+  const int pairs = tables.pair_count();
   for (int r = 0; r < rows; ++r) {
     const float* query = queries + r * stride;
-    float* real = factors_ + static_cast<std::ptrdiff_t>(2 * r) * count;
-    for (int k = 0; k < count; ++k) {
-      const int f = pairs_[k];
+    float* real = factors_ + static_cast<std::ptrdiff_t>(2 * r) * pairs;
+    for (int f = 0; f < pairs; ++f) {
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};
-      const Complex product = multiply(conjugate, {means[f], means[tables.pair_count() + f]});
-      real[k] = product.real;
-      real[count + k] = product.imaginary;
+      const Complex product = multiply(conjugate, {means[f], means[pairs + f]});
+      real[f] = product.real;
+      real[pairs + f] = product.imaginary;
     }
   }
   tiles_ = tables.tiles(end / kTileTokens + 1);
-  rope_ = {count,         pairs_,         factors_,        tables.pair_count(),
-           tables.half(), tiles_->data(), tables.offsets()};
+  rope_.count = count;
+  rope_.pairs = pairs_;
+  rope_.slow_count = slow_count;
+  rope_.slow_pairs = slow_pairs_;
+  rope_.factors = factors_;
+  rope_.pair_count = pairs;
+  rope_.half = tables.half();
+  rope_.terms = tables.terms();
+  rope_.tiles = tiles_->data();
+  rope_.offsets = tables.offsets();
 }
 
 }  // namespace tqai::detail

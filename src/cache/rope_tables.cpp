@@ -6,6 +6,8 @@
 #include <tqai/packing.hpp>
 #include <tuple>
 
+#include "kernels/kernels.hpp"
+
 namespace tqai::detail {
 namespace {
 
@@ -33,7 +35,27 @@ RopeTables::RopeTables(const Rope& rope)
       half_.push_back(static_cast<float>(std::sin((j + 0.5) * static_cast<double>(frequency))));
     }
   }
+  for (int power = 0; power < 2 * kernels::kRopePowers; ++power) {
+    for (int j = 0; j < kHalfTile; ++j) {
+      half_.push_back(static_cast<float>(std::pow((j + 0.5) / kHalfTile, power)));
+    }
+  }
+  for (const float frequency : rope.inv_freq) {
+    // Taylor's series in x = distance / 32: term n is ± (32 ω)^n / n!.
+    float terms[2][8] = {};
+    double term = 1.0;
+    for (int power = 0; power < 2 * kernels::kRopePowers; ++power) {
+      const double sign = power / 2 % 2 == 0 ? 1.0 : -1.0;
+      terms[power % 2][power / 2] = static_cast<float>(sign * term);
+      term *= kHalfTile * static_cast<double>(frequency) / (power + 1);
+    }
+    terms_.insert(terms_.end(), &terms[0][0], &terms[0][0] + 16);
+  }
   for (int offset = 0; offset < kTileTokens; ++offset) append_phasors(rope, offset, offsets_);
+}
+
+bool RopeTables::is_slow(int f) const noexcept {
+  return std::abs(rope_.inv_freq[static_cast<std::size_t>(f)]) * kHalfTile <= 1.0F;
 }
 
 std::shared_ptr<const std::vector<float>> RopeTables::tiles(std::int64_t count) const {

@@ -14,6 +14,10 @@ inline constexpr int kMaxRows = 8;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = 512;
 
+/// Even powers, and odd ones, of a polynomial that stands for slow frequencies: with angles of up
+/// to 1 what is left out is below 3e-7.
+inline constexpr int kRopePowers = 5;
+
 /// One run of coordinates with its codebook on the int8 grid.
 struct SegmentPlan {
   int first;
@@ -75,13 +79,20 @@ struct TileSpan {
 
 /// What RoPE-centred keys leave out of the scores: at position p, Σ_f Re(factor_f · e^(i p ω_f)).
 struct RopeBias {
-  int count;                   // of frequencies that the head keeps, ≤ kMaxDim / 2; 0: no bias
-  const std::uint16_t* pairs;  // [count], ascending
-  const float* factors;  // [rows, 2, count]: conj(query pair) · mean pair, real then imaginary
+  int count;                   // 0: no bias
+  const std::uint16_t* pairs;  // [count] rows of `half`: frequencies that the head keeps, and,
+                               // where it keeps slow ones, the kRopePowers rows of powers
+  int slow_count;
+  const std::uint16_t*
+      slow_pairs;        // [slow_count]: kept frequencies that turn by 1 at most between
+                         // the middle and the ends of a tile: polynomials of the distance
+  const float* factors;  // [rows, 2, pair_count]: conj(query pair) · mean pair, real then imaginary
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
-  const float* half;     // [pair_count, 2, 32]: cos, sin of (j + 1/2) ω
-  const float* tiles;    // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
+  const float* half;   // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and
+                       // odd powers of (j + 1/2) / 32
+  const float* terms;  // [pair_count, 2, 8]: a frequency's cosine and sine in those powers
+  const float* tiles;  // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
   const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
 };
 

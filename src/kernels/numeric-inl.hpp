@@ -20,29 +20,45 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // registers; everything else is left to the vectoriser. Lane by lane the same at any width.
 // TQAI_VECTOR_LANES is set by the level's file.
 #if defined(__GNUC__)
-using FloatVec [[gnu::vector_size(4 * TQAI_VECTOR_LANES)]] = float;
+template <int kCount>
+using Floats [[gnu::vector_size(4 * kCount)]] = float;
 #else
-struct FloatVec {
-  float lanes[TQAI_VECTOR_LANES];
-  friend FloatVec operator+(FloatVec a, FloatVec b) noexcept {
-    for (int i = 0; i < TQAI_VECTOR_LANES; ++i) a.lanes[i] = a.lanes[i] + b.lanes[i];
+template <int kCount>
+struct Floats {
+  float lanes[kCount];
+  friend Floats operator+(Floats a, Floats b) noexcept {
+    for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] + b.lanes[i];
     return a;
   }
-  friend FloatVec operator*(float a, FloatVec b) noexcept {
-    for (int i = 0; i < TQAI_VECTOR_LANES; ++i) b.lanes[i] = a * b.lanes[i];
+  friend Floats operator*(Floats a, Floats b) noexcept {
+    for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] * b.lanes[i];
+    return a;
+  }
+  friend Floats operator*(float a, Floats b) noexcept {
+    for (int i = 0; i < kCount; ++i) b.lanes[i] = a * b.lanes[i];
     return b;
   }
 };
 #endif
 constexpr int kVectorLanes = TQAI_VECTOR_LANES;
 
-inline FloatVec load_floats(const float* from) noexcept {
-  FloatVec vec;
+using FloatVec = Floats<kVectorLanes>;
+// As much of eight floats as a register holds.
+constexpr int kEightLanes = kVectorLanes < 8 ? kVectorLanes : 8;
+constexpr int kEightParts = 8 / kEightLanes;
+using EightPart = Floats<kEightLanes>;
+
+template <typename Vec = FloatVec>
+inline Vec load_floats(const float* from) noexcept {
+  Vec vec;
   std::memcpy(&vec, from, sizeof vec);
   return vec;
 }
 
-inline void store_floats(float* to, FloatVec vec) noexcept { std::memcpy(to, &vec, sizeof vec); }
+template <typename Vec>
+inline void store_floats(float* to, Vec vec) noexcept {
+  std::memcpy(to, &vec, sizeof vec);
+}
 
 // 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.

@@ -254,15 +254,26 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       for (std::size_t i = 0; i < spans.size(); ++i) spans[i].first_token = starts[i];
       const detail::RopeTables tables(test::rope_of(dim));
       const auto phasors = tables.tiles(4);
-      const std::vector<std::uint16_t> pairs = {0, 1, 3, 7};
-      const auto factors = test::random_normal(kMaxRows * 2 * pairs.size(), engine);
-      const kernels::RopeBias rope = {static_cast<int>(pairs.size()),
-                                      pairs.data(),
-                                      factors.data(),
-                                      tables.pair_count(),
-                                      tables.half(),
-                                      phasors->data(),
-                                      tables.offsets()};
+      const auto powers = static_cast<std::uint16_t>(tables.pair_count());
+      std::vector<std::uint16_t> pairs = {0, 1, 3};
+      for (int i = 0; i < kernels::kRopePowers; ++i) {
+        pairs.push_back(static_cast<std::uint16_t>(powers + i));
+      }
+      const std::vector<std::uint16_t> slow_pairs = {static_cast<std::uint16_t>(powers - 2),
+                                                     static_cast<std::uint16_t>(powers - 1)};
+      const auto factors =
+          test::random_normal(kMaxRows * 2 * static_cast<std::size_t>(tables.pair_count()), engine);
+      kernels::RopeBias rope{};
+      rope.count = static_cast<int>(pairs.size());
+      rope.pairs = pairs.data();
+      rope.slow_count = static_cast<int>(slow_pairs.size());
+      rope.slow_pairs = slow_pairs.data();
+      rope.factors = factors.data();
+      rope.pair_count = tables.pair_count();
+      rope.half = tables.half();
+      rope.terms = tables.terms();
+      rope.tiles = phasors->data();
+      rope.offsets = tables.offsets();
       for (const int rows : {1, 3, 8}) {
         const int padded = padded_dim(dim);
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
