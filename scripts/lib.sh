@@ -89,8 +89,7 @@ cmake_is_new_enough() {
 }
 
 # The Python package, built in build/ so that a second time only compiles what has changed.
-# $@: further options of pip.
 install_package() {
   step "tqai into $venv"
-  pip_install --no-build-isolation --no-deps --force-reinstall "$@" .
+  pip_install --no-build-isolation --no-deps --force-reinstall .
 }
