@@ -1,5 +1,5 @@
 // Decode attention of one query per head: compressed, and uncompressed bf16 beside it. The
-// benchmarks' names say all but the thread, of which there is one unless OMP_NUM_THREADS says more.
+// benchmarks' names say all but the number of threads, which is OMP_NUM_THREADS, or all cores.
 #include <benchmark/benchmark.h>
 
 #include <cmath>

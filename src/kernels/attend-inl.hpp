@@ -112,7 +112,7 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span, int terms,
     for (int r = 0; r < rows; ++r) {
       const std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
-        // |sums|, |fine| ≤ 127 · 127 · 512: their sum stays below 2^31.
+        // |sums|, |fine| ≤ 127 · 128 · 512: their sum stays below 2^31.
         const std::int32_t* fine = scratch.scores[2 * r + 1];
         for (int t = 0; t < kTileTokens; ++t) {
           scratch.scores[2 * r][t] = kTermRatio * sums[t] + fine[t];

@@ -1,0 +1,279 @@
+// KvCache::attend against double-precision attention, at every level.
+#include <cmath>
+#include <cstring>
+#include <tqai/cache.hpp>
+
+#include "cache_helpers.hpp"
+
+namespace tqai {
+namespace {
+
+using test::Array;
+using test::attend;
+using test::contains;
+using test::gather;
+using test::Gathered;
+using test::geometry;
+using test::message_of;
+using test::Tokens;
+using test::worst_error;
+
+constexpr double kExactError = 2e-6;
+
+// Over bits, dims and the edges of tiles: the scalar level against double precision over the
+
+// decoded tokens, and every other level against the scalar one bit for bit.
+
+class TileEdges : public testing::TestWithParam<int> {};
+
+INSTANTIATE_TEST_SUITE_P(Dims, TileEdges, testing::Values(16, 40, 64, 80, 96, 128, 256));
+
+TEST_P(TileEdges, LevelsAgreeWithScalarAndScalarWithDouble) {
+  const int dim = GetParam();
+  auto engine = test::random_engine(10);
+  const Tokens all(1, 1, 4097, dim, engine);
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const std::int64_t tokens : {0, 1, 63, 64, 65, 127, 128, 129, 4097}) {
+      const Array queries({1, 3, tokens == 0 ? 0 : 1, dim}, engine);
+      Array scalar({0, 0, 0, 0});
+      for (const Level level : available_levels()) {
+        CacheOptions options = geometry(dim, bits, bits, 1);
+        options.residual_window = 0;
+        options.sink_tokens = tokens % 2 == 0 ? 0 : 1;
+        options.level = level;
+        KvCache cache(options);
+        all.append_to(cache, 0, tokens);
+        cache.seal();
+        ASSERT_EQ(cache.packed_tokens(0),
+                  std::max<std::int64_t>(tokens - options.sink_tokens, 0) / 64 * 64);
+        const Array output = attend(cache, queries);
+        if (level == Level::scalar) {
+          scalar = output;
+          ASSERT_LT(worst_error(cache, queries, output), test::kPackedError)
+              << "bits " << bits << ", tokens " << tokens;
+        }
+        ASSERT_EQ(output.data, scalar.data)
+            << name_of(level) << ", bits " << bits << ", tokens " << tokens;
+      }
+    }
+  }
+}
+
+class EveryLevel : public testing::TestWithParam<Level> {
+ protected:
+  void SetUp() override {
+    const auto levels = available_levels();
+    if (std::find(levels.begin(), levels.end(), GetParam()) == levels.end()) {
+      GTEST_SKIP() << "this processor has no " << name_of(GetParam());
+    }
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(All, EveryLevel,
+                         testing::Values(Level::scalar, Level::avx2, Level::avx512),
+                         [](const auto& param) { return test::level_text(param.param); });
+
+TEST_P(EveryLevel, LongContextIsSplitAndMerged) {
+  auto engine = test::random_engine(11);
+  for (const int dim : {64, 80}) {
+    CacheOptions options = geometry(dim);
+    options.level = GetParam();
+    KvCache cache(options);
+    const Tokens all(1, 2, 4097, dim, engine);
+    all.append_to(cache, 0, 4097);
+    cache.seal();
+    const Array queries({1, 6, 5, dim}, engine, 2.0F);
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError);
+  }
+}
+
+TEST_P(EveryLevel, PeakySoftmaxKeepsItsPeak) {
+  // Keys of up to 4 bits take queries in one int8 term, finer ones in two.
+  for (const auto& [bits, bound] : {std::pair{4, 2e-2}, std::pair{8, 3e-3}}) {
+    auto engine = test::random_engine(12);
+    CacheOptions options = geometry(64, bits, 4);
+    options.level = GetParam();
+    KvCache cache(options);
+    const Tokens all(1, 2, 500, 64, engine);
+    all.append_to(cache, 0, 500);
+    cache.seal();
+    // A query along key 100: nearly all weight there.
+    const Gathered gathered = gather(cache, 0, 500);
+    Array queries({1, 2, 1, 64});
+    for (int h = 0; h < 2; ++h) {
+      for (int c = 0; c < 64; ++c) queries.at(0, h, 0)[c] = 2.0F * gathered.keys.at(0, h, 100)[c];
+    }
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), bound);
+  }
+}
+
+TEST_P(EveryLevel, ExactTokensAreAttendedInFp32) {
+  auto engine = test::random_engine(13);
+  for (const int dim : {8, 40, 64, 256}) {
+    CacheOptions options = geometry(dim);
+    options.residual_window = 1000;
+    options.level = GetParam();
+    KvCache cache(options);
+    const Tokens all(1, 2, 150, dim, engine);
+    all.append_to(cache, 0, 150);
+    cache.seal();
+    ASSERT_EQ(cache.packed_tokens(0), 0);
+    const Array queries({1, 4, 7, dim}, engine);
+    EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), kExactError) << dim;
+  }
+}
+
+TEST_P(EveryLevel, NothingToSeeGivesZeros) {
+  CacheOptions options = geometry(64);
+  options.level = GetParam();
+  KvCache cache(options);
+  const Array none({1, 2, 0, 64});
+  EXPECT_EQ(attend(cache, none).data.size(), 0U);  // an empty cache, no queries
+  auto engine = test::random_engine(14);
+  const Tokens all(1, 2, 200, 64, engine);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  const std::vector<std::uint8_t> mask(200, 0);
+  AttendOptions hidden;
+  hidden.mask = Mask{mask.data(), Mask::Kind::boolean, {1, 1, 1, 200}, {0, 0, 0, 1}};
+  const Array output = attend(cache, Array({1, 2, 1, 64}, engine), hidden);
+  for (const float value : output.data) EXPECT_EQ(value, 0.0F);
+}
+
+class Attention : public testing::Test {
+ protected:
+  std::mt19937_64 engine_ = test::random_engine(20);
+};
+
+TEST_F(Attention, MasksCapsWindowsAndSinksAsTheReference) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 400, 64, engine_);
+  all.append_to(cache, 0, 400);
+  cache.seal();
+  const Array queries({1, 4, 9, 64}, engine_, 3.0F);
+
+  AttendOptions options;
+  test::ReferenceOptions reference;
+  options.scale = 0.2F;
+  reference.scale = static_cast<double>(0.2F);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+  options.soft_cap = 3.0F;
+  reference.soft_cap = 3.0;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+  options.window = 100;
+  reference.window = 100;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+  options.first_token = 350;
+  reference.first_token = 350;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+  options.causal = false;
+  reference.causal = false;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+  const float sinks[4] = {1.5F, 1.5F, 1.5F, 1.5F};
+  options.sink_scores = sinks;
+  reference.sink_score = 1.5;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, options), reference),
+            test::kPackedError);
+}
+
+TEST_F(Attention, BooleanAndAdditiveMasksHideTheSame) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  const Array queries({1, 4, 3, 64}, engine_);
+  std::vector<std::uint8_t> seen(3 * 200);
+  std::vector<float> added(seen.size());
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    seen[i] = i % 3 == 0 ? 1 : 0;
+    added[i] = seen[i] != 0 ? 0.0F : std::numeric_limits<float>::lowest();
+  }
+  AttendOptions boolean;
+  boolean.mask = Mask{seen.data(), Mask::Kind::boolean, {1, 1, 3, 200}, {0, 0, 200, 1}};
+  AttendOptions additive;
+  additive.mask = Mask{added.data(), Mask::Kind::f32, {1, 1, 3, 200}, {0, 0, 200, 1}};
+  EXPECT_EQ(attend(cache, queries, boolean).data, attend(cache, queries, additive).data);
+  // And differently from no mask.
+  EXPECT_NE(attend(cache, queries, boolean).data, attend(cache, queries).data);
+  // A mask of the visible columns alone, from token 150 on.
+  AttendOptions late;
+  late.first_token = 150;
+  late.mask = Mask{seen.data() + 150, Mask::Kind::boolean, {1, 1, 3, 50}, {0, 0, 200, 1}};
+  AttendOptions whole = boolean;
+  whole.first_token = 0;
+  std::vector<std::uint8_t> seen_late(seen);
+  for (std::size_t q = 0; q < 3; ++q) {
+    for (std::size_t t = 0; t < 150; ++t) seen_late[q * 200 + t] = 0;
+  }
+  whole.mask = Mask{seen_late.data(), Mask::Kind::boolean, {1, 1, 3, 200}, {0, 0, 200, 1}};
+  EXPECT_EQ(attend(cache, queries, late).data, attend(cache, queries, whole).data);
+}
+
+TEST_F(Attention, ChunksReadThePastAsSingleStepsDo) {
+  KvCache chunked(geometry(64));
+  KvCache single(geometry(64));
+  const Tokens all(1, 2, 300, 64, engine_);
+  all.append_to(chunked, 0, 280);
+  all.append_to(single, 0, 280);
+  const Array queries({1, 4, 20, 64}, engine_);
+  all.append_to(chunked, 280, 20);  // seals what had left the window before
+  const Array together = attend(chunked, queries);
+  single.seal();
+  for (std::int64_t q = 0; q < 20; ++q) {
+    // Without sealing in between, so that both read the same codes.
+    KvCache step(chunked);
+    step.crop(280 + q + 1);
+    Array one({1, 4, 1, 64});
+    for (int h = 0; h < 4; ++h) std::copy_n(queries.at(0, h, q), 64, one.at(0, h, 0));
+    const Array output = attend(step, one);
+    for (std::size_t i = 0; i < output.data.size(); ++i) {
+      EXPECT_EQ(output.data[i], together.at(0, q, 0)[i]);
+    }
+  }
+}
+
+TEST_F(Attention, NanQueriesGiveNanForThemAlone) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  Array queries({1, 2, 1, 64}, engine_);
+  queries.at(0, 1, 0)[5] = std::numeric_limits<float>::quiet_NaN();
+  const Array output = attend(cache, queries);
+  EXPECT_TRUE(std::isnan(output.at(0, 0, 1)[0]));
+  EXPECT_FALSE(std::isnan(output.at(0, 0, 0)[0]));
+}
+
+TEST_F(Attention, EigenViewsAreTheSameAttention) {
+  KvCache cache(geometry(64));
+  KvCache expected(geometry(64));
+  // Token-major, as a projection leaves them: [tokens, heads · dim].
+  RowMatrix keys(200, 2 * 64);
+  RowMatrix values(200, 2 * 64);
+  const auto k = test::random_normal(200 * 128, engine_);
+  std::copy(k.begin(), k.end(), keys.data());
+  values = keys * 0.5F;
+  cache.append(keys, values);
+  const std::array<std::int64_t, 4> shape = {1, 2, 200, 64};
+  const std::array<std::int64_t, 4> strides = {0, 64, 128, 1};
+  expected.append({keys.data(), DType::f32, shape, strides},
+                  {values.data(), DType::f32, shape, strides});
+  RowMatrix queries = RowMatrix::Ones(3, 4 * 64);
+  RowMatrix output(3, 4 * 64);
+  cache.attend(queries, output);
+  const Array ones({1, 4, 3, 64}, 1.0F);
+  const Array other = attend(expected, ones);
+  for (std::int64_t i = 0; i < output.size(); ++i) {
+    EXPECT_EQ(output.data()[i], other.data[static_cast<std::size_t>(i)]);
+  }
+  RowMatrix odd(3, 100);
+  EXPECT_TRUE(contains(message_of([&] { cache.attend(odd, output); }), "100 columns"));
+}
+
+}  // namespace
+}  // namespace tqai

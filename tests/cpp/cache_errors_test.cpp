@@ -1,0 +1,93 @@
+// What a KvCache refuses, and that it is then as it was.
+#include <cmath>
+#include <cstring>
+#include <tqai/cache.hpp>
+
+#include "cache_helpers.hpp"
+
+namespace tqai {
+namespace {
+
+using test::Array;
+using test::attend;
+using test::contains;
+using test::gather;
+using test::Gathered;
+using test::geometry;
+using test::message_of;
+using test::Tokens;
+
+class CacheErrors : public testing::Test {
+ protected:
+  std::mt19937_64 engine_ = test::random_engine(20);
+};
+
+TEST_F(CacheErrors, RefusesOptionsOutOfRange) {
+  const auto make = [](auto change) {
+    CacheOptions options = geometry(64);
+    change(options);
+    return message_of([&] { KvCache cache(options); });
+  };
+  EXPECT_TRUE(contains(make([](auto& o) { o.bits_k = 9; }), "bits_k = 9; allowed: 1…8"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.bits_v = 0; }), "bits_v = 0; allowed: 1…8"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 7; }), "head_dim = 7; allowed: 8…512"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 513; }), "allowed: 8…512"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.kv_heads = 0; }), "kv_heads = 0"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.sink_tokens = -1; }), "sink_tokens = -1"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.residual_window = -1; }), "residual_window = -1"));
+  EXPECT_TRUE(contains(message_of([] { KvCache cache(geometry(64), 0); }), "batch = 0"));
+  CacheOptions haar = geometry(96);
+  haar.rotation = RotationKind::hadamard;
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(haar); }), "96"));
+}
+
+TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 150);
+  cache.seal();
+  const Gathered before = gather(cache, 0, 150);
+
+  Tokens bad(1, 2, 5, 64, engine_);
+  bad.values.at(0, 1, 3)[7] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "values[0, 1, 3]"));
+  bad.values.at(0, 1, 3)[7] = std::numeric_limits<float>::infinity();
+  EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "NaN or infinity"));
+  bad.values.at(0, 1, 3)[7] = 20000.0F;
+  EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "norm 20000"));
+  const Tokens other(1, 3, 5, 64, engine_);
+  EXPECT_TRUE(contains(message_of([&] { other.append_to(cache, 0, 5); }), "[1, 3, 5, 64]"));
+  const Tokens narrow(1, 2, 5, 32, engine_);
+  EXPECT_TRUE(contains(message_of([&] { narrow.append_to(cache, 0, 5); }), "[1, 2, any, 64]"));
+  ConstTensor half = Tokens::slice(all.keys, 0, 5);
+  half.dtype = DType::f16;
+  EXPECT_TRUE(contains(message_of([&] { cache.append(half, half); }), "float16"));
+  ConstTensor sparse = Tokens::slice(all.keys, 0, 5);
+  sparse.strides[3] = 2;
+  EXPECT_TRUE(contains(message_of([&] { cache.append(sparse, sparse); }), "contiguous"));
+
+  const Array queries({1, 3, 1, 64}, engine_);
+  EXPECT_TRUE(contains(message_of([&] { attend(cache, queries); }), "3 heads"));
+  const Array many({1, 2, 151, 64}, engine_);
+  EXPECT_TRUE(contains(message_of([&] { attend(cache, many); }), "151 queries"));
+  AttendOptions options;
+  options.mask = Mask{queries.data.data(), Mask::Kind::f32, {1, 1, 1, 149}, {0, 0, 0, 1}};
+  const Array good({1, 2, 1, 64}, engine_);
+  EXPECT_TRUE(contains(message_of([&] { attend(cache, good, options); }), "[1, 1, 1, 149]"));
+  EXPECT_TRUE(contains(message_of([&] { cache.crop(151); }), "0…150"));
+  EXPECT_TRUE(contains(message_of([&] { cache.select({}); }), "1 or more"));
+  EXPECT_THROW(cache.select(std::vector<std::int64_t>{0, 1}), IndexError);
+  EXPECT_THROW((void)gather(cache, 100, 51), IndexError);
+  EXPECT_THROW((void)cache.packed_tokens(1), IndexError);
+  EXPECT_TRUE(
+      contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{3}); }), "sealed"));
+
+  EXPECT_EQ(cache.tokens(), 150);
+  EXPECT_EQ(gather(cache, 0, 150).keys.data, before.keys.data);
+  EXPECT_EQ(gather(cache, 0, 150).values.data, before.values.data);
+  all.append_to(cache, 150, 50);  // and goes on
+  EXPECT_EQ(cache.tokens(), 200);
+}
+
+}  // namespace
+}  // namespace tqai
