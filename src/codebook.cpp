@@ -230,8 +230,8 @@ struct GridSolution {
   std::vector<int> levels;  // ascending, positive
 };
 
-/// The `count` levels of 1…127 that are best for this step; exact, O(count · 127²).
-GridSolution best_levels(const SphereLaw& law, int count, double step) {
+/// The `count` levels of 1…max_level that are best for this step; exact, O(count · max_level²).
+GridSolution best_levels(const SphereLaw& law, int count, std::size_t max_level, double step) {
   std::array<double, 2 * kMaxLevel> edge{};  // by the sum of its levels, for one level's distance
   for (std::size_t sum = 3; sum < edge.size(); ++sum) {
     edge[sum] = step * edge_gain(law, 0.5 * static_cast<double>(sum) * step);
@@ -242,7 +242,7 @@ GridSolution best_levels(const SphereLaw& law, int count, double step) {
   std::vector<Origins> origins(static_cast<std::size_t>(count));
   for (std::size_t i = 1; i < origins.size(); ++i) {
     PerLevel next{};
-    for (std::size_t b = i + 1; b <= kMaxLevel - (origins.size() - 1 - i); ++b) {
+    for (std::size_t b = i + 1; b <= max_level - (origins.size() - 1 - i); ++b) {
       double most = -1.0;
       for (std::size_t a = i; a < b; ++a) {
         const double gain = best[a] + static_cast<double>(b - a) * edge[a + b];
@@ -258,7 +258,7 @@ GridSolution best_levels(const SphereLaw& law, int count, double step) {
   GridSolution solution;
   solution.step = step;
   std::size_t last = origins.size();
-  for (std::size_t level = last; level <= kMaxLevel; ++level) {
+  for (std::size_t level = last; level <= max_level; ++level) {
     const double gain = best[level] + last_gain(law, static_cast<double>(level) * step);
     if (level == origins.size() || gain > solution.gain) {
       solution.gain = gain;
@@ -274,7 +274,8 @@ GridSolution best_levels(const SphereLaw& law, int count, double step) {
 /// Best levels and step for 2·count ≤ 128 centroids ±level·step. The distortion has many shallow
 /// minima over the step: a scan finds the best ones, better steps and levels in turn refine them.
 /// Within 0.1 % of a thirty times finer scan.
-GridSolution solve_grid(const SphereLaw& law, int count, double largest_centroid) {
+GridSolution solve_grid(const SphereLaw& law, int count, int max_level, double largest_centroid) {
+  const auto top_level = static_cast<std::size_t>(max_level);
   constexpr int kScan = 64;
   constexpr int kRefined = 2;
   constexpr int kMaxRounds = 8;
@@ -285,8 +286,9 @@ GridSolution solve_grid(const SphereLaw& law, int count, double largest_centroid
   // A gain must be larger by more than rounding noise, so that ties fall alike on every platform.
   const double noise = 1e-10 / law.dim();
   std::vector<GridSolution> scan;
-  double step = kFirst * largest_centroid / kMaxLevel;
-  for (int i = 0; i < kScan; ++i, step *= ratio) scan.push_back(best_levels(law, count, step));
+  double step = kFirst * largest_centroid / max_level;
+  for (int i = 0; i < kScan; ++i, step *= ratio)
+    scan.push_back(best_levels(law, count, top_level, step));
   GridSolution best;
   for (int k = 0; k < kRefined; ++k) {
     auto top = scan.begin();
@@ -299,7 +301,7 @@ GridSolution solve_grid(const SphereLaw& law, int count, double largest_centroid
       const double better_step =
           minimum(solution.step / ratio, solution.step * ratio,
                   [&](double s) { return -gain_of(law, solution.levels, s); });
-      GridSolution next = best_levels(law, count, better_step);
+      GridSolution next = best_levels(law, count, top_level, better_step);
       const bool better = next.gain > solution.gain + noise;
       if (next.gain > solution.gain) solution = std::move(next);
       if (!better) break;
@@ -353,7 +355,8 @@ Codebook::Codebook(int head_dim, int bits, Grid grid)
     step_ = static_cast<float>(best_uniform_step(law, exact.back()));
     for (int i = -128; i < 128; ++i) levels_.push_back(static_cast<std::int8_t>(i));
   } else {
-    const GridSolution solution = solve_grid(law, count, exact.back());
+    const GridSolution solution =
+        solve_grid(law, count, bits <= kNarrowBits ? kMaxNarrowLevel : kMaxLevel, exact.back());
     step_ = static_cast<float>(solution.step);
     add_pairs([&](std::size_t i) { return static_cast<std::int8_t>(solution.levels[i]); }, levels_);
   }

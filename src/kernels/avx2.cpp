@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <tqai/codebook.hpp>
 #include <utility>
 
 #if defined(__clang__)
@@ -32,8 +33,16 @@ struct Avx2 {
   using Vec = __m256i;
   using Acc = __m256i;
   static constexpr int kParts = 2;
-  static constexpr int kWords = 2;     // factors 0 and 2 as s16, then 1 and 3
-  static constexpr int kRowBlock = 2;  // 8 sums of 16 registers
+  static constexpr int kMaxWords = 2;
+  static constexpr int kRowBlock = 4;
+  static constexpr int kMaxSums = 8;  // of 16 registers
+  // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
+  // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
+  // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
+  template <int kBits>
+  static constexpr int words() noexcept {
+    return kBits <= kNarrowBits ? 1 : 2;
+  }
 
   static Vec load(const std::uint8_t* p) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -55,21 +64,31 @@ struct Avx2 {
   }
   static Vec either(Vec a, Vec b) noexcept { return _mm256_or_si256(a, b); }
 
-  // vpmaddubsw saturates with 8-bit factors, so bytes are widened and vpmaddwd is exact.
-  struct Operand {
+  struct NarrowKeys {
+    Vec levels;  // u8, plus kNarrowBias
+  };
+  struct NarrowValues {
+    Vec levels;  // s8
+  };
+  struct Wide {
     Vec even;  // bytes 0 and 2 of each lane as s16
     Vec odd;   // bytes 1 and 3
   };
+  static constexpr int kNarrowBias = 64;
 
   template <int kBits>
   struct Table {
     static constexpr int kTables = kBits <= 4 || kBits == 8 ? 1 : 1 << (kBits - 4);
     Vec entries[kTables];
 
-    Table(const std::int8_t* levels, bool /*keys*/) noexcept {
+    Table(const std::int8_t* levels, bool keys) noexcept {
+      const int bias = keys && kBits <= kNarrowBits ? kNarrowBias : 0;
       for (int table = 0; table < kTables; ++table) {
         alignas(16) std::int8_t repeated[16];
-        for (int i = 0; i < 16; ++i) repeated[i] = levels[(16 * table + i) & ((1 << kBits) - 1)];
+        for (int i = 0; i < 16; ++i) {
+          repeated[i] =
+              static_cast<std::int8_t>(levels[(16 * table + i) & ((1 << kBits) - 1)] + bias);
+        }
         entries[table] =
             _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(repeated)));
       }
@@ -88,7 +107,7 @@ struct Avx2 {
                                   shift_left<7 - kBit>(codes));
       }
     }
-    Operand operand(Vec codes) const noexcept {
+    Wide wide(Vec codes) const noexcept {
       Vec levels;
       if constexpr (kBits == 8) {  // level = code − 128
         levels = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(-128)));
@@ -97,27 +116,59 @@ struct Avx2 {
       }
       return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
     }
-    Operand key_operand(Vec codes) const noexcept { return operand(codes); }
-    Operand value_operand(Vec codes) const noexcept { return operand(codes); }
+    auto key_operand(Vec codes) const noexcept {
+      if constexpr (kBits <= kNarrowBits) {
+        return NarrowKeys{choose<0, 1>(codes)};
+      } else {
+        return wide(codes);
+      }
+    }
+    auto value_operand(Vec codes) const noexcept {
+      if constexpr (kBits <= kNarrowBits) {
+        return NarrowValues{choose<0, 1>(codes)};
+      } else {
+        return wide(codes);
+      }
+    }
   };
 
   template <typename Byte>
-  static void expand(const Byte* factors, int count, std::int32_t* words) noexcept {
+  static void expand(int bits, const Byte* factors, int count, std::int32_t* words) noexcept {
+    if (bits <= kNarrowBits) {
+      std::memcpy(words, factors, static_cast<std::size_t>(count));
+      return;
+    }
     for (int i = 0; i < count; i += 4) {
       const std::int16_t pairs[4] = {factors[i], factors[i + 2], factors[i + 1], factors[i + 3]};
       std::memcpy(words + i / 2, pairs, sizeof pairs);
     }
   }
-  static void expand_queries(const std::int8_t* q, int count, std::int32_t* words) noexcept {
-    expand(q, count, words);
+  static void expand_queries(int bits, const std::int8_t* q, int count,
+                             std::int32_t* words) noexcept {
+    expand(bits, q, count, words);
   }
-  static void expand_weights(const std::uint8_t* w, int count, std::int32_t* words) noexcept {
-    expand(w, count, words);
+  static void expand_weights(int bits, const std::uint8_t* w, int count,
+                             std::int32_t* words) noexcept {
+    expand(bits, w, count, words);
   }
-  static std::int32_t key_bias(const std::int8_t* /*q*/, int /*count*/) noexcept { return 0; }
+  static std::int32_t key_bias(int bits, const std::int8_t* q, int count) noexcept {
+    if (bits > kNarrowBits) return 0;
+    std::int32_t sum = 0;
+    for (int c = 0; c < count; ++c) sum += q[c];
+    return -kNarrowBias * sum;
+  }
 
   static Acc broadcast(std::int32_t value) noexcept { return _mm256_set1_epi32(value); }
-  static Acc dot(Acc acc, Operand levels, const std::int32_t* words) noexcept {
+  static Acc add_pairs(Acc acc, Vec pairs) noexcept {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Acc dot(Acc acc, NarrowKeys keys, const std::int32_t* words) noexcept {
+    return add_pairs(acc, _mm256_maddubs_epi16(keys.levels, _mm256_set1_epi32(words[0])));
+  }
+  static Acc dot(Acc acc, NarrowValues values, const std::int32_t* words) noexcept {
+    return add_pairs(acc, _mm256_maddubs_epi16(_mm256_set1_epi32(words[0]), values.levels));
+  }
+  static Acc dot(Acc acc, Wide levels, const std::int32_t* words) noexcept {
     const Acc even = _mm256_madd_epi16(levels.even, _mm256_set1_epi32(words[0]));
     const Acc odd = _mm256_madd_epi16(levels.odd, _mm256_set1_epi32(words[1]));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));

@@ -37,8 +37,13 @@ struct Avx512 {
   using Vec = __m512i;
   using Acc = __m512i;
   static constexpr int kParts = 1;
-  static constexpr int kWords = 1;
-  static constexpr int kRowBlock = 4;  // 16 sums of 32 registers
+  static constexpr int kMaxWords = 1;
+  static constexpr int kRowBlock = 4;
+  static constexpr int kMaxSums = 16;  // of 32 registers
+  template <int kBits>
+  static constexpr int words() noexcept {
+    return 1;
+  }
 
   static Vec load(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
   static void prefetch(const std::uint8_t* p) noexcept {
@@ -99,13 +104,15 @@ struct Avx512 {
     }
   };
 
-  static void expand_queries(const std::int8_t* q, int count, std::int32_t* words) noexcept {
+  static void expand_queries(int /*bits*/, const std::int8_t* q, int count,
+                             std::int32_t* words) noexcept {
     std::memcpy(words, q, static_cast<std::size_t>(count));
   }
-  static void expand_weights(const std::uint8_t* w, int count, std::int32_t* words) noexcept {
+  static void expand_weights(int /*bits*/, const std::uint8_t* w, int count,
+                             std::int32_t* words) noexcept {
     std::memcpy(words, w, static_cast<std::size_t>(count));
   }
-  static std::int32_t key_bias(const std::int8_t* q, int count) noexcept {
+  static std::int32_t key_bias(int /*bits*/, const std::int8_t* q, int count) noexcept {
     std::int32_t sum = 0;
     for (int c = 0; c < count; ++c) sum += q[c];
     return -128 * sum;

@@ -6,10 +6,11 @@
 //   low_bits<n>(v), either(a,b)  AND with 2^n − 1, OR
 //   shift_left<n>(v)             of bytes whose high bits are 0
 //   Table<bits>                  levels by code; low bits count, others may be dirty for bits ≤ 4
-//   KeyOperand, ValueOperand     levels as the dot product wants them
-//   kWords, expand_*             words a lane's 4 factors take, and how they are made
+//   key_operand, value_operand   levels as the dot product wants them
+//   words<bits>(), expand_*      words a lane's 4 factors take, and how they are made
 //   dot(acc, operand, words)     acc + Σ of 4 products a lane
-//   key_bias(q, count)           what score sums start from
+//   key_bias(bits, q, count)     what score sums start from
+//   kRowBlock, kMaxSums          rows and sums that registers hold
 #pragma once
 
 #include "kernels.hpp"
@@ -109,19 +110,20 @@ inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
   return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
 }
 
-// scores[r, t] of kRows rows; words: the expanded queries, [kRows, count / 4, kWords].
-template <typename Ops, int kBits, int kRows>
-inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                       const std::int32_t* words, const std::int32_t* bias, std::int32_t* scores,
-                       Fetch fetch) noexcept {
-  constexpr int kSubtiles = 4;
+// scores[r, t] of kRows rows and the tokens of subtiles kFirst … kFirst + kCount − 1; words: the
+// expanded queries, [kRows, count / 4, words].
+template <typename Ops, int kBits, int kRows, int kFirst, int kCount>
+inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
+                           const std::int32_t* words, const std::int32_t* bias,
+                           std::int32_t* scores, Fetch& fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
+  constexpr int kWords = Ops::template words<kBits>();
   const typename Ops::template Table<kBits> table(segment.levels, true);
-  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * Ops::kWords;
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kWords;
   for (int part = 0; part < Ops::kParts; ++part) {
-    typename Ops::Acc sums[kRows][kSubtiles];
+    typename Ops::Acc sums[kRows][kCount];
     for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kSubtiles; ++s) sums[r][s] = Ops::broadcast(bias[r]);
+      for (int s = 0; s < kCount; ++s) sums[r][s] = Ops::broadcast(bias[r]);
     }
     const std::uint8_t* group = packed;
     const std::int32_t* word = words;
@@ -129,31 +131,46 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
       typename Ops::Vec codes[kGroupCodes];
       load_group<Ops, kBits>(group, part, codes);
       for (int quad = 0; quad < 2; ++quad) {
-        for (int s = 0; s < kSubtiles; ++s) {
-          const auto operand = table.key_operand(codes[4 * quad + s]);
+        for (int s = 0; s < kCount; ++s) {
+          const auto operand = table.key_operand(codes[4 * quad + kFirst + s]);
           for (int r = 0; r < kRows; ++r) {
             sums[r][s] = Ops::dot(sums[r][s], operand, word + r * stride);
           }
         }
-        word += Ops::kWords;
+        word += kWords;
       }
       group += kBits * kLineBytes;
       fetch.template step<Ops>();
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kSubtiles; ++s) {
-        Ops::store(scores + r * kTileTokens + s * kCoordinateBlock + part * kPartLanes, sums[r][s]);
+      for (int s = 0; s < kCount; ++s) {
+        Ops::store(scores + r * kTileTokens + (kFirst + s) * kCoordinateBlock + part * kPartLanes,
+                   sums[r][s]);
       }
     }
   }
 }
 
-// sums[r, c] of kRows rows; words: the expanded weights, [kRows, 16, kWords].
+// All subtiles at once where their sums fit into registers, else two at a time.
+template <typename Ops, int kBits, int kRows>
+inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
+                       const std::int32_t* words, const std::int32_t* bias, std::int32_t* scores,
+                       Fetch fetch) noexcept {
+  if constexpr (4 * kRows <= Ops::kMaxSums) {
+    score_subtiles<Ops, kBits, kRows, 0, 4>(segment, packed, words, bias, scores, fetch);
+  } else {
+    score_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, bias, scores, fetch);
+    score_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, bias, scores, fetch);
+  }
+}
+
+// sums[r, c] of kRows rows; words: the expanded weights, [kRows, 16, words].
 template <typename Ops, int kBits, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
                             const std::int32_t* words, std::int32_t* sums, Fetch fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr std::ptrdiff_t kStride = kTileTokens / 4 * Ops::kWords;
+  constexpr int kWords = Ops::template words<kBits>();
+  constexpr std::ptrdiff_t kStride = kTileTokens / 4 * kWords;
   const typename Ops::template Table<kBits> table(segment.levels, false);
   const std::uint8_t* group = packed;
   for (int block = 0; block < segment.count / kCoordinateBlock; ++block) {
@@ -167,7 +184,7 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
         for (int i = 0; i < kGroupCodes; ++i) {
           const auto operand = table.value_operand(codes[i]);
           for (int r = 0; r < kRows; ++r) acc[r] = Ops::dot(acc[r], operand, word + r * kStride);
-          word += Ops::kWords;
+          word += kWords;
         }
       }
       for (int r = 0; r < kRows; ++r) {
@@ -209,14 +226,15 @@ inline void with_bits_and_rows(int bits, int rows, Body&& body) noexcept {
 template <typename Ops>
 void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
            int rows, std::int32_t* scores, Ahead ahead) noexcept {
-  alignas(64) std::int32_t words[Ops::kRowBlock * kMaxDim / 4 * Ops::kWords];
+  alignas(64) std::int32_t words[Ops::kRowBlock * kMaxDim / 4 * Ops::kMaxWords];
   std::int32_t bias[Ops::kRowBlock];
   for (int first = 0; first < rows; first += Ops::kRowBlock) {
     const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
     const std::int8_t* block_queries = queries + static_cast<std::ptrdiff_t>(first) * segment.count;
-    Ops::expand_queries(block_queries, block * segment.count, words);
+    Ops::expand_queries(segment.bits, block_queries, block * segment.count, words);
     for (int r = 0; r < block; ++r) {
-      bias[r] = Ops::key_bias(block_queries + static_cast<std::ptrdiff_t>(r) * segment.count,
+      bias[r] = Ops::key_bias(segment.bits,
+                              block_queries + static_cast<std::ptrdiff_t>(r) * segment.count,
                               segment.count);
     }
     std::int32_t* block_scores = scores + static_cast<std::ptrdiff_t>(first) * kTileTokens;
@@ -231,10 +249,10 @@ void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::in
 template <typename Ops>
 void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
                 int rows, std::int32_t* sums, Ahead ahead) noexcept {
-  alignas(64) std::int32_t words[Ops::kRowBlock * kTileTokens / 4 * Ops::kWords];
+  alignas(64) std::int32_t words[Ops::kRowBlock * kTileTokens / 4 * Ops::kMaxWords];
   for (int first = 0; first < rows; first += Ops::kRowBlock) {
     const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
-    Ops::expand_weights(weights + static_cast<std::ptrdiff_t>(first) * kTileTokens,
+    Ops::expand_weights(segment.bits, weights + static_cast<std::ptrdiff_t>(first) * kTileTokens,
                         block * kTileTokens, words);
     std::int32_t* block_sums = sums + static_cast<std::ptrdiff_t>(first) * segment.count;
     with_bits_and_rows(segment.bits, block, [&]<int kBits, int kRows>() {

@@ -23,7 +23,7 @@ inline constexpr double kTable[3][8] = {
     {.36214, .11674, .034256, .0094075, .0024779, 6.3707e-4, 1.6162e-4, 4.0711e-5}};
 
 /// Most that the int8 grid may cost over the exact codebook, as a factor, for 1…8 bits.
-inline constexpr double kGridFactor[8] = {1.001, 1.001, 1.001, 1.001, 1.01, 1.025, 1.12, 2.2};
+inline constexpr double kGridFactor[8] = {1.001, 1.001, 1.001, 1.003, 1.01, 1.025, 1.12, 2.2};
 
 /// ∫ u^power over the law of a unit vector's coordinate from `low` to `high`, by Simpson's rule in
 /// the angle θ = asin u.
