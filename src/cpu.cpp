@@ -6,17 +6,21 @@
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace tqai {
 namespace {
 
-constexpr std::array kLevels = {Level::scalar, Level::avx2, Level::avx512};
+constexpr std::array kLevels = {Level::scalar, Level::neon, Level::avx2, Level::avx512};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 bool runs(Level level) {
   __builtin_cpu_init();
+  if (level == Level::neon) return false;
   if (level == Level::avx2) return __builtin_cpu_supports("avx2") != 0;
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
          __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
@@ -26,6 +30,7 @@ bool runs(Level level) {
 #elif defined(_MSC_VER) && defined(_M_X64)
 
 bool runs(Level level) {
+  if (level == Level::neon) return false;
   std::array<int, 4> leaf{};
   __cpuid(leaf.data(), 1);
   constexpr int kOsXsave = 1 << 27;
@@ -37,6 +42,16 @@ bool runs(Level level) {
   return (saved & 0xE6U) == 0xE6U && has(leaf[1], 16) && has(leaf[1], 17) && has(leaf[1], 30) &&
          has(leaf[1], 31) && has(leaf[2], 1) && has(leaf[2], 11);
 }
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+bool runs(Level level) {
+  return level == Level::neon && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+
+bool runs(Level level) { return level == Level::neon; }  // every Apple processor with macOS
 
 #else
 
@@ -56,6 +71,7 @@ std::string joined_names(const std::vector<Level>& levels) {
 
 std::string_view name_of(Level level) noexcept {
   switch (level) {
+    case Level::neon: return "neon";
     case Level::avx2: return "avx2";
     case Level::avx512: return "avx512";
     default: return "scalar";
@@ -72,7 +88,7 @@ Level level_from_name(std::string_view name) {
 
 std::vector<Level> available_levels() {
   std::vector<Level> levels = {Level::scalar};
-  for (const Level level : {Level::avx2, Level::avx512}) {
+  for (const Level level : {Level::neon, Level::avx2, Level::avx512}) {
     if (runs(level)) levels.push_back(level);
   }
   return levels;

@@ -10,10 +10,10 @@
 namespace tqai {
 
 /// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels.md).
-/// `avx512` needs F, BW, DQ, VL, VBMI and VNNI.
-enum class Level : std::uint8_t { scalar, avx2, avx512 };
+/// `neon` needs the dot product instructions of ARMv8.2; `avx512` needs F, BW, DQ, VL, VBMI and VNNI.
+enum class Level : std::uint8_t { scalar, neon, avx2, avx512 };
 
-/// "scalar", "avx2" or "avx512".
+/// "scalar", "neon", "avx2" or "avx512".
 TQAI_API std::string_view name_of(Level level) noexcept;
 
 /// The level of that name. Throws ValueError naming the allowed ones.

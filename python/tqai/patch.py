@@ -51,7 +51,7 @@ def patch(
             embedding, turned to each position), "none", or "auto": the best for each head.
         skip_layers: layers that stay uncompressed; negative numbers count from the end.
         seed: of the rotations.
-        level: kernel level, "scalar", "avx2" or "avx512"; by default the best one here.
+        level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
 
     Raises:
         ValueError: for a setting out of range or a model without attention layers.

@@ -11,7 +11,7 @@ from tqai import _core
 
 ROTATIONS = ("auto", "hadamard", "haar")
 CENTERINGS = ("auto", "none", "mean", "rope")
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "neon", "avx2", "avx512")
 
 Bits = int | tuple[int, ...] | Mapping[int, int]
 """Bits of every layer, layer by layer, or of some layers."""

@@ -20,6 +20,8 @@ const Kernels& kernels(Level level) {
 #ifdef TQAI_X86
     case Level::avx512: return kAvx512Kernels;
     case Level::avx2: return kAvx2Kernels;
+#elif defined(TQAI_ARM64)
+    case Level::neon: return kNeonKernels;
 #endif
     default: return kScalarKernels;
   }

@@ -170,6 +170,9 @@ extern const Kernels kScalarKernels;
 #define TQAI_X86 1
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define TQAI_ARM64 1
+extern const Kernels kNeonKernels;
 #endif
 
 }  // namespace tqai::kernels

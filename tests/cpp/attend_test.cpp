@@ -70,7 +70,7 @@ class EveryLevel : public testing::TestWithParam<Level> {
 };
 
 INSTANTIATE_TEST_SUITE_P(All, EveryLevel,
-                         testing::Values(Level::scalar, Level::avx2, Level::avx512),
+                         testing::Values(Level::scalar, Level::neon, Level::avx2, Level::avx512),
                          [](const auto& param) { return test::level_text(param.param); });
 
 TEST_P(EveryLevel, LongContextIsSplitAndMerged) {

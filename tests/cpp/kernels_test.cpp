@@ -42,7 +42,8 @@ class Levels : public testing::TestWithParam<Level> {
   static const Kernels& scalar() { return kernels::kernels(Level::scalar); }
 };
 
-INSTANTIATE_TEST_SUITE_P(All, Levels, testing::Values(Level::scalar, Level::avx2, Level::avx512),
+INSTANTIATE_TEST_SUITE_P(All, Levels,
+                         testing::Values(Level::scalar, Level::neon, Level::avx2, Level::avx512),
                          [](const auto& param) { return test::level_text(param.param); });
 
 template <typename Int>

@@ -26,7 +26,7 @@ from tqai.settings import Settings
         ("skip_layers", [0.5], "an integer"),
         ("seed", -1, "0 to"),
         ("seed", 2**64, "0 to"),
-        ("level", "sse2", "'scalar', 'avx2', 'avx512'"),
+        ("level", "sse2", "'scalar', 'neon', 'avx2', 'avx512'"),
     ],
 )
 def test_names_what_was_given_and_what_is_allowed(name: str, value: object, allowed: str) -> None:

@@ -1,0 +1,153 @@
+// NEON with the dot product instructions of ARMv8.2: a quarter of a line is a register.
+#include "kernels.hpp"
+
+#ifdef TQAI_ARM64
+
+#include <arm_neon.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+
+#define TQAI_VECTOR_LANES 4
+#include "attend-inl.hpp"
+#include "encode-inl.hpp"
+#include "exact-inl.hpp"
+#include "integer-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+struct Neon {
+  using Vec = uint8x16_t;
+  using Acc = int32x4_t;
+  static constexpr int kParts = 4;
+  static constexpr int kMaxWords = 1;
+  static constexpr int kRowBlock = 4;
+  static constexpr int kMaxSums = 16;  // of 32 registers
+  template <int kBits>
+  static constexpr int words() noexcept {
+    return 1;
+  }
+
+  static Vec load(const std::uint8_t* p) noexcept { return vld1q_u8(p); }
+  static void prefetch(const std::uint8_t* p) noexcept { __builtin_prefetch(p); }
+  template <int kBits>
+  static Vec shift_right(Vec v) noexcept {
+    return vshrq_n_u8(v, kBits);
+  }
+  template <int kBits>
+  static Vec shift_left(Vec v) noexcept {
+    return vshlq_n_u8(v, kBits);
+  }
+  template <int kBits>
+  static Vec low_bits(Vec v) noexcept {
+    return vandq_u8(v, vdupq_n_u8((1U << kBits) - 1));
+  }
+  static Vec either(Vec a, Vec b) noexcept { return vorrq_u8(a, b); }
+
+  // sdot multiplies s8 by s8. Weights are u8: as w − 128, and 128 times the levels, in two halves,
+  // come back.
+  struct KeyOperand {
+    int8x16_t levels;
+  };
+  struct ValueOperand {
+    int8x16_t levels;
+  };
+
+  template <int kBits>
+  struct Table {
+    static constexpr int kVecs = kBits <= 4 || kBits == 8 ? 1 : 1 << (kBits - 4);
+    Vec entries[kVecs];
+
+    Table(const std::int8_t* levels, bool /*keys*/) noexcept {
+      for (int vec = 0; vec < kVecs; ++vec) {
+        std::uint8_t repeated[16];
+        for (int i = 0; i < 16; ++i) {
+          repeated[i] = static_cast<std::uint8_t>(levels[(16 * vec + i) & ((1 << kBits) - 1)]);
+        }
+        entries[vec] = vld1q_u8(repeated);
+      }
+    }
+    // An index beyond the tables of tbl gives 0, of tbx what was there before.
+    Vec look_up(Vec codes) const noexcept {
+      if constexpr (kBits <= 4) {
+        return vqtbl1q_u8(entries[0], low_bits<4>(codes));
+      } else if constexpr (kBits == 5) {
+        return vqtbl2q_u8({{entries[0], entries[1]}}, codes);
+      } else if constexpr (kBits == 6) {
+        return vqtbl4q_u8({{entries[0], entries[1], entries[2], entries[3]}}, codes);
+      } else if constexpr (kBits == 7) {
+        const Vec low = vqtbl4q_u8({{entries[0], entries[1], entries[2], entries[3]}}, codes);
+        return vqtbx4q_u8(low, {{entries[4], entries[5], entries[6], entries[7]}},
+                          vsubq_u8(codes, vdupq_n_u8(64)));
+      } else {  // level = code − 128
+        return veorq_u8(codes, vdupq_n_u8(128));
+      }
+    }
+    KeyOperand key_operand(Vec codes) const noexcept {
+      return {vreinterpretq_s8_u8(look_up(codes))};
+    }
+    ValueOperand value_operand(Vec codes) const noexcept {
+      return {vreinterpretq_s8_u8(look_up(codes))};
+    }
+  };
+
+  static void expand_queries(int /*bits*/, const std::int8_t* q, int count,
+                             std::int32_t* words) noexcept {
+    std::memcpy(words, q, static_cast<std::size_t>(count));
+  }
+  static void expand_weights(int /*bits*/, const std::uint8_t* w, int count,
+                             std::int32_t* words) noexcept {
+    for (int i = 0; i < count; i += 4) {
+      const std::uint8_t quad[4] = {
+          static_cast<std::uint8_t>(w[i] ^ 0x80U), static_cast<std::uint8_t>(w[i + 1] ^ 0x80U),
+          static_cast<std::uint8_t>(w[i + 2] ^ 0x80U), static_cast<std::uint8_t>(w[i + 3] ^ 0x80U)};
+      std::memcpy(words + i / 4, quad, sizeof quad);
+    }
+  }
+  static std::int32_t key_bias(int /*bits*/, const std::int8_t* /*q*/, int /*count*/) noexcept {
+    return 0;
+  }
+
+  static Acc broadcast(std::int32_t value) noexcept { return vdupq_n_s32(value); }
+  static int8x16_t factors(const std::int32_t* words) noexcept {
+    return vreinterpretq_s8_s32(vdupq_n_s32(*words));
+  }
+  static Acc dot(Acc acc, KeyOperand keys, const std::int32_t* words) noexcept {
+    return vdotq_s32(acc, keys.levels, factors(words));
+  }
+  static Acc dot(Acc acc, ValueOperand values, const std::int32_t* words) noexcept {
+    const int8x16_t half = vdupq_n_s8(64);
+    acc = vdotq_s32(acc, values.levels, factors(words));
+    return vdotq_s32(vdotq_s32(acc, values.levels, half), values.levels, half);
+  }
+  static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
+};
+
+}  // namespace
+
+const Kernels kNeonKernels = {
+    Level::neon,  score<Neon>, accumulate<Neon>,   attend_tiles<score<Neon>, accumulate<Neon>>,
+    attend_exact, add_rope,    encode<PlainLanes>, decode,
+    acceptable};
+
+}  // namespace tqai::kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#endif  // TQAI_ARM64
