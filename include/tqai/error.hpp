@@ -2,29 +2,30 @@
 #pragma once
 
 #include <stdexcept>
+#include <tqai/export.hpp>
 
 namespace tqai {
 
 /// Base of every error thrown by tqai; `std::bad_alloc` passes through as it is.
-class Error : public std::runtime_error {
+class TQAI_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
 /// An argument's value, shape or type is not allowed. Python: `ValueError`.
-class ValueError : public Error {
+class TQAI_API ValueError : public Error {
  public:
   using Error::Error;
 };
 
 /// A batch row, head or token that does not exist. Python: `IndexError`.
-class IndexError : public Error {
+class TQAI_API IndexError : public Error {
  public:
   using Error::Error;
 };
 
 /// A legal request that this build or processor cannot serve. Python: `NotImplementedError`.
-class UnsupportedError : public Error {
+class TQAI_API UnsupportedError : public Error {
  public:
   using Error::Error;
 };
