@@ -10,7 +10,7 @@
 namespace tqai {
 
 /// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels.md).
-/// `neon` needs the dot product instructions of ARMv8.2; `avx512` needs F, BW, DQ, VL, VBMI and VNNI.
+/// `neon` needs the dot product instructions of ARMv8.2; `avx512` needs F, BW, DQ, VL, VBMI, VNNI.
 enum class Level : std::uint8_t { scalar, neon, avx2, avx512 };
 
 /// "scalar", "neon", "avx2" or "avx512".
