@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import tqai
-from tqai.cli import demo, evaluate, info, memory, reproduce
+from tqai.cli import bench, demo, evaluate, info, memory, reproduce
 
-VERBS = (demo, info, evaluate, memory, reproduce)
+VERBS = (demo, info, evaluate, memory, bench, reproduce)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table
-from tqai.cli.process import resident_bytes, run_fresh
+from tqai.cli.process import run_fresh
 from tqai.models import require
+from tqai.resident import resident_bytes
 from tqai.text import frame, prose
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."

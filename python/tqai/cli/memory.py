@@ -8,8 +8,9 @@ from typing import Any
 
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table
-from tqai.cli.process import resident_bytes, run_fresh
+from tqai.cli.process import run_fresh
 from tqai.models import require
+from tqai.resident import resident_bytes
 from tqai.text import prose
 
 _CHUNK = 1024

@@ -21,15 +21,16 @@ def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace
     return parser
 
 
-def add_model(parser: Any) -> None:
+def add_model(parser: Any, *, dtype: bool = True) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
         help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from tqai[demo])",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)"
-    )
+    if dtype:
+        parser.add_argument(
+            "--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)"
+        )
 
 
 def add_settings(parser: Any, *, bits: bool = True) -> None:
