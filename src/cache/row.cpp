@@ -70,9 +70,10 @@ void reserve_tail(const Context& context, Row& row, std::int64_t more) {
   const std::int64_t needed = tokens + more;
   const std::int64_t capacity = row.tail ? row.tail.header().capacity : 0;
   if (needed <= capacity && row.tail.sole()) return;
+  constexpr std::int64_t kFewestTokens = 16;
   // Doubling up to what a sealed row keeps; more only as asked, since it is given back by sealing.
   const std::int64_t kept = context.options.residual_window + kTileTokens;
-  const std::int64_t grown = std::min(std::max<std::int64_t>(2 * capacity, kTileTokens), kept);
+  const std::int64_t grown = std::min(std::max<std::int64_t>(2 * capacity, kFewestTokens), kept);
   row.tail = copy_tokens(context, row.tail, 0, tokens, std::max({needed, grown, capacity}));
 }
 
