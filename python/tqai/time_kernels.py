@@ -109,8 +109,8 @@ def time_kernels(
 ) -> Iterator[KernelTimes]:
     """Times each shape, with torch's threads.
 
-    The whole past is packed, without sinks and window. Where "rope" is asked for, keys have a bias
-    on every other frequency, turned to each position, about as models' have.
+    The past is packed, but for what does not fill a tile of 64 tokens. Where "rope" is asked for,
+    keys have a bias on every other frequency, turned to each position, about as models' have.
 
     Args:
         bits: as k4v2, or presets.
@@ -253,9 +253,10 @@ def _packed(
         cache.attend(ref(query), ref(output))
         return output
 
+    exact = keys.shape[2] - cache.packed_tokens(0)
     return _Way(
         attend,
-        cache.memory()["packed_bytes"] + sum(states.nbytes for states in new),
+        cache.memory()["packed_bytes"] + sum(each[:, :, :exact].nbytes for each in (keys, values)),
         "tqai",
         "float32",
         f"k{settings.bits_k}v{settings.bits_v}",

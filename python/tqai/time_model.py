@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,11 +96,11 @@ def time_model(
     *,
     model: str | None = None,
     prefill: int = 1024,
-    steps: int = 16,
+    tokens: int = 16,
     threads: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[list[ModelTime]]:
-    """Times the decoding of `steps` tokens at each context: one result per variant.
+    """Times the decoding of `tokens` tokens at each context: one result per variant.
 
     Each variant lives in a process of its own, all at once; they take turns of a few tokens, so
     that what disturbs the machine disturbs all alike. The model reads `prefill` tokens of prose;
@@ -113,32 +114,37 @@ def time_model(
         ValueError: for numbers out of range, or as ``tqai.patch``.
         NotImplementedError: as ``tqai.patch``.
     """
-    for name, values in (("contexts", contexts), ("prefill", [prefill]), ("steps", [steps])):
+    for name, values in (("contexts", contexts), ("prefill", [prefill]), ("tokens", [tokens])):
         for value in values:
             if value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
-    rounds = -(-steps // _ROUND_STEPS)
-    total = len(variants) * len(contexts) * steps
+    rounds = -(-tokens // _ROUND_STEPS)
+    total = len(variants) * len(contexts) * tokens
     done = 0
 
-    def count(tokens: int, what: str) -> None:
+    def count(steps: int, what: str) -> None:
         nonlocal done
-        done += tokens
+        done += steps
         if progress is not None:
             progress(done, total, what)
 
     with ExitStack() as stack:
         calls = [stack.enter_context(start()) for _ in variants]
-        longest = max(contexts, default=0) + steps + _FIRST_STEPS
-        for index, (variant, call) in enumerate(zip(variants, calls, strict=True)):
-            count(0, f"loading {variant.kind} {variant.dtype}")
-            call(_open, index, variant, model, prefill, longest, threads)
+        longest = max(contexts, default=0) + tokens + _FIRST_STEPS
+        count(0, "loading")
+        # Nothing is timed yet, so as many at once as there are processors.
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for opening in [
+                pool.submit(call, _open, index, variant, model, prefill, longest, threads)
+                for index, (variant, call) in enumerate(zip(variants, calls, strict=True))
+            ]:
+                opening.result()
         for context in contexts:
             for index, call in enumerate(calls):
                 call(_fill, index, context)
             times: list[list[list[float]]] = [[] for _ in variants]
             for at in range(rounds):
-                size = min(_ROUND_STEPS, steps - at * _ROUND_STEPS)
+                size = min(_ROUND_STEPS, tokens - at * _ROUND_STEPS)
                 for index, (variant, call) in enumerate(zip(variants, calls, strict=True)):
                     times[index].append(call(_decode, index, size))
                     count(size, f"{variant.kind} {variant.dtype}, {context} tokens")
@@ -153,7 +159,7 @@ def time_model(
                     cache=variant.kind,
                     dtype=variant.dtype,
                     context=context,
-                    steps=steps,
+                    steps=tokens,
                     milliseconds=1e3 * statistics.median(sum(times[index], [])),
                     times_dynamic=(
                         ratio(plain[variant.dtype], medians[index])
@@ -211,6 +217,8 @@ class _Decoder:
         if variant.kind == COMPRESSED:
             tqai.patch(self._model, **variant.options)
         self.fill(min(_WARM_UP_TOKENS, prefill))
+        # What goes must not count as the model's own.
+        del tokenizer, ids
         self._cache = None
         self._base = resident_bytes()
 
@@ -228,7 +236,6 @@ class _Decoder:
     def fill(self, context: int) -> None:
         """Makes a cache of `context` tokens, and decodes the first steps."""
         self._cache = None
-        gc.collect()
         self._cache = self._fresh_cache()
         self._context = context
         self._at = 0

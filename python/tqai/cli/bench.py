@@ -199,11 +199,12 @@ def _print_kernels(results: list[KernelTimes]) -> None:
         print()
     print(
         "Medians of whole calls from Python, all of them in turn. × best torch: how many times as "
-        "fast, the median\nof the rounds' ratios. The whole past is packed; a single query reads "
-        "it, and more bring a token each. MB\nread: keys and values, each counted once. Rows: the "
-        "query heads of a kv head as rows of one product; else\nas transformers calls SDPA, with "
-        "enable_gqa. Memory: torch's sum over 256 MB, by as many threads, in the\nsame rounds; "
-        "shares above 100 % are of what stayed in the processor's caches."
+        "fast, the median\nof the rounds' ratios. The past is packed, in tiles of 64 tokens; a "
+        "single query reads it, and more bring a\ntoken each. MB read: keys and values, each "
+        "counted once. Rows: the query heads of a kv head as rows of one\nproduct; else as "
+        "transformers calls SDPA, with enable_gqa. Memory: torch's sum over 256 MB, by as many\n"
+        "threads, in the same rounds; shares above 100 % are of what stayed in the processor's "
+        "caches."
     )
 
 
@@ -285,7 +286,7 @@ def _run_model(options: argparse.Namespace) -> None:
                 fresh_process,
                 model=options.model,
                 prefill=options.prefill,
-                steps=options.tokens,
+                tokens=options.tokens,
                 threads=options.threads,
                 progress=progress,
             )
