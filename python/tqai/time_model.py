@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import tqai
 from tqai import _core
 from tqai.layer import TqaiLayer
-from tqai.models import load
+from tqai.models import default_model, load
 from tqai.resident import peak_resident_bytes, reset_peak, resident_bytes
 from tqai.text import prose
 from tqai.timing import ratio
@@ -58,6 +58,7 @@ class ModelTime:
     """As k4v2, or the back end's name and bits; None: uncompressed."""
     level: str | None
     model: str
+    """As it was named; a file's name for the default one."""
     threads: int
     context: int
     """Tokens in the cache before the steps."""
@@ -207,6 +208,7 @@ class _Decoder:
         if threads is not None:
             torch.set_num_threads(threads)
         self._variant = variant
+        self._name = default_model().name if model is None else model
         self._model, tokenizer = load(model, variant.dtype)
         _check_length(self._model.config, longest)
         ids = tokenizer(prose(), verbose=False).input_ids
@@ -310,7 +312,7 @@ class _Decoder:
         return {
             "bits": bits,
             "level": level,
-            "model": self._model.config.name_or_path or type(self._model).__name__,
+            "model": self._name,
             "threads": torch.get_num_threads(),
             "repeated": max(self._context - read, 0),
             "cache_bytes": size,

@@ -64,7 +64,7 @@ def test_calls_take_turns() -> None:
     def call(name: str) -> Callable[[], None]:
         def run() -> None:
             order.append(name)
-            slow.wait(0.006)  # longer than a turn, so that a turn is one call
+            slow.wait(0.021)  # longer than a turn, so that a turn is one call
 
         return run
 

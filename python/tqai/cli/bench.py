@@ -240,7 +240,8 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
             yscale="log",
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    # The same labels in every plot, and too many to lie in one.
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper")
 
 
 def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
@@ -356,8 +357,8 @@ def _draw_model(figure: Figure, rows: list[ModelTime]) -> None:
         held = [(row.context, row.cache_bytes / 1e6) for row in each if row.cache_bytes is not None]
         if held:
             right.plot(*zip(*held, strict=True), **style)
-    threads = rows[0].threads
-    left.set(title=f"Decoding, {threads} threads", ylabel="ms a token", yscale="log")
+    model, threads = os.path.basename(rows[0].model), rows[0].threads
+    left.set(title=f"{model}, decoding, {threads} threads", ylabel="ms a token", yscale="log")
     right.set(title="Cache", ylabel="MB", yscale="log")
     for axes in (left, right):
         axes.set(xlabel="tokens in the cache", xscale="log")
