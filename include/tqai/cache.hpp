@@ -17,6 +17,7 @@
 #include <tqai/half.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/rotation.hpp>
+#include <vector>
 
 namespace tqai {
 
@@ -176,6 +177,14 @@ class TQAI_API KvCache {
   void discard_before(std::int64_t token);
 
   MemoryReport memory() const;
+
+  /// The cache as bytes, for files and other processes; about memory().total_bytes() of them. What
+  /// rows share is written once. Throws UnsupportedError on a big-endian processor.
+  std::vector<std::byte> serialize() const;
+  /// The cache that `serialize` wrote, at any level; nothing is kept of `bytes`. Throws ValueError
+  /// for bytes that it cannot have written, UnsupportedError for a level this machine lacks. Codes
+  /// are not checked, any are valid: guard files by a checksum.
+  static KvCache deserialize(std::span<const std::byte> bytes, std::optional<Level> level = {});
 
   /// `append` for one batch row of an inference runtime: keys [n, kv_heads · head_dim], values
   /// [n, kv_heads · value_head_dim], fp32, as projections leave them.

@@ -104,6 +104,38 @@ py::dict memory(const KvCache& cache) {
   return result;
 }
 
+py::bytes serialize(const KvCache& cache) {
+  std::vector<std::byte> bytes;
+  {
+    const py::gil_scoped_release release;
+    bytes = cache.serialize();
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+KvCache deserialize(const py::buffer& data, const std::optional<std::string>& level) {
+  const py::buffer_info info = data.request();
+  if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
+    throw ValueError("data is not a contiguous one-dimensional buffer of bytes");
+  }
+  const std::span<const std::byte> bytes(static_cast<const std::byte*>(info.ptr),
+                                         static_cast<std::size_t>(info.size));
+  std::optional<Level> chosen;
+  if (level) chosen = level_from_name(*level);
+  const py::gil_scoped_release release;
+  return KvCache::deserialize(bytes, chosen);
+}
+
+// At the level it had where this machine has it, else at the best one; results are the same.
+KvCache unpickle(const py::tuple& state) {
+  if (state.size() != 2) throw ValueError("not the state of a pickled KvCache");
+  const auto level = state[1].cast<std::string>();
+  for (const Level available : available_levels()) {
+    if (name_of(available) == level) return deserialize(state[0].cast<py::buffer>(), level);
+  }
+  return deserialize(state[0].cast<py::buffer>(), std::nullopt);
+}
+
 }  // namespace
 
 void bind_cache(py::module_& module) {
@@ -193,6 +225,14 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
       .def("discard_before", &KvCache::discard_before, arg("token"),
            "Frees what only tokens before `token` need.")
       .def("memory", &memory, "Bytes held, by part.")
+      .def("serialize", &serialize, "The cache as bytes, for files and other processes.")
+      .def_static("deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
+                  "The cache that serialize() wrote; ValueError for bytes that it did not write.")
+      .def(py::pickle(
+          [](const KvCache& cache) {
+            return py::make_tuple(serialize(cache), std::string(name_of(*cache.options().level)));
+          },
+          &unpickle))
       .def(
           "copy", [](const KvCache& cache) { return KvCache(cache); },
           "A copy that shares the tiles.")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
     from tqai.cache import TqaiCache
     from tqai.fidelity import Fidelity, evaluate
+    from tqai.files import load_cache, save_cache
     from tqai.recall import Recall, needle
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "TqaiCache",
     "__version__",
     "evaluate",
+    "load_cache",
     "needle",
     "new_cache",
     "patch",
+    "save_cache",
     "unpatch",
 ]
 
@@ -39,6 +42,8 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 
 _LAZY = {
     "TqaiCache": "tqai.cache",
+    "load_cache": "tqai.files",
+    "save_cache": "tqai.files",
     "Fidelity": "tqai.fidelity",
     "evaluate": "tqai.fidelity",
     "Recall": "tqai.recall",

@@ -7,6 +7,7 @@ import enum
 import numpy
 import numpy.typing
 import typing
+import typing_extensions
 __all__: list[str] = ['Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level']
 class DType(enum.Enum):
     """
@@ -28,11 +29,20 @@ class KvCache:
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
     "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.
     """
+    @staticmethod
+    def deserialize(data: typing_extensions.Buffer, *, level: str | None = None) -> KvCache:
+        """
+        The cache that serialize() wrote; ValueError for bytes that it did not write.
+        """
     def __copy__(self) -> KvCache:
         ...
     def __deepcopy__(self, memo: dict) -> KvCache:
         ...
+    def __getstate__(self) -> tuple[bytes, str]:
+        ...
     def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None) -> None:
+        ...
+    def __setstate__(self, arg0: tuple) -> None:
         ...
     def append(self, keys: tuple, values: tuple) -> None:
         """
@@ -79,6 +89,10 @@ class KvCache:
     def select(self, rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
         Row i becomes a copy of row rows[i]; tiles are shared.
+        """
+    def serialize(self) -> bytes:
+        """
+        The cache as bytes, for files and other processes.
         """
     def set_padding(self, counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """

@@ -22,7 +22,8 @@ class TqaiCache(DynamicCache):
     """Keys and values of a patched model, compressed. Made by ``tqai.patch`` and ``new_cache``.
 
     Pass it as ``past_key_values``; it belongs to the model that it was made for. ``copy.deepcopy``
-    is cheap: copies share what is packed, and neither sees later changes of the other. Layers in
+    is cheap: copies share what is packed, and neither sees later changes of the other. ``pickle``
+    works, also into a process with the same weights; ``tqai.save_cache`` writes files. Layers in
     ``skip_layers`` and layers without keys and values are transformers' own.
 
     A forward pass that fails inside a layer's update or attention leaves the cache as it was before
@@ -34,6 +35,7 @@ class TqaiCache(DynamicCache):
         super().__init__(config=geometry.config)
         self.geometry = geometry
         self.settings = settings
+        self.sliding = sliding
         skipped = settings.skipped(len(self.layers))
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):

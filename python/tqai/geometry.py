@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +37,8 @@ class Geometry:
     """Of each layer; None where the model's modules do not say."""
     ropes: tuple[Rope | None, ...] = field(compare=False)
     """The rotary embedding of each layer's keys; None where none was recognised."""
-    identity: int
-    """Tells models of equal shape apart."""
+    identity: str
+    """Tells weights apart, also in other processes; see ``_fingerprint``."""
 
     def describe(self) -> str:
         """As in "LlamaForCausalLM (4 layers, 2 key/value heads of 16)"."""
@@ -50,7 +50,6 @@ class Geometry:
 
 
 _geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
-_identities = itertools.count(1)
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
@@ -61,8 +60,26 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         name = type(model).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, next(_identities))
+        _geometries[decoder] = Geometry(name, config, heads, ropes, _fingerprint(decoder))
     return _geometries[decoder]
+
+
+def _fingerprint(decoder: torch.nn.Module) -> str:
+    """Names, shapes, dtypes and some of the numbers of the weights, as they are now.
+
+    The start of each tensor's middle row: training and other checkpoints change that, and reading
+    it costs milliseconds where all of the weights would cost seconds.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in decoder.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        if parameter.device.type == "meta":  # offloaded
+            continue
+        row = parameter.detach()
+        while row.ndim > 1:
+            row = row[row.shape[0] // 2]
+        digest.update(row[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:

@@ -99,7 +99,16 @@ def fresh_cache(model: PreTrainedModel) -> TqaiCache:
     Raises:
         ValueError: when `model` is not patched.
     """
-    return TqaiCache(geometry_of(model), _require_state(model).settings)
+    return TqaiCache(geometry_of(model), settings_of(model))
+
+
+def settings_of(model: PreTrainedModel) -> Settings:
+    """The settings that `model` was patched with.
+
+    Raises:
+        ValueError: when `model` is not patched.
+    """
+    return _require_state(model).settings
 
 
 def _state(model: Any) -> _Patch | None:

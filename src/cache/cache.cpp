@@ -7,6 +7,7 @@
 #include "attend.hpp"
 #include "check.hpp"
 #include "row.hpp"
+#include "serialize.hpp"
 
 namespace tqai {
 
@@ -337,6 +338,21 @@ MemoryReport KvCache::memory() const {
   }
   report.uncompressed_bytes = static_cast<std::size_t>(report.tokens) * state.context.token_bytes();
   return report;
+}
+
+std::vector<std::byte> KvCache::serialize() const {
+  return detail::write_cache(state_->context, state_->tokens, state_->rows);
+}
+
+KvCache KvCache::deserialize(std::span<const std::byte> bytes, std::optional<Level> level) {
+  detail::Reader reader(bytes);
+  CacheOptions options = detail::read_options(reader);
+  options.level = level;
+  KvCache cache(options);
+  detail::Contents contents = detail::read_contents(cache.state_->context, reader);
+  cache.state_->tokens = contents.tokens;
+  cache.state_->rows = std::move(contents.rows);
+  return cache;
 }
 
 }  // namespace tqai

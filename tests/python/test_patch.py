@@ -228,8 +228,12 @@ def test_a_copied_model_is_patched_on_its_own(greedy: dict[str, Any]) -> None:
     assert torch.equal(result.sequences, expected)
     assert type(result.past_key_values) is tqai.TqaiCache
     assert tqai.new_cache(twin).settings.bits_k == 5
+    other = make_model(seed=2)
+    tqai.patch(other)
     with pytest.raises(ValueError, match="another LlamaForCausalLM"):
-        twin.generate(make_ids(), past_key_values=cache, **greedy)
+        other.generate(make_ids(), past_key_values=cache, **greedy)
+    # The twin's weights are the model's: its caches are as good.
+    assert torch.equal(twin.generate(make_ids(), past_key_values=cache, **greedy), expected)
     tqai.unpatch(twin)
     assert traces(twin) == traces(model)
 

@@ -1,0 +1,326 @@
+#include "serialize.hpp"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <map>
+
+#include "check.hpp"
+
+namespace tqai::detail {
+namespace {
+
+constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
+constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
+
+void check_byte_order() {
+  if constexpr (std::endian::native != std::endian::little) {
+    throw UnsupportedError("caches are written and read on little-endian processors only");
+  }
+}
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw ValueError("not the bytes of a cache, or damaged: " + what);
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) refuse(what);
+}
+
+class Writer {
+ public:
+  template <typename T>
+  void write(T value) {
+    write_from(&value, 1);
+  }
+  template <typename T>
+  void write_from(const T* from, std::size_t count) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(from);
+    bytes_.insert(bytes_.end(), bytes, bytes + count * sizeof(T));
+  }
+  std::vector<std::byte> take() noexcept { return std::move(bytes_); }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
+// Objects that several rows may share, numbered in the order of their first use.
+template <typename T>
+class Numbered {
+ public:
+  std::uint32_t add(const Shared<T>& object) {
+    if (!object) return kNothing;
+    const auto [entry, is_new] =
+        numbers_.emplace(object.id(), static_cast<std::uint32_t>(objects_.size()));
+    if (is_new) objects_.push_back(&object);
+    return entry->second;
+  }
+  const std::vector<const Shared<T>*>& objects() const noexcept { return objects_; }
+
+ private:
+  std::map<const void*, std::uint32_t> numbers_;
+  std::vector<const Shared<T>*> objects_;
+};
+
+void write_options(const CacheOptions& options, Writer& writer) {
+  writer.write(kMagic);
+  writer.write(kVersion);
+  for (const int number :
+       {options.kv_heads, options.head_dim, options.value_head_dim, options.bits_k, options.bits_v,
+        options.sink_tokens, options.residual_window}) {
+    writer.write(static_cast<std::int32_t>(number));
+  }
+  writer.write(static_cast<std::uint8_t>(options.dtype));
+  writer.write(static_cast<std::uint8_t>(options.rotation));
+  writer.write(static_cast<std::uint8_t>(options.centering));
+  writer.write(static_cast<std::uint8_t>(options.rope ? 1 : 0));
+  writer.write(options.seed);
+  if (options.rope) {
+    writer.write(static_cast<std::int32_t>(options.rope->rotary_dim));
+    writer.write(static_cast<std::uint8_t>(options.rope->layout));
+    writer.write(static_cast<std::uint32_t>(options.rope->inv_freq.size()));
+    writer.write_from(options.rope->inv_freq.data(), options.rope->inv_freq.size());
+  }
+}
+
+void write_exact(const Context& context, const ExactTokens& exact, Writer& writer) {
+  const auto tokens = static_cast<std::size_t>(exact.header().tokens);
+  writer.write(exact.header().tokens);
+  for (int head = 0; head < context.options.kv_heads; ++head) {
+    writer.write_from(exact_keys(context, exact, head), tokens * context.key_bytes());
+  }
+  for (int head = 0; head < context.options.kv_heads; ++head) {
+    writer.write_from(exact_values(context, exact, head), tokens * context.value_bytes());
+  }
+}
+
+template <typename T>
+T enumerator(Reader& reader, T last, const char* what) {
+  const auto value = reader.read<std::uint8_t>();
+  require(value <= static_cast<std::uint8_t>(last), what);
+  return static_cast<T>(value);
+}
+
+void check_exact(const Context& context, const ExactTokens& exact) {
+  const CacheOptions& options = context.options;
+  const std::int64_t tokens = exact.header().tokens;
+  const auto check = [&](const char* name, const std::byte* data, int dim) {
+    check_vectors(
+        *context.kernels, name,
+        {data, options.dtype, {1, options.kv_heads, tokens, dim}, {0, tokens * dim, dim, 1}});
+  };
+  check("keys", exact_keys(context, exact, 0), options.head_dim);
+  check("values", exact_values(context, exact, 0), options.value_head_dim);
+}
+
+std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, sizeof(std::int64_t));
+  std::vector<ExactTokens> parts;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const auto tokens = reader.read<std::int64_t>();
+    require(tokens >= 0 && tokens <= kMostTokens, "a number of exact tokens");
+    reader.need(static_cast<std::size_t>(tokens), context.token_bytes());
+    const std::size_t bytes = static_cast<std::size_t>(tokens) * context.token_bytes();
+    ExactTokens exact(ExactShape{tokens, tokens}, bytes);
+    reader.read_into(exact.payload(), bytes);
+    check_exact(context, exact);
+    parts.push_back(std::move(exact));
+  }
+  return parts;
+}
+
+void check_norms(const Context& context, const SealedTokens& block) {
+  const TileLayout& layout = context.codec->layout();
+  for (int head = 0; head < context.options.kv_heads; ++head) {
+    std::uint16_t norms[2 * kTileTokens];  // of keys, then of values
+    std::memcpy(
+        norms,
+        block.payload() + static_cast<std::size_t>(head) * layout.bytes() + layout.key_norms(),
+        sizeof(norms));
+    for (const std::uint16_t norm : norms) require(norm < 0x7C00, "a norm out of range");
+  }
+}
+
+std::vector<SealedTokens> read_blocks(const Context& context, Reader& reader) {
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, sizeof(std::int64_t) + context.block_bytes());
+  std::vector<SealedTokens> blocks;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    SealedTokens block(SealedShape{reader.read<std::int64_t>()}, context.block_bytes());
+    reader.read_into(block.payload(), context.block_bytes());
+    check_norms(context, block);
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+void check_centres(const Context& context, const Centres& centres, int pairs) {
+  const CacheOptions& options = context.options;
+  for (int head = 0; head < options.kv_heads; ++head) {
+    const Centering kind = centres.kind(head);
+    require(kind == Centering::none || kind == Centering::mean ||
+                (kind == Centering::rope && context.rope != nullptr),
+            "a centring");
+    for (int c = 0; c < options.head_dim; ++c) {
+      require(std::isfinite(centres.constant(head)[c]), "a centre");
+    }
+    for (int f = 0; f < 2 * pairs; ++f) {
+      require(std::isfinite(centres.means(head)[f]), "a centre");
+    }
+  }
+}
+
+std::vector<Centres> read_centres(const Context& context, Reader& reader) {
+  const int pairs = context.rope ? context.rope->pair_count() : 0;
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, static_cast<std::size_t>(context.options.kv_heads));
+  std::vector<Centres> all;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    Centres centres(CentreShape{context.options.kv_heads, context.options.head_dim, pairs});
+    // The payload is the only owner's, just made.
+    auto* payload = reinterpret_cast<std::byte*>(centres.constant(0));
+    reader.read_into(payload, centres.memory().payload_bytes());
+    check_centres(context, centres, pairs);
+    all.push_back(std::move(centres));
+  }
+  return all;
+}
+
+template <typename T>
+T part_of(const std::vector<T>& parts, Reader& reader) {
+  const auto index = reader.read<std::uint32_t>();
+  if (index == kNothing) return {};
+  require(index < parts.size(), "an index of a part");
+  return parts[index];
+}
+
+Row read_row(const std::vector<ExactTokens>& exact, const std::vector<SealedTokens>& blocks,
+             const std::vector<Centres>& centres, Reader& reader) {
+  Row row;
+  row.first = reader.read<std::int64_t>();
+  require(row.first >= 0 && row.first <= kMostTokens, "a row's first token");
+  row.sinks = part_of(exact, reader);
+  row.tail = part_of(exact, reader);
+  row.centres = part_of(centres, reader);
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, 2 * sizeof(std::uint32_t));
+  row.sealed.reserve(count);
+  for (std::uint32_t i = 0; i < count; ++i) {
+    BlockView view{part_of(blocks, reader), reader.read<std::int32_t>()};
+    require(view.block && view.tokens >= 1 && view.tokens <= kTileTokens, "a tile's tokens");
+    require(view.block.header().first_token == row.first + row.sink_tokens() + row.sealed_tokens,
+            "a tile's position");
+    row.sealed_tokens += view.tokens;
+    row.sealed.push_back(std::move(view));
+  }
+  require(row.sealed.empty() || row.centres, "tiles without centres");
+  return row;
+}
+
+}  // namespace
+
+void Reader::need(std::size_t count, std::size_t bytes) const {
+  if (count > rest_.size() / bytes) refuse("it ends too early");
+}
+
+void Reader::copy(void* to, std::size_t bytes) noexcept {
+  if (bytes > 0) std::memcpy(to, rest_.data(), bytes);
+  rest_ = rest_.subspan(bytes);
+}
+
+std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
+                                   const CountedVector<Row>& rows) {
+  check_byte_order();
+  Numbered<ExactShape> exact;
+  Numbered<SealedShape> blocks;
+  Numbered<CentreShape> centres;
+  Writer list;
+  for (const Row& row : rows) {
+    list.write(row.first);
+    list.write(exact.add(row.sinks));
+    list.write(exact.add(row.tail));
+    list.write(centres.add(row.centres.memory()));
+    list.write(static_cast<std::uint32_t>(row.sealed.size()));
+    for (const BlockView& view : row.sealed) {
+      list.write(blocks.add(view.block));
+      list.write(view.tokens);
+    }
+  }
+  Writer writer;
+  write_options(context.options, writer);
+  writer.write(tokens);
+  writer.write(static_cast<std::uint32_t>(exact.objects().size()));
+  for (const ExactTokens* part : exact.objects()) write_exact(context, *part, writer);
+  writer.write(static_cast<std::uint32_t>(blocks.objects().size()));
+  for (const SealedTokens* block : blocks.objects()) {
+    writer.write(block->header().first_token);
+    writer.write_from(block->payload(), block->payload_bytes());
+  }
+  writer.write(static_cast<std::uint32_t>(centres.objects().size()));
+  for (const Shared<CentreShape>* centre : centres.objects()) {
+    writer.write_from(centre->payload(), centre->payload_bytes());
+  }
+  writer.write(static_cast<std::uint32_t>(rows.size()));
+  const std::vector<std::byte> listed = list.take();
+  writer.write_from(listed.data(), listed.size());
+  return writer.take();
+}
+
+CacheOptions read_options(Reader& reader) {
+  check_byte_order();
+  require(reader.read<std::uint32_t>() == kMagic, "it does not begin as one");
+  const auto version = reader.read<std::uint32_t>();
+  if (version != kVersion) {
+    throw ValueError("the cache is of format version " + std::to_string(version) +
+                     "; this tqai reads version " + std::to_string(kVersion) +
+                     ": use the tqai that wrote it, or a newer one");
+  }
+  CacheOptions options;
+  for (int* number :
+       {&options.kv_heads, &options.head_dim, &options.value_head_dim, &options.bits_k,
+        &options.bits_v, &options.sink_tokens, &options.residual_window}) {
+    *number = reader.read<std::int32_t>();
+  }
+  options.dtype = enumerator(reader, DType::bf16, "a dtype");
+  options.rotation = enumerator(reader, RotationKind::haar, "a rotation");
+  options.centering = enumerator(reader, Centering::rope, "a centring");
+  const auto has_rope = reader.read<std::uint8_t>();
+  require(has_rope <= 1, "a flag");
+  options.seed = reader.read<std::uint64_t>();
+  if (has_rope != 0) {
+    Rope rope;
+    rope.rotary_dim = reader.read<std::int32_t>();
+    rope.layout = enumerator(reader, Rope::Layout::interleaved, "a rotary layout");
+    const auto count = reader.read<std::uint32_t>();
+    reader.need(count, sizeof(float));
+    rope.inv_freq.resize(count);
+    reader.read_into(rope.inv_freq.data(), count);
+    options.rope = std::move(rope);
+  }
+  return options;
+}
+
+Contents read_contents(const Context& context, Reader& reader) {
+  Contents contents;
+  contents.tokens = reader.read<std::int64_t>();
+  require(contents.tokens >= 0 && contents.tokens <= kMostTokens, "a number of tokens");
+  const std::vector<ExactTokens> exact = read_exact(context, reader);
+  const std::vector<SealedTokens> blocks = read_blocks(context, reader);
+  const std::vector<Centres> centres = read_centres(context, reader);
+  const auto batch = reader.read<std::uint32_t>();
+  require(batch >= 1, "no rows");
+  reader.need(batch, sizeof(std::int64_t));
+  contents.rows.reserve(batch);
+  for (std::uint32_t i = 0; i < batch; ++i) {
+    contents.rows.push_back(read_row(exact, blocks, centres, reader));
+    const Row& row = contents.rows.back();
+    require(row.first + row.held() == contents.tokens, "a row's number of tokens");
+  }
+  require(reader.at_end(), "more bytes follow");
+  return contents;
+}
+
+}  // namespace tqai::detail
