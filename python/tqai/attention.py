@@ -17,6 +17,7 @@ from tqai.original import (
     original_attention,
     takes_unknown,
 )
+from tqai.prefill import causal_mask, steps
 from tqai.refs import is_mask_dtype, mask_ref, ref, rows_contiguous
 from tqai.view import Undifferentiable, Update, update_of
 
@@ -86,16 +87,10 @@ def _attend_update(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    result = None
-    layer = update.layer
-    if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
-        arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
-        if arguments is not None:
-            result = _attend_packed(query, update, arguments), None
-    if result is None:
-        # A view's dense tensors are its fresh ones, exact, where the layer was empty before.
-        key, value = _dense(query, update)
-        result = original(module, query, key, value, mask, **kwargs)
+    if _pays_for_prefill(update):
+        result = _attend_in_steps(original, module, query, update, mask, kwargs), None
+    else:
+        result = _attend_once(original, module, query, update, mask, kwargs)
     if not update.settled and update.is_current():
         if mask is not None and update.queries > 1:
             hidden = _leading_hidden(mask, update, query.shape[0])
@@ -104,6 +99,63 @@ def _attend_update(
         update.layer.settle(update.fresh is not None)
         update.settled = True
     return result
+
+
+def _attend_once(
+    original: Attention,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    update: Update,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    layer = update.layer
+    if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
+        arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
+        if arguments is not None:
+            return _attend_packed(query, update, arguments), None
+    # A view's dense tensors are its fresh ones, exact, where the layer was empty before.
+    key, value = _dense(query, update)
+    return original(module, query, key, value, mask, **kwargs)
+
+
+def _pays_for_prefill(update: Update) -> bool:
+    """Whether the update's own tokens are to be read as decoding would read them."""
+    layer = update.layer
+    wanted = not layer.settings.exact_prefill and update.queries > 1
+    return wanted and not update.settled and update.is_current()
+
+
+def _attend_in_steps(
+    original: Attention,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    update: Update,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    if _wants_weights(module, kwargs):
+        raise NotImplementedError(
+            "attention weights are not computed with exact_prefill=False: patch the model with "
+            "exact_prefill=True, or leave output_attentions out"
+        )
+    if query.shape[-2] != update.queries or (
+        mask is not None and (mask.ndim != 4 or mask.shape[2:] != (update.queries, update.length))
+    ):
+        raise NotImplementedError(
+            f"exact_prefill=False needs a query for each new token, and a 4-dimensional mask or "
+            f"none; {type(module).__name__} attends otherwise: use exact_prefill=True"
+        )
+    hidden = None if mask is None else _leading_hidden(mask, update, query.shape[0])
+    outputs = []
+    for at, step in steps(update, hidden):
+        if mask is None:
+            part = causal_mask(step, update.layer.sliding_window)
+        else:
+            part = mask[:, :, at : at + step.queries, : step.length]
+        rows = query[:, :, at : at + step.queries]
+        outputs.append(_attend_once(original, module, rows, step, part, kwargs)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def _dense(query: torch.Tensor, update: Update) -> tuple[torch.Tensor, torch.Tensor]:

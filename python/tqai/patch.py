@@ -26,6 +26,7 @@ def patch(
     rotation: str = "auto",
     centering: str = "auto",
     skip_layers: Iterable[int] = (),
+    exact_prefill: bool = True,
     seed: int | None = None,
     level: str | None = None,
 ) -> TqaiCache:
@@ -50,6 +51,10 @@ def patch(
         centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
             embedding, turned to each position), "none", or "auto": the best for each head.
         skip_layers: layers that stay uncompressed; negative numbers count from the end.
+        exact_prefill: whether the tokens of one forward pass see each other exact, which costs
+            nothing since they are there anyway. False: 64 at a time go through each layer, and what
+            has left the window by then is read from its codes, as in decoding. For evaluators that
+            score texts by forward passes (lm-eval-harness): they see the cache's true cost then.
         seed: of the rotations.
         level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
 
@@ -70,6 +75,7 @@ def patch(
         rotation=rotation,
         centering=centering,
         skip_layers=skip_layers,
+        exact_prefill=exact_prefill,
         seed=seed,
         level=level,
     )

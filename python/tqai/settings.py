@@ -80,6 +80,12 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected True or False")
+    return value
+
+
 def _layers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"skip_layers={value!r}: expected a sequence of layer numbers")
@@ -123,6 +129,8 @@ class Settings:
     to each position), "none", or "auto": the best for each head."""
     skip_layers: tuple[int, ...] = ()
     """Layers that stay uncompressed; negative numbers count from the end."""
+    exact_prefill: bool = True
+    """Whether the tokens of one forward pass see each other exact; False: as decoding would."""
     seed: int | None = None
     """Of the rotations; None: the library's."""
     level: str | None = None
@@ -137,6 +145,7 @@ class Settings:
             "rotation": _choice("rotation", self.rotation, ROTATIONS),
             "centering": _choice("centering", self.centering, CENTERINGS),
             "skip_layers": _layers(self.skip_layers),
+            "exact_prefill": _flag("exact_prefill", self.exact_prefill),
             "seed": None if self.seed is None else _integer("seed", self.seed, 0, _UINT64_MAX),
             "level": _level(self.level),
         }
