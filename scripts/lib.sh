@@ -3,6 +3,17 @@
 # versions of constraints.txt.
 
 venv=.venv
+constraints=constraints.txt
+
+# From here on the versions of constraints-oldest.txt, in a virtual environment of their own.
+use_oldest() {
+  venv=.venv-oldest
+  constraints=build/constraints-oldest.txt
+  mkdir -p build
+  grep -vFf <(sed -n 's/==.*/==/p' constraints-oldest.txt) constraints.txt |
+    cat - constraints-oldest.txt > $constraints
+  export SKBUILD_BUILD_DIR=build/python-oldest
+}
 
 fail() {
   echo "$*" >&2
@@ -53,12 +64,12 @@ setup_compiler() {
 # pip install at the pinned versions.
 pip_install() {
   "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-    --constraint constraints.txt "$@"
+    --constraint "$constraints" "$@"
 }
 
-# The version that constraints.txt gives package $1, as a requirement.
+# The version that the constraints give package $1, as a requirement.
 pinned() {
-  grep -m 1 "^$1==" constraints.txt
+  grep -m 1 "^$1==" "$constraints"
 }
 
 # The virtual environment with torch, transformers, the demo's model and the build requirements;

@@ -155,8 +155,7 @@ def _restore(
         return
     if not isinstance(layer, TqaiLayer):
         keys, values = held["keys"], held["values"]
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer.update(keys, values)
         if type(layer) is DynamicSlidingWindowLayer:
             layer.cumulative_length = described["length"]
         return
