@@ -1,0 +1,207 @@
+"""Model families × features of ``generate``: with nothing sealed as without tqai, to the bit; with
+sealed tokens as torch's attention over the same codes, dequantised.
+
+docs/transformers.md is made here: ``TQAI_WRITE_DOCS=1 pytest tests/python/test_matrix.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tqai
+import transformers
+from conftest import HALF_SLIDING, SMALL, TRANSFORMERS_4, make_ids
+from test_cache import (
+    SEALING,
+    assert_equal,
+    beams,
+    chunked,
+    forward,
+    left_padded,
+    plain,
+    prompt_lookup,
+    sampled,
+    turns,
+)
+from tqai import attention
+
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
+SLIDING = {"sliding_window": 150, "layer_types": HALF_SLIDING}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen2-MoE": ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 32}),
+    "Qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {**MOE, "head_dim": 32}),
+    "Mistral": ("MistralConfig", {"head_dim": 16, "sliding_window": 150}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 4, "head_dim": 16}),
+    "Gemma 2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 150}),
+    "Gemma 3": ("Gemma3TextConfig", {"head_dim": 16, **SLIDING}),
+    "Phi 3, Phi 4": ("Phi3Config", {}),
+    "Granite": ("GraniteConfig", {}),
+    "OLMo 2": ("Olmo2Config", {}),
+    "SmolLM 3": ("SmolLM3Config", {}),
+    "GLM 4": ("Glm4Config", {"head_dim": 16}),
+    "Cohere 2": ("Cohere2Config", SLIDING),
+    "StarCoder 2": ("Starcoder2Config", {"sliding_window": None}),
+    "GPT-OSS": (
+        "GptOssConfig",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
+    ),
+    "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "GPT-2": ("GPT2Config", {"n_positions": 1024}),
+    "OPT": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "Falcon": ("FalconConfig", {}),
+    "GPT-J": ("GPTJConfig", {"rotary_dim": 8, "n_positions": 1024}),
+    "Bloom": ("BloomConfig", {}),
+    "DiffLlama": ("DiffLlamaConfig", {}),
+}
+FEATURES: dict[str, Callable[[Any, dict[str, Any]], list[torch.Tensor]]] = {
+    "greedy": plain,
+    "left padding": left_padded,
+    "beams": beams,
+    "sampling": sampled,
+    "chunked prefill": chunked,
+    "prompt lookup": prompt_lookup,
+    "several turns": turns,
+    "forward": forward,
+}
+SEALED = "sealed tokens"
+BRANCHES = "copies"
+FILES = "files"
+COLUMNS = [*FEATURES, SEALED, BRANCHES, FILES]
+DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
+TEXT = """# What works with which model
+
+Made by the tests (tests/python/test_matrix.py, with transformers {version}): each cell was run on a
+small random model of the family.
+
+- **=**: the outputs of `generate` (or of the model) are the plain cache's, bit for bit, while
+  everything is in the exact window. "several turns" keeps a cache over calls, "forward" calls the
+  model with `use_cache`.
+- **kernel**: attention over sealed tokens is computed from their packed bytes, within the kernels'
+  error of torch's attention over the same codes, dequantised. **dequantised**: the family's
+  attention is its own, so sealed tokens are decompressed for it, layer by layer: memory falls,
+  time does not.
+- **shared**: `copy.deepcopy` and `crop` of a cache with sealed tokens; branches do not see each
+  other. **same**: `tqai.save_cache` and `load_cache` give the same next logits, bit for bit.
+
+{table}
+
+Not supported, each with an error that says so: encoder-decoder models, continuous batching
+(`transformers serve`), tensors that are not on the CPU, models that keep a cache of a kind of their
+own (Mamba), layers with heads narrower than 8 or wider than 512 (`skip_layers` leaves them exact),
+saving the recurrent state of hybrid models.
+"""
+_cells: dict[tuple[str, str], str] = {}
+# Of the logits' length. The kernels' own error is 1e-2 of an output (docs/kernels.md); random
+# weights of two layers carry it on undiminished.
+KERNEL_ERROR = 0.05
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest) -> Any:
+    name, extra = FAMILIES[request.param]
+    config = getattr(transformers, name)(**{**SMALL, **extra})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08)
+    model.family = request.param
+    yield model
+    if hasattr(model, "_tqai_patch"):
+        tqai.unpatch(model)
+
+
+each_family = pytest.mark.parametrize("family", FAMILIES, indirect=True)
+
+
+@each_family
+@pytest.mark.parametrize("feature", FEATURES)
+def test_with_nothing_sealed_it_is_as_without_tqai(
+    family: Any, feature: str, greedy: dict[str, Any]
+) -> None:
+    if hasattr(family, "_tqai_patch"):
+        tqai.unpatch(family)
+    expected = FEATURES[feature](family, greedy)
+    tqai.patch(family)
+    got = FEATURES[feature](family, greedy)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    _cells[family.family, feature] = "="
+
+
+@each_family
+def test_sealed_tokens_are_read_as_torch_reads_the_same_codes(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+    kernel = attention._attend_packed
+    monkeypatch.setattr(attention, "_attend_packed", lambda *a: packed.append(1) or kernel(*a))
+    cache = tqai.patch(family, **SEALING)
+    ids = make_ids(2, 230)
+    with torch.no_grad():
+        family(ids[:, :220], past_key_values=cache)
+        slow = copy.deepcopy(cache)
+        slow.use_exact_arithmetic()
+        for at in range(220, 230):  # one token, then more at a time
+            given = {"input_ids": ids[:, at : at + 1]}
+            got = family(**given, past_key_values=cache).logits
+            expected = family(**given, past_key_values=slow).logits
+            assert (got - expected).norm() < KERNEL_ERROR * expected.norm()
+    assert cache.memory_report()["packed_tokens"] > 0
+    _cells[family.family, SEALED] = "kernel" if packed else "dequantised"
+
+
+@each_family
+def test_a_copied_prefix_is_shared_and_branches_are_their_own(family: Any) -> None:
+    cache = tqai.patch(family, **SEALING)
+    ids = make_ids(1, 200)
+    with torch.no_grad():
+        family(ids, past_key_values=cache)
+        branch = copy.deepcopy(cache)
+        expected = family(ids[:, :3], past_key_values=cache).logits
+        assert torch.equal(family(ids[:, :3], past_key_values=branch).logits, expected)
+        branch.crop(150)
+        family(ids[:, :40], past_key_values=branch)
+    assert cache.get_seq_length() == 203
+    assert branch.get_seq_length() == 190
+    _cells[family.family, BRANCHES] = "shared"
+
+
+@each_family
+def test_a_file_gives_the_same_cache(family: Any, tmp_path: Path) -> None:
+    cache = tqai.patch(family, **SEALING)
+    ids = make_ids(2, 200)
+    with torch.no_grad():
+        family(ids, past_key_values=cache)
+        tqai.save_cache(cache, tmp_path / "f")
+        loaded = tqai.load_cache(tmp_path / "f", family)
+        assert_equal(loaded, cache)
+        expected = family(ids[:, :3], past_key_values=cache).logits
+        assert torch.equal(family(ids[:, :3], past_key_values=loaded).logits, expected)
+    _cells[family.family, FILES] = "same"
+
+
+def test_the_page_of_the_documentation_has_this_matrix() -> None:
+    if TRANSFORMERS_4 or len(_cells) < len(FAMILIES) * len(COLUMNS):
+        pytest.skip("needs the whole matrix, with the version that the page is made with")
+    lines = [["family", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    lines += [[name, *(_cells[name, column] for column in COLUMNS)] for name in FAMILIES]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    page = TEXT.format(version=transformers.__version__, table=table)
+    if os.environ.get("TQAI_WRITE_DOCS"):
+        DOCS.write_text(page, encoding="utf-8")
+    assert DOCS.read_text(encoding="utf-8") == page
