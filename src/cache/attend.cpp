@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace tqai::detail {
@@ -25,7 +26,7 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 // Softmax states of up to kMaxRows query rows (tqai::kernels::Softmax).
 struct PartState {
   float max[kMaxRows];
-  float sum[kMaxRows];
+  float sums[kMaxRows][kernels::kLanes];
 };
 
 // One call of attend: its units are (batch row, kv head, block of query rows); each has one part of
@@ -80,7 +81,7 @@ class Attention {
   const ConstTensor& queries_;
   const Tensor& output_;
   const AttendOptions& options_;
-  float scale_;
+  float query_factor_;  // kernels::Softmax
   std::int64_t query_count_;
   std::int64_t group_;   // query heads of a kv head
   std::int64_t blocks_;  // of query rows, per kv head
@@ -100,9 +101,10 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
       queries_(queries),
       output_(output),
       options_(options),
-      scale_(std::isnan(options.scale)
-                 ? 1.0F / std::sqrt(static_cast<float>(context.options.head_dim))
-                 : options.scale),
+      query_factor_((std::isnan(options.scale)
+                         ? 1.0F / std::sqrt(static_cast<float>(context.options.head_dim))
+                         : options.scale) *
+                    (options.soft_cap > 0.0F ? 1.0F / options.soft_cap : kLog2E)),
       query_count_(queries.shape[2]),
       group_(queries.shape[1] / context.options.kv_heads),
       blocks_(divide_up(group_ * query_count_, kMaxRows)),
@@ -142,6 +144,7 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
     std::fill_n(plain, key_padded_, 0.0F);
     std::fill_n(rotated, key_padded_, 0.0F);
     convert_to_float(from, queries_.dtype, dim, plain);
+    for (std::size_t c = 0; c < dim; ++c) plain[c] *= query_factor_;
     // A query that is not finite gives NaN, as in exact attention, and must not reach the kernels.
     work.finite[r] = std::all_of(plain, plain + dim, [](float x) { return std::isfinite(x); });
     if (!work.finite[r]) std::fill_n(plain, dim, 0.0F);
@@ -199,15 +202,14 @@ void Attention::attend_part(const Unit& unit, const Work& work, std::int64_t par
   PartState& state = work.states[part];
   kernels::Softmax softmax{};
   softmax.rows = unit.rows;
-  softmax.scale = scale_;
   softmax.soft_cap = options_.soft_cap;
   softmax.mask_stride = mask_columns_;
   softmax.max = state.max;
-  softmax.sum = state.sum;
+  softmax.sums = state.sums;
   softmax.output = work.parts + part * kMaxRows * value_padded_;
   softmax.output_stride = value_padded_;
   std::fill_n(state.max, kMaxRows, -kInfinity);
-  std::fill_n(state.sum, kMaxRows, 0.0F);
+  std::fill_n(state.sums[0], kMaxRows * kernels::kLanes, 0.0F);
   std::fill_n(softmax.output, static_cast<std::ptrdiff_t>(unit.rows) * value_padded_, 0.0F);
   if (part == 0) {
     attend_exact(unit, work, softmax);
@@ -278,7 +280,7 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
       const PartState& state = work.states[p];
       if (state.max[r] == -kInfinity) continue;
       const float share = std::exp2(state.max[r] - max);
-      sum += share * state.sum[r];
+      sum += share * std::accumulate(state.sums[r], state.sums[r] + kernels::kLanes, 0.0F);
       const float* from =
           work.parts + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
       float* to = p == 0 ? merged : packed;

@@ -10,14 +10,24 @@ namespace {
 // Values get another matrix than keys: with one seed for both a dense rotation measured worse.
 constexpr std::uint64_t kValueSeed = 0x9E37'79B9'7F4A'7C15;
 
-std::vector<kernels::SegmentPlan> plan_segments(const std::vector<Segment>& segments,
-                                                int head_dim) {
+std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments, int head_dim) {
+  std::vector<LevelTable> tables;
+  for (const Segment& segment : segments) {
+    const auto levels = codebook(head_dim, segment.bits, Grid::int8).levels();
+    LevelTable& table = tables.emplace_back();
+    for (std::size_t i = 0; i < table.size(); ++i) table[i] = levels[i % levels.size()];
+  }
+  return tables;
+}
+
+std::vector<kernels::SegmentPlan> plan_segments(const std::vector<Segment>& segments, int head_dim,
+                                                const std::vector<LevelTable>& tables) {
   std::vector<kernels::SegmentPlan> plans;
   std::size_t offset = 0;
   for (const Segment& segment : segments) {
     const Codebook& book = codebook(head_dim, segment.bits, Grid::int8);
-    plans.push_back({segment.first, segment.count, segment.bits, offset, book.levels().data(),
-                     book.boundaries().data(), book.step()});
+    plans.push_back({segment.first, segment.count, segment.bits, offset,
+                     tables[plans.size()].data(), book.boundaries().data(), book.step()});
     offset += packed_bytes(segment.count, segment.bits);
   }
   return plans;
@@ -46,8 +56,11 @@ Codec::Codec(const CacheOptions& options)
     : key_rotation_(options.head_dim, options.rotation, options.seed),
       value_rotation_(options.value_head_dim, options.rotation, options.seed ^ kValueSeed),
       layout_(options.head_dim, options.value_head_dim, options.bits_k, options.bits_v),
-      key_segments_(plan_segments(layout_.key_segments(), options.head_dim)),
-      value_segments_(plan_segments(layout_.value_segments(), options.value_head_dim)),
+      key_levels_(repeat_levels(layout_.key_segments(), options.head_dim)),
+      value_levels_(repeat_levels(layout_.value_segments(), options.value_head_dim)),
+      key_segments_(plan_segments(layout_.key_segments(), options.head_dim, key_levels_)),
+      value_segments_(
+          plan_segments(layout_.value_segments(), options.value_head_dim, value_levels_)),
       plan_{
           plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),

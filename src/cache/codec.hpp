@@ -1,6 +1,8 @@
 // Rotations, codebooks and layout of one geometry, shared by all caches that have it.
 #pragma once
 
+#include <array>
+#include <cstdint>
 #include <memory>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
@@ -11,6 +13,9 @@
 #include "kernels/kernels.hpp"
 
 namespace tqai::detail {
+
+/// A codebook's levels, repeated: kernels::SegmentPlan::levels.
+using LevelTable = std::array<std::int8_t, 256>;
 
 class Codec {
  public:
@@ -27,6 +32,8 @@ class Codec {
   Rotation key_rotation_;
   Rotation value_rotation_;
   TileLayout layout_;
+  std::vector<LevelTable> key_levels_;
+  std::vector<LevelTable> value_levels_;
   std::vector<kernels::SegmentPlan> key_segments_;
   std::vector<kernels::SegmentPlan> value_segments_;
   kernels::TilePlan plan_{};

@@ -2,6 +2,8 @@
 
 #include <tqai/cache.hpp>
 
+#include "slabs.hpp"
+
 namespace tqai {
 namespace {
 
@@ -22,6 +24,17 @@ void* allocate(std::size_t bytes) {
 
 void deallocate(void* memory, std::size_t bytes) noexcept {
   ::operator delete(memory, kAlignment);
+  g_allocated.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
+void* allocate_sealed(std::size_t bytes) {
+  void* memory = allocate_block(bytes);
+  g_allocated.fetch_add(bytes, std::memory_order_relaxed);
+  return memory;
+}
+
+void deallocate_sealed(void* memory, std::size_t bytes) noexcept {
+  deallocate_block(memory, bytes);
   g_allocated.fetch_sub(bytes, std::memory_order_relaxed);
 }
 

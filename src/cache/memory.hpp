@@ -15,6 +15,24 @@ namespace tqai::detail {
 void* allocate(std::size_t bytes);
 void deallocate(void* memory, std::size_t bytes) noexcept;
 
+/// The same for what a decoding step reads again and again (slabs.hpp).
+void* allocate_sealed(std::size_t bytes);
+void deallocate_sealed(void* memory, std::size_t bytes) noexcept;
+
+/// Where a Shared lies.
+struct Heap {
+  static void* allocate(std::size_t bytes) { return detail::allocate(bytes); }
+  static void deallocate(void* memory, std::size_t bytes) noexcept {
+    detail::deallocate(memory, bytes);
+  }
+};
+struct Slabs {
+  static void* allocate(std::size_t bytes) { return allocate_sealed(bytes); }
+  static void deallocate(void* memory, std::size_t bytes) noexcept {
+    deallocate_sealed(memory, bytes);
+  }
+};
+
 template <typename T>
 struct CountedAllocator {
   using value_type = T;
@@ -36,12 +54,13 @@ using CountedVector = std::vector<T, CountedAllocator<T>>;
 
 /// A counted object whose copies share it. `bytes()` of payload follow the header in the same
 /// allocation, 64-byte aligned. Reading is safe from any thread; writing only by a sole owner.
-template <typename Header>
+template <typename Header, typename Memory = Heap>
 class Shared {
  public:
   Shared() = default;
   Shared(Header header, std::size_t payload_bytes)
-      : control_(new (allocate(kPrefix + payload_bytes)) Control{header, payload_bytes, {1}}) {}
+      : control_(new (Memory::allocate(kPrefix + payload_bytes))
+                     Control{header, payload_bytes, {1}}) {}
   Shared(const Shared& other) noexcept : control_(other.control_) {
     if (control_ != nullptr) control_->owners.fetch_add(1, std::memory_order_relaxed);
   }
@@ -56,7 +75,7 @@ class Shared {
     }
     const std::size_t bytes = kPrefix + control_->payload_bytes;
     control_->~Control();
-    deallocate(control_, bytes);
+    Memory::deallocate(control_, bytes);
   }
 
   explicit operator bool() const noexcept { return control_ != nullptr; }

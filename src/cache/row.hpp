@@ -23,7 +23,7 @@ using ExactTokens = Shared<ExactShape>;
 struct SealedShape {
   std::int64_t first_token = 0;
 };
-using SealedTokens = Shared<SealedShape>;
+using SealedTokens = Shared<SealedShape, Slabs>;
 
 /// A block of sealed tokens as a row sees it: its first `tokens` ones.
 struct BlockView {

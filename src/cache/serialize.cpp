@@ -47,21 +47,21 @@ class Writer {
 };
 
 // Objects that several rows may share, numbered in the order of their first use.
-template <typename T>
+template <typename Object>
 class Numbered {
  public:
-  std::uint32_t add(const Shared<T>& object) {
+  std::uint32_t add(const Object& object) {
     if (!object) return kNothing;
     const auto [entry, is_new] =
         numbers_.emplace(object.id(), static_cast<std::uint32_t>(objects_.size()));
     if (is_new) objects_.push_back(&object);
     return entry->second;
   }
-  const std::vector<const Shared<T>*>& objects() const noexcept { return objects_; }
+  const std::vector<const Object*>& objects() const noexcept { return objects_; }
 
  private:
   std::map<const void*, std::uint32_t> numbers_;
-  std::vector<const Shared<T>*> objects_;
+  std::vector<const Object*> objects_;
 };
 
 void write_options(const CacheOptions& options, Writer& writer) {
@@ -234,9 +234,9 @@ void Reader::copy(void* to, std::size_t bytes) noexcept {
 std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
                                    const CountedVector<Row>& rows) {
   check_byte_order();
-  Numbered<ExactShape> exact;
-  Numbered<SealedShape> blocks;
-  Numbered<CentreShape> centres;
+  Numbered<ExactTokens> exact;
+  Numbered<SealedTokens> blocks;
+  Numbered<Shared<CentreShape>> centres;
   Writer list;
   for (const Row& row : rows) {
     list.write(row.first);

@@ -1,5 +1,5 @@
-// Attention over sealed tiles: the float part, around the level's integer kernels `score` and
-// `accumulate`.
+// Attention over sealed tiles: the float part, around the level's integer one, `Integer`: its
+// `prepare`, `score` and `accumulate` (integer-inl.hpp).
 #pragma once
 
 #include <cmath>
@@ -23,11 +23,6 @@ inline int term_count(const SidePlan& keys) noexcept {
   }
   return 1;
 }
-
-struct QueryTerms {
-  alignas(64) std::int8_t terms[2 * kMaxRows * kMaxDim];  // [rows, terms, count] a segment
-  float steps[kMaxRows];
-};
 
 // queries: [rows, stride]; the segment's coordinates of the block.
 inline void split_queries(const float* queries, std::int64_t stride, int rows, int term_count,
@@ -60,14 +55,7 @@ inline float quantise_weights(const float* __restrict p, const float* __restrict
                               std::uint8_t* __restrict weights) noexcept {
   alignas(64) float products[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) products[t] = p[t] * norms[t];
-  float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = products[i];
-  for (int t = kLanes; t < kTileTokens; t += kLanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      lanes[i] = products[t + i] > lanes[i] ? products[t + i] : lanes[i];
-    }
-  }
-  const float largest = max_lanes(lanes);
+  const float largest = largest_of(products);
   if (!(largest > 1e-30F)) {  // too small to matter, and 255 / largest would overflow
     for (int t = 0; t < kTileTokens; ++t) weights[t] = 0;
     return 0.0F;
@@ -79,8 +67,37 @@ inline float quantise_weights(const float* __restrict p, const float* __restrict
   return largest / 255.0F;
 }
 
+// Segments are at least 16 coordinates.
+constexpr int kMaxSegments = kMaxDim / kCoordinateBlock;
+
+// The integer queries of all rows.
+template <typename Integer>
+struct PreparedQueries {
+  struct Segment {
+    const std::uint8_t* words;
+    std::int32_t bias[2 * kMaxRows];
+    float steps[kMaxRows];
+  };
+
+  int terms;
+  Segment segments[kMaxSegments];
+  alignas(64) std::uint8_t words[2 * kMaxRows * kMaxDim * Integer::kQueryBytes];
+
+  PreparedQueries(const SidePlan& keys, const float* queries, int rows) noexcept
+      : terms(term_count(keys)) {
+    alignas(64) std::int8_t split[2 * kMaxRows * kMaxDim];  // [rows, terms, count]
+    std::uint8_t* next = words;
+    for (int s = 0; s < keys.segment_count; ++s) {
+      const SegmentPlan& segment = keys.segments[s];
+      split_queries(queries, keys.padded, rows, terms, segment, split, segments[s].steps);
+      segments[s].words = next;
+      Integer::prepare(segment, split, terms * rows, next, segments[s].bias);
+      next += static_cast<std::ptrdiff_t>(terms * rows) * segment.count * Integer::kQueryBytes;
+    }
+  }
+};
+
 struct TileScratch {
-  QueryTerms queries;
   alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
   alignas(64) std::int32_t sums[kMaxRows * kMaxDim];
   alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
@@ -95,20 +112,21 @@ inline void read_norms(const std::uint8_t* tile, const SidePlan& side, float* no
 }
 
 // q·k for all rows and tokens of the tile into scratch.block.
-template <auto kScore>
-inline void score_tile(const AttendTiles& args, const TileSpan& span, int terms,
-                       TileScratch& scratch, const float* const steps[]) noexcept {
+template <typename Integer>
+inline void score_tile(const AttendTiles& args, const TileSpan& span,
+                       const PreparedQueries<Integer>& queries, TileScratch& scratch) noexcept {
   const SidePlan& side = args.plan->keys;
   const std::uint8_t* tile = span.tile;
   const int rows = args.softmax.rows;
+  const int terms = queries.terms;
   const SidePlan& values = args.plan->values;
   const Ahead ahead = {tile + values.codes, args.plan->bytes - values.codes};
-  std::ptrdiff_t at = 0;
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    kScore(segment, tile + side.codes + segment.offset, scratch.queries.terms + at, terms * rows,
-           scratch.scores[0], s == 0 ? ahead : Ahead{});
-    at += static_cast<std::ptrdiff_t>(terms * rows) * segment.count;
+    const auto& prepared = queries.segments[s];
+    Integer::score(segment, tile + side.codes + segment.offset, prepared.words, prepared.bias,
+                   terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
+    if (s == 0) read_norms(tile, side, scratch.norms);  // fetched meanwhile
     for (int r = 0; r < rows; ++r) {
       const std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
@@ -118,27 +136,24 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span, int terms,
           scratch.scores[2 * r][t] = kTermRatio * sums[t] + fine[t];
         }
       }
-      const float step = steps[s][r] * segment.step;
+      const float step = prepared.steps[r] * segment.step;
+      const float centre = args.centre_scores[r];
       float* scores = scratch.block.scores[r];
       if (s == 0) {
-        for (int t = 0; t < kTileTokens; ++t) scores[t] = static_cast<float>(sums[t]) * step;
+        for (int t = 0; t < kTileTokens; ++t) {
+          scores[t] = static_cast<float>(sums[t]) * step * scratch.norms[t] + centre;
+        }
       } else {
         for (int t = 0; t < kTileTokens; ++t) {
-          scores[t] = scores[t] + static_cast<float>(sums[t]) * step;
+          scores[t] = scores[t] + static_cast<float>(sums[t]) * step * scratch.norms[t];
         }
       }
     }
   }
-  read_norms(tile, side, scratch.norms);
-  for (int r = 0; r < rows; ++r) {
-    float* scores = scratch.block.scores[r];
-    const float centre = args.centre_scores[r];
-    for (int t = 0; t < kTileTokens; ++t) scores[t] = scores[t] * scratch.norms[t] + centre;
-  }
   if (args.rope.count > 0) add_rope(args.rope, span.first_token, rows, scratch.block.scores);
 }
 
-template <auto kAccumulate>
+template <typename Integer>
 inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, Ahead ahead,
                             TileScratch& scratch) noexcept {
   const SidePlan& side = args.plan->values;
@@ -153,8 +168,8 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   if (!any) return;
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    kAccumulate(segment, tile + side.codes + segment.offset, scratch.weights[0], softmax.rows,
-                scratch.sums, s == 0 ? ahead : Ahead{});
+    Integer::accumulate(segment, tile + side.codes + segment.offset, scratch.weights[0],
+                        softmax.rows, scratch.sums, s == 0 ? ahead : Ahead{});
     for (int r = 0; r < softmax.rows; ++r) {
       const float unit = units[r] * segment.step;
       const std::int32_t* sums = scratch.sums + static_cast<std::ptrdiff_t>(r) * segment.count;
@@ -166,36 +181,37 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   }
 }
 
-// Segments are at least 16 coordinates.
-constexpr int kMaxSegments = kMaxDim / kCoordinateBlock;
-
-template <auto kScore, auto kAccumulate>
-void attend_tiles(const AttendTiles& args) noexcept {
-  const SidePlan& keys = args.plan->keys;
-  const int rows = args.softmax.rows;
-  TileScratch scratch;
-  float steps[kMaxSegments][kMaxRows];
-  const float* step_rows[kMaxSegments];
-  const int terms = term_count(keys);
-  std::ptrdiff_t at = 0;
-  for (int s = 0; s < keys.segment_count; ++s) {
-    split_queries(args.queries, keys.padded, rows, terms, keys.segments[s],
-                  scratch.queries.terms + at, steps[s]);
-    step_rows[s] = steps[s];
-    at += static_cast<std::ptrdiff_t>(terms * rows) * keys.segments[s].count;
+// Kernels::score.
+template <typename Integer>
+void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
+           int rows, std::int32_t* scores, Ahead ahead) noexcept {
+  alignas(64) std::uint8_t words[kMaxRows * kMaxDim * Integer::kQueryBytes];
+  std::int32_t bias[kMaxRows];
+  for (int first = 0; first < rows; first += kMaxRows) {
+    const int block = std::min(kMaxRows, rows - first);
+    Integer::prepare(segment, queries + static_cast<std::ptrdiff_t>(first) * segment.count, block,
+                     words, bias);
+    Integer::score(segment, codes, words, bias, block,
+                   scores + static_cast<std::ptrdiff_t>(first) * kTileTokens, ahead);
   }
+}
+
+template <typename Integer>
+void attend_tiles(const AttendTiles& args) noexcept {
+  const PreparedQueries<Integer> queries(args.plan->keys, args.queries, args.softmax.rows);
+  TileScratch scratch;
   std::int64_t start = 0;
   for (std::int64_t i = 0; i < args.tile_count; ++i) {
     const TileSpan& span = args.tiles[i];
     if (sees(args.softmax, start, span.tokens)) {
-      score_tile<kScore>(args, span, terms, scratch, step_rows);
-      for (int r = 0; r < rows; ++r) {
+      score_tile(args, span, queries, scratch);
+      for (int r = 0; r < args.softmax.rows; ++r) {
         weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
       }
       const Ahead ahead = i + 1 < args.tile_count
                               ? Ahead{args.tiles[i + 1].tile, args.plan->values.codes}
                               : Ahead{};
-      accumulate_tile<kAccumulate>(args, span.tile, ahead, scratch);
+      accumulate_tile<Integer>(args, span.tile, ahead, scratch);
     }
     start += span.tokens;
   }

@@ -36,6 +36,7 @@ struct Avx2 {
   static constexpr int kMaxWords = 2;
   static constexpr int kRowBlock = 4;
   static constexpr int kMaxSums = 8;  // of 16 registers
+  static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 2 : 1; }
   // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
   // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
   // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
@@ -84,13 +85,10 @@ struct Avx2 {
     Table(const std::int8_t* levels, bool keys) noexcept {
       const int bias = keys && kBits <= kNarrowBits ? kNarrowBias : 0;
       for (int table = 0; table < kTables; ++table) {
-        alignas(16) std::int8_t repeated[16];
-        for (int i = 0; i < 16; ++i) {
-          repeated[i] =
-              static_cast<std::int8_t>(levels[(16 * table + i) & ((1 << kBits) - 1)] + bias);
-        }
+        const __m128i row =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + std::ptrdiff_t{16} * table));
         entries[table] =
-            _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(repeated)));
+            _mm256_broadcastsi128_si256(_mm_add_epi8(row, _mm_set1_epi8(static_cast<char>(bias))));
       }
     }
     // Tables first … first + count − 1, chosen by the code's bits from 4 up.
@@ -133,22 +131,23 @@ struct Avx2 {
   };
 
   template <typename Byte>
-  static void expand(int bits, const Byte* factors, int count, std::int32_t* words) noexcept {
+  static void expand(int bits, const Byte* factors, int count, std::uint8_t* words) noexcept {
     if (bits <= kNarrowBits) {
       std::memcpy(words, factors, static_cast<std::size_t>(count));
       return;
     }
     for (int i = 0; i < count; i += 4) {
       const std::int16_t pairs[4] = {factors[i], factors[i + 2], factors[i + 1], factors[i + 3]};
-      std::memcpy(words + i / 2, pairs, sizeof pairs);
+      std::memcpy(words + std::ptrdiff_t{2} * i, pairs, sizeof pairs);
     }
   }
   static void expand_queries(int bits, const std::int8_t* q, int count,
-                             std::int32_t* words) noexcept {
+                             std::uint8_t* words) noexcept {
     expand(bits, q, count, words);
   }
+  static constexpr bool plain_weights(int bits) noexcept { return bits <= kNarrowBits; }
   static void expand_weights(int bits, const std::uint8_t* w, int count,
-                             std::int32_t* words) noexcept {
+                             std::uint8_t* words) noexcept {
     expand(bits, w, count, words);
   }
   static std::int32_t key_bias(int bits, const std::int8_t* q, int count) noexcept {
@@ -162,15 +161,20 @@ struct Avx2 {
   static Acc add_pairs(Acc acc, Vec pairs) noexcept {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static Acc dot(Acc acc, NarrowKeys keys, const std::int32_t* words) noexcept {
-    return add_pairs(acc, _mm256_maddubs_epi16(keys.levels, _mm256_set1_epi32(words[0])));
+  static Vec broadcast_word(const std::uint8_t* words) noexcept {
+    std::int32_t word;
+    std::memcpy(&word, words, sizeof word);
+    return _mm256_set1_epi32(word);
   }
-  static Acc dot(Acc acc, NarrowValues values, const std::int32_t* words) noexcept {
-    return add_pairs(acc, _mm256_maddubs_epi16(_mm256_set1_epi32(words[0]), values.levels));
+  static Acc dot(Acc acc, NarrowKeys keys, const std::uint8_t* words) noexcept {
+    return add_pairs(acc, _mm256_maddubs_epi16(keys.levels, broadcast_word(words)));
   }
-  static Acc dot(Acc acc, Wide levels, const std::int32_t* words) noexcept {
-    const Acc even = _mm256_madd_epi16(levels.even, _mm256_set1_epi32(words[0]));
-    const Acc odd = _mm256_madd_epi16(levels.odd, _mm256_set1_epi32(words[1]));
+  static Acc dot(Acc acc, NarrowValues values, const std::uint8_t* words) noexcept {
+    return add_pairs(acc, _mm256_maddubs_epi16(broadcast_word(words), values.levels));
+  }
+  static Acc dot(Acc acc, Wide levels, const std::uint8_t* words) noexcept {
+    const Acc even = _mm256_madd_epi16(levels.even, broadcast_word(words));
+    const Acc odd = _mm256_madd_epi16(levels.odd, broadcast_word(words + 4));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
   }
   static void store(std::int32_t* p, Acc acc) noexcept {
@@ -260,10 +264,15 @@ struct Avx2Lanes : PlainLanes {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    Level::avx2,  score<Avx2>, accumulate<Avx2>,  attend_tiles<score<Avx2>, accumulate<Avx2>>,
-    attend_exact, add_rope,    encode<Avx2Lanes>, decode,
-    acceptable};
+const Kernels kAvx2Kernels = {Level::avx2,
+                              score<Integer<Avx2>>,
+                              Integer<Avx2>::accumulate,
+                              attend_tiles<Integer<Avx2>>,
+                              attend_exact,
+                              add_rope,
+                              encode<Avx2Lanes>,
+                              decode,
+                              acceptable};
 
 }  // namespace tqai::kernels
 

@@ -38,8 +38,9 @@ struct Avx512 {
   using Acc = __m512i;
   static constexpr int kParts = 1;
   static constexpr int kMaxWords = 1;
-  static constexpr int kRowBlock = 4;
+  static constexpr int kRowBlock = 8;
   static constexpr int kMaxSums = 16;  // of 32 registers
+  static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 4 : 2; }
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;
@@ -78,14 +79,10 @@ struct Avx512 {
     Vec high;
 
     Table(const std::int8_t* levels, bool keys) noexcept {
-      // Repeated to 128 entries: vpermb looks at 6 bits of a code, so up to 4 bits need no mask.
-      alignas(64) std::uint8_t entries[128];
-      for (int i = 0; i < 128; ++i) {
-        const auto level = static_cast<std::uint8_t>(levels[i & ((1 << kBits) - 1)]);
-        entries[i] = keys ? level ^ 0x80U : level;
-      }
-      low = _mm512_load_si512(entries);
-      high = _mm512_load_si512(entries + 64);
+      // Levels are repeated: vpermb looks at 6 bits of a code, so up to 4 bits need no mask.
+      const Vec bias = _mm512_set1_epi8(keys ? static_cast<char>(-128) : 0);
+      low = _mm512_xor_si512(_mm512_loadu_si512(levels), bias);
+      high = _mm512_xor_si512(_mm512_loadu_si512(levels + 64), bias);
     }
     Vec look_up(Vec codes) const noexcept {
       if constexpr (kBits == 7) return _mm512_permutex2var_epi8(low, codes, high);
@@ -105,11 +102,12 @@ struct Avx512 {
   };
 
   static void expand_queries(int /*bits*/, const std::int8_t* q, int count,
-                             std::int32_t* words) noexcept {
+                             std::uint8_t* words) noexcept {
     std::memcpy(words, q, static_cast<std::size_t>(count));
   }
+  static constexpr bool plain_weights(int /*bits*/) noexcept { return true; }
   static void expand_weights(int /*bits*/, const std::uint8_t* w, int count,
-                             std::int32_t* words) noexcept {
+                             std::uint8_t* words) noexcept {
     std::memcpy(words, w, static_cast<std::size_t>(count));
   }
   static std::int32_t key_bias(int /*bits*/, const std::int8_t* q, int count) noexcept {
@@ -119,11 +117,16 @@ struct Avx512 {
   }
 
   static Acc broadcast(std::int32_t value) noexcept { return _mm512_set1_epi32(value); }
-  static Acc dot(Acc acc, KeyOperand keys, const std::int32_t* words) noexcept {
-    return _mm512_dpbusd_epi32(acc, keys.levels, _mm512_set1_epi32(*words));
+  static Vec broadcast_word(const std::uint8_t* words) noexcept {
+    std::int32_t word;
+    std::memcpy(&word, words, sizeof word);
+    return _mm512_set1_epi32(word);
   }
-  static Acc dot(Acc acc, ValueOperand values, const std::int32_t* words) noexcept {
-    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*words), values.levels);
+  static Acc dot(Acc acc, KeyOperand keys, const std::uint8_t* words) noexcept {
+    return _mm512_dpbusd_epi32(acc, keys.levels, broadcast_word(words));
+  }
+  static Acc dot(Acc acc, ValueOperand values, const std::uint8_t* words) noexcept {
+    return _mm512_dpbusd_epi32(acc, broadcast_word(words), values.levels);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
 };
@@ -202,12 +205,15 @@ struct Avx512Lanes : PlainLanes {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    Level::avx512,       score<Avx512>,
-    accumulate<Avx512>,  attend_tiles<score<Avx512>, accumulate<Avx512>>,
-    attend_exact,        add_rope,
-    encode<Avx512Lanes>, decode,
-    acceptable};
+const Kernels kAvx512Kernels = {Level::avx512,
+                                score<Integer<Avx512>>,
+                                Integer<Avx512>::accumulate,
+                                attend_tiles<Integer<Avx512>>,
+                                attend_exact,
+                                add_rope,
+                                encode<Avx512Lanes>,
+                                decode,
+                                acceptable};
 
 }  // namespace tqai::kernels
 

@@ -7,10 +7,12 @@
 //   shift_left<n>(v)             of bytes whose high bits are 0
 //   Table<bits>                  levels by code; low bits count, others may be dirty for bits ≤ 4
 //   key_operand, value_operand   levels as the dot product wants them
-//   words<bits>(), expand_*      words a lane's 4 factors take, and how they are made
-//   dot(acc, operand, words)     acc + Σ of 4 products a lane
-//   key_bias(bits, q, count)     what score sums start from
+//   words<bits>(), expand_*      words of 4 bytes that a lane's 4 factors take, and how they are
+//   made plain_weights(bits)          whether expanded weights are the weights dot(acc, operand,
+//   words)     acc + Σ of 4 products a lane key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
+//   value_blocks(rows)           blocks of value coordinates side by side: sums enough to hide a
+//                                product's latency
 #pragma once
 
 #include "kernels.hpp"
@@ -31,60 +33,56 @@ inline typename Ops::Vec join_three(typename Ops::Vec low, typename Ops::Vec hig
                      Ops::template shift_left<2>(Ops::template low_bits<1>(high)));
 }
 
-// The 8 lines of codes of a group (packing.hpp), part `part` of each. Codes of up to 4 bits may
-// have dirty upper bits.
-template <typename Ops, int kBits>
-inline void load_group(const std::uint8_t* group, int part,
-                       typename Ops::Vec (&codes)[kGroupCodes]) noexcept {
+// Codes 4 kQuad … 4 kQuad + 3 of a group (packing.hpp), part `part` of their lines. Codes of up to
+// 4 bits may have dirty upper bits.
+template <typename Ops, int kBits, int kQuad>
+inline void load_quad(const std::uint8_t* group, int part, typename Ops::Vec (&codes)[4]) noexcept {
   using Vec = typename Ops::Vec;
   if constexpr (kBits == 8) {
-    for (int i = 0; i < 8; ++i) codes[i] = load_line<Ops>(group, part, i);
+    for (int i = 0; i < 4; ++i) codes[i] = load_line<Ops>(group, part, 4 * kQuad + i);
   } else if constexpr (kBits == 3) {
-    const Vec a = load_line<Ops>(group, part, 0);
-    const Vec b = load_line<Ops>(group, part, 1);
-    const Vec c = load_line<Ops>(group, part, 2);
-    codes[0] = a;
-    codes[1] = Ops::template shift_right<3>(a);
-    codes[2] = b;
-    codes[3] = Ops::template shift_right<3>(b);
-    codes[4] = c;
-    codes[5] = Ops::template shift_right<3>(c);
-    codes[6] = join_three<Ops>(Ops::template shift_right<6>(a), Ops::template shift_right<6>(c));
-    codes[7] = join_three<Ops>(Ops::template shift_right<6>(b), Ops::template shift_right<7>(c));
+    if constexpr (kQuad == 0) {
+      codes[0] = load_line<Ops>(group, part, 0);
+      codes[1] = Ops::template shift_right<3>(codes[0]);
+      codes[2] = load_line<Ops>(group, part, 1);
+      codes[3] = Ops::template shift_right<3>(codes[2]);
+    } else {
+      const Vec a = load_line<Ops>(group, part, 0);
+      const Vec b = load_line<Ops>(group, part, 1);
+      const Vec c = load_line<Ops>(group, part, 2);
+      codes[0] = c;
+      codes[1] = Ops::template shift_right<3>(c);
+      codes[2] = join_three<Ops>(Ops::template shift_right<6>(a), Ops::template shift_right<6>(c));
+      codes[3] = join_three<Ops>(Ops::template shift_right<6>(b), Ops::template shift_right<7>(c));
+    }
   } else if constexpr (kBits == 4) {
-    for (int l = 0; l < 4; ++l) {
-      codes[2 * l] = load_line<Ops>(group, part, l);
+    for (int l = 0; l < 2; ++l) {
+      codes[2 * l] = load_line<Ops>(group, part, 2 * kQuad + l);
       codes[2 * l + 1] = Ops::template shift_right<4>(codes[2 * l]);
     }
   } else if constexpr (kBits == 2) {
-    for (int l = 0; l < 2; ++l) {
-      codes[4 * l] = load_line<Ops>(group, part, l);
-      codes[4 * l + 1] = Ops::template shift_right<2>(codes[4 * l]);
-      codes[4 * l + 2] = Ops::template shift_right<4>(codes[4 * l]);
-      codes[4 * l + 3] = Ops::template shift_right<6>(codes[4 * l]);
-    }
+    codes[0] = load_line<Ops>(group, part, kQuad);
+    codes[1] = Ops::template shift_right<2>(codes[0]);
+    codes[2] = Ops::template shift_right<4>(codes[0]);
+    codes[3] = Ops::template shift_right<6>(codes[0]);
   } else if constexpr (kBits == 1) {
-    codes[0] = load_line<Ops>(group, part, 0);
-    codes[1] = Ops::template shift_right<1>(codes[0]);
-    codes[2] = Ops::template shift_right<2>(codes[0]);
-    codes[3] = Ops::template shift_right<3>(codes[0]);
-    codes[4] = Ops::template shift_right<4>(codes[0]);
-    codes[5] = Ops::template shift_right<5>(codes[0]);
-    codes[6] = Ops::template shift_right<6>(codes[0]);
-    codes[7] = Ops::template shift_right<7>(codes[0]);
+    const Vec line = load_line<Ops>(group, part, 0);
+    codes[0] = kQuad == 0 ? line : Ops::template shift_right<4>(line);
+    codes[1] = Ops::template shift_right<4 * kQuad + 1>(line);
+    codes[2] = Ops::template shift_right<4 * kQuad + 2>(line);
+    codes[3] = Ops::template shift_right<4 * kQuad + 3>(line);
   } else {  // 5, 6, 7: the planes of 4 and of 1, 2 or 3 bits, cleaned and joined
-    Vec low[kGroupCodes];
-    load_group<Ops, 4>(group, part, low);
-    Vec next[kGroupCodes];
-    load_group<Ops, (kBits & 2) != 0 ? 2 : 1>(group + 4 * kLineBytes, part, next);
-    for (int i = 0; i < 8; ++i) {
-      codes[i] = Ops::either(
-          Ops::template low_bits<4>(low[i]),
-          Ops::template shift_left<4>(Ops::template low_bits<(kBits & 2) != 0 ? 2 : 1>(next[i])));
+    constexpr int kNext = (kBits & 2) != 0 ? 2 : 1;
+    load_quad<Ops, 4, kQuad>(group, part, codes);
+    Vec next[4];
+    load_quad<Ops, kNext, kQuad>(group + 4 * kLineBytes, part, next);
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = Ops::either(Ops::template low_bits<4>(codes[i]),
+                             Ops::template shift_left<4>(Ops::template low_bits<kNext>(next[i])));
     }
     if constexpr (kBits == 7) {
-      load_group<Ops, 1>(group + 6 * kLineBytes, part, next);
-      for (int i = 0; i < 8; ++i) {
+      load_quad<Ops, 1, kQuad>(group + 6 * kLineBytes, part, next);
+      for (int i = 0; i < 4; ++i) {
         codes[i] =
             Ops::either(codes[i], Ops::template shift_left<6>(Ops::template low_bits<1>(next[i])));
       }
@@ -110,35 +108,47 @@ inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
   return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
 }
 
+constexpr int kWordBytes = 4;
+
+// Sums of kRows rows over the tokens of subtiles kFirst … kFirst + kCount − 1, for one quad of
+// coordinates. words: [kRows, stride bytes], at the quad's.
+template <typename Ops, int kBits, int kQuad, int kRows, int kFirst, int kCount>
+inline void score_quad(const typename Ops::template Table<kBits>& table, const std::uint8_t* group,
+                       int part, const std::uint8_t* words, std::ptrdiff_t stride,
+                       typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+  typename Ops::Vec codes[4];
+  load_quad<Ops, kBits, kQuad>(group, part, codes);
+  for (int s = 0; s < kCount; ++s) {
+    const auto operand = table.key_operand(codes[kFirst + s]);
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][s] = Ops::dot(sums[r][s], operand, words + r * stride);
+    }
+  }
+}
+
 // scores[r, t] of kRows rows and the tokens of subtiles kFirst … kFirst + kCount − 1; words: the
 // expanded queries, [kRows, count / 4, words].
 template <typename Ops, int kBits, int kRows, int kFirst, int kCount>
 inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
-                           const std::int32_t* words, const std::int32_t* bias,
-                           std::int32_t* scores, Fetch& fetch) noexcept {
+                           const std::uint8_t* words, const std::int32_t* bias,
+                           std::int32_t* scores, Fetch& ahead) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr int kWords = Ops::template words<kBits>();
+  constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
   const typename Ops::template Table<kBits> table(segment.levels, true);
-  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kWords;
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kStep;
+  Fetch fetch = ahead;  // in registers
   for (int part = 0; part < Ops::kParts; ++part) {
     typename Ops::Acc sums[kRows][kCount];
     for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kCount; ++s) sums[r][s] = Ops::broadcast(bias[r]);
     }
     const std::uint8_t* group = packed;
-    const std::int32_t* word = words;
+    const std::uint8_t* word = words;
     for (int g = 0; g < segment.count / kGroupCodes; ++g) {
-      typename Ops::Vec codes[kGroupCodes];
-      load_group<Ops, kBits>(group, part, codes);
-      for (int quad = 0; quad < 2; ++quad) {
-        for (int s = 0; s < kCount; ++s) {
-          const auto operand = table.key_operand(codes[4 * quad + kFirst + s]);
-          for (int r = 0; r < kRows; ++r) {
-            sums[r][s] = Ops::dot(sums[r][s], operand, word + r * stride);
-          }
-        }
-        word += kWords;
-      }
+      score_quad<Ops, kBits, 0, kRows, kFirst, kCount>(table, group, part, word, stride, sums);
+      score_quad<Ops, kBits, 1, kRows, kFirst, kCount>(table, group, part, word + kStep, stride,
+                                                       sums);
+      word += std::ptrdiff_t{2} * kStep;
       group += kBits * kLineBytes;
       fetch.template step<Ops>();
     }
@@ -149,58 +159,111 @@ inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packe
       }
     }
   }
+  ahead = fetch;
 }
 
 // All subtiles at once where their sums fit into registers, else two at a time.
 template <typename Ops, int kBits, int kRows>
 inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                       const std::int32_t* words, const std::int32_t* bias, std::int32_t* scores,
-                       Fetch fetch) noexcept {
+                       const std::uint8_t* words, const std::int32_t* bias, std::int32_t* scores,
+                       Ahead ahead) noexcept {
+  const int steps = segment.count / kGroupCodes * Ops::kParts;
   if constexpr (4 * kRows <= Ops::kMaxSums) {
+    Fetch fetch = fetch_of(ahead, steps);
     score_subtiles<Ops, kBits, kRows, 0, 4>(segment, packed, words, bias, scores, fetch);
   } else {
+    Fetch fetch = fetch_of(ahead, 2 * steps);
     score_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, bias, scores, fetch);
     score_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, bias, scores, fetch);
+  }
+}
+
+// Sums of kRows rows over 16 tokens, for kBlocks blocks of coordinates. words: [kRows, stride
+// bytes], at the first token's.
+template <typename Ops, int kBits, int kQuad, int kRows, int kBlocks>
+inline void accumulate_quad(const typename Ops::template Table<kBits>& table,
+                            const std::uint8_t* group, int part, const std::uint8_t* words,
+                            std::ptrdiff_t stride,
+                            typename Ops::Acc (&sums)[kBlocks][kRows]) noexcept {
+  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
+  constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
+  typename Ops::Vec codes[kBlocks][4];
+  for (int b = 0; b < kBlocks; ++b) {
+    load_quad<Ops, kBits, kQuad>(group + b * kBlockBytes, part, codes[b]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const auto operand = table.value_operand(codes[b][i]);
+      for (int r = 0; r < kRows; ++r) {
+        sums[b][r] = Ops::dot(sums[b][r], operand, words + i * kStep + r * stride);
+      }
+    }
+  }
+}
+
+// sums[r, c] of kRows rows and kBlocks blocks of coordinates, the first of them at `group`.
+template <typename Ops, int kBits, int kRows, int kBlocks>
+inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
+                              const std::uint8_t* group, const std::uint8_t* words,
+                              std::int32_t* sums, std::ptrdiff_t sums_stride) noexcept {
+  constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
+  constexpr int kStep = 4 * Ops::template words<kBits>() * kWordBytes;
+  constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
+  for (int part = 0; part < Ops::kParts; ++part) {
+    typename Ops::Acc acc[kBlocks][kRows];
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int r = 0; r < kRows; ++r) acc[b][r] = Ops::broadcast(0);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* lines = group + half * kBits * kLineBytes;
+      const std::uint8_t* word = words + static_cast<std::ptrdiff_t>(2 * half) * kStep;
+      accumulate_quad<Ops, kBits, 0, kRows, kBlocks>(table, lines, part, word, kStride, acc);
+      accumulate_quad<Ops, kBits, 1, kRows, kBlocks>(table, lines, part, word + kStep, kStride,
+                                                     acc);
+    }
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int r = 0; r < kRows; ++r) {
+        Ops::store(sums + r * sums_stride + b * kCoordinateBlock + part * kPartLanes, acc[b][r]);
+      }
+    }
   }
 }
 
 // sums[r, c] of kRows rows; words: the expanded weights, [kRows, 16, words].
 template <typename Ops, int kBits, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                            const std::int32_t* words, std::int32_t* sums, Fetch fetch) noexcept {
-  constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr int kWords = Ops::template words<kBits>();
-  constexpr std::ptrdiff_t kStride = kTileTokens / 4 * kWords;
+                            const std::uint8_t* words, std::int32_t* sums, Ahead ahead) noexcept {
+  constexpr int kBlocks = Ops::value_blocks(kRows);
+  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
   const typename Ops::template Table<kBits> table(segment.levels, false);
-  const std::uint8_t* group = packed;
-  for (int block = 0; block < segment.count / kCoordinateBlock; ++block) {
-    for (int part = 0; part < Ops::kParts; ++part) {
-      typename Ops::Acc acc[kRows];
-      for (int r = 0; r < kRows; ++r) acc[r] = Ops::broadcast(0);
-      const std::int32_t* word = words;
-      for (int half = 0; half < 2; ++half) {
-        typename Ops::Vec codes[kGroupCodes];
-        load_group<Ops, kBits>(group + half * kBits * kLineBytes, part, codes);
-        for (int i = 0; i < kGroupCodes; ++i) {
-          const auto operand = table.value_operand(codes[i]);
-          for (int r = 0; r < kRows; ++r) acc[r] = Ops::dot(acc[r], operand, word + r * kStride);
-          word += kWords;
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        Ops::store(sums + static_cast<std::ptrdiff_t>(r) * segment.count +
-                       block * kCoordinateBlock + part * kPartLanes,
-                   acc[r]);
-      }
-    }
-    group += static_cast<std::ptrdiff_t>(2) * kBits * kLineBytes;
+  const int blocks = segment.count / kCoordinateBlock;
+  Fetch fetch = fetch_of(ahead, blocks / kBlocks + blocks % kBlocks);
+  int block = 0;
+  for (; block + kBlocks <= blocks; block += kBlocks) {
+    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words,
+                                                  sums + block * kCoordinateBlock, segment.count);
+    fetch.template step<Ops>();
+  }
+  for (; block < blocks; ++block) {
+    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words,
+                                            sums + block * kCoordinateBlock, segment.count);
     fetch.template step<Ops>();
   }
 }
 
-// Calls body<bits, rows> with both as compile-time constants; 1 ≤ rows ≤ 4.
-template <int kBits, typename Body>
+// Calls body<bits, rows> with both as compile-time constants; 1 ≤ rows ≤ kRowBlock.
+template <int kBits, int kRowBlock, typename Body>
 inline void with_rows(int rows, Body&& body) noexcept {
+  static_assert(kRowBlock == 4 || kRowBlock == 8);
+  if constexpr (kRowBlock == 8) {
+    switch (rows) {
+      case 5: body.template operator()<kBits, 5>(); return;
+      case 6: body.template operator()<kBits, 6>(); return;
+      case 7: body.template operator()<kBits, 7>(); return;
+      case 8: body.template operator()<kBits, 8>(); return;
+      default: break;
+    }
+  }
   switch (rows) {
     case 1: body.template operator()<kBits, 1>(); break;
     case 2: body.template operator()<kBits, 2>(); break;
@@ -209,59 +272,72 @@ inline void with_rows(int rows, Body&& body) noexcept {
   }
 }
 
-template <typename Body>
+template <int kRowBlock, typename Body>
 inline void with_bits_and_rows(int bits, int rows, Body&& body) noexcept {
   switch (bits) {
-    case 1: with_rows<1>(rows, body); break;
-    case 2: with_rows<2>(rows, body); break;
-    case 3: with_rows<3>(rows, body); break;
-    case 4: with_rows<4>(rows, body); break;
-    case 5: with_rows<5>(rows, body); break;
-    case 6: with_rows<6>(rows, body); break;
-    case 7: with_rows<7>(rows, body); break;
-    default: with_rows<8>(rows, body); break;
+    case 1: with_rows<1, kRowBlock>(rows, body); break;
+    case 2: with_rows<2, kRowBlock>(rows, body); break;
+    case 3: with_rows<3, kRowBlock>(rows, body); break;
+    case 4: with_rows<4, kRowBlock>(rows, body); break;
+    case 5: with_rows<5, kRowBlock>(rows, body); break;
+    case 6: with_rows<6, kRowBlock>(rows, body); break;
+    case 7: with_rows<7, kRowBlock>(rows, body); break;
+    default: with_rows<8, kRowBlock>(rows, body); break;
   }
 }
 
+// The integer part of attention, as attend-inl.hpp wants it.
 template <typename Ops>
-void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
-           int rows, std::int32_t* scores, Ahead ahead) noexcept {
-  alignas(64) std::int32_t words[Ops::kRowBlock * kMaxDim / 4 * Ops::kMaxWords];
-  std::int32_t bias[Ops::kRowBlock];
-  for (int first = 0; first < rows; first += Ops::kRowBlock) {
-    const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
-    const std::int8_t* block_queries = queries + static_cast<std::ptrdiff_t>(first) * segment.count;
-    Ops::expand_queries(segment.bits, block_queries, block * segment.count, words);
-    for (int r = 0; r < block; ++r) {
-      bias[r] = Ops::key_bias(segment.bits,
-                              block_queries + static_cast<std::ptrdiff_t>(r) * segment.count,
-                              segment.count);
+struct Integer {
+  // Bytes of words for each coordinate of a row, at most.
+  static constexpr int kQueryBytes = Ops::kMaxWords;
+
+  // queries: [rows, count] in −127…127; words: kQueryBytes a query; bias: [rows].
+  static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
+                      std::uint8_t* words, std::int32_t* bias) noexcept {
+    Ops::expand_queries(segment.bits, queries, rows * segment.count, words);
+    for (int r = 0; r < rows; ++r) {
+      bias[r] = Ops::key_bias(
+          segment.bits, queries + static_cast<std::ptrdiff_t>(r) * segment.count, segment.count);
     }
-    std::int32_t* block_scores = scores + static_cast<std::ptrdiff_t>(first) * kTileTokens;
-    with_bits_and_rows(segment.bits, block, [&]<int kBits, int kRows>() {
-      score_rows<Ops, kBits, kRows>(
-          segment, packed, words, bias, block_scores,
-          fetch_of(first == 0 ? ahead : Ahead{}, segment.count / kGroupCodes * Ops::kParts));
-    });
   }
-}
 
-template <typename Ops>
-void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
-                int rows, std::int32_t* sums, Ahead ahead) noexcept {
-  alignas(64) std::int32_t words[Ops::kRowBlock * kTileTokens / 4 * Ops::kMaxWords];
-  for (int first = 0; first < rows; first += Ops::kRowBlock) {
-    const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
-    Ops::expand_weights(segment.bits, weights + static_cast<std::ptrdiff_t>(first) * kTileTokens,
-                        block * kTileTokens, words);
-    std::int32_t* block_sums = sums + static_cast<std::ptrdiff_t>(first) * segment.count;
-    with_bits_and_rows(segment.bits, block, [&]<int kBits, int kRows>() {
-      accumulate_rows<Ops, kBits, kRows>(
-          segment, packed, words, block_sums,
-          fetch_of(first == 0 ? ahead : Ahead{}, segment.count / kCoordinateBlock));
-    });
+  // Kernels::score of prepared queries.
+  static void score(const SegmentPlan& segment, const std::uint8_t* packed,
+                    const std::uint8_t* words, const std::int32_t* bias, int rows,
+                    std::int32_t* scores, Ahead ahead) noexcept {
+    for (int first = 0; first < rows; first += Ops::kRowBlock) {
+      const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
+      with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
+        const auto row_bytes =
+            static_cast<std::ptrdiff_t>(segment.count) * Ops::template words<kBits>();
+        score_rows<Ops, kBits, kRows>(segment, packed, words + first * row_bytes, bias + first,
+                                      scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
+                                      first == 0 ? ahead : Ahead{});
+      });
+    }
   }
-}
+
+  // Kernels::accumulate.
+  static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
+                         const std::uint8_t* weights, int rows, std::int32_t* sums,
+                         Ahead ahead) noexcept {
+    alignas(64) std::uint8_t expanded[Ops::kRowBlock * kTileTokens * Ops::kMaxWords];
+    for (int first = 0; first < rows; first += Ops::kRowBlock) {
+      const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
+      const std::uint8_t* words = weights + static_cast<std::ptrdiff_t>(first) * kTileTokens;
+      if (!Ops::plain_weights(segment.bits)) {
+        Ops::expand_weights(segment.bits, words, block * kTileTokens, expanded);
+        words = expanded;
+      }
+      with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
+        accumulate_rows<Ops, kBits, kRows>(
+            segment, packed, words, sums + static_cast<std::ptrdiff_t>(first) * segment.count,
+            first == 0 ? ahead : Ahead{});
+      });
+    }
+  }
+};
 
 }  // namespace
 }  // namespace tqai::kernels

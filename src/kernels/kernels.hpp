@@ -13,6 +13,8 @@ namespace tqai::kernels {
 inline constexpr int kMaxRows = 8;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = 512;
+/// Floats that the plain loops treat side by side, at every level.
+inline constexpr int kLanes = 16;
 
 /// Even powers, and odd ones, of a polynomial that stands for slow frequencies: with angles of up
 /// to 1 what is left out is below 3e-7.
@@ -24,7 +26,7 @@ struct SegmentPlan {
   int count;
   int bits;
   std::size_t offset;         // of its packed codes, from the side's first
-  const std::int8_t* levels;  // [2^bits]
+  const std::int8_t* levels;  // [256]: of code i mod 2^bits, so that a vector's table is a load
   const float* boundaries;    // [2^bits − 1], ascending
   float step;                 // centroid = step · level
 };
@@ -55,18 +57,18 @@ struct Ahead {
 };
 
 /// What a query row may see, and how its scores become weights; shared by both attention kernels.
+/// Queries come multiplied by scale · log2 e, or by scale / soft_cap where there is a cap.
 struct Softmax {
-  int rows;  // 1…kMaxRows
-  float scale;
+  int rows;                   // 1…kMaxRows
   float soft_cap;             // 0: none
   const std::int64_t* first;  // [rows], visible tokens [first, end) of those given
   const std::int64_t* end;
   const float* mask;  // [rows, …] added to scores, token 0 first; null: none
   std::int64_t mask_stride;
   /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): the largest score times
-  /// log2 e, the sum of 2^(score − max), and Σ 2^(score − max) · value.
+  /// log2 e, the sum of 2^(score − max) in kLanes parts, and Σ 2^(score − max) · value.
   float* max;                  // [rows], −inf before any token
-  float* sum;                  // [rows]
+  float (*sums)[kLanes];       // [rows]
   float* output;               // [rows, output_stride]
   std::int64_t output_stride;  // padded head dimension of the values
 };

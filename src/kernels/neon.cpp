@@ -35,6 +35,7 @@ struct Neon {
   static constexpr int kMaxWords = 1;
   static constexpr int kRowBlock = 4;
   static constexpr int kMaxSums = 16;  // of 32 registers
+  static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 4 : 2; }
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;
@@ -72,11 +73,7 @@ struct Neon {
 
     Table(const std::int8_t* levels, bool /*keys*/) noexcept {
       for (int vec = 0; vec < kVecs; ++vec) {
-        std::uint8_t repeated[16];
-        for (int i = 0; i < 16; ++i) {
-          repeated[i] = static_cast<std::uint8_t>(levels[(16 * vec + i) & ((1 << kBits) - 1)]);
-        }
-        entries[vec] = vld1q_u8(repeated);
+        entries[vec] = vreinterpretq_u8_s8(vld1q_s8(levels + std::ptrdiff_t{16} * vec));
       }
     }
     // An index beyond the tables of tbl gives 0, of tbx what was there before.
@@ -104,30 +101,28 @@ struct Neon {
   };
 
   static void expand_queries(int /*bits*/, const std::int8_t* q, int count,
-                             std::int32_t* words) noexcept {
+                             std::uint8_t* words) noexcept {
     std::memcpy(words, q, static_cast<std::size_t>(count));
   }
+  static constexpr bool plain_weights(int /*bits*/) noexcept { return false; }
   static void expand_weights(int /*bits*/, const std::uint8_t* w, int count,
-                             std::int32_t* words) noexcept {
-    for (int i = 0; i < count; i += 4) {
-      const std::uint8_t quad[4] = {
-          static_cast<std::uint8_t>(w[i] ^ 0x80U), static_cast<std::uint8_t>(w[i + 1] ^ 0x80U),
-          static_cast<std::uint8_t>(w[i + 2] ^ 0x80U), static_cast<std::uint8_t>(w[i + 3] ^ 0x80U)};
-      std::memcpy(words + i / 4, quad, sizeof quad);
-    }
+                             std::uint8_t* words) noexcept {
+    for (int i = 0; i < count; ++i) words[i] = static_cast<std::uint8_t>(w[i] ^ 0x80U);
   }
   static std::int32_t key_bias(int /*bits*/, const std::int8_t* /*q*/, int /*count*/) noexcept {
     return 0;
   }
 
   static Acc broadcast(std::int32_t value) noexcept { return vdupq_n_s32(value); }
-  static int8x16_t factors(const std::int32_t* words) noexcept {
-    return vreinterpretq_s8_s32(vdupq_n_s32(*words));
+  static int8x16_t factors(const std::uint8_t* words) noexcept {
+    std::int32_t word;
+    std::memcpy(&word, words, sizeof word);
+    return vreinterpretq_s8_s32(vdupq_n_s32(word));
   }
-  static Acc dot(Acc acc, KeyOperand keys, const std::int32_t* words) noexcept {
+  static Acc dot(Acc acc, KeyOperand keys, const std::uint8_t* words) noexcept {
     return vdotq_s32(acc, keys.levels, factors(words));
   }
-  static Acc dot(Acc acc, ValueOperand values, const std::int32_t* words) noexcept {
+  static Acc dot(Acc acc, ValueOperand values, const std::uint8_t* words) noexcept {
     const int8x16_t half = vdupq_n_s8(64);
     acc = vdotq_s32(acc, values.levels, factors(words));
     return vdotq_s32(vdotq_s32(acc, values.levels, half), values.levels, half);
@@ -137,10 +132,15 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeonKernels = {
-    Level::neon,  score<Neon>, accumulate<Neon>,   attend_tiles<score<Neon>, accumulate<Neon>>,
-    attend_exact, add_rope,    encode<PlainLanes>, decode,
-    acceptable};
+const Kernels kNeonKernels = {Level::neon,
+                              score<Integer<Neon>>,
+                              Integer<Neon>::accumulate,
+                              attend_tiles<Integer<Neon>>,
+                              attend_exact,
+                              add_rope,
+                              encode<PlainLanes>,
+                              decode,
+                              acceptable};
 
 }  // namespace tqai::kernels
 

@@ -9,10 +9,11 @@
 #include <limits>
 #include <tqai/half.hpp>
 
+#include "kernels.hpp"
+
 namespace tqai::kernels {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr float kLog2E = 1.44269504F;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -22,6 +23,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 #if defined(__GNUC__)
 template <int kCount>
 using Floats [[gnu::vector_size(4 * kCount)]] = float;
+
+template <typename Vec>
+inline Vec larger(Vec a, Vec b) noexcept {
+  return a > b ? a : b;
+}
 #else
 template <int kCount>
 struct Floats {
@@ -39,6 +45,12 @@ struct Floats {
     return b;
   }
 };
+
+template <int kCount>
+inline Floats<kCount> larger(Floats<kCount> a, Floats<kCount> b) noexcept {
+  for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] > b.lanes[i] ? a.lanes[i] : b.lanes[i];
+  return a;
+}
 #endif
 constexpr int kVectorLanes = TQAI_VECTOR_LANES;
 
@@ -101,10 +113,34 @@ inline float sum_lanes(const float* lanes) noexcept {
   return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
-inline float max_lanes(const float* lanes) noexcept {
-  float largest = lanes[0];
-  for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
+// Leaves the largest of 2 kHalf floats in the first.
+template <int kHalf>
+inline void fold_larger(float* lanes) noexcept {
+  for (int i = 0; i < kHalf; ++i) {
+    lanes[i] = lanes[i] > lanes[i + kHalf] ? lanes[i] : lanes[i + kHalf];
+  }
+  if constexpr (kHalf > 1) fold_larger<kHalf / 2>(lanes);
+}
+
+// The largest of the floats of a tile's row, which are numbers.
+inline float largest_of(const float* row) noexcept {
+  FloatVec vec = load_floats(row);
+  for (int t = kVectorLanes; t < kTileTokens; t += kVectorLanes) {
+    vec = larger(vec, load_floats(row + t));
+  }
+  float lanes[kVectorLanes];
+  store_floats(lanes, vec);
+  fold_larger<kVectorLanes / 2>(lanes);
+  return lanes[0];
+}
+
+// sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order.
+inline void add_to_lanes(const float* row, float* sums) noexcept {
+  for (int i = 0; i < kLanes; i += kVectorLanes) {
+    FloatVec sum = load_floats(row + i);
+    for (int t = kLanes; t < kTileTokens; t += kLanes) sum = sum + load_floats(row + t + i);
+    store_floats(sums + i, load_floats(sums + i) + sum);
+  }
 }
 
 // from: [count] of dtype; to: fp32.

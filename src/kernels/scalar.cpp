@@ -7,41 +7,52 @@
 namespace tqai::kernels {
 namespace {
 
-void score(const SegmentPlan& segment, const std::uint8_t* packed, const std::int8_t* queries,
-           int rows, std::int32_t* scores, Ahead /*ahead*/) noexcept {
-  std::uint8_t codes[kMaxDim * kTileTokens];
-  unpack_keys(packed, segment.count, segment.bits, codes);
-  for (int r = 0; r < rows; ++r) {
-    std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
-    for (int t = 0; t < kTileTokens; ++t) row[t] = 0;
-    for (int c = 0; c < segment.count; ++c) {
-      const std::int32_t q = queries[static_cast<std::ptrdiff_t>(r) * segment.count + c];
-      for (int t = 0; t < kTileTokens; ++t) {
-        row[t] += q * segment.levels[codes[c * kTileTokens + t]];
-      }
-    }
-  }
-}
+struct Integer {
+  static constexpr int kQueryBytes = 1;
 
-void accumulate(const SegmentPlan& segment, const std::uint8_t* packed, const std::uint8_t* weights,
-                int rows, std::int32_t* sums, Ahead /*ahead*/) noexcept {
-  std::uint8_t codes[kMaxDim * kTileTokens];
-  unpack_values(packed, segment.count, segment.bits, codes);
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < segment.count; ++c) {
-      std::int32_t sum = 0;
-      for (int t = 0; t < kTileTokens; ++t) {
-        sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+  static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
+                      std::uint8_t* words, std::int32_t* /*bias*/) noexcept {
+    std::memcpy(words, queries, static_cast<std::size_t>(rows * segment.count));
+  }
+
+  static void score(const SegmentPlan& segment, const std::uint8_t* packed,
+                    const std::uint8_t* words, const std::int32_t* /*bias*/, int rows,
+                    std::int32_t* scores, Ahead /*ahead*/) noexcept {
+    std::uint8_t codes[kMaxDim * kTileTokens];
+    unpack_keys(packed, segment.count, segment.bits, codes);
+    for (int r = 0; r < rows; ++r) {
+      std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
+      for (int t = 0; t < kTileTokens; ++t) row[t] = 0;
+      for (int c = 0; c < segment.count; ++c) {
+        const auto q = static_cast<std::int8_t>(words[r * segment.count + c]);
+        for (int t = 0; t < kTileTokens; ++t) {
+          row[t] += q * segment.levels[codes[c * kTileTokens + t]];
+        }
       }
-      sums[static_cast<std::ptrdiff_t>(r) * segment.count + c] = sum;
     }
   }
-}
+
+  static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
+                         const std::uint8_t* weights, int rows, std::int32_t* sums,
+                         Ahead /*ahead*/) noexcept {
+    std::uint8_t codes[kMaxDim * kTileTokens];
+    unpack_values(packed, segment.count, segment.bits, codes);
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < segment.count; ++c) {
+        std::int32_t sum = 0;
+        for (int t = 0; t < kTileTokens; ++t) {
+          sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+        }
+        sums[static_cast<std::ptrdiff_t>(r) * segment.count + c] = sum;
+      }
+    }
+  }
+};
 
 }  // namespace
 
-const Kernels kScalarKernels = {
-    Level::scalar,      score,  accumulate, attend_tiles<score, accumulate>, attend_exact, add_rope,
-    encode<PlainLanes>, decode, acceptable};
+const Kernels kScalarKernels = {Level::scalar,         score<Integer>, Integer::accumulate,
+                                attend_tiles<Integer>, attend_exact,   add_rope,
+                                encode<PlainLanes>,    decode,         acceptable};
 
 }  // namespace tqai::kernels

@@ -202,7 +202,7 @@ TEST(Encode, CodesAreNearestCentroidsOfTheRotatedUnitVector) {
 
 struct Attended {
   std::vector<float> max;
-  std::vector<float> sum;
+  std::vector<std::array<float, kernels::kLanes>> sums;
   std::vector<float> output;
 };
 
@@ -212,21 +212,20 @@ Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
                    const kernels::RopeBias& rope) {
   const int padded = codec.plan().values.padded;
   Attended state{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
-                 std::vector<float>(kMaxRows, 0.0F),
+                 std::vector<std::array<float, kernels::kLanes>>(kMaxRows),
                  std::vector<float>(static_cast<std::size_t>(rows * padded), 0.0F)};
   const std::vector<std::int64_t> first(kMaxRows, 3);
   const std::vector<std::int64_t> end(kMaxRows, tokens - 1);
   const std::vector<float> centres(kMaxRows, 0.25F);
   kernels::Softmax softmax{};
   softmax.rows = rows;
-  softmax.scale = 0.3F;
   softmax.soft_cap = soft_cap;
   softmax.first = first.data();
   softmax.end = end.data();
   softmax.mask = mask;
   softmax.mask_stride = tokens;
   softmax.max = state.max.data();
-  softmax.sum = state.sum.data();
+  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
   softmax.output = state.output.data();
   softmax.output_stride = padded;
   kernels.attend_tiles({&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()),
@@ -280,7 +279,8 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
         for (int r = 0; r < rows; ++r) {
           const auto query = test::random_normal(static_cast<std::size_t>(dim), engine);
-          std::copy(query.begin(), query.end(), queries.begin() + r * padded);
+          std::transform(query.begin(), query.end(), queries.begin() + r * padded,
+                         [](float q) { return 0.3F * q; });
         }
         const auto mask = test::random_normal(
             static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), engine);
@@ -291,7 +291,7 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
           const auto expected =
               run_tiles(scalar(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
           ASSERT_EQ(got.max, expected.max);
-          ASSERT_EQ(got.sum, expected.sum);
+          ASSERT_EQ(got.sums, expected.sums);
           ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
         }
       }
