@@ -29,22 +29,19 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
                           const SegmentPlan& segment, std::int8_t* terms, float* steps) noexcept {
   for (int r = 0; r < rows; ++r) {
     const float* q = queries + r * stride + segment.first;
-    float largest = 0.0F;
-    for (int c = 0; c < segment.count; ++c) {
-      const float magnitude = q[c] < 0.0F ? -q[c] : q[c];
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    const float largest = largest_magnitude(q, segment.count);
     const float unit = largest / 127.0F;
     const float inverse = unit > 0.0F ? 127.0F / largest : 0.0F;
     std::int8_t* coarse = terms + static_cast<std::ptrdiff_t>(r * term_count) * segment.count;
     for (int c = 0; c < segment.count; ++c) {
-      const float scaled = q[c] * inverse;
-      const auto a = static_cast<std::int32_t>(scaled + (scaled < 0.0F ? -0.5F : 0.5F));
-      coarse[c] = static_cast<std::int8_t>(a);
-      if (term_count == 1) continue;
-      const float rest = (scaled - static_cast<float>(a)) * static_cast<float>(kTermRatio);
-      const auto b = static_cast<std::int32_t>(rest + (rest < 0.0F ? -0.5F : 0.5F));
-      coarse[segment.count + c] = static_cast<std::int8_t>(b);
+      coarse[c] = static_cast<std::int8_t>(round_lane(q[c] * inverse));
+    }
+    if (term_count == 2) {
+      std::int8_t* fine = coarse + segment.count;
+      for (int c = 0; c < segment.count; ++c) {
+        const float rest = q[c] * inverse - static_cast<float>(coarse[c]);
+        fine[c] = static_cast<std::int8_t>(round_lane(rest * static_cast<float>(kTermRatio)));
+      }
     }
     steps[r] = term_count == 1 ? unit : unit / static_cast<float>(kTermRatio);
   }
@@ -99,7 +96,6 @@ struct PreparedQueries {
 
 struct TileScratch {
   alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
-  alignas(64) std::int32_t sums[kMaxRows * kMaxDim];
   alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
   alignas(64) float norms[kTileTokens];
   Block block;
@@ -168,16 +164,11 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   if (!any) return;
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    Integer::accumulate(segment, tile + side.codes + segment.offset, scratch.weights[0],
-                        softmax.rows, scratch.sums, s == 0 ? ahead : Ahead{});
-    for (int r = 0; r < softmax.rows; ++r) {
-      const float unit = units[r] * segment.step;
-      const std::int32_t* sums = scratch.sums + static_cast<std::ptrdiff_t>(r) * segment.count;
-      float* output = softmax.output + r * softmax.output_stride + segment.first;
-      for (int c = 0; c < segment.count; ++c) {
-        output[c] = output[c] + static_cast<float>(sums[c]) * unit;
-      }
-    }
+    float steps[kMaxRows];
+    for (int r = 0; r < softmax.rows; ++r) steps[r] = units[r] * segment.step;
+    Integer::accumulate(segment, tile + side.codes + segment.offset, scratch.weights[0], steps,
+                        softmax.rows, softmax.output + segment.first, softmax.output_stride,
+                        s == 0 ? ahead : Ahead{});
   }
 }
 

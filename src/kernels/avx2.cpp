@@ -180,6 +180,10 @@ struct Avx2 {
   static void store(std::int32_t* p, Acc acc) noexcept {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }
+  static void add_scaled(float* p, Acc acc, float step) noexcept {
+    const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(step));
+    _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), product));
+  }
 };
 
 // An 8 × 8 transpose: columns of `rows` into x[0…7], lanes `lane` and on.

@@ -129,6 +129,10 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(acc, broadcast_word(words), values.levels);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
+  static void add_scaled(float* p, Acc acc, float step) noexcept {
+    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(step));
+    _mm512_storeu_ps(p, _mm512_add_ps(_mm512_loadu_ps(p), product));
+  }
 };
 
 // A 16 × 16 transpose of what 4-wide, then 16-wide exchanges leave in order.

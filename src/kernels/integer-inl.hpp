@@ -7,12 +7,15 @@
 //   shift_left<n>(v)             of bytes whose high bits are 0
 //   Table<bits>                  levels by code; low bits count, others may be dirty for bits ≤ 4
 //   key_operand, value_operand   levels as the dot product wants them
-//   words<bits>(), expand_*      words of 4 bytes that a lane's 4 factors take, and how they are
-//   made plain_weights(bits)          whether expanded weights are the weights dot(acc, operand,
-//   words)     acc + Σ of 4 products a lane key_bias(bits, q, count)     what score sums start from
+//   words<bits>()                words of 4 bytes that a lane's 4 factors take
+//   expand_*, plain_weights      how words are made; whether those of weights are the weights
+//   dot(acc, operand, words)     acc + Σ of 4 products a lane
+//   store(p, acc)                the sums
+//   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded after each operation
+//   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
-//   value_blocks(rows)           blocks of value coordinates side by side: sums enough to hide a
-//                                product's latency
+//   value_blocks(rows)           blocks of value coordinates side by side: enough sums to hide
+//                                a product's latency
 #pragma once
 
 #include "kernels.hpp"
@@ -201,11 +204,19 @@ inline void accumulate_quad(const typename Ops::template Table<kBits>& table,
   }
 }
 
-// sums[r, c] of kRows rows and kBlocks blocks of coordinates, the first of them at `group`.
+// What output[r, c] += step · sum needs of each row.
+struct ScaledOutput {
+  const float* steps;
+  float* output;
+  std::int64_t stride;
+};
+
+// Adds the sums of kRows rows and kBlocks blocks of coordinates, the first of them at `group` and
+// output's first coordinate.
 template <typename Ops, int kBits, int kRows, int kBlocks>
 inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
                               const std::uint8_t* group, const std::uint8_t* words,
-                              std::int32_t* sums, std::ptrdiff_t sums_stride) noexcept {
+                              const ScaledOutput& out) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr int kStep = 4 * Ops::template words<kBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
@@ -223,16 +234,17 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
     }
     for (int b = 0; b < kBlocks; ++b) {
       for (int r = 0; r < kRows; ++r) {
-        Ops::store(sums + r * sums_stride + b * kCoordinateBlock + part * kPartLanes, acc[b][r]);
+        Ops::add_scaled(out.output + r * out.stride + b * kCoordinateBlock + part * kPartLanes,
+                        acc[b][r], out.steps[r]);
       }
     }
   }
 }
 
-// sums[r, c] of kRows rows; words: the expanded weights, [kRows, 16, words].
+// words: the expanded weights, [kRows, 16, words].
 template <typename Ops, int kBits, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                            const std::uint8_t* words, std::int32_t* sums, Ahead ahead) noexcept {
+                            const std::uint8_t* words, ScaledOutput out, Ahead ahead) noexcept {
   constexpr int kBlocks = Ops::value_blocks(kRows);
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
   const typename Ops::template Table<kBits> table(segment.levels, false);
@@ -240,13 +252,13 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
   Fetch fetch = fetch_of(ahead, blocks / kBlocks + blocks % kBlocks);
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words,
-                                                  sums + block * kCoordinateBlock, segment.count);
+    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words, out);
+    out.output += kBlocks * kCoordinateBlock;
     fetch.template step<Ops>();
   }
   for (; block < blocks; ++block) {
-    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words,
-                                            sums + block * kCoordinateBlock, segment.count);
+    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words, out);
+    out.output += kCoordinateBlock;
     fetch.template step<Ops>();
   }
 }
@@ -320,8 +332,8 @@ struct Integer {
 
   // Kernels::accumulate.
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* weights, int rows, std::int32_t* sums,
-                         Ahead ahead) noexcept {
+                         const std::uint8_t* weights, const float* steps, int rows, float* output,
+                         std::int64_t stride, Ahead ahead) noexcept {
     alignas(64) std::uint8_t expanded[Ops::kRowBlock * kTileTokens * Ops::kMaxWords];
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
@@ -331,9 +343,9 @@ struct Integer {
         words = expanded;
       }
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
-        accumulate_rows<Ops, kBits, kRows>(
-            segment, packed, words, sums + static_cast<std::ptrdiff_t>(first) * segment.count,
-            first == 0 ? ahead : Ahead{});
+        accumulate_rows<Ops, kBits, kRows>(segment, packed, words,
+                                           {steps + first, output + first * stride, stride},
+                                           first == 0 ? ahead : Ahead{});
       });
     }
   }

@@ -130,11 +130,12 @@ struct Kernels {
   void (*score)(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
                 int rows, std::int32_t* scores, Ahead ahead) noexcept;
 
-  /// sums[r, c] = Σ_t weights[r, t] · levels[code[t, c]], int32, exact. codes: packed value codes;
-  /// weights: [rows, 64]; sums: [rows, count]; rows ≥ 1.
+  /// output[r, c] += steps[r] · Σ_t weights[r, t] · levels[code[t, c]], the sum in int32, exact.
+  /// codes: packed value codes; weights: [rows, 64]; steps: [rows]; output: [rows, stride]; rows
+  /// ≥ 1.
   void (*accumulate)(const SegmentPlan& segment, const std::uint8_t* codes,
-                     const std::uint8_t* weights, int rows, std::int32_t* sums,
-                     Ahead ahead) noexcept;
+                     const std::uint8_t* weights, const float* steps, int rows, float* output,
+                     std::int64_t stride, Ahead ahead) noexcept;
 
   /// Adds the tiles to the softmax state. Error against exact attention over the decoded tiles:
   /// queries are int8 in one term where keys have up to 4 bits, off by up to max|q| / 254 a

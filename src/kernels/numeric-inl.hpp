@@ -72,20 +72,24 @@ inline void store_floats(float* to, Vec vec) noexcept {
   std::memcpy(to, &vec, sizeof vec);
 }
 
-// 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
+// 2^x for x ≤ 0; 0 below −126.5. Relative error < 3e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.
 inline float exp2_negative(float x) noexcept {
   const float clamped = x < -127.0F ? -127.0F : x;
   const auto whole = static_cast<std::int32_t>(clamped - 0.5F);  // towards zero: nearest
   const float f = clamped - static_cast<float>(whole);
-  float p = 1.5403530e-4F;
-  p = p * f + 1.3333558e-3F;
-  p = p * f + 9.6181291e-3F;
-  p = p * f + 5.5504109e-2F;
-  p = p * f + 2.4022651e-1F;
-  p = p * f + 6.9314718e-1F;
+  float p = 1.32764718e-3F;
+  p = p * f + 9.67554133e-3F;
+  p = p * f + 5.55071327e-2F;
+  p = p * f + 2.40221197e-1F;
+  p = p * f + 6.93146967e-1F;
   p = p * f + 1.0F;
   return p * std::bit_cast<float>((whole + 127) << 23);
+}
+
+// To the nearest integer, halves away from zero; |x| < 2^23.
+inline std::int32_t round_lane(float x) noexcept {
+  return static_cast<std::int32_t>(x + (x < 0.0F ? -0.5F : 0.5F));
 }
 
 // tanh by way of exp2; absolute error < 3e-7.
@@ -113,13 +117,30 @@ inline float sum_lanes(const float* lanes) noexcept {
   return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
-// Leaves the largest of 2 kHalf floats in the first.
-template <int kHalf>
-inline void fold_larger(float* lanes) noexcept {
-  for (int i = 0; i < kHalf; ++i) {
-    lanes[i] = lanes[i] > lanes[i + kHalf] ? lanes[i] : lanes[i + kHalf];
+// The largest lane. Halves as vectors: of a loop over lanes compilers make one step a lane.
+template <int kCount>
+inline float largest_lane(Floats<kCount> vec) noexcept {
+  float lanes[kCount];
+  store_floats(lanes, vec);
+  if constexpr (kCount == 4) {
+    const float a = lanes[0] > lanes[1] ? lanes[0] : lanes[1];
+    const float b = lanes[2] > lanes[3] ? lanes[2] : lanes[3];
+    return a > b ? a : b;
+  } else {
+    using Half = Floats<kCount / 2>;
+    return largest_lane<kCount / 2>(
+        larger(load_floats<Half>(lanes), load_floats<Half>(lanes + kCount / 2)));
   }
-  if constexpr (kHalf > 1) fold_larger<kHalf / 2>(lanes);
+}
+
+// The largest magnitude of `count` numbers, a multiple of 16.
+inline float largest_magnitude(const float* numbers, int count) noexcept {
+  FloatVec vec{};
+  for (int i = 0; i < count; i += kVectorLanes) {
+    const FloatVec next = load_floats(numbers + i);
+    vec = larger(vec, larger(next, -1.0F * next));
+  }
+  return largest_lane<kVectorLanes>(vec);
 }
 
 // The largest of the floats of a tile's row, which are numbers.
@@ -128,10 +149,7 @@ inline float largest_of(const float* row) noexcept {
   for (int t = kVectorLanes; t < kTileTokens; t += kVectorLanes) {
     vec = larger(vec, load_floats(row + t));
   }
-  float lanes[kVectorLanes];
-  store_floats(lanes, vec);
-  fold_larger<kVectorLanes / 2>(lanes);
-  return lanes[0];
+  return largest_lane<kVectorLanes>(vec);
 }
 
 // sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order.

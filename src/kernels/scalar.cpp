@@ -33,8 +33,8 @@ struct Integer {
   }
 
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* weights, int rows, std::int32_t* sums,
-                         Ahead /*ahead*/) noexcept {
+                         const std::uint8_t* weights, const float* steps, int rows, float* output,
+                         std::int64_t stride, Ahead /*ahead*/) noexcept {
     std::uint8_t codes[kMaxDim * kTileTokens];
     unpack_values(packed, segment.count, segment.bits, codes);
     for (int r = 0; r < rows; ++r) {
@@ -43,7 +43,8 @@ struct Integer {
         for (int t = 0; t < kTileTokens; ++t) {
           sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
         }
-        sums[static_cast<std::ptrdiff_t>(r) * segment.count + c] = sum;
+        float& out = output[r * stride + c];
+        out = out + static_cast<float>(sum) * steps[r];
       }
     }
   }
