@@ -46,7 +46,11 @@ RopeTables::RopeTables(const Rope& rope)
     double term = 1.0;
     for (int power = 0; power < 2 * kernels::kRopePowers; ++power) {
       const double sign = power / 2 % 2 == 0 ? 1.0 : -1.0;
-      terms[power % 2][power / 2] = static_cast<float>(sign * term);
+      // Beside the first, which is 1, these do not show; their products would be denormal numbers,
+      // which take processors a hundred times as long.
+      constexpr double kNegligible = 1e-20;
+      terms[power % 2][power / 2] =
+          std::abs(term) < kNegligible ? 0.0F : static_cast<float>(sign * term);
       term *= kHalfTile * static_cast<double>(frequency) / (power + 1);
     }
     terms_.insert(terms_.end(), &terms[0][0], &terms[0][0] + 16);

@@ -226,5 +226,22 @@ TEST_F(Centres, RefusesBadRopes) {
   EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "NaN or infinite"));
 }
 
+// Denormal numbers are right, and a hundred times as slow.
+TEST(RopeTables, HoldNoDenormalNumbers) {
+  Rope rope;
+  for (int f = 0; f < 32; ++f) {
+    rope.inv_freq.push_back((f % 2 == 0 ? 1.0F : -1.0F) *
+                            std::pow(1e9F, -static_cast<float>(f) / 32.0F));
+  }
+  rope.rotary_dim = 64;
+  const detail::RopeTables tables(rope);
+  for (int i = 0; i < 32 * 16; ++i) {
+    const float term = tables.terms()[i];
+    EXPECT_TRUE(term == 0.0F || std::abs(term) >= 1e-20F) << i << ": " << term;
+  }
+  // The sine's first term is never left out.
+  for (int f = 0; f < 32; ++f) EXPECT_NE(tables.terms()[16 * f + 8], 0.0F) << f;
+}
+
 }  // namespace
 }  // namespace tqai
