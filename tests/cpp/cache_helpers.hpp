@@ -72,9 +72,11 @@ inline Array attend(const KvCache& cache, const Array& queries, const AttendOpti
 
 // Largest error of the outputs, relative to the values' scale: against double-precision attention
 // over what `gather` returns. padding: tokens of each row that are not seen; none by default.
+// hidden[q]: tokens that query q does not see besides.
 inline double worst_error(const KvCache& cache, const Array& queries, const Array& output,
                           ReferenceOptions options = {},
-                          const std::vector<std::int64_t>& padding = {}) {
+                          const std::vector<std::int64_t>& padding = {},
+                          const std::vector<std::vector<bool>>& hidden = {}) {
   const Gathered all = gather(cache, 0, cache.tokens());
   const std::int64_t group = queries.shape[1] / cache.options().kv_heads;
   if (options.scale == 0.0) options.scale = 1.0 / std::sqrt(cache.options().head_dim);
@@ -85,8 +87,9 @@ inline double worst_error(const KvCache& cache, const Array& queries, const Arra
       const Matrix keys = rows_of_head(all.keys, b, h / group);
       const Matrix values = rows_of_head(all.values, b, h / group);
       for (std::int64_t q = 0; q < queries.shape[2]; ++q) {
-        const auto expected = attention(queries.at(b, h, q), keys, values,
-                                        cache.tokens() - queries.shape[2] + q, options);
+        const auto expected = attention(
+            queries.at(b, h, q), keys, values, cache.tokens() - queries.shape[2] + q, options,
+            hidden.empty() ? std::vector<bool>{} : hidden[static_cast<std::size_t>(q)]);
         std::vector<double> difference(expected);
         double scale = 0.0;
         for (const auto& value : values) scale = std::max(scale, norm(value));
