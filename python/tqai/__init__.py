@@ -14,6 +14,7 @@ from tqai.patch import new_cache, patch, unpatch
 if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
     from tqai.cache import TqaiCache
+    from tqai.encoder_decoder import TqaiEncoderDecoderCache
     from tqai.fidelity import Fidelity, evaluate
     from tqai.files import load_cache, save_cache
     from tqai.recall import Recall, needle
@@ -25,6 +26,7 @@ __all__ = [
     "Quantizer",
     "Recall",
     "TqaiCache",
+    "TqaiEncoderDecoderCache",
     "__version__",
     "evaluate",
     "load_cache",
@@ -42,6 +44,7 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 
 _LAZY = {
     "TqaiCache": "tqai.cache",
+    "TqaiEncoderDecoderCache": "tqai.encoder_decoder",
     "load_cache": "tqai.files",
     "save_cache": "tqai.files",
     "Fidelity": "tqai.fidelity",

@@ -201,12 +201,15 @@ def _kernel_arguments(
     groups = getattr(module, "num_key_value_groups", 1)
     if (batch, dim) != (core.batch, core.head_dim) or heads != core.kv_heads * groups:
         return None
-    if queries != update.queries or takes_unknown(original, kwargs) or kwargs.get("dropout"):
+    if takes_unknown(original, kwargs) or kwargs.get("dropout"):
+        return None
+    if not update.is_cross and queries != update.queries:
         return None
     if _wants_weights(module, kwargs) and original is not original_attention("sdpa", module):
         return None
     if mask is None and queries > 1:  # what no mask means then differs between implementations
-        return None
+        if not update.is_cross or getattr(module, "is_causal", True):
+            return None
     if mask is not None and not _fits(mask, update, query):
         return None
 
@@ -223,7 +226,7 @@ def _kernel_arguments(
         "scale": kwargs.get("scaling"),
         "soft_cap": float(soft_cap) if formula.soft_cap else 0.0,
         # A mask says everything: models with bidirectional or chunked spans put them there.
-        "causal": mask is None,
+        "causal": mask is None and not update.is_cross,
         "window": (update.layer.sliding_window or 0) if mask is None else 0,
         "mask": None if mask is None else mask_ref(mask),
         "sinks": sinks if formula.sinks else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -14,8 +14,13 @@ from tqai.layer import TqaiLayer
 from tqai.settings import Settings
 from tqai.view import TqaiView
 
+if TYPE_CHECKING:
+    from weakref import ReferenceType
+
+    from tqai.encoder_decoder import TqaiEncoderDecoderCache
+
 _BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
-_COUNTS = ("tokens", "packed_tokens", *_BYTES)
+COUNTS = ("tokens", "packed_tokens", *_BYTES)
 
 
 class TqaiCache(DynamicCache):
@@ -30,6 +35,9 @@ class TqaiCache(DynamicCache):
     the pass.
     """
 
+    whole: ReferenceType[TqaiEncoderDecoderCache] | None = None
+    """The cache of an encoder-decoder model that this is one half of."""
+
     def __init__(self, geometry: Geometry, settings: Settings, sliding: bool = True) -> None:
         """`sliding`: whether layers with a sliding window forget the tokens that have left it."""
         super().__init__(config=geometry.config)
@@ -40,16 +48,21 @@ class TqaiCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
-                self.layers[index] = TqaiLayer(
-                    index,
-                    settings.of_layer(index, len(self.layers)),
-                    window,
-                    geometry.heads[index],
-                    geometry.ropes[index],
-                )
+                own = settings.of_layer(index, len(self.layers))
+                self.layers[index] = self._make_layer(index, own, window)
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, _Before] = {}
+
+    def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
+        heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
+        return TqaiLayer(index, settings, sliding_window, heads, rope)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied half gets its own whole."""
+        state = dict(vars(self))
+        state.pop("whole", None)
+        return state
 
     def check_model(self, geometry: Geometry) -> None:
         """Raises ValueError where this is the cache of another model than the one described."""
@@ -77,7 +90,7 @@ class TqaiCache(DynamicCache):
                 here, the layers that the forward pass has updated forget its tokens.
         """
         if layer_idx in self._before:  # a new forward pass
-            self._before.clear()
+            self._owner().end_pass()
         try:
             if not 0 <= layer_idx < len(self.layers):
                 raise ValueError(
@@ -90,7 +103,7 @@ class TqaiCache(DynamicCache):
             self.roll_back()
             raise
         if isinstance(keys, TqaiView):
-            keys.update.cache = self
+            keys.update.cache = self._owner()
         return keys, values
 
     def activate_past_recording(self) -> None:
@@ -108,8 +121,29 @@ class TqaiCache(DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.exact_arithmetic = True
 
+    def _owner(self) -> TqaiCache | TqaiEncoderDecoderCache:
+        """The cache that a forward pass takes."""
+        whole = self.whole() if self.whole is not None else None
+        return self if whole is None else whole
+
+    def end_pass(self) -> None:
+        """Makes what the forward passes so far have added lasting."""
+        self.forget_before()
+
     def roll_back(self) -> None:
-        """Forgets what the forward pass that is under way has added."""
+        """Forgets what the forward pass that is under way has added, in both halves of a whole."""
+        owner = self._owner()
+        if owner is self:
+            self.restore_before()
+        else:
+            owner.roll_back()
+
+    def forget_before(self) -> None:
+        """Forgets how the layers were before the pass."""
+        self._before.clear()
+
+    def restore_before(self) -> None:
+        """Makes the layers as they were before the pass."""
         for index, before in self._before.items():
             before.restore(self.layers[index])
         self._before.clear()
@@ -189,15 +223,15 @@ def _memory(layer: Any) -> dict[str, int]:
     """One layer's numbers; those of transformers' own layers count as exact."""
     if isinstance(layer, TqaiLayer):
         if layer.core is None:
-            return dict.fromkeys(_COUNTS, 0)
+            return dict.fromkeys(COUNTS, 0)
         memory = layer.core.memory()
-        return {name: memory[name] for name in _COUNTS}
+        return {name: memory[name] for name in COUNTS}
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     tensors = [tensor for tensor in (keys, values) if tensor is not None]
     size = sum(tensor.nbytes for tensor in tensors)
     tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
     sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
-    return {**dict.fromkeys(_COUNTS, 0), **sizes, "tokens": tokens}
+    return {**dict.fromkeys(COUNTS, 0), **sizes, "tokens": tokens}
 
 
 def _centerings(layer: Any) -> Counter[str]:

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai import _core, hooks
 from tqai.cache import TqaiCache
+from tqai.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
 from tqai.geometry import Geometry, geometry_of
 from tqai.layer import TqaiLayer
 from tqai.rope import Rope
@@ -34,30 +35,40 @@ if TYPE_CHECKING:
 VERSION = 1
 # Frequencies are computed by the loading machine again; another rounding is no other embedding.
 ROPE_TOLERANCE = 1e-5
-_KINDS = {TqaiLayer: "tqai", DynamicLayer: "exact", DynamicSlidingWindowLayer: "sliding"}
+_KINDS = {
+    TqaiLayer: "tqai",
+    CrossLayer: "cross",
+    DynamicLayer: "exact",
+    DynamicSlidingWindowLayer: "sliding",
+}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
-def save_cache(cache: TqaiCache, path: str | os.PathLike[str]) -> None:
+def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str]) -> None:
     """Writes `cache` to the file `path`, whole or not at all; an existing file is replaced.
 
     The file takes about ``cache.nbytes`` bytes, and writing it as many more of memory.
 
     Raises:
-        ValueError: for something else than a TqaiCache.
+        ValueError: for something else than a cache of tqai's.
         NotImplementedError: for a layer that is neither compressed nor keys and values (the
             recurrent state of a hybrid model), naming it.
         OSError: where the file cannot be written; what was there before is still there.
     """
-    if not isinstance(cache, TqaiCache):
-        raise ValueError(f"save_cache takes a TqaiCache; got {type(cache).__name__}")
+    if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+        raise ValueError(
+            f"save_cache takes a cache that tqai made (TqaiCache, TqaiEncoderDecoderCache); got "
+            f"{type(cache).__name__}"
+        )
     tensors: dict[str, torch.Tensor] = {}
-    layers = []
-    for index, layer in enumerate(cache.layers):
-        described, held = _describe(index, layer)
-        for name, tensor in held.items():
-            tensors[f"layers.{index}.{name}"] = tensor
-        layers.append(described)
+    described: dict[str, list[dict[str, Any]]] = {}
+    for part, half in _parts(cache).items():
+        described[part] = []
+        for index, layer in enumerate(half.layers):
+            description, held = _describe(index, layer)
+            for name, tensor in held.items():
+                tensors[f"{part}.{index}.{name}"] = tensor
+            described[part].append(description)
     header = json.dumps(
         {
             "model": cache.geometry.describe(),
@@ -65,7 +76,7 @@ def save_cache(cache: TqaiCache, path: str | os.PathLike[str]) -> None:
             "weights": cache.geometry.identity,
             "settings": _without_level(cache.settings),
             "sliding": cache.sliding,
-            "layers": layers,
+            **described,
             "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
         }
     )
@@ -78,7 +89,9 @@ def save_cache(cache: TqaiCache, path: str | os.PathLike[str]) -> None:
     _write_whole(tensors, metadata, Path(path))
 
 
-def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> TqaiCache:
+def load_cache(
+    path: str | os.PathLike[str], model: PreTrainedModel
+) -> TqaiCache | TqaiEncoderDecoderCache:
     """The cache that ``save_cache`` wrote, for a patched model with the same weights.
 
     Bits, windows and centres are the file's, the kernel level is the one `model` is patched with.
@@ -101,24 +114,33 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> TqaiCach
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
             raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
-        cache = TqaiCache(geometry, _settings(header["settings"], level), header["sliding"])
-        if len(cache.layers) != len(header["layers"]):
-            raise ValueError(f"{path} has {len(header['layers'])} layers; expected one a layer")
-        for index, (layer, described) in enumerate(
-            zip(cache.layers, header["layers"], strict=True)
-        ):
-            prefix = f"layers.{index}."
-            held = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
-            _restore(path, index, layer, described, held)
+        settings = _settings(header["settings"], level)
+        cache = hooks.make_cache(model, settings, header["sliding"])
+        for part, half in _parts(cache).items():
+            if len(half.layers) != len(header[part]):
+                raise ValueError(f"{path} has {len(header[part])} layers; expected one a layer")
+            for index, (layer, described) in enumerate(zip(half.layers, header[part], strict=True)):
+                prefix = f"{part}.{index}."
+                held = {
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(prefix)
+                }
+                _restore(path, index, layer, described, held)
+        if isinstance(cache, TqaiEncoderDecoderCache):
+            cache.mark_updated()
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no file of tqai.save_cache, or damaged ({error}); save the cache again"
         ) from error
     return cache
+
+
+def _parts(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, TqaiCache]:
+    """What a cache consists of, by the name in the file."""
+    if isinstance(cache, TqaiEncoderDecoderCache):
+        return {"layers": cache.self_attention_cache, "cross_layers": cache.cross_attention_cache}
+    return {"layers": cache}
 
 
 def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -56,7 +56,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     """The geometry of `model`, or of the model that `model` is the decoder of."""
     decoder = decoder_of(model)
     if decoder not in _geometries:
-        config = model.config.get_text_config(decoder=True)
+        config = config_of(model)
         name = type(model).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
@@ -85,7 +85,22 @@ def _fingerprint(decoder: torch.nn.Module) -> str:
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The module whose forward takes the cache: the model without its head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model if decoder is None else decoder
+    if decoder is None or decoder is model:
+        return model
+    # The decoder of a composed model (EncoderDecoderModel) may have a head of its own.
+    return decoder_of(decoder) if is_encoder_decoder(model) else decoder
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """The configuration of the decoder, that its cache is built from."""
+    # That of a whole encoder-decoder model may count the encoder's layers.
+    owner = decoder_of(model) if is_encoder_decoder(model) else model
+    return owner.config.get_text_config(decoder=True)
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder reads an encoder's output, and caches that too."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_model(model: Any, settings: Settings) -> None:
@@ -95,10 +110,13 @@ def check_model(model: Any, settings: Settings) -> None:
             f"tqai.patch takes a transformers PreTrainedModel; got {type(model).__name__}"
         )
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"{name} is an encoder-decoder model; tqai takes decoders only")
     decoder = decoder_of(model)
-    config = model.config.get_text_config(decoder=True)
+    if not hasattr(decoder, "config"):
+        raise NotImplementedError(
+            f"{name}: its {type(decoder).__name__} has no configuration of its own, so tqai cannot "
+            "tell what cache it needs"
+        )
+    config = config_of(model)
     if not _has_attention(model, decoder, config):
         raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")
     takes_cache = "past_key_values" in inspect.signature(decoder.forward).parameters

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from tqai import attention
 from tqai.cache import TqaiCache
-from tqai.geometry import check_model, decoder_of, geometry_of
+from tqai.encoder_decoder import TqaiEncoderDecoderCache
+from tqai.geometry import check_model, decoder_of, geometry_of, is_encoder_decoder
 from tqai.original import original_name, patched_name
 from tqai.settings import Settings
 
@@ -42,7 +43,7 @@ class _Patch(NamedTuple):
     """Methods that the instance shadows."""
 
 
-def install(model: PreTrainedModel, settings: Settings) -> TqaiCache:
+def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncoderDecoderCache:
     """Patches `model`, or gives a patched one new settings; returns a fresh cache.
 
     Raises:
@@ -51,7 +52,7 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache:
     check_model(model, settings)
     configs = _configs(model)
     names = [patched_name(config._attn_implementation) for config in configs]
-    cache = TqaiCache(geometry_of(model), settings)
+    cache = make_cache(model, settings)
 
     if _state(model) is not None:
         remove(model)
@@ -93,13 +94,21 @@ def remove(model: PreTrainedModel) -> None:
     del model.__dict__[_STATE]
 
 
-def fresh_cache(model: PreTrainedModel) -> TqaiCache:
+def fresh_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
     """A cache with the settings that `model` was patched with.
 
     Raises:
         ValueError: when `model` is not patched.
     """
-    return TqaiCache(geometry_of(model), settings_of(model))
+    return make_cache(model, settings_of(model))
+
+
+def make_cache(
+    model: PreTrainedModel, settings: Settings, sliding: bool = True
+) -> TqaiCache | TqaiEncoderDecoderCache:
+    """An empty cache of the kind that `model` takes, patched or not."""
+    kind = TqaiEncoderDecoderCache if is_encoder_decoder(model) else TqaiCache
+    return kind(geometry_of(model), settings, sliding)
 
 
 def settings_of(model: PreTrainedModel) -> Settings:
@@ -152,11 +161,19 @@ class _CacheHook:
         names = _parameters(type(decoder))
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
-        if isinstance(cache, TqaiCache):
+        cross = given.get("encoder_hidden_states") is not None
+        if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.check_model(geometry_of(decoder))
+        if isinstance(cache, TqaiCache) and cross:
+            raise ValueError(
+                f"{type(decoder).__name__} reads an encoder's output, and a TqaiCache has no place "
+                "for it: pass a tqai.TqaiEncoderDecoderCache, as tqai.new_cache(model) makes for "
+                "an encoder-decoder model, or no cache"
+            )
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
-        fresh = TqaiCache(geometry_of(decoder), self.settings)
+        kind = TqaiEncoderDecoderCache if cross else TqaiCache
+        fresh = kind(geometry_of(decoder), self.settings)
         position = names.index("past_key_values")
         if position < len(args):
             return (*args[:position], fresh, *args[position + 1 :]), kwargs
@@ -180,11 +197,19 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
     arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
     model_kwargs = arguments["model_kwargs"]
     given = model_kwargs.get("past_key_values")
+    if isinstance(given, TqaiEncoderDecoderCache):
+        # Some models' own methods replace the half that is the encoder's.
+        method = GenerationMixin._prepare_cache_for_generation
     result = method(self, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
-    if given is None and type(made) is DynamicCache and not made.offloading:
+    if given is not None:
+        return result
+    kind: type[TqaiCache] | type[TqaiEncoderDecoderCache] = TqaiCache
+    if type(made) is EncoderDecoderCache:
+        kind, made = TqaiEncoderDecoderCache, made.self_attention_cache
+    if type(made) is DynamicCache and not made.offloading:
         # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
-        cache = TqaiCache(geometry_of(self), _require_state(self).settings, bool(made.layers))
+        cache = kind(geometry_of(self), _require_state(self).settings, bool(made.layers))
         if getattr(arguments["generation_config"], "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -119,8 +119,13 @@ def named_settings(
 
     Raises:
         ValueError: for no settings, a patched model, or as ``NamedSetting``.
-        NotImplementedError: as ``tqai.patch``.
+        NotImplementedError: for an encoder-decoder model, or as ``tqai.patch``.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} is an encoder-decoder model; texts are read by decoder-only "
+            "models here: compare its outputs with and without tqai.patch(model)"
+        )
     try:
         tqai.new_cache(model)
     except ValueError:

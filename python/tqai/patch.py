@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tqai.cache import TqaiCache
+    from tqai.encoder_decoder import TqaiEncoderDecoderCache
     from tqai.settings import Bits
 
 
@@ -29,7 +30,7 @@ def patch(
     exact_prefill: bool = True,
     seed: int | None = None,
     level: str | None = None,
-) -> TqaiCache:
+) -> TqaiCache | TqaiEncoderDecoderCache:
     """Makes `model` keep its keys and values compressed from now on, and returns a fresh cache.
 
     Every later ``model.generate(...)`` and ``model(...)`` in eval mode gets a compressed cache of
@@ -37,7 +38,8 @@ def patch(
     Patching a patched model replaces its settings; caches made before keep theirs.
 
     Args:
-        model: a decoder-only transformers model on the CPU; changed in place.
+        model: a transformers model with a decoder, on the CPU; changed in place. Of an
+            encoder-decoder model, what the decoder reads of the encoder is compressed as well.
         preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
             "small" (2 and 2); bits that are given as well take precedence.
         bits_k: bits per key coordinate, 1…8, by default 4: of every layer, a sequence with one
@@ -82,7 +84,7 @@ def patch(
     return hooks.install(model, settings)
 
 
-def new_cache(model: PreTrainedModel) -> TqaiCache:
+def new_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
     """A fresh cache for a patched model, with the settings it was patched with.
 
     Raises:

@@ -12,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from tqai.cache import TqaiCache
+    from tqai.encoder_decoder import TqaiEncoderDecoderCache
     from tqai.layer import TqaiLayer
 
 _NAMES = ("keys", "values")
@@ -37,15 +38,20 @@ class Update:
         self.length = length
         """Tokens that the views span."""
         self.queries = queries
-        """New tokens, the last of the span."""
+        """New tokens, the last of the span; 0 for an encoder's tokens, all of which all see."""
         self.fresh = fresh
         """The exact keys and values, where the update was the first of an empty layer."""
-        self.cache: TqaiCache | None = None
+        self.cache: TqaiCache | TqaiEncoderDecoderCache | None = None
         """The cache that the layer belongs to, to undo a forward pass that fails."""
         self.settled = False
         """Whether attention ran and the layer has sealed what it could."""
         self._version = layer.version
         self._spare: dict[int, torch.Tensor] = {}
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether the tokens are an encoder's, and no queries among them."""
+        return self.queries == 0
 
     def is_current(self) -> bool:
         """Whether the layer is still as this update left it."""

@@ -99,7 +99,14 @@ small random model of the family.
 
 {table}
 
-Not supported, each with an error that says so: encoder-decoder models, continuous batching
+Encoder-decoder models (T5, BART, Marian, M2M-100, Whisper, T5Gemma …; tests in
+tests/python/test_encoder_decoder.py): both halves of the cache are compressed with the same
+settings: the decoder's own tokens, and the encoder's, which the decoder reads at each step. The
+last `residual_window` tokens of the encoder stay exact too, and each layer in `skip_layers` stays
+exact in both halves; `memory_report()` has both. T5's attention adds a bias by position, so its
+sealed tokens are decompressed; what compression costs was measured on decoder-only models.
+
+Not supported, each with an error that says so: FSMT, continuous batching
 (`transformers serve`), tensors that are not on the CPU, models that keep a cache of a kind of their
 own (Mamba), layers with heads narrower than 8 or wider than 512 (`skip_layers` leaves them exact),
 saving the recurrent state of hybrid models.

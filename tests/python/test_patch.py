@@ -274,9 +274,12 @@ def test_models_without_attention_are_named() -> None:
 
 
 def test_models_of_another_make_are_named() -> None:
-    t5 = unsupported("T5", d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(NotImplementedError, match="T5Model is an encoder-decoder"):
-        tqai.patch(t5)
+    langs = {"langs": ["en", "de"], "src_vocab_size": 32, "tgt_vocab_size": 32, "d_model": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    fsmt = transformers.FSMTModel(transformers.FSMTConfig(**langs, **layers, **heads)).eval()
+    with pytest.raises(NotImplementedError, match="FSMTModel.*FSMTDecoder has no configuration"):
+        tqai.patch(fsmt)
     reformer = transformers.ReformerConfig(
         is_decoder=True, axial_pos_embds=False, hidden_size=32, attn_layers=["local"]
     )
