@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai.geometry import Geometry, is_compressible
+from tqai.geometry import Geometry, is_compressible, is_linear
 from tqai.layer import TqaiLayer
 from tqai.settings import Settings
 from tqai.view import TqaiView
@@ -32,7 +32,7 @@ class TqaiCache(DynamicCache):
     ``skip_layers`` and layers without keys and values are transformers' own.
 
     A forward pass that fails inside a layer's update or attention leaves the cache as it was before
-    the pass.
+    the pass, unless there are recurrent states in it (hybrid models), which are lost then.
     """
 
     whole: ReferenceType[TqaiEncoderDecoderCache] | None = None
@@ -53,15 +53,17 @@ class TqaiCache(DynamicCache):
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, _Before] = {}
+        self._lost_states = False
 
     def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
         heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
         return TqaiLayer(index, settings, sliding_window, heads, rope)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied half gets its own whole."""
+        """A copied half gets its own whole, and each forward pass has its own views."""
         state = dict(vars(self))
         state.pop("whole", None)
+        state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
         return state
 
     def check_model(self, geometry: Geometry) -> None:
@@ -91,6 +93,7 @@ class TqaiCache(DynamicCache):
         """
         if layer_idx in self._before:  # a new forward pass
             self._owner().end_pass()
+        self._check_states()
         try:
             if not 0 <= layer_idx < len(self.layers):
                 raise ValueError(
@@ -105,6 +108,50 @@ class TqaiCache(DynamicCache):
         if isinstance(keys, TqaiView):
             keys.update.cache = self._owner()
         return keys, values
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' cache does, for a layer with a recurrent state.
+
+        Raises:
+            RuntimeError: after a forward pass that failed; see ``restore_before``.
+        """
+        self._check_states()
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    def update_recurrent_state(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See ``update_conv_state``."""
+        self._check_states()
+        return super().update_recurrent_state(states, *args, **kwargs)
+
+    def _check_states(self) -> None:
+        if self._lost_states:
+            raise RuntimeError(
+                "a forward pass over this cache failed, and the recurrent states of "
+                f"{self.geometry.model} cannot be put back as they were before: reset() it, or "
+                "make another with tqai.new_cache(model), and read the text again"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens; a positive number is a length to keep.
+
+        Raises:
+            NotImplementedError: for a model with recurrent states, which cannot go back.
+            RuntimeError: see ``TqaiLayer.crop``.
+        """
+        for index, layer in enumerate(self.layers):
+            if is_linear(layer) and not (layer.is_croppable and layer.record_past):
+                raise NotImplementedError(
+                    f"layer {index} of {self.geometry.model} holds a recurrent state, which cannot "
+                    "go back to an earlier token: copy.deepcopy the cache before the tokens that "
+                    "are to be forgotten"
+                )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self._lost_states = False
+        self._before.clear()
+        super().reset()
 
     def activate_past_recording(self) -> None:
         """Makes sliding layers keep what ``crop`` may go back to; see ``TqaiLayer``."""
@@ -143,9 +190,19 @@ class TqaiCache(DynamicCache):
         self._before.clear()
 
     def restore_before(self) -> None:
-        """Makes the layers as they were before the pass."""
+        """Makes the layers as they were before the pass.
+
+        Recurrent states are not kept twice for that: those of an empty cache become empty again,
+        and otherwise the cache is of no use any more and says so when it is used.
+        """
         for index, before in self._before.items():
             before.restore(self.layers[index])
+        linear = [layer for layer in self.layers if is_linear(layer)]
+        if linear and any(before.length for before in self._before.values()):
+            self._lost_states = True
+        elif self._before:
+            for layer in linear:
+                layer.reset()
         self._before.clear()
 
     @property
@@ -227,7 +284,10 @@ def _memory(layer: Any) -> dict[str, int]:
         memory = layer.core.memory()
         return {name: memory[name] for name in COUNTS}
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    tensors = [tensor for tensor in (keys, values) if tensor is not None]
+    states = (
+        [*layer.conv_states.values(), *layer.recurrent_states.values()] if is_linear(layer) else ()
+    )
+    tensors = [tensor for tensor in (keys, values, *states) if tensor is not None]
     size = sum(tensor.nbytes for tensor in tensors)
     tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
     sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
