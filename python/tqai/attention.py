@@ -63,13 +63,15 @@ def attention_forward(
 
     Raises:
         NotImplementedError: under continuous batching.
-        RuntimeError: for views that are older than the cache.
+        RuntimeError: for views that are older than the cache, or a model that has the name of
+            tqai's attention but is not patched.
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError(CONTINUOUS_BATCHING)
     original = original_attention(implementation, module)
     update = update_of(key, value)
     if update is None:
+        _check_patched(module)
         return original(module, query, key, value, attention_mask, **kwargs)
     try:
         return _attend_update(original, module, query, update, attention_mask, kwargs)
@@ -77,6 +79,15 @@ def attention_forward(
         if update.cache is not None:
             update.cache.roll_back()
         raise
+
+
+def _check_patched(module: torch.nn.Module) -> None:
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if type(name) is str and name in PATCHED_NAMES.values():
+        raise RuntimeError(
+            f"the model was loaded with attn_implementation={name!r}, which alone compresses "
+            "nothing: call tqai.patch(model), or load it without attn_implementation"
+        )
 
 
 def _attend_update(

@@ -18,6 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
 """Attention implementation of a config → the name that stands for tqai before it."""
 
+
+class PatchedName(str):
+    """A name as ``tqai.patch`` puts it into a config.
+
+    A plain string there was given as ``attn_implementation``, to a model that is not patched.
+    """
+
+
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 _UNDERSTOOD = frozenset(
@@ -33,13 +41,13 @@ def patched_name(implementation: str) -> str:
         NotImplementedError: for an implementation that tqai does not stand before.
     """
     if implementation in PATCHED_NAMES.values():
-        return implementation
+        return PatchedName(implementation)
     if implementation not in PATCHED_NAMES:
         raise NotImplementedError(
             f"the model's attention implementation is {implementation!r}; tqai works with "
             f"{' and '.join(map(repr, PATCHED_NAMES))}: model.set_attn_implementation('sdpa') first"
         )
-    return PATCHED_NAMES[implementation]
+    return PatchedName(PATCHED_NAMES[implementation])
 
 
 def original_name(implementation: str) -> str:

@@ -217,10 +217,17 @@ last `residual_window` tokens of the encoder stay exact too, and each layer in `
 exact in both halves; `memory_report()` has both. T5's attention adds a bias by position, so its
 sealed tokens are decompressed; what compression costs was measured on decoder-only models.
 
-Not supported, each with an error that says so: FSMT, continuous batching
-(`transformers serve`), tensors that are not on the CPU, models that keep a cache of a kind of their
-own (Mamba), layers with heads narrower than 8 or wider than 512 (`skip_layers` leaves them exact),
-hybrid models with transformers 4.
+Beside `generate`: pipelines, streamers, the single requests of `transformers serve`, and
+`torch.compile` (the graph breaks at the cache and at attention; outputs are the same) are tested in
+tests/python/test_features.py. `model.train()` is left alone. After any of these operations a cache
+is what it would be had it read its tokens from the start (tests/python/test_rebuilt.py).
+
+Not supported, each with an error that says so: continuous batching (`generate_batch`,
+`transformers serve --continuous-batching`), `attn_implementation="tqai"` without `tqai.patch`,
+tensors that are not on the CPU, models that keep a cache of a kind of their own (Mamba, RWKV,
+FSMT), layers with attention and a recurrent state at once (Falcon-H1, Zamba 2) and those with
+heads narrower than 8 or wider than 512 (`skip_layers` leaves them exact), hybrid models with
+transformers 4.
 """
 _cells: dict[tuple[str, str], str] = {}
 # Of the logits' length. The kernels' own error is 1e-2 of an output (docs/kernels.md); random
