@@ -38,8 +38,23 @@ class TqaiCache(DynamicCache):
     whole: ReferenceType[TqaiEncoderDecoderCache] | None = None
     """The cache of an encoder-decoder model that this is one half of."""
 
-    def __init__(self, geometry: Geometry, settings: Settings, sliding: bool = True) -> None:
-        """`sliding`: whether layers with a sliding window forget the tokens that have left it."""
+    def __init__(
+        self,
+        geometry: Geometry | None = None,
+        settings: Settings | None = None,
+        sliding: bool = True,
+        **unknown: Any,
+    ) -> None:
+        """`sliding`: whether layers with a sliding window forget the tokens that have left it.
+
+        Raises:
+            TypeError: for what others make caches of, as ``DynamicCache(config=...)``.
+        """
+        if not isinstance(geometry, Geometry) or settings is None or unknown:
+            raise TypeError(
+                f"a {type(self).__name__} is not made by hand: tqai.patch(model) returns one, and "
+                "tqai.new_cache(model) makes more"
+            )
         super().__init__(config=geometry.config)
         self.geometry = geometry
         self.settings = settings

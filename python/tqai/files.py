@@ -57,8 +57,8 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
     """
     if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
         raise ValueError(
-            f"save_cache takes a cache that tqai made (TqaiCache, TqaiEncoderDecoderCache); got "
-            f"{type(cache).__name__}"
+            "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
+            f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
@@ -102,6 +102,10 @@ def load_cache(
             version of the format; for another model; for a model that is not patched.
         OSError: where the file cannot be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
+        )
     level = hooks.settings_of(model).level
     geometry = geometry_of(model)
     path = Path(path)

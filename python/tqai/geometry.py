@@ -115,6 +115,7 @@ def check_model(model: Any, settings: Settings) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"tqai.patch takes a transformers PreTrainedModel; got {type(model).__name__}"
+            f"{_advice(model)}"
         )
     name = type(model).__name__
     decoder = decoder_of(model)
@@ -132,6 +133,17 @@ def check_model(model: Any, settings: Settings) -> None:
             f"{name} keeps a cache of its own kind, which tqai cannot replace"
         )
     _check_layers(name, decoder, config, settings)
+
+
+def _advice(model: Any) -> str:
+    """What to do with something that is no model."""
+    if isinstance(model, str):
+        return f": load it first, AutoModelForCausalLM.from_pretrained({model!r})"
+    if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+        return ": patch the model before torch.compile"
+    if isinstance(getattr(model, "model", None), PreTrainedModel):
+        return ": patch its .model"
+    return ""
 
 
 def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tqai import attention
 from tqai.cache import TqaiCache
@@ -126,6 +126,10 @@ def _state(model: Any) -> _Patch | None:
 
 def _require_state(model: Any) -> _Patch:
     state = _state(model)
+    if state is None and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"expected the transformers model that was patched; got {type(model).__name__}"
+        )
     if state is None:
         raise ValueError(
             f"this {type(model).__name__} is not patched; call tqai.patch(model) first"
@@ -197,6 +201,8 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
     arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
     model_kwargs = arguments["model_kwargs"]
     given = model_kwargs.get("past_key_values")
+    if given is not None:
+        _check_given(self, given, arguments)
     if isinstance(given, TqaiEncoderDecoderCache):
         # Some models' own methods replace the half that is the encoder's.
         method = GenerationMixin._prepare_cache_for_generation
@@ -214,6 +220,31 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
     return result
+
+
+def _check_given(model: PreTrainedModel, cache: Any, arguments: dict[str, Any]) -> None:
+    """Raises ValueError for what cannot go on as `model`'s cache.
+
+    arguments: of ``_prepare_cache_for_generation``.
+    """
+    if not isinstance(cache, (Cache, tuple)):
+        given = cache.__name__ if isinstance(cache, type) else repr(cache)
+        raise ValueError(
+            f"past_key_values={given}: expected a cache, as tqai.new_cache(model) makes them"
+        )
+    if not isinstance(cache, TqaiCache) or is_encoder_decoder(model):
+        return
+    # The ids are not at hand here; their mask is as long, or its length is known where all is seen.
+    mask = arguments["model_kwargs"].get("attention_mask")
+    known = getattr(arguments["generation_config"], "_mask_length", None)
+    length = mask.shape[-1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else known
+    embeds = arguments["model_kwargs"].get("inputs_embeds")
+    if embeds is None and length is not None and 0 < length <= cache.get_seq_length():
+        raise ValueError(
+            f"the cache has read {cache.get_seq_length()} tokens and generate() got {length}: it "
+            "takes all of them, those that the cache has read first, then new ones; for another "
+            "text make a cache with tqai.new_cache(model)"
+        )
 
 
 def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

@@ -322,7 +322,7 @@ class TqaiLayer(CacheLayerMixin):
             if tensor.dtype not in DTYPES:
                 raise ValueError(
                     f"layer {self.index}: {name} of {tensor.dtype}; expected float32, float16 or "
-                    "bfloat16"
+                    "bfloat16: model.to(torch.float32) first"
                 )
             check_head_dim(self.index, name, tensor.shape[3])
         if keys.shape[:3] != values.shape[:3]:
@@ -330,10 +330,18 @@ class TqaiLayer(CacheLayerMixin):
                 f"layer {self.index}: keys of shape {tuple(keys.shape)} do not go with values of "
                 f"shape {tuple(values.shape)}"
             )
+        if self.core is not None and keys.shape[0] != self.core.batch:
+            raise ValueError(
+                f"layer {self.index}: keys of {keys.shape[0]} rows; the cache holds "
+                f"{self.core.batch}, and goes on with these only: make another with "
+                "tqai.new_cache(model), or give it the new rows first with "
+                "batch_repeat_interleave() or batch_select_indices()"
+            )
         if self.dtypes not in (None, (keys.dtype, values.dtype)):
             raise ValueError(
                 f"layer {self.index}: keys of {keys.dtype} and values of {values.dtype}; the cache "
-                f"holds {self.dtypes[0]} and {self.dtypes[1]}"
+                f"holds {self.dtypes[0]} and {self.dtypes[1]}: make another with "
+                "tqai.new_cache(model) after the model's dtype has changed"
             )
         given = Heads(keys.shape[1], keys.shape[3])
         if self.heads is not None and given != self.heads:

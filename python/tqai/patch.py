@@ -6,7 +6,8 @@ This module imports neither torch nor transformers, so that ``import tqai`` stay
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ def patch(
     exact_prefill: bool = True,
     seed: int | None = None,
     level: str | None = None,
+    **unknown: Any,
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """Makes `model` keep its keys and values compressed from now on, and returns a fresh cache.
 
@@ -61,6 +63,7 @@ def patch(
         level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
 
     Raises:
+        TypeError: for a keyword that is none of these, naming the nearest.
         ValueError: for a setting out of range or a model without attention layers.
         NotImplementedError: for a model, layer or level that is not supported, naming it.
         The model is left as it was.
@@ -68,6 +71,8 @@ def patch(
     from tqai import hooks
     from tqai.settings import Settings
 
+    if unknown:
+        raise TypeError(_unknown_keyword(next(iter(unknown))))
     bits = {"bits_k": bits_k, "bits_v": bits_v}
     settings = Settings.named(
         preset,
@@ -82,6 +87,16 @@ def patch(
         level=level,
     )
     return hooks.install(model, settings)
+
+
+def _unknown_keyword(name: str) -> str:
+    known = list(patch.__kwdefaults__ or ())
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"tqai.patch() has no keyword argument {name!r}; {hint}it takes a model and "
+        f"{', '.join(known)}"
+    )
 
 
 def new_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:

@@ -199,7 +199,9 @@ def test_other_files_are_refused(models: Models, tmp_path: Path) -> None:
         tqai.load_cache(tmp_path / "later", model)
     with pytest.raises(FileNotFoundError):
         tqai.load_cache(tmp_path / "nothing", model)
-    with pytest.raises(ValueError, match="takes a cache that tqai made.*got DynamicCache"):
+    with pytest.raises(
+        ValueError, match="save_cache.*takes a cache that tqai made.*got DynamicCache"
+    ):
         tqai.save_cache(DynamicCache(), tmp_path / "f")
 
 
