@@ -5,6 +5,7 @@ Each takes a model and ``generate``'s arguments, and gives all outputs; test_cac
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -73,6 +74,4 @@ def masked(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def takes_positions(model: Any) -> bool:
-    import inspect
-
     return "position_ids" in inspect.signature(model.forward).parameters

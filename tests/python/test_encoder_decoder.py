@@ -417,6 +417,23 @@ def test_caches_of_the_wrong_kind_are_refused(bart: Any, greedy: dict[str, Any])
     assert own.get_seq_length() > 0
 
 
+def test_whisper_gives_back_a_plain_cache(greedy: dict[str, Any]) -> None:
+    model = make("Whisper")
+    tqai.patch(model, **SEALING)
+    options = {**greedy, "eos_token_id": VOCABULARY - 1, "min_new_tokens": 16}
+    result = model.generate(**encoded(model), return_dict_in_generate=True, **options)
+    cache = result["past_key_values"]
+    assert type(cache) is EncoderDecoderCache
+    assert cache.cross_attention_cache.layers[0].keys.shape == (2, 4, 150, 16)
+    with torch.no_grad():
+        plain = model.model.encoder(encoded(model)["input_features"]).last_hidden_state
+        keys = model.model.decoder.layers[0].encoder_attn.k_proj(plain)
+    keys = keys.view(2, 150, 4, 16).transpose(1, 2)
+    # Decompressed, not the originals: near them.
+    error = (cache.cross_attention_cache.layers[0].keys - keys).norm() / keys.norm()
+    assert 0 < error < 0.2
+
+
 def test_one_cache_takes_one_encoder_input(bart: Any) -> None:
     cache = tqai.patch(bart, **SEALING)
     states = torch.randn(2, 2, 4, 30, 16)

@@ -215,7 +215,9 @@ tests/python/test_encoder_decoder.py): both halves of the cache are compressed w
 settings: the decoder's own tokens, and the encoder's, which the decoder reads at each step. The
 last `residual_window` tokens of the encoder stay exact too, and each layer in `skip_layers` stays
 exact in both halves; `memory_report()` has both. T5's attention adds a bias by position, so its
-sealed tokens are decompressed; what compression costs was measured on decoder-only models.
+sealed tokens are decompressed; what compression costs was measured on decoder-only models. While
+Whisper writes, its cache is compressed; the one that its own `generate` gives back with
+`return_dict_in_generate` is transformers' own, made of the decompressed tokens.
 
 Beside `generate`: pipelines, streamers, the single requests of `transformers serve`, and
 `torch.compile` (the graph breaks at the cache and at attention; outputs are the same) are tested in
