@@ -21,7 +21,9 @@ constexpr std::array kLevels = {Level::scalar, Level::neon, Level::avx2, Level::
 bool runs(Level level) {
   __builtin_cpu_init();
   if (level == Level::neon) return false;
-  if (level == Level::avx2) return __builtin_cpu_supports("avx2") != 0;
+  if (level == Level::avx2) {
+    return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+  }
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
          __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
          __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vnni") != 0;
@@ -35,10 +37,11 @@ bool runs(Level level) {
   __cpuid(leaf.data(), 1);
   constexpr int kOsXsave = 1 << 27;
   if ((leaf[2] & kOsXsave) == 0) return false;
+  const bool fma = (leaf[2] >> 12 & 1) != 0;
   const auto saved = _xgetbv(0);  // register state that the system keeps
   __cpuidex(leaf.data(), 7, 0);
   const auto has = [](int word, int bit) { return (word >> bit & 1) != 0; };
-  if (level == Level::avx2) return (saved & 0x6U) == 0x6U && has(leaf[1], 5);
+  if (level == Level::avx2) return fma && (saved & 0x6U) == 0x6U && has(leaf[1], 5);
   return (saved & 0xE6U) == 0xE6U && has(leaf[1], 16) && has(leaf[1], 17) && has(leaf[1], 30) &&
          has(leaf[1], 31) && has(leaf[2], 1) && has(leaf[2], 11);
 }

@@ -59,7 +59,8 @@ inline float quantise_weights(const float* __restrict p, const float* __restrict
   }
   const float inverse = 255.0F / largest;
   for (int t = 0; t < kTileTokens; ++t) {
-    weights[t] = static_cast<std::uint8_t>(static_cast<std::int32_t>(products[t] * inverse + 0.5F));
+    weights[t] =
+        static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
   }
   return largest / 255.0F;
 }
@@ -137,11 +138,11 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span,
       float* scores = scratch.block.scores[r];
       if (s == 0) {
         for (int t = 0; t < kTileTokens; ++t) {
-          scores[t] = static_cast<float>(sums[t]) * step * scratch.norms[t] + centre;
+          scores[t] = fused(static_cast<float>(sums[t]) * step, scratch.norms[t], centre);
         }
       } else {
         for (int t = 0; t < kTileTokens; ++t) {
-          scores[t] = scores[t] + static_cast<float>(sums[t]) * step * scratch.norms[t];
+          scores[t] = fused(static_cast<float>(sums[t]) * step, scratch.norms[t], scores[t]);
         }
       }
     }

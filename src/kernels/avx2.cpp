@@ -14,10 +14,10 @@
 #include <utility>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 
 #define TQAI_VECTOR_LANES 8
@@ -181,8 +181,8 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
-    const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(step));
-    _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), product));
+    _mm256_storeu_ps(
+        p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(step), _mm256_loadu_ps(p)));
   }
 };
 

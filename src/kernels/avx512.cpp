@@ -130,8 +130,8 @@ struct Avx512 {
   }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
-    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(step));
-    _mm512_storeu_ps(p, _mm512_add_ps(_mm512_loadu_ps(p), product));
+    _mm512_storeu_ps(
+        p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(step), _mm512_loadu_ps(p)));
   }
 };
 

@@ -11,7 +11,7 @@
 //   expand_*, plain_weights      how words are made; whether those of weights are the weights
 //   dot(acc, operand, words)     acc + Σ of 4 products a lane
 //   store(p, acc)                the sums
-//   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded after each operation
+//   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
 //   value_blocks(rows)           blocks of value coordinates side by side: enough sums to hide

@@ -130,9 +130,9 @@ struct Kernels {
   void (*score)(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
                 int rows, std::int32_t* scores, Ahead ahead) noexcept;
 
-  /// output[r, c] += steps[r] · Σ_t weights[r, t] · levels[code[t, c]], the sum in int32, exact.
-  /// codes: packed value codes; weights: [rows, 64]; steps: [rows]; output: [rows, stride]; rows
-  /// ≥ 1.
+  /// output[r, c] += steps[r] · Σ_t weights[r, t] · levels[code[t, c]], the sum in int32, exact,
+  /// the rest rounded once. codes: packed value codes; weights: [rows, 64]; steps: [rows]; output:
+  /// [rows, stride]; rows ≥ 1.
   void (*accumulate)(const SegmentPlan& segment, const std::uint8_t* codes,
                      const std::uint8_t* weights, const float* steps, int rows, float* output,
                      std::int64_t stride, Ahead ahead) noexcept;

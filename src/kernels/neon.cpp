@@ -129,7 +129,7 @@ struct Neon {
   }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
-    vst1q_f32(p, vaddq_f32(vld1q_f32(p), vmulq_n_f32(vcvtq_f32_s32(acc), step)));
+    vst1q_f32(p, vfmaq_n_f32(vld1q_f32(p), vcvtq_f32_s32(acc), step));
   }
 };
 

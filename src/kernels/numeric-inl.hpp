@@ -1,9 +1,10 @@
 // Arithmetic on lanes, in plain loops that compilers vectorise for the target region they are
-// included in. Nothing here is reassociated or fused (-ffp-contract=off), so every level gives the
-// same bits.
+// included in. Nothing here is reassociated, or fused unless it says so (-ffp-contract=off), so
+// every level gives the same bits.
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -72,19 +73,32 @@ inline void store_floats(float* to, Vec vec) noexcept {
   std::memcpy(to, &vec, sizeof vec);
 }
 
-// 2^x for x ≤ 0; 0 below −126.5. Relative error < 3e-7 (minimax polynomial on [−0.5, 0.5]). At −127
+// a · b + c, rounded once: an instruction where the target has one, else the C library's function,
+// with the same bits.
+inline float fused(float a, float b, float c) noexcept {
+#if defined(__GNUC__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.
 inline float exp2_negative(float x) noexcept {
+  // Next to 1.5 · 2^23 a float's steps are 1, so that the sum's last bits are the nearest integer,
+  // here with the exponent's bias.
+  constexpr float kShift = 0x1.8p23F + 127.0F;
   const float clamped = x < -127.0F ? -127.0F : x;
-  const auto whole = static_cast<std::int32_t>(clamped - 0.5F);  // towards zero: nearest
-  const float f = clamped - static_cast<float>(whole);
+  const float shifted = clamped + kShift;
+  const float f = clamped - (shifted - kShift);
   float p = 1.32764718e-3F;
-  p = p * f + 9.67554133e-3F;
-  p = p * f + 5.55071327e-2F;
-  p = p * f + 2.40221197e-1F;
-  p = p * f + 6.93146967e-1F;
-  p = p * f + 1.0F;
-  return p * std::bit_cast<float>((whole + 127) << 23);
+  p = fused(p, f, 9.67554133e-3F);
+  p = fused(p, f, 5.55071327e-2F);
+  p = fused(p, f, 2.40221197e-1F);
+  p = fused(p, f, 6.93146967e-1F);
+  p = fused(p, f, 1.0F);
+  return p * std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
 }
 
 // To the nearest integer, halves away from zero; |x| < 2^23.

@@ -118,10 +118,12 @@ void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
   for (; r + 4 <= rows; r += 4) {
     add_rope_rows<4>(bias, phasors, bias.factors + r * row, scores + r);
   }
-  for (; r + 2 <= rows; r += 2) {
-    add_rope_rows<2>(bias, phasors, bias.factors + r * row, scores + r);
+  switch (rows - r) {
+    case 3: add_rope_rows<3>(bias, phasors, bias.factors + r * row, scores + r); break;
+    case 2: add_rope_rows<2>(bias, phasors, bias.factors + r * row, scores + r); break;
+    case 1: add_rope_rows<1>(bias, phasors, bias.factors + r * row, scores + r); break;
+    default: break;
   }
-  if (r < rows) add_rope_rows<1>(bias, phasors, bias.factors + r * row, scores + r);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ struct Integer {
           sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
         }
         float& out = output[r * stride + c];
-        out = out + static_cast<float>(sum) * steps[r];
+        out = fused(static_cast<float>(sum), steps[r], out);
       }
     }
   }
