@@ -1,5 +1,5 @@
 // Attention over sealed tiles: the float part, around the level's integer one, `Integer`: its
-// `prepare`, `score` and `accumulate` (integer-inl.hpp).
+// `prepare`, `score` and `accumulate` (integer-inl.hpp), and `read_halves`.
 #pragma once
 
 #include <cmath>
@@ -102,12 +102,6 @@ struct TileScratch {
   Block block;
 };
 
-inline void read_norms(const std::uint8_t* tile, const SidePlan& side, float* norms) noexcept {
-  std::uint16_t halves[kTileTokens];
-  std::memcpy(halves, tile + side.norms, sizeof halves);
-  for (int t = 0; t < kTileTokens; ++t) norms[t] = half_lane(halves[t]);
-}
-
 // q·k for all rows and tokens of the tile into scratch.block.
 template <typename Integer>
 inline void score_tile(const AttendTiles& args, const TileSpan& span,
@@ -123,7 +117,7 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span,
     const auto& prepared = queries.segments[s];
     Integer::score(segment, tile + side.codes + segment.offset, prepared.words, prepared.bias,
                    terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
-    if (s == 0) read_norms(tile, side, scratch.norms);  // fetched meanwhile
+    if (s == 0) Integer::read_halves(tile + side.norms, scratch.norms);  // fetched meanwhile
     for (int r = 0; r < rows; ++r) {
       const std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
@@ -157,7 +151,7 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   const Softmax& softmax = args.softmax;
   float units[kMaxRows];
   bool any = false;
-  read_norms(tile, side, scratch.norms);
+  Integer::read_halves(tile + side.norms, scratch.norms);
   for (int r = 0; r < softmax.rows; ++r) {
     units[r] = quantise_weights(scratch.block.scores[r], scratch.norms, scratch.weights[r]);
     any = any || units[r] > 0.0F;

@@ -180,6 +180,9 @@ struct Avx2 {
   static void store(std::int32_t* p, Acc acc) noexcept {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }
+  static void read_halves(const std::uint8_t* from, float* to) noexcept {
+    kernels::read_halves(from, to);
+  }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
     _mm256_storeu_ps(
         p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(step), _mm256_loadu_ps(p)));

@@ -129,6 +129,12 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(acc, broadcast_word(words), values.levels);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
+  static void read_halves(const std::uint8_t* from, float* to) noexcept {
+    for (int t = 0; t < kTileTokens; t += 16) {
+      const auto* halves = reinterpret_cast<const __m256i*>(from + std::ptrdiff_t{2} * t);
+      _mm512_storeu_ps(to + t, _mm512_cvtph_ps(_mm256_loadu_si256(halves)));
+    }
+  }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
     _mm512_storeu_ps(
         p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(step), _mm512_loadu_ps(p)));

@@ -11,6 +11,7 @@
 //   expand_*, plain_weights      how words are made; whether those of weights are the weights
 //   dot(acc, operand, words)     acc + Σ of 4 products a lane
 //   store(p, acc)                the sums
+//   read_halves(from, to)        a tile's norms as floats
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
@@ -303,6 +304,10 @@ template <typename Ops>
 struct Integer {
   // Bytes of words for each coordinate of a row, at most.
   static constexpr int kQueryBytes = Ops::kMaxWords;
+
+  static void read_halves(const std::uint8_t* from, float* to) noexcept {
+    Ops::read_halves(from, to);
+  }
 
   // queries: [rows, count] in −127…127; words: kQueryBytes a query; bias: [rows].
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,

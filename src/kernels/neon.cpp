@@ -128,6 +128,9 @@ struct Neon {
     return vdotq_s32(vdotq_s32(acc, values.levels, half), values.levels, half);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
+  static void read_halves(const std::uint8_t* from, float* to) noexcept {
+    kernels::read_halves(from, to);
+  }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
     vst1q_f32(p, vfmaq_n_f32(vld1q_f32(p), vcvtq_f32_s32(acc), step));
   }

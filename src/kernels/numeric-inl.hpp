@@ -123,6 +123,13 @@ inline float half_lane(std::uint16_t half) noexcept {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
 }
 
+// A tile's norms: 64 FP16 numbers.
+inline void read_halves(const std::uint8_t* from, float* __restrict to) noexcept {
+  std::uint16_t halves[kTileTokens];
+  std::memcpy(halves, from, sizeof halves);
+  for (int t = 0; t < kTileTokens; ++t) to[t] = half_lane(halves[t]);
+}
+
 // Sum of 16 lanes as a tree.
 inline float sum_lanes(const float* lanes) noexcept {
   float half[8];

@@ -10,6 +10,10 @@ namespace {
 struct Integer {
   static constexpr int kQueryBytes = 1;
 
+  static void read_halves(const std::uint8_t* from, float* to) noexcept {
+    kernels::read_halves(from, to);
+  }
+
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
                       std::uint8_t* words, std::int32_t* /*bias*/) noexcept {
     std::memcpy(words, queries, static_cast<std::size_t>(rows * segment.count));
