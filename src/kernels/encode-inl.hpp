@@ -23,19 +23,19 @@ inline void fwht_lanes(LaneRows& x, int dim) noexcept {
   for (; 4 * stride <= dim; stride *= 4) {
     for (int block = 0; block < dim; block += 4 * stride) {
       for (int row = block; row < block + stride; ++row) {
-        float* __restrict a = x[row];
-        float* __restrict b = x[row + stride];
-        float* __restrict c = x[row + 2 * stride];
-        float* __restrict d = x[row + 3 * stride];
-        for (int i = 0; i < kLanes; ++i) {
-          const float sum = a[i] + b[i];
-          const float difference = a[i] - b[i];
-          const float next_sum = c[i] + d[i];
-          const float next_difference = c[i] - d[i];
-          a[i] = sum + next_sum;
-          b[i] = difference + next_difference;
-          c[i] = sum - next_sum;
-          d[i] = difference - next_difference;
+        for (int v = 0; v < kLanes; v += kVectorLanes) {
+          const FloatVec a = load_floats(x[row] + v);
+          const FloatVec b = load_floats(x[row + stride] + v);
+          const FloatVec c = load_floats(x[row + 2 * stride] + v);
+          const FloatVec d = load_floats(x[row + 3 * stride] + v);
+          const FloatVec sum = a + b;
+          const FloatVec difference = a - b;
+          const FloatVec next_sum = c + d;
+          const FloatVec next_difference = c - d;
+          store_floats(x[row] + v, sum + next_sum);
+          store_floats(x[row + stride] + v, difference + next_difference);
+          store_floats(x[row + 2 * stride] + v, sum - next_sum);
+          store_floats(x[row + 3 * stride] + v, difference - next_difference);
         }
       }
     }

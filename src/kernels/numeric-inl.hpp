@@ -37,6 +37,10 @@ struct Floats {
     for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] + b.lanes[i];
     return a;
   }
+  friend Floats operator-(Floats a, Floats b) noexcept {
+    for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] - b.lanes[i];
+    return a;
+  }
   friend Floats operator*(Floats a, Floats b) noexcept {
     for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] * b.lanes[i];
     return a;
