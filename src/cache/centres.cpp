@@ -60,39 +60,52 @@ Moments find_moments(const Context& context, const HeadKeys& keys) {
   const RopeTables* tables = context.rope.get();
   const auto pairs = tables != nullptr ? static_cast<std::size_t>(tables->pair_count()) : 0;
   Moments moments{std::vector<double>(dim), std::vector<double>(pairs), std::vector<double>(pairs)};
+  std::vector<double> energy(dim);
   std::vector<float> rows(dim * kTileTokens);
   std::shared_ptr<const std::vector<float>> phasors;
   if (pairs > 0) phasors = tables->tiles((keys.first_token + keys.tokens) / kTileTokens + 1);
   for (std::int64_t start = 0; start < keys.tokens; start += kTileTokens) {
     convert_to_float(keys.data + static_cast<std::size_t>(start) * context.key_bytes(),
                      context.options.dtype, rows.size(), rows.data());
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      const auto value = static_cast<double>(rows[i]);
-      moments.sum[i % dim] += value;
-      moments.energy += value * value;
+    for (std::size_t t = 0; t < kTileTokens; ++t) {
+      const float* row = rows.data() + t * dim;
+      for (std::size_t c = 0; c < dim; ++c) {
+        const auto value = static_cast<double>(row[c]);
+        moments.sum[c] += value;
+        energy[c] += value * value;
+      }
     }
     for (std::size_t f = 0; f < pairs; ++f) {
       const int pair = static_cast<int>(f);
       const Complex middle = middle_phasor(*tables, *phasors, keys.first_token + start, pair);
-      double real = 0.0;
-      double imaginary = 0.0;
-      for (int t = 0; t < kTileTokens; ++t) {
-        const Complex turn = multiply(middle, distance_phasor(*tables, pair, t));
-        const float* row = rows.data() + static_cast<std::size_t>(t) * dim;
-        const float a = row[tables->first_of(pair)];
-        const float b = row[tables->second_of(pair)];
-        real += static_cast<double>(a * turn.real + b * turn.imaginary);
-        imaginary += static_cast<double>(b * turn.real - a * turn.imaginary);
+      // Σ (a + i b) · conj(e^(i distance ω)), by pairs of distances ± (j + 1/2), then turned back
+      // to the middle. Four sums, or each addition would wait for the last.
+      const float* cosines = tables->half() + static_cast<std::ptrdiff_t>(f) * kTileTokens;
+      const float* sines = cosines + kTileTokens / 2;
+      const float* first = rows.data() + tables->first_of(pair);
+      const float* second = rows.data() + tables->second_of(pair);
+      float sums[4] = {};
+      for (std::size_t j = 0; j < kTileTokens / 2; ++j) {
+        const std::size_t after = (kTileTokens / 2 + j) * dim;
+        const std::size_t before = (kTileTokens / 2 - 1 - j) * dim;
+        sums[0] += (first[after] + first[before]) * cosines[j];
+        sums[1] += (second[after] - second[before]) * sines[j];
+        sums[2] += (second[after] + second[before]) * cosines[j];
+        sums[3] += (first[after] - first[before]) * sines[j];
       }
-      moments.real[f] += real;
-      moments.imaginary[f] += imaginary;
+      const auto real = static_cast<double>(sums[0] + sums[1]);
+      const auto imaginary = static_cast<double>(sums[2] - sums[3]);
+      const auto turn_real = static_cast<double>(middle.real);
+      const auto turn_imaginary = static_cast<double>(middle.imaginary);
+      moments.real[f] += real * turn_real + imaginary * turn_imaginary;
+      moments.imaginary[f] += imaginary * turn_real - real * turn_imaginary;
     }
   }
   const auto count = static_cast<double>(keys.tokens);
   for (double& value : moments.sum) value /= count;
   for (double& value : moments.real) value /= count;
   for (double& value : moments.imaginary) value /= count;
-  moments.energy /= count;
+  moments.energy = std::accumulate(energy.begin(), energy.end(), 0.0) / count;
   return moments;
 }
 

@@ -294,3 +294,16 @@ def test_peak_of_the_process() -> None:
     peak = peak_resident_bytes()
     assert peak is not None and peak - before > 24 << 20
     assert reset_peak() and peak_resident_bytes() < peak
+
+
+def test_prefill(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ["bench", "prefill", "--model", folder, "--tokens", "300", "--rounds", "2"]
+    assert main([*verb, "--json", "--threads", "1"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["tokens"] == 300 and row["packed_tokens"] == 128 and row["rounds"] == 2
+    assert 0 < row["sealing_milliseconds"] and 0 < row["dynamic_milliseconds"]
+    assert row["sealing_share"] > 0 and row["times_dynamic"] > 0
+    assert main(verb) == 0
+    assert "DynamicCache ms" in capsys.readouterr().out
+    assert main(["bench", "prefill", "--model", folder, "--tokens", "0"]) == 2
+    assert "tokens=[0]: expected at least 1" in capsys.readouterr().err
