@@ -104,20 +104,18 @@ struct TileScratch {
 
 // q·k for all rows and tokens of the tile into scratch.block.
 template <typename Integer>
-inline void score_tile(const AttendTiles& args, const TileSpan& span,
+inline void score_tile(const AttendTiles& args, const TileSpan& span, Ahead ahead,
                        const PreparedQueries<Integer>& queries, TileScratch& scratch) noexcept {
   const SidePlan& side = args.plan->keys;
   const std::uint8_t* tile = span.tile;
   const int rows = args.softmax.rows;
   const int terms = queries.terms;
-  const SidePlan& values = args.plan->values;
-  const Ahead ahead = {tile + values.codes, args.plan->bytes - values.codes};
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
     const auto& prepared = queries.segments[s];
     Integer::score(segment, tile + side.codes + segment.offset, prepared.words, prepared.bias,
                    terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
-    if (s == 0) Integer::read_halves(tile + side.norms, scratch.norms);  // fetched meanwhile
+    if (s == 0) Integer::read_halves(tile + side.norms, scratch.norms);
     for (int r = 0; r < rows; ++r) {
       const std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
@@ -190,14 +188,20 @@ void attend_tiles(const AttendTiles& args) noexcept {
   for (std::int64_t i = 0; i < args.tile_count; ++i) {
     const TileSpan& span = args.tiles[i];
     if (sees(args.softmax, start, span.tokens)) {
-      score_tile(args, span, queries, scratch);
+      // A whole tile ahead: half of one is too late for what comes from memory.
+      Ahead next_keys;
+      Ahead next_values;
+      if (i + 1 < args.tile_count) {
+        const std::uint8_t* next = args.tiles[i + 1].tile;
+        const std::size_t values = args.plan->values.codes;
+        next_keys = {next, values};
+        next_values = {next + values, args.plan->bytes - values};
+      }
+      score_tile(args, span, next_keys, queries, scratch);
       for (int r = 0; r < args.softmax.rows; ++r) {
         weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
       }
-      const Ahead ahead = i + 1 < args.tile_count
-                              ? Ahead{args.tiles[i + 1].tile, args.plan->values.codes}
-                              : Ahead{};
-      accumulate_tile<Integer>(args, span.tile, ahead, scratch);
+      accumulate_tile<Integer>(args, span.tile, next_values, scratch);
     }
     start += span.tokens;
   }
