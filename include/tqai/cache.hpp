@@ -178,6 +178,12 @@ class TQAI_API KvCache {
 
   MemoryReport memory() const;
 
+  /// What keys (less their centre) and queries go through before codes and products, and what sums
+  /// of values come back from; for runtimes that read tiles on another device. They live as long as
+  /// the cache.
+  const Rotation& key_rotation() const noexcept;
+  const Rotation& value_rotation() const noexcept;
+
   /// The cache as bytes, for files and other processes; about memory().total_bytes() of them. What
   /// rows share is written once. Throws UnsupportedError on a big-endian processor.
   std::vector<std::byte> serialize() const;

@@ -1,4 +1,5 @@
 #include <pybind11/native_enum.h>
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <limits>
@@ -102,6 +103,17 @@ py::dict memory(const KvCache& cache) {
   result["total_bytes"] = report.total_bytes();
   result["uncompressed_bytes"] = report.uncompressed_bytes;
   return result;
+}
+
+// R [dim, dim], row-major, of y = R x.
+py::array_t<float> matrix_of(const Rotation& rotation) {
+  const py::ssize_t dim = rotation.head_dim();
+  py::array_t<float> matrix({dim, dim});
+  Eigen::Map<RowMatrix> rows(matrix.mutable_data(), dim, dim);
+  rows.setIdentity();
+  rotation.apply(rows.data(), rows.data(), dim);  // row i becomes R's column i
+  rows.transposeInPlace();
+  return matrix;
 }
 
 py::bytes serialize(const KvCache& cache) {
@@ -225,6 +237,13 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
       .def("discard_before", &KvCache::discard_before, arg("token"),
            "Frees what only tokens before `token` need.")
       .def("memory", &memory, "Bytes held, by part.")
+      .def_property_readonly(
+          "rotations",
+          [](const KvCache& c) {
+            return py::make_tuple(matrix_of(c.key_rotation()), matrix_of(c.value_rotation()));
+          },
+          "Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.")
+      .def_readonly_static("max_norm", &KvCache::kMaxNorm, "Largest norm of a key or value.")
       .def("serialize", &serialize, "The cache as bytes, for files and other processes.")
       .def_static("deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
                   "The cache that serialize() wrote; ValueError for bytes that it did not write.")

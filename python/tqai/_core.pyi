@@ -29,6 +29,7 @@ class KvCache:
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
     "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.
     """
+    max_norm: typing.ClassVar[float] = 16376.0
     @staticmethod
     def deserialize(data: typing_extensions.Buffer, *, level: str | None = None) -> KvCache:
         """
@@ -118,6 +119,11 @@ class KvCache:
     @property
     def level(self) -> str:
         ...
+    @property
+    def rotations(self) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
+        """
+        Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.
+        """
     @property
     def tokens(self) -> int:
         """

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from tqai import stores
 from tqai.original import (
     PATCHED_NAMES,
     Attention,
@@ -18,7 +19,7 @@ from tqai.original import (
     takes_unknown,
 )
 from tqai.prefill import causal_mask, steps
-from tqai.refs import is_mask_dtype, mask_ref, ref, rows_contiguous
+from tqai.refs import is_mask_dtype
 from tqai.view import Undifferentiable, Update, update_of
 
 CONTINUOUS_BATCHING = (
@@ -181,17 +182,7 @@ def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any
     assert core is not None
     if not update.is_current():
         update.dense(0)  # raises
-    batch, heads, queries, _ = query.shape
-    output = torch.empty(batch, queries, heads, core.value_head_dim, dtype=query.dtype)
-    rows = rows_contiguous(query)
-    sinks = arguments.pop("sinks")
-    core.attend(
-        ref(rows),
-        ref(output),
-        first_token=update.first,
-        sink_scores=0 if sinks is None else sinks.data_ptr(),
-        **arguments,
-    )
+    output = stores.attend(core, query, first_token=update.first, **arguments)
     if torch.is_grad_enabled() and query.requires_grad:
         return Undifferentiable.apply(query, output)
     return output
@@ -226,11 +217,11 @@ def _kernel_arguments(
 
     soft_cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     shape = heads, core.kv_heads, dim, core.value_head_dim
-    formula = formula_of(original, module, shape, soft_cap, sinks)
+    formula = formula_of(original, module, shape, soft_cap, sinks, query.device)
     if formula is None:
         return None
     if sinks is not None:
-        sinks = sinks.detach().reshape(-1).to(torch.float32).contiguous()
+        sinks = sinks.detach()
         if formula.sinks and sinks.numel() != heads:
             return None
     return {
@@ -239,7 +230,7 @@ def _kernel_arguments(
         # A mask says everything: models with bidirectional or chunked spans put them there.
         "causal": mask is None and not update.is_cross,
         "window": (update.layer.sliding_window or 0) if mask is None else 0,
-        "mask": None if mask is None else mask_ref(mask),
+        "mask": mask,
         "sinks": sinks if formula.sinks else None,
     }
 
@@ -257,7 +248,7 @@ def _fits(mask: torch.Tensor, update: Update, query: torch.Tensor) -> bool:
         and mask.shape[1] in (1, heads)
         and tuple(mask.shape[2:]) == (queries, update.length)
         and is_mask_dtype(mask.dtype)
-        and mask.device.type == "cpu"
+        and mask.device == query.device
     )
 
 

@@ -14,6 +14,7 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
+from tqai import stores
 from tqai.cache import COUNTS, TqaiCache
 from tqai.geometry import Geometry
 from tqai.layer import TqaiLayer
@@ -67,7 +68,13 @@ class CrossLayer(TqaiLayer):
         # Where autograd records, a backward pass that comes here raises.
         like = (
             torch.empty(
-                self.core.batch, self.core.kv_heads, 0, dim, dtype=dtype, requires_grad=True
+                self.core.batch,
+                self.core.kv_heads,
+                0,
+                dim,
+                dtype=dtype,
+                device=stores.device_of(self.core),
+                requires_grad=True,
             )
             for dim, dtype in zip(
                 (self.core.head_dim, self.core.value_head_dim), self.dtypes, strict=True

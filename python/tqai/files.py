@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai import _core, hooks
+from tqai import _core, hooks, stores
 from tqai.cache import TqaiCache
+from tqai.devices import layer_device
 from tqai.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
-from tqai.geometry import Geometry, geometry_of
+from tqai.geometry import Geometry, decoder_of, geometry_of
 from tqai.layer import TqaiLayer
 from tqai.rope import Rope
 from tqai.settings import Settings
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
+_LOCAL = ("backend", "level")
+"""Settings that are the machine's, not the file's."""
 # Frequencies are computed by the loading machine again; another rounding is no other embedding.
 ROPE_TOLERANCE = 1e-5
 _KINDS = {
@@ -74,7 +77,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             "model": cache.geometry.describe(),
             "heads": cache.geometry.heads,
             "weights": cache.geometry.identity,
-            "settings": _without_level(cache.settings),
+            "settings": _of_any_machine(cache.settings),
             "sliding": cache.sliding,
             **described,
             "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
@@ -94,7 +97,8 @@ def load_cache(
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """The cache that ``save_cache`` wrote, for a patched model with the same weights.
 
-    Bits, windows and centres are the file's, the kernel level is the one `model` is patched with.
+    Bits, windows and centres are the file's; the level and the backend are those that `model` is
+    patched with, and the device is `model`'s, whichever ones wrote the file.
     Pass the cache as ``past_key_values``, with the ids of all tokens that it has read and new ones.
 
     Raises:
@@ -106,7 +110,7 @@ def load_cache(
         raise ValueError(
             f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
         )
-    level = hooks.settings_of(model).level
+    here = hooks.settings_of(model)
     geometry = geometry_of(model)
     path = Path(path)
     with path.open("rb"):  # safetensors' own errors do not tell a missing file from a damaged one
@@ -118,8 +122,9 @@ def load_cache(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
             raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
-        settings = _settings(header["settings"], level)
+        settings = _settings(header["settings"], here)
         cache = hooks.make_cache(model, settings, header["sliding"])
+        decoder = decoder_of(model)
         for part, half in _parts(cache).items():
             if len(half.layers) != len(header[part]):
                 raise ValueError(f"{path} has {len(header[part])} layers; expected one a layer")
@@ -130,7 +135,7 @@ def load_cache(
                     for name, tensor in tensors.items()
                     if name.startswith(prefix)
                 }
-                _restore(path, index, layer, described, held)
+                _restore(path, index, layer, described, held, layer_device(decoder, index))
         if isinstance(cache, TqaiEncoderDecoderCache):
             cache.mark_updated()
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
@@ -165,11 +170,17 @@ def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.T
     described = {"kind": kind, "length": int(layer.get_seq_length())}
     if not layer.is_initialized:
         return described, {}
-    return described, {"keys": layer.keys.contiguous(), "values": layer.values.contiguous()}
+    states = {"keys": layer.keys, "values": layer.values}
+    return described, {name: tensor.contiguous().cpu() for name, tensor in states.items()}
 
 
 def _restore(
-    path: Path, index: int, layer: Any, described: dict[str, Any], held: dict[str, torch.Tensor]
+    path: Path,
+    index: int,
+    layer: Any,
+    described: dict[str, Any],
+    held: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> None:
     """Gives a fresh layer what a file holds of it."""
     if described["kind"] != _KINDS.get(type(layer)):
@@ -180,7 +191,7 @@ def _restore(
     if not held:
         return
     if not isinstance(layer, TqaiLayer):
-        keys, values = held["keys"], held["values"]
+        keys, values = (held[name].to(device) for name in ("keys", "values"))
         layer.update(keys, values)
         if type(layer) is DynamicSlidingWindowLayer:
             layer.cumulative_length = described["length"]
@@ -193,7 +204,7 @@ def _restore(
     core = _core.KvCache.deserialize(held["packed"].numpy(), level=layer.settings.level)
     if layer.heads is not None and (core.kv_heads, core.head_dim) != tuple(layer.heads):
         raise ValueError(f"{path}: layer {index} has other heads than the model")
-    layer.core = core
+    layer.core = stores.moved(core, layer.settings, device)
     layer.dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
     layer.padding = [int(count) for count in described["padding"]]
 
@@ -239,11 +250,11 @@ def _same_rope(saved: dict[str, Any] | None, rope: Rope | None) -> bool:
     )
 
 
-def _without_level(settings: Settings) -> dict[str, Any]:
-    return {name: value for name, value in asdict(settings).items() if name != "level"}
+def _of_any_machine(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
 
 
-def _settings(saved: dict[str, Any], level: str | None) -> Settings:
+def _settings(saved: dict[str, Any], here: Settings) -> Settings:
     """JSON has made strings of the layers that a mapping of bits names."""
     values = {
         name: {int(layer): bits for layer, bits in value.items()}
@@ -251,7 +262,7 @@ def _settings(saved: dict[str, Any], level: str | None) -> Settings:
         else value
         for name, value in saved.items()
     }
-    return replace(Settings(**values), level=level)
+    return replace(Settings(**values), **{name: getattr(here, name) for name in _LOCAL})
 
 
 def _checksum(tensor: torch.Tensor) -> int:

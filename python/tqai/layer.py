@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from tqai import _core
-from tqai.refs import DTYPES, ref, rows_contiguous
+from tqai import stores
+from tqai.refs import DTYPES
 from tqai.rope import Rope
 from tqai.settings import Settings
+from tqai.stores import Store
 from tqai.view import TqaiView, Update
 
 MIN_HEAD_DIM = 8
@@ -30,8 +31,8 @@ class TqaiLayer(CacheLayerMixin):
     """Keys and values of one layer, compressed as they leave the residual window.
 
     ``update`` returns views without storage (``tqai.view``) that stand for the tokens that
-    transformers' own dynamic layers would return, in the same shape. The C++ cache behind them is
-    made at the first update, from the shapes and the dtype met there.
+    transformers' own dynamic layers would return, in the same shape. The store behind them is made
+    at the first update, from the shapes, the dtype and the device met there.
 
     Not thread-safe. A method that raises leaves the layer as it was.
     """
@@ -71,7 +72,7 @@ class TqaiLayer(CacheLayerMixin):
         self.exact_arithmetic = False
         """Whether attention reads the codes dequantised, with torch's arithmetic; see
         ``TqaiCache.use_exact_arithmetic``."""
-        self.core: _core.KvCache | None = None
+        self.core: Store | None = None
         self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
         """Of the keys and of the values; under autocast they differ."""
         self.version = 0
@@ -113,26 +114,27 @@ class TqaiLayer(CacheLayerMixin):
         """Adds tokens and returns views of the keys and values that their queries may see.
 
         Args:
-            key_states: [batch, kv_heads, n, head_dim], float32, float16 or bfloat16, on the CPU.
+            key_states: [batch, kv_heads, n, head_dim], float32, float16 or bfloat16. On the CPU
+                they go to the C++ kernels, elsewhere to torch operations (``tqai.stores``).
             value_states: [batch, kv_heads, n, value_head_dim].
 
         Raises:
             ValueError: for a shape or dtype that does not fit the layer, NaN, infinity, or vectors
                 too long for FP16 norms.
-            NotImplementedError: for another device or a head_dim outside 8…512.
+            NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
         """
         keys, values = _plain(key_states), _plain(value_states)
         self._check(keys, values)
         was_empty = self.get_seq_length() == 0
         length, first = self.get_mask_sizes(keys.shape[-2])
         dtype = torch.promote_types(keys.dtype, values.dtype)
-        core = self._make_core(keys, values, dtype) if self.core is None else self.core
-        rows = [rows_contiguous(states.to(dtype)) for states in (keys, values)]
         with self._named_errors():
-            core.append(ref(rows[0]), ref(rows[1]))
+            core = self._store_for(keys, values, dtype)
+            stores.append(core, keys.to(dtype), values.to(dtype))
         if self.core is None:
-            self.core, self.dtypes = core, (keys.dtype, values.dtype)
+            self.dtypes = keys.dtype, values.dtype
             self.padding = [0] * core.batch
+        self.core = core
         self.version += 1
         if self.is_sliding and not was_empty and not self.record_past:
             core.discard_before(first)
@@ -202,7 +204,7 @@ class TqaiLayer(CacheLayerMixin):
             self._select(rows.reshape(-1).tolist())
 
     def offload(self) -> None:
-        """Nothing: the layer is in the CPU's memory already."""
+        """Nothing: transformers does that to caches of its own."""
 
     def prefetch(self) -> None:
         """Nothing, as ``offload``."""
@@ -221,13 +223,8 @@ class TqaiLayer(CacheLayerMixin):
         Padding and discarded tokens are zeros; tokens that are still exact come out as they went
         in.
         """
-        core = self.core
-        assert core is not None and self.dtypes is not None
-        shape = core.batch, core.kv_heads, length
-        keys = torch.empty(*shape, core.head_dim, dtype=self.dtypes[0])
-        values = torch.empty(*shape, core.value_head_dim, dtype=self.dtypes[1])
-        core.gather(first, ref(keys), ref(values))
-        return keys, values
+        assert self.core is not None and self.dtypes is not None
+        return stores.gather(self.core, first, length, self.dtypes)
 
     def mark_padding(self, hidden: list[int], queries: int) -> None:
         """Drops padding at the start of rows, so that it takes up neither sinks nor bytes.
@@ -254,7 +251,8 @@ class TqaiLayer(CacheLayerMixin):
         assert self.core is not None
         if was_empty and self.is_sliding and not self.record_past:
             self.core.discard_before(self._first_visible(self.core.tokens))
-        self.core.seal()
+        with self._named_errors():
+            self.core.seal()
 
     def truncate(self, tokens: int) -> None:
         """Forgets all tokens from `tokens` on."""
@@ -290,29 +288,21 @@ class TqaiLayer(CacheLayerMixin):
         self.padding = [self.padding[row] for row in rows]
         self.version += 1
 
-    def _make_core(
-        self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
-    ) -> _core.KvCache:
-        options = self.settings.core_options()
-        if self.is_sliding:
-            options["sink_tokens"] = 0  # a sink that has left the window is never seen again
-        with self._named_errors():
-            return _core.KvCache(
-                batch=keys.shape[0],
-                kv_heads=keys.shape[1],
-                head_dim=keys.shape[3],
-                value_head_dim=values.shape[3],
-                dtype=DTYPES[dtype],
-                rope=None if self.rope is None else self.rope.core_argument(),
-                **options,
-            )
+    def _store_for(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> Store:
+        """The layer's store, where these tensors can be added; a new one if there is none."""
+        if self.core is not None:
+            return stores.moved(self.core, self.settings, keys.device)
+        # A sink that has left a sliding window is never seen again.
+        return stores.make_store(
+            self.settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
+        )
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, tensor in (("keys", keys), ("values", values)):
-            if tensor.device.type != "cpu":
+            if tensor.device.type == "meta":
                 raise NotImplementedError(
-                    f"layer {self.index}: {name} on {tensor.device}; tqai compresses on the CPU "
-                    "only: move the model there, or tqai.unpatch it"
+                    f"layer {self.index}: {name} on the device 'meta', which holds no numbers: "
+                    "load the model's weights first"
                 )
             if tensor.ndim != 4:
                 raise ValueError(
@@ -325,6 +315,11 @@ class TqaiLayer(CacheLayerMixin):
                     "bfloat16: model.to(torch.float32) first"
                 )
             check_head_dim(self.index, name, tensor.shape[3])
+        if keys.device != values.device:
+            raise ValueError(
+                f"layer {self.index}: keys on {keys.device} do not go with values on "
+                f"{values.device}"
+            )
         if keys.shape[:3] != values.shape[:3]:
             raise ValueError(
                 f"layer {self.index}: keys of shape {tuple(keys.shape)} do not go with values of "
@@ -353,7 +348,7 @@ class TqaiLayer(CacheLayerMixin):
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Adds the layer's number to what the C++ cache complains about."""
+        """Adds the layer's number to what the store complains about."""
         try:
             yield
         except (ValueError, NotImplementedError) as error:

@@ -106,18 +106,19 @@ def formula_of(
     heads: tuple[int, int, int, int],
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    device: torch.device,
 ) -> Formula | None:
     """What `attention` makes of a soft cap and sinks; None: nothing that the kernel computes.
 
     Found by trying it on a few random vectors, as models' own functions differ and some take
     arguments only to ignore them. Remembered for each function and class of module.
 
-    heads: query heads, key/value heads, head_dim, value_head_dim.
+    heads: query heads, key/value heads, head_dim, value_head_dim. device: where `module` computes.
     """
     key = attention, type(module), soft_cap is not None, sinks is not None
     if key not in _formulas:
         try:
-            _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks)
+            _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks, device)
         except Exception:  # whatever it needs, it is not what the kernel does
             _formulas[key] = None
     return _formulas[key]
@@ -130,20 +131,23 @@ def _probe(
     heads: tuple[int, int, int, int],
     capped: bool,
     sinks: torch.Tensor | None,
+    device: torch.device,
 ) -> Formula | None:
     query_heads, kv_heads, dim, value_dim = heads
+    generator = torch.Generator("cpu").manual_seed(1)
     exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    random = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(1), **exact)
-    query = random(1, query_heads, 2, dim)
-    key = random(1, kv_heads, 3, dim)
-    value = random(1, kv_heads, 3, value_dim)
-    mask = torch.zeros(1, 1, 2, 3, **exact)
+    random = partial(torch.randn, generator=generator, **exact)
+    # Where the module's own weights are, which some functions read.
+    query = random(1, query_heads, 2, dim).to(device)
+    key = random(1, kv_heads, 3, dim).to(device)
+    value = random(1, kv_heads, 3, value_dim).to(device)
+    mask = torch.zeros(1, 1, 2, 3, **exact).to(device)
     mask[0, 0, 0, 2] = torch.finfo(mask.dtype).min
     cap, scaling = 1.5, 2.0 / dim**0.5  # scores of about 2, so that the cap shows
     extra: dict[str, Any] = {"softcap": cap} if capped else {}
     if sinks is not None:
         extra["s_aux"] = sinks
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device.type, enabled=False):
         got = attention(module, query, key, value, mask, dropout=0.0, scaling=scaling, **extra)[0]
 
     groups = query_heads // kv_heads

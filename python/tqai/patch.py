@@ -30,6 +30,7 @@ def patch(
     skip_layers: Iterable[int] = (),
     exact_prefill: bool = True,
     seed: int | None = None,
+    backend: str = "auto",
     level: str | None = None,
     **unknown: Any,
 ) -> TqaiCache | TqaiEncoderDecoderCache:
@@ -40,7 +41,7 @@ def patch(
     Patching a patched model replaces its settings; caches made before keep theirs.
 
     Args:
-        model: a transformers model with a decoder, on the CPU; changed in place. Of an
+        model: a transformers model with a decoder, on any device; changed in place. Of an
             encoder-decoder model, what the decoder reads of the encoder is compressed as well.
         preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
             "small" (2 and 2); bits that are given as well take precedence.
@@ -60,6 +61,8 @@ def patch(
             has left the window by then is read from its codes, as in decoding. For evaluators that
             score texts by forward passes (lm-eval-harness): they see the cache's true cost then.
         seed: of the rotations.
+        backend: what computes: "auto", the C++ kernels for tensors on the CPU and torch operations
+            for those on other devices; "torch-ops", torch operations everywhere.
         level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
 
     Raises:
@@ -84,6 +87,7 @@ def patch(
         skip_layers=skip_layers,
         exact_prefill=exact_prefill,
         seed=seed,
+        backend=backend,
         level=level,
     )
     return hooks.install(model, settings)

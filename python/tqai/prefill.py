@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from tqai import stores
 from tqai.layer import TqaiLayer
-from tqai.refs import ref, rows_contiguous
 from tqai.view import Update
 
 STEP = 64
@@ -31,11 +31,11 @@ def steps(update: Update, hidden: list[int] | None) -> Iterator[tuple[int, Updat
     start = core.tokens - update.queries
     states = update.fresh if update.fresh is not None else layer.gather(start, update.queries)
     dtype = torch.promote_types(states[0].dtype, states[1].dtype)
-    keys, values = (rows_contiguous(tensor.to(dtype)) for tensor in states)
+    keys, values = (tensor.to(dtype) for tensor in states)
     core.crop(start)
     for at in range(0, update.queries, STEP):
         count = min(STEP, update.queries - at)
-        core.append(*(ref(rows_contiguous(rows[:, :, at : at + count])) for rows in (keys, values)))
+        stores.append(core, *(rows[:, :, at : at + count] for rows in (keys, values)))
         if hidden is not None and start == 0:
             _drop_padding(layer, [min(tokens, at + count) for tokens in hidden])
         length = start + at + count - update.first
@@ -52,8 +52,10 @@ def _drop_padding(layer: TqaiLayer, counts: list[int]) -> None:
 
 def causal_mask(update: Update, sliding_window: int | None) -> torch.Tensor:
     """[1, 1, queries, length] bool: what an update's queries see where nothing else is said."""
-    key = torch.arange(update.length)
-    query = torch.arange(update.length - update.queries, update.length)[:, None]
+    assert update.layer.core is not None
+    device = stores.device_of(update.layer.core)
+    key = torch.arange(update.length, device=device)
+    query = torch.arange(update.length - update.queries, update.length, device=device)[:, None]
     visible = key <= query
     if sliding_window is not None:
         visible &= key > query - sliding_window

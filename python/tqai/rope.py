@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from tqai.devices import device_of
+
 POSITIONS = (0, 1, 2, 3, 5, 8, 13, 29, 64, 127, 300, 511)
 LAYOUTS = ("half_split", "interleaved")
 # Largest error of the turned keys, of their length. Keys in bf16 carry 0.4 % of rounding; a wrong
@@ -45,7 +47,7 @@ class Rope:
 
     def turn(self, keys: torch.Tensor, position: int) -> torch.Tensor:
         """Keys [..., head_dim] of position 0 as they are at `position`."""
-        angles = position * torch.tensor(self.inv_freq, dtype=torch.float64)
+        angles = position * torch.tensor(self.inv_freq, dtype=torch.float64, device=keys.device)
         cos, sin = angles.cos(), angles.sin()
         keys = keys.double()
         turning, rest = keys[..., : self.rotary_dim], keys[..., self.rotary_dim :]
@@ -79,7 +81,7 @@ def _frequencies(decoder: torch.nn.Module) -> list[tuple[float, ...]]:
     for name, buffer in decoder.named_buffers():
         last = name.rpartition(".")[2]
         if last.endswith("inv_freq") and "original" not in last and buffer.ndim == 1:
-            if buffer.device.type != "cpu":
+            if buffer.device.type == "meta":  # its numbers are nowhere
                 return []
             found[tuple(buffer.float().tolist())] = None
     return list(found)
@@ -111,12 +113,13 @@ def _probe(decoder: torch.nn.Module, config: Any) -> list[torch.Tensor | None] |
     was_training = decoder.training
     # Another token than the usual special ones, which some models treat apart.
     token = min(11, (getattr(config, "vocab_size", None) or 2) - 1)
+    device = device_of(decoder)
     try:
         decoder.eval()
         with torch.no_grad():
             decoder(
-                input_ids=torch.full((len(positions), 1), token),
-                position_ids=torch.tensor(positions)[:, None],
+                input_ids=torch.full((len(positions), 1), token, device=device),
+                position_ids=torch.tensor(positions, device=device)[:, None],
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -131,7 +134,7 @@ def _keys(layer: Any, positions: int) -> torch.Tensor | None:
     keys = getattr(layer, "keys", None)
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or keys.shape[::2] != (positions, 1):
         return None
-    return keys[:, :, 0]
+    return keys[:, :, 0].cpu()
 
 
 def _fit(keys: torch.Tensor | None, frequencies: list[tuple[float, ...]]) -> Rope | None:

@@ -11,6 +11,7 @@ from tqai import _core
 
 ROTATIONS = ("auto", "hadamard", "haar")
 CENTERINGS = ("auto", "none", "mean", "rope")
+BACKENDS = ("auto", "torch-ops")
 LEVELS = ("scalar", "neon", "avx2", "avx512")
 
 Bits = int | tuple[int, ...] | Mapping[int, int]
@@ -133,6 +134,9 @@ class Settings:
     """Whether the tokens of one forward pass see each other exact; False: as decoding would."""
     seed: int | None = None
     """Of the rotations; None: the library's."""
+    backend: str = "auto"
+    """What computes: "auto", the C++ kernels for tensors on the CPU and torch operations for those
+    on other devices; "torch-ops", torch operations everywhere."""
     level: str | None = None
     """Kernel level; None: the best that the machine has, or TQAI_LEVEL."""
 
@@ -147,6 +151,7 @@ class Settings:
             "skip_layers": _layers(self.skip_layers),
             "exact_prefill": _flag("exact_prefill", self.exact_prefill),
             "seed": None if self.seed is None else _integer("seed", self.seed, 0, _UINT64_MAX),
+            "backend": _choice("backend", self.backend, BACKENDS),
             "level": _level(self.level),
         }
         for name, value in checked.items():

@@ -340,6 +340,13 @@ MemoryReport KvCache::memory() const {
   return report;
 }
 
+const Rotation& KvCache::key_rotation() const noexcept {
+  return state_->context.codec->key_rotation();
+}
+const Rotation& KvCache::value_rotation() const noexcept {
+  return state_->context.codec->value_rotation();
+}
+
 std::vector<std::byte> KvCache::serialize() const {
   return detail::write_cache(state_->context, state_->tokens, state_->rows);
 }

@@ -1,7 +1,9 @@
 // What a KvCache holds: sealing, copies, crops, rows, padding, bytes.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
 
 #include "cache_helpers.hpp"
 
@@ -261,6 +263,52 @@ TEST_F(Cache, DiscardGivesAPrefillsCapacityBack) {
   EXPECT_EQ(cache.packed_tokens(0), 0);
   EXPECT_LE(cache.memory().exact_bytes, 192U * cache.memory().uncompressed_bytes /
                                             static_cast<std::size_t>(cache.memory().tokens));
+}
+
+// What a device's own reader of tiles relies on.
+TEST_F(Cache, RotationsTakeKeysAndValuesToTheCodebooksGrid) {
+  for (const int dim : {64, 80}) {
+    CacheOptions options = geometry(dim, 4, 3, 1);
+    options.sink_tokens = 0;
+    options.centering = Centering::none;
+    options.seed = 99;
+    KvCache cache(options);
+    const Tokens all(1, 1, 200, dim, engine_);
+    all.append_to(cache, 0, 200);
+    cache.seal();
+    ASSERT_GE(cache.packed_tokens(0), 64);
+    EXPECT_EQ(cache.key_rotation().seed(), 99U);
+    EXPECT_NE(cache.value_rotation().seed(), 99U);
+    const Gathered held = gather(cache, 0, 64);
+    const auto count_off_grid = [&](const Array& array, const Rotation& rotation, int bits) {
+      const Codebook& book = codebook(dim, bits, Grid::int8);
+      std::vector<float> turned(static_cast<std::size_t>(dim));
+      int off = 0;
+      for (std::int64_t t = 0; t < 64; ++t) {
+        rotation.apply(array.at(0, 0, t), turned.data(), 1);
+        // Equal norms of vectors of levels: some multiple of each is all whole levels.
+        double most = 0.0;
+        for (const float x : turned) most = std::max(most, std::abs(static_cast<double>(x)));
+        int best = dim;
+        for (const std::int8_t level : book.levels()) {
+          if (level <= 0) continue;
+          int wrong = 0;
+          for (const float x : turned) {
+            const double scaled = static_cast<double>(x) / most * level;
+            wrong += std::none_of(
+                book.levels().begin(), book.levels().end(),
+                [&](std::int8_t allowed) { return std::abs(scaled - allowed) < 1e-3; });
+          }
+          best = std::min(best, wrong);
+        }
+        off += best;
+      }
+      return off;
+    };
+    EXPECT_EQ(count_off_grid(held.keys, cache.key_rotation(), 4), 0);
+    EXPECT_EQ(count_off_grid(held.values, cache.value_rotation(), 3), 0);
+    EXPECT_GT(count_off_grid(held.values, cache.key_rotation(), 3), 1000);
+  }
 }
 
 TEST_F(Cache, ZeroVectorsAreLegal) {

@@ -14,6 +14,7 @@ from tqai.original import (
     takes_unknown,
 )
 
+CPU = torch.device("cpu")
 SHAPE = (4, 2, 16, 16)  # query heads, key/value heads, head_dim, value_head_dim
 
 
@@ -58,7 +59,7 @@ def test_formulas_are_found_by_trying(
     module = attention_of(models(family))
     function = original_attention(implementation, module)
     sinks = getattr(module, "sinks", None)
-    assert formula_of(function, module, SHAPE, soft_cap, sinks) == expected
+    assert formula_of(function, module, SHAPE, soft_cap, sinks, CPU) == expected
 
 
 def test_probing_leaves_the_random_numbers_alone(models: Models) -> None:
@@ -70,7 +71,7 @@ def test_probing_leaves_the_random_numbers_alone(models: Models) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    assert formula_of(fails, module, SHAPE, None, None) is None
+    assert formula_of(fails, module, SHAPE, None, None, CPU) is None
     assert torch.equal(torch.rand(1), expected)
 
 
