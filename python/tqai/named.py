@@ -24,6 +24,7 @@ SETTING_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "rotation": ("rotation", str),
     "centering": ("centering", str),
     "seed": ("seed", int),
+    "backend": ("backend", str),
     "level": ("level", str),
     "skip": ("skip_layers", lambda layers: tuple(int(layer) for layer in layers.split("+"))),
     "arithmetic": ("arithmetic", str),
@@ -33,8 +34,8 @@ SETTING_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
 def parse_setting(name: str) -> dict[str, Any]:
     """Options from a name such as ``k4v2``, ``k4v4,window=32,sinks=0`` or ``small,skip=0+1``.
 
-    The keys are sinks, window, rotation, centering, seed, level and skip, whose layers are joined
-    by plus signs, for arguments of ``tqai.patch``, and arithmetic; see ``NamedSetting``.
+    The keys are sinks, window, rotation, centering, seed, backend, level and skip, whose layers are
+    joined by plus signs, for arguments of ``tqai.patch``, and arithmetic; see ``NamedSetting``.
 
     Raises:
         ValueError: for a name of another form.

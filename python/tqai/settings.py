@@ -192,6 +192,11 @@ class Settings:
                 )
         return frozenset(layer % layers for layer in self.skip_layers)
 
+    @property
+    def arithmetic(self) -> str:
+        """What computes for a model on the CPU: a kernel level, or "torch-ops"."""
+        return self.backend if self.backend != "auto" else self.level or _core.default_level()
+
     def core_options(self) -> dict[str, Any]:
         """The keyword arguments of ``_core.KvCache`` that do not depend on the layer."""
         options: dict[str, Any] = {

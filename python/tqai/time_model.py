@@ -16,7 +16,6 @@ import torch
 from transformers import DynamicCache
 
 import tqai
-from tqai import _core
 from tqai.layer import TqaiLayer
 from tqai.models import default_model, load
 from tqai.resident import peak_resident_bytes, reset_peak, resident_bytes
@@ -297,7 +296,7 @@ class _Decoder:
             report = self._cache.memory_report()
             settings = report["settings"]
             bits = f"k{_short(settings['bits_k'])}v{_short(settings['bits_v'])}"
-            level = settings["level"] or _core.default_level()
+            level = self._cache.settings.arithmetic
             packed, size = report["packed_tokens"], report["total_bytes"]
         elif kind == DYNAMIC:
             layers = [layer for layer in self._cache.layers if layer.keys is not None]

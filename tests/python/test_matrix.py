@@ -226,10 +226,12 @@ is what it would be had it read its tokens from the start (tests/python/test_reb
 
 Not supported, each with an error that says so: continuous batching (`generate_batch`,
 `transformers serve --continuous-batching`), `attn_implementation="tqai"` without `tqai.patch`,
-tensors that are not on the CPU, models that keep a cache of a kind of their own (Mamba, RWKV,
-FSMT), layers with attention and a recurrent state at once (Falcon-H1, Zamba 2) and those with
-heads narrower than 8 or wider than 512 (`skip_layers` leaves them exact), hybrid models with
-transformers 4.
+models that keep a cache of a kind of their own (Mamba, RWKV, FSMT), layers with attention and a
+recurrent state at once (Falcon-H1, Zamba 2) and those with heads narrower than 8 or wider than 512
+(`skip_layers` leaves them exact), hybrid models with transformers 4.
+
+Models on other devices than the CPU are served by torch operations ([devices.md](devices.md)); the
+whole matrix is run a second time with those, on the CPU.
 """
 _cells: dict[tuple[str, str], str] = {}
 # Of the logits' length. The kernels' own error is 1e-2 of an output (docs/kernels.md); random

@@ -77,7 +77,6 @@ def generate(
     from transformers import DynamicCache
 
     import tqai
-    from tqai import _core
     from tqai.models import load
 
     if options.threads is not None:
@@ -141,7 +140,7 @@ def generate(
         del report["layers"]
         result["cache_bytes"] = cache.nbytes
         result["report"] = report
-        result["level"] = report["settings"]["level"] or _core.default_level()
+        result["level"] = cache.settings.arithmetic
     if others is not None:
         cache.crop(ids.shape[1] - 1)
         text = torch.tensor([[ids[0, -1].item(), *others[:-1]]])

@@ -51,8 +51,8 @@ def add(verbs: Any) -> None:
         default=["k4v4", "k4v2"],
         metavar="KxVy[,KEY=VALUE…]",
         help="bits of keys and values, or a preset, and what differs from the options below: "
-        "sinks=, window=, rotation=, centering=, seed=, level=, skip=0+1, arithmetic= "
-        "(default: k4v4 k4v2)",
+        "sinks=, window=, rotation=, centering=, seed=, backend=, level=, skip=0+1, "
+        "arithmetic= (default: k4v4 k4v2)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's own manual")
     add_plot(parser, "mean KL against bits")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tqai.models import DTYPES
-from tqai.settings import CENTERINGS, LEVELS, PRESETS, ROTATIONS, Settings
+from tqai.settings import BACKENDS, CENTERINGS, LEVELS, PRESETS, ROTATIONS, Settings
 
 
 def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace], None]) -> Any:
@@ -59,6 +59,7 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
     add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
     add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)
     add("--seed", "seed", "of the rotations", **number)
+    add("--backend", "backend", "kernels, or torch operations everywhere", choices=BACKENDS)
     add("--level", "level", "kernel level (default: the best here)", choices=LEVELS)
 
 

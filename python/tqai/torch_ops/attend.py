@@ -14,6 +14,9 @@ from tqai.torch_ops.codec import Codec
 from tqai.torch_ops.packing import TILE_TOKENS
 from tqai.torch_ops.rows import Context, Rows
 
+_LOWEST = torch.finfo(torch.float32).min
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Query:
@@ -49,22 +52,24 @@ class Query:
             if bias.dtype == torch.bool:
                 bias = torch.where(bias, 0.0, -torch.inf)
             bias = torch.nn.functional.pad(bias.float(), (end - start - bias.shape[-1], 0))
+        before = start < self.first_token
+        after = self.causal and end - 1 > oldest
+        left = self.window > 0 and start <= self.tokens - 1 - self.window
+        if not (before or after or left):
+            return bias
         hidden = None
         key = torch.arange(start, end, device=device)
         query = torch.arange(oldest, self.tokens, device=device)[:, None]
-        if start < self.first_token:
+        if before:
             hidden = key < self.first_token
-        if self.causal and end - 1 > oldest:
+        if after:
             later = key > query
             hidden = later if hidden is None else hidden | later
-        if self.window > 0 and start <= self.tokens - 1 - self.window:
+        if left:
             earlier = key <= query - self.window
             hidden = earlier if hidden is None else hidden | earlier
-        if hidden is None:
-            return bias
-        if bias is None:
-            bias = torch.zeros((), device=device)
-        return torch.where(hidden, -torch.inf, bias)
+        assert hidden is not None
+        return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)
 
 
 class State(NamedTuple):
@@ -85,11 +90,8 @@ def attend(context: Context, rows: Rows, query: Query, sinks: torch.Tensor | Non
     """
     packed = _attend_pages(context, rows, query)
     exact = None
-    for part, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
-        if part.tokens > 0:
-            keys, values = part.part(0, part.tokens)
-            bias = query.bias(start, start + part.tokens)
-            exact = attend_exact(exact, query.states, keys, values, bias, query.soft_cap)
+    for keys, values, bias in _exact_parts(rows, query):
+        exact = attend_exact(exact, query.states, keys, values, bias, query.soft_cap)
     if packed is not None:
         # Sealed values were summed in their rotated domain.
         turned = packed.output @ context.codec.value.rotation
@@ -103,7 +105,21 @@ def attend(context: Context, rows: Rows, query: Query, sinks: torch.Tensor | Non
         top = torch.maximum(state.max, sink)
         share = torch.exp(state.max - top)
         total, output = total * share + torch.exp(sink - top), output * share[..., None]
-    return output / torch.where(total == 0, 1.0, total)[..., None]  # a query that sees nothing: 0
+    return output / total.clamp(min=_SMALLEST)[..., None]  # a query that sees nothing: 0
+
+
+def _exact_parts(
+    rows: Rows, query: Query
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Keys, values and bias of the sinks and of the tail, or of both together."""
+    parts = []
+    for part, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
+        if part.tokens > 0:
+            parts.append((*part.part(0, part.tokens), query.bias(start, start + part.tokens)))
+    if len(parts) == 2 and parts[0][2] is None and parts[1][2] is None:
+        keys, values = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
+        return [(keys, values, None)]
+    return parts
 
 
 def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
@@ -183,7 +199,7 @@ def _go_on(
         scores = scores + bias
     top = scores.amax(-1)
     # Where a query sees none of these, −∞ − −∞ would be no number.
-    weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top)[..., None])
+    weights = torch.exp(scores - top.clamp(min=_LOWEST)[..., None])
     total = weights.sum(-1)
     if norms is not None:
         weights = weights * norms[:, :, None, None]
@@ -200,7 +216,7 @@ def _merge(a: State | None, b: State | None) -> State | None:
 
 def _merge_two(a: State, b: State) -> State:
     top = torch.maximum(a.max, b.max)
-    floor = torch.where(top == -torch.inf, 0.0, top)
+    floor = top.clamp(min=_LOWEST)
     left, right = torch.exp(a.max - floor), torch.exp(b.max - floor)
     return State(
         top,

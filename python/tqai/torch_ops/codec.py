@@ -55,6 +55,8 @@ class Side(NamedTuple):
     centroids: torch.Tensor
     """[2^bits]"""
     step: float
+    shifts: torch.Tensor
+    """0…7 in uint8."""
 
     @property
     def packed_bytes(self) -> int:
@@ -80,7 +82,7 @@ class Side(NamedTuple):
     def look_up(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes [..., tiles, packed_bytes] to rotated unit vectors [..., tiles · 64, dim]."""
         unpack = unpack_keys if self.keys else unpack_values
-        codes = unpack(packed, self.bits)[..., : self.dim].flatten(-3, -2)
+        codes = unpack(packed, self.bits, self.shifts)[..., : self.dim].flatten(-3, -2)
         return self.centroids[codes.int()]
 
 
@@ -141,5 +143,6 @@ def codec_of(options: Options, device: torch.device) -> Codec:
 
 def _side(dim: int, bits: int, keys: bool, rotation: np.ndarray, device: torch.device) -> Side:
     book = _core.Codebook(dim, bits, "int8")
-    arrays = rotation, book.boundaries, book.centroids
-    return Side(dim, bits, keys, *(torch.from_numpy(a).to(device) for a in arrays), book.step)
+    arrays = rotation, book.boundaries, book.centroids, np.arange(8, dtype=np.uint8)
+    *tables, shifts = (torch.from_numpy(array).to(device) for array in arrays)
+    return Side(dim, bits, keys, *tables, book.step, shifts)

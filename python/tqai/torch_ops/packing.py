@@ -25,9 +25,9 @@ def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return _pack_lines(lines.flatten(-4, -3).flatten(-2), bits).flatten(-3)
 
 
-def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``pack_keys``."""
-    lines = _unpack_lines(packed.unflatten(-1, (-1, bits, 64)), bits)
+def unpack_keys(packed: torch.Tensor, bits: int, shifts: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``pack_keys``. shifts: 0…7 in uint8, on the same device."""
+    lines = _unpack_lines(packed.unflatten(-1, (-1, bits, 64)), bits, shifts)
     lines = lines.unflatten(-2, (2, 4)).unflatten(-1, (16, 4))  # group, q, s, t, c
     codes = lines.movedim((-3, -2, -5, -4, -1), (-5, -4, -3, -2, -1))
     return codes.flatten(-5, -4).flatten(-3)
@@ -40,9 +40,9 @@ def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return _pack_lines(lines.flatten(-5, -4).flatten(-2), bits).flatten(-3)
 
 
-def unpack_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``pack_values``."""
-    lines = _unpack_lines(packed.unflatten(-1, (-1, bits, 64)), bits)
+def unpack_values(packed: torch.Tensor, bits: int, shifts: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``pack_values``. shifts: 0…7 in uint8, on the same device."""
+    lines = _unpack_lines(packed.unflatten(-1, (-1, bits, 64)), bits, shifts)
     lines = lines.unflatten(-3, (-1, 2)).unflatten(-1, (16, 4))  # block, half, i, c, t
     codes = lines.movedim((-4, -3, -1, -5, -2), (-5, -4, -3, -2, -1))
     return codes.flatten(-5, -3).flatten(-2)
@@ -77,23 +77,21 @@ def _pack_lines(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(lines, dim=-2)
 
 
-def _unpack_lines(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``_pack_lines``."""
+def _unpack_lines(packed: torch.Tensor, bits: int, shifts: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_pack_lines``, in few operations: each is a launch on a device."""
     if bits == 8:
         return packed
-    line = packed.unbind(-2)
     if bits == 3:
-        codes = [line[i // 2] >> 3 * (i % 2) & 7 for i in range(6)]
-        codes.append(line[0] >> 6 | (line[2] >> 6 & 1) << 2)
-        codes.append(line[1] >> 6 | (line[2] >> 7) << 2)
-        return torch.stack(codes, dim=-2)
-    codes, first, shift = [torch.zeros_like(line[0])] * 8, 0, 0
+        low = packed.unsqueeze(-2) >> shifts[:6:3, None] & 7
+        rest = packed[..., :2, :] >> 6 | (packed[..., 2:, :] >> shifts[6:, None] & 1) << 2
+        return torch.cat([low.flatten(-3, -2), rest], dim=-2)
+    codes, first, shift = None, 0, 0
     for width in (4, 2, 1):
         if not bits & width:
             continue
-        held = 8 // width
-        for i in range(8):
-            part = line[first + i // held] >> width * (i % held) & (1 << width) - 1
-            codes[i] = codes[i] | part << shift if shift else part
+        lines = packed[..., first : first + width, :].unsqueeze(-2)
+        part = (lines >> shifts[::width, None] & (1 << width) - 1).flatten(-3, -2)
+        codes = part if codes is None else codes | part << shift
         first, shift = first + width, shift + width
-    return torch.stack(codes, dim=-2)
+    assert codes is not None
+    return codes
