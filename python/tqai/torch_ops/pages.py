@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from tqai.torch_ops.packing import TILE_TOKENS
 
 PAGE_TILES = 64
+
+
+@lru_cache(maxsize=256)
+def index_of(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`rows` on the device; kept, as copying them there makes the device wait."""
+    return torch.tensor(rows, device=device)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Page:
         tiles = self.tiles[:, :, start : start + count]
         if self.rows == tuple(range(len(tiles))):
             return tiles
-        return tiles[torch.tensor(self.rows, device=tiles.device)]
+        return tiles[index_of(self.rows, tiles.device)]
 
     def select(self, rows: list[int]) -> Page:
         """Row i becomes row rows[i]; held rows that none is any more are freed."""

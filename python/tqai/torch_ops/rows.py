@@ -9,7 +9,7 @@ import torch
 from tqai.torch_ops.centres import Centres, choose_centres
 from tqai.torch_ops.codec import MAX_NORM, Codec, Options
 from tqai.torch_ops.packing import TILE_TOKENS
-from tqai.torch_ops.pages import PAGE_TILES, Page, extend
+from tqai.torch_ops.pages import PAGE_TILES, Page, extend, index_of
 from tqai.torch_ops.phasors import Phasors
 
 _FEWEST_TOKENS = 16
@@ -83,6 +83,11 @@ class Rows:
     first: int = 0
     pages: tuple[Page, ...] = ()
     centres: Centres | None = field(default=None)
+
+    @property
+    def index(self) -> torch.Tensor:
+        """``places`` on the device."""
+        return index_of(self.places, self.tail.keys.device)
 
     @property
     def sealed_tokens(self) -> int:

@@ -161,7 +161,7 @@ class TorchStore:
                 if len(self._rows) == 1:
                     output = part.contiguous()
                 else:
-                    output[self._index(rows.places)] = part
+                    output[rows.index] = part
         return output
 
     def gather(
@@ -182,8 +182,8 @@ class TorchStore:
             for rows in self._rows:
                 for start, key, value in _parts(self._context, rows, first, first + length):
                     at = slice(start - first, start - first + key.shape[2])
-                    keys[self._index(rows.places), :, at] = key.to(keys.dtype)
-                    values[self._index(rows.places), :, at] = value.to(values.dtype)
+                    keys[rows.index, :, at] = key.to(keys.dtype)
+                    values[rows.index, :, at] = value.to(values.dtype)
         return keys, values
 
     def crop(self, tokens: int) -> None:
@@ -354,9 +354,6 @@ class TorchStore:
                 return rows, rows.places.index(row)
         raise IndexError(f"row {row} of a batch of {self.batch}")
 
-    def _index(self, places: tuple[int, ...]) -> torch.Tensor:
-        return torch.tensor(places, device=self.device)
-
     def _change(self, change: Callable[[Rows], Rows]) -> None:
         with self._plain():
             self._rows = [change(rows) for rows in self._rows]
@@ -383,7 +380,7 @@ def _choose(states: torch.Tensor, rows: Rows) -> torch.Tensor:
     """What of [batch, ...] belongs to `rows`."""
     if rows.places == tuple(range(len(states))):
         return states
-    return states[torch.tensor(rows.places, device=states.device)]
+    return states[rows.index]
 
 
 def _parts(
