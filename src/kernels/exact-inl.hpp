@@ -36,7 +36,7 @@ inline void score_exact(const float* queries, const float* keys, int padded, int
         const FloatVec part = load_floats(key + c + p * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
           const float* query = queries + static_cast<std::ptrdiff_t>(r) * padded;
-          sums[r][p] = sums[r][p] + load_floats(query + c + p * kVectorLanes) * part;
+          sums[r][p] = fused(load_floats(query + c + p * kVectorLanes), part, sums[r][p]);
         }
       }
     }
@@ -64,7 +64,9 @@ inline void accumulate_exact(const float (*weights)[kTileTokens], const float* v
       const float* value = values + static_cast<std::ptrdiff_t>(t) * padded + c;
       for (int v = 0; v < kVecs; ++v) {
         const FloatVec part = load_floats(value + v * kVectorLanes);
-        for (int r = 0; r < kRows; ++r) sums[r][v] = sums[r][v] + weights[r][t] * part;
+        for (int r = 0; r < kRows; ++r) {
+          sums[r][v] = fused(broadcast_float<FloatVec>(weights[r][t]), part, sums[r][v]);
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {

@@ -29,6 +29,11 @@ template <typename Vec>
 inline Vec larger(Vec a, Vec b) noexcept {
   return a > b ? a : b;
 }
+
+template <typename Vec>
+inline Vec broadcast_float(float value) noexcept {
+  return value - Vec{};  // as an instruction of its own; a loop over lanes goes through memory
+}
 #else
 template <int kCount>
 struct Floats {
@@ -50,6 +55,13 @@ struct Floats {
     return b;
   }
 };
+
+template <typename Vec>
+inline Vec broadcast_float(float value) noexcept {
+  Vec vec;
+  for (float& lane : vec.lanes) lane = value;
+  return vec;
+}
 
 template <int kCount>
 inline Floats<kCount> larger(Floats<kCount> a, Floats<kCount> b) noexcept {
@@ -86,6 +98,31 @@ inline float fused(float a, float b, float c) noexcept {
   return std::fma(a, b, c);
 #endif
 }
+
+// The same of vectors, lane by lane.
+#if defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES >= 8
+inline Floats<8> fused(Floats<8> a, Floats<8> b, Floats<8> c) noexcept {
+  return Floats<8>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+}
+#if TQAI_VECTOR_LANES == 16
+inline Floats<16> fused(Floats<16> a, Floats<16> b, Floats<16> c) noexcept {
+  return Floats<16>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+}
+#endif
+#else
+template <typename Vec>
+inline Vec fused(Vec a, Vec b, Vec c) noexcept {
+  constexpr int kCount = sizeof(Vec) / sizeof(float);
+  float x[kCount];
+  float y[kCount];
+  float z[kCount];
+  store_floats(x, a);
+  store_floats(y, b);
+  store_floats(z, c);
+  for (int i = 0; i < kCount; ++i) x[i] = fused(x[i], y[i], z[i]);
+  return load_floats<Vec>(x);
+}
+#endif
 
 // 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.

@@ -27,8 +27,8 @@ inline void find_phasors(const RopeBias& bias, std::int64_t first_token,
   const float* __restrict c = bias.offsets + first_token % kTileTokens * 2 * pairs;
   const float* __restrict d = c + pairs;
   for (int f = 0; f < pairs; ++f) {
-    phasors.real[f] = a[f] * c[f] - b[f] * d[f];
-    phasors.imaginary[f] = a[f] * d[f] + b[f] * c[f];
+    phasors.real[f] = fused(a[f], c[f], -(b[f] * d[f]));
+    phasors.imaginary[f] = fused(a[f], d[f], b[f] * c[f]);
   }
 }
 
@@ -43,8 +43,8 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
     const float* g = factors + static_cast<std::ptrdiff_t>(2 * r) * pairs;
     const float* h = g + pairs;
     for (int f = 0; f < pairs; ++f) {
-      real[r][f] = g[f] * phasors.real[f] - h[f] * phasors.imaginary[f];
-      imaginary[r][f] = g[f] * phasors.imaginary[f] + h[f] * phasors.real[f];
+      real[r][f] = fused(g[f], phasors.real[f], -(h[f] * phasors.imaginary[f]));
+      imaginary[r][f] = fused(g[f], phasors.imaginary[f], h[f] * phasors.real[f]);
     }
   }
   if (bias.slow_count > 0) {
@@ -57,8 +57,8 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
         const auto cosine = load_floats<EightPart>(terms + p * kEightLanes);
         const auto sine = load_floats<EightPart>(terms + 8 + p * kEightLanes);
         for (int r = 0; r < kRows; ++r) {
-          even[r][p] = even[r][p] + real[r][f] * cosine;
-          odd[r][p] = odd[r][p] + imaginary[r][f] * sine;
+          even[r][p] = fused(broadcast_float<EightPart>(real[r][f]), cosine, even[r][p]);
+          odd[r][p] = fused(broadcast_float<EightPart>(imaginary[r][f]), sine, odd[r][p]);
         }
       }
     }
@@ -83,8 +83,8 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
         const FloatVec cosines = load_floats(table + v * kVectorLanes);
         const FloatVec sines = load_floats(table + kHalfTile + v * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
-          even[r][v] = even[r][v] + real[r][f] * cosines;
-          odd[r][v] = odd[r][v] + imaginary[r][f] * sines;
+          even[r][v] = fused(broadcast_float<FloatVec>(real[r][f]), cosines, even[r][v]);
+          odd[r][v] = fused(broadcast_float<FloatVec>(imaginary[r][f]), sines, odd[r][v]);
         }
       }
     }
