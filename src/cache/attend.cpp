@@ -148,7 +148,7 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
     // A query that is not finite gives NaN, as in exact attention, and must not reach the kernels.
     work.finite[r] = std::all_of(plain, plain + dim, [](float x) { return std::isfinite(x); });
     if (!work.finite[r]) std::fill_n(plain, dim, 0.0F);
-    context_.codec->key_rotation().apply(plain, rotated, 1);
+    context_.kernels->rotate(context_.codec->plan().keys, plain, rotated);
   }
   if (options_.mask) fill_mask(unit, work);
 }
@@ -265,6 +265,7 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
   const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(kMaxRows) * value_padded_;
   float merged[kernels::kMaxDim];
   float packed[kernels::kMaxDim];
+  float unrotated[kernels::kMaxDim];
   for (int r = 0; r < unit.rows; ++r) {
     const Place at = place(unit, r);
     float max =
@@ -288,8 +289,8 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
     }
     // Sealed values were summed in their rotated domain.
     if (parts_ > 1) {
-      context_.codec->value_rotation().apply_transposed(packed, packed, 1);
-      for (int c = 0; c < dim; ++c) merged[c] += packed[c];
+      context_.kernels->rotate_back(context_.codec->plan().values, packed, unrotated);
+      for (int c = 0; c < dim; ++c) merged[c] += unrotated[c];
     }
     const float factor = sum > 0.0F ? 1.0F / sum : 0.0F;
     for (int c = 0; c < dim; ++c) {

@@ -258,36 +258,35 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   if (kind != Centering::rope) return;
   const RopeTables& tables = *context.rope;
   const float* means = centres.means(head);
+  const int pairs = tables.pair_count();
   int count = 0;
   int slow_count = 0;
-  for (int f = 0; f < tables.pair_count(); ++f) {
-    if (means[f] == 0.0F && means[tables.pair_count() + f] == 0.0F) continue;
-    if (tables.is_slow(f)) {
-      slow_pairs_[slow_count++] = static_cast<std::uint16_t>(f);
-    } else {
+  for (const bool slow : {false, true}) {
+    for (int f = 0; f < pairs; ++f) {
+      if (means[f] == 0.0F && means[pairs + f] == 0.0F) continue;
+      if (tables.is_slow(f) != slow) continue;
       pairs_[count++] = static_cast<std::uint16_t>(f);
+      slow_count += slow ? 1 : 0;
     }
   }
-  for (int power = 0; slow_count > 0 && power < kernels::kRopePowers; ++power) {
-    pairs_[count++] = static_cast<std::uint16_t>(tables.pair_count() + power);
-  }
-  const int pairs = tables.pair_count();
-  for (int r = 0; r < rows; ++r) {
-    const float* query = queries + r * stride;
-    float* real = factors_ + static_cast<std::ptrdiff_t>(2 * r) * pairs;
-    for (int f = 0; f < pairs; ++f) {
+  for (int k = 0; k < count; ++k) {
+    const int f = pairs_[k];
+    std::fill_n(factors_[k][0], 2 * kernels::kLanes, 0.0F);
+    for (int r = 0; r < rows; ++r) {
+      const float* query = queries + r * stride;
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};
       const Complex product = multiply(conjugate, {means[f], means[pairs + f]});
-      real[f] = product.real;
-      real[pairs + f] = product.imaginary;
+      factors_[k][0][2 * r] = product.real;
+      factors_[k][0][2 * r + 1] = product.imaginary;
+      factors_[k][1][2 * r] = -product.imaginary;
+      factors_[k][1][2 * r + 1] = product.real;
     }
   }
   tiles_ = tables.tiles(end / kTileTokens + 1);
   rope_.count = count;
-  rope_.pairs = pairs_;
   rope_.slow_count = slow_count;
-  rope_.slow_pairs = slow_pairs_;
-  rope_.factors = factors_;
+  rope_.pairs = pairs_;
+  rope_.factors = factors_[0][0];
   rope_.pair_count = pairs;
   rope_.half = tables.half();
   rope_.terms = tables.terms();

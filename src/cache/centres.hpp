@@ -73,9 +73,8 @@ class CentreScores {
  private:
   float constants_[kernels::kMaxRows] = {};
   std::shared_ptr<const std::vector<float>> tiles_;
-  std::uint16_t pairs_[kernels::kMaxDim / 2 + kernels::kRopePowers];
-  std::uint16_t slow_pairs_[kernels::kMaxDim / 2];
-  float factors_[kernels::kMaxRows * kernels::kMaxDim];
+  std::uint16_t pairs_[kernels::kMaxDim / 2];
+  alignas(64) float factors_[kernels::kMaxDim / 2][2][kernels::kLanes];
   kernels::RopeBias rope_{};
 };
 

@@ -20,10 +20,10 @@ class RopeTables {
   int pair_count() const noexcept { return static_cast<int>(rope_.inv_freq.size()); }
   /// [pairs + kRopePowers, 2, 32]: cos, then sin of (j + 1/2) ω: the distances from the middle of a
   /// tile; then the even powers of (j + 1/2) / 32 from 0 up, each beside the odd one above it.
-  const float* half() const noexcept { return half_.data(); }
+  const float* half() const noexcept { return half_.front().floats; }
   /// Whether a frequency turns by 1 at most between the middle of a tile and its ends.
   bool is_slow(int f) const noexcept;
-  /// [pairs, 2, 8]: cos and sin of a slow frequency as coefficients of those powers.
+  /// [pairs, kRopePowers, 2]: cos and sin of a slow frequency as coefficients of those powers.
   const float* terms() const noexcept { return terms_.data(); }
   /// [64, 2, pairs]: real, then imaginary parts of e^(i offset ω).
   const float* offsets() const noexcept { return offsets_.data(); }
@@ -37,7 +37,10 @@ class RopeTables {
  private:
   Rope rope_;
   bool interleaved_;
-  std::vector<float> half_;
+  struct alignas(64) Line {  // read by whole registers
+    float floats[16];
+  };
+  std::vector<Line> half_;
   std::vector<float> terms_;
   std::vector<float> offsets_;
   mutable std::mutex mutex_;

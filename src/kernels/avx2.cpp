@@ -25,6 +25,7 @@
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "integer-inl.hpp"
+#include "rotate-row-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -277,6 +278,8 @@ const Kernels kAvx2Kernels = {Level::avx2,
                               attend_tiles<Integer<Avx2>>,
                               attend_exact,
                               add_rope,
+                              rotate,
+                              rotate_back,
                               encode<Avx2Lanes>,
                               decode,
                               acceptable};

@@ -29,6 +29,7 @@
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "integer-inl.hpp"
+#include "rotate-row-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -221,6 +222,8 @@ const Kernels kAvx512Kernels = {Level::avx512,
                                 attend_tiles<Integer<Avx512>>,
                                 attend_exact,
                                 add_rope,
+                              rotate,
+                              rotate_back,
                                 encode<Avx512Lanes>,
                                 decode,
                                 acceptable};

@@ -17,8 +17,8 @@ inline constexpr int kMaxDim = 512;
 inline constexpr int kLanes = 16;
 
 /// Even powers, and odd ones, of a polynomial that stands for slow frequencies: with angles of up
-/// to 1 what is left out is below 3e-7.
-inline constexpr int kRopePowers = 5;
+/// to 1 it is off by less than 3e-7.
+inline constexpr int kRopePowers = 4;
 
 /// One run of coordinates with its codebook on the int8 grid.
 struct SegmentPlan {
@@ -81,19 +81,17 @@ struct TileSpan {
 
 /// What RoPE-centred keys leave out of the scores: at position p, Σ_f Re(factor_f · e^(i p ω_f)).
 struct RopeBias {
-  int count;                   // 0: no bias
-  const std::uint16_t* pairs;  // [count] rows of `half`: frequencies that the head keeps, and,
-                               // where it keeps slow ones, the kRopePowers rows of powers
-  int slow_count;
-  const std::uint16_t*
-      slow_pairs;        // [slow_count]: kept frequencies that turn by 1 at most between
-                         // the middle and the ends of a tile: polynomials of the distance
-  const float* factors;  // [rows, 2, pair_count]: conj(query pair) · mean pair, real then imaginary
+  int count;       // frequencies that the head keeps, slow ones last; 0: no bias
+  int slow_count;  // those that turn by 1 at most between the middle and the ends of a tile: they
+                   // are polynomials of the distance
+  const std::uint16_t* pairs;  // [count]: which they are
+  const float* factors;        // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
+                               // (real, imaginary) of one after another; then the same times i
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
   const float* half;   // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and
                        // odd powers of (j + 1/2) / 32
-  const float* terms;  // [pair_count, 2, 8]: a frequency's cosine and sine in those powers
+  const float* terms;  // [pair_count, kRopePowers, 2]: a frequency's cosine and sine in those powers
   const float* tiles;  // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
   const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
 };
@@ -150,6 +148,11 @@ struct Kernels {
   /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64].
   void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
                    float (*scores)[kTileTokens]) noexcept;
+
+  /// y = R x, and x = Rᵀ y, of one row of side.dim floats; the results do not overlap the arguments.
+  /// Same bits at every level, and as Rotation's.
+  void (*rotate)(const SidePlan& side, const float* x, float* y) noexcept;
+  void (*rotate_back)(const SidePlan& side, const float* y, float* x) noexcept;
 
   /// Norms, rotates, quantises and packs 64 vectors. rows: [64, dim] fp32, finite; `tile`: the
   /// head's tile, whose part of this side is written. Same bits at every level.

@@ -24,6 +24,7 @@
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "integer-inl.hpp"
+#include "rotate-row-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -144,6 +145,8 @@ const Kernels kNeonKernels = {Level::neon,
                               attend_tiles<Integer<Neon>>,
                               attend_exact,
                               add_rope,
+                              rotate,
+                              rotate_back,
                               encode<PlainLanes>,
                               decode,
                               acceptable};

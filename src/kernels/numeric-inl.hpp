@@ -34,6 +34,15 @@ template <typename Vec>
 inline Vec broadcast_float(float value) noexcept {
   return value - Vec{};  // as an instruction of its own; a loop over lanes goes through memory
 }
+
+// Two floats, over and over.
+template <typename Vec>
+inline Vec broadcast_pair(const float* pair) noexcept {
+  using Pairs [[gnu::vector_size(sizeof(Vec))]] = std::uint64_t;
+  std::uint64_t bits;
+  std::memcpy(&bits, pair, sizeof bits);
+  return Vec(bits + Pairs{});
+}
 #else
 template <int kCount>
 struct Floats {
@@ -63,6 +72,13 @@ inline Vec broadcast_float(float value) noexcept {
   return vec;
 }
 
+template <typename Vec>
+inline Vec broadcast_pair(const float* pair) noexcept {
+  Vec vec;
+  for (std::size_t i = 0; i < sizeof(Vec) / sizeof(float); ++i) vec.lanes[i] = pair[i % 2];
+  return vec;
+}
+
 template <int kCount>
 inline Floats<kCount> larger(Floats<kCount> a, Floats<kCount> b) noexcept {
   for (int i = 0; i < kCount; ++i) a.lanes[i] = a.lanes[i] > b.lanes[i] ? a.lanes[i] : b.lanes[i];
@@ -72,10 +88,7 @@ inline Floats<kCount> larger(Floats<kCount> a, Floats<kCount> b) noexcept {
 constexpr int kVectorLanes = TQAI_VECTOR_LANES;
 
 using FloatVec = Floats<kVectorLanes>;
-// As much of eight floats as a register holds.
-constexpr int kEightLanes = kVectorLanes < 8 ? kVectorLanes : 8;
-constexpr int kEightParts = 8 / kEightLanes;
-using EightPart = Floats<kEightLanes>;
+constexpr int kLaneParts = kLanes / kVectorLanes;  // registers that hold kLanes floats
 
 template <typename Vec = FloatVec>
 inline Vec load_floats(const float* from) noexcept {
@@ -100,29 +113,22 @@ inline float fused(float a, float b, float c) noexcept {
 }
 
 // The same of vectors, lane by lane.
-#if defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES >= 8
-inline Floats<8> fused(Floats<8> a, Floats<8> b, Floats<8> c) noexcept {
-  return Floats<8>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
-}
-#if TQAI_VECTOR_LANES == 16
-inline Floats<16> fused(Floats<16> a, Floats<16> b, Floats<16> c) noexcept {
-  return Floats<16>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-}
-#endif
+inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
+#if defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  return FloatVec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+  return FloatVec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
 #else
-template <typename Vec>
-inline Vec fused(Vec a, Vec b, Vec c) noexcept {
-  constexpr int kCount = sizeof(Vec) / sizeof(float);
-  float x[kCount];
-  float y[kCount];
-  float z[kCount];
+  float x[kVectorLanes];
+  float y[kVectorLanes];
+  float z[kVectorLanes];
   store_floats(x, a);
   store_floats(y, b);
   store_floats(z, c);
-  for (int i = 0; i < kCount; ++i) x[i] = fused(x[i], y[i], z[i]);
-  return load_floats<Vec>(x);
-}
+  for (int i = 0; i < kVectorLanes; ++i) x[i] = fused(x[i], y[i], z[i]);
+  return load_floats(x);
 #endif
+}
 
 // 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.

@@ -32,43 +32,49 @@ inline void find_phasors(const RopeBias& bias, std::int64_t first_token,
   }
 }
 
-// The bias of kRows rows; their factors are [kRows, 2, pair_count].
+// factor · e^(i middle ω) of all rows, as RopeBias::factors has them: the frequencies that are not
+// slow, then the coefficients of the slow ones' polynomials.
+using RowFactors = float[kLanes];
+
+// Returns how many there are.
+inline int turn_factors(const RopeBias& bias, const TilePhasors& phasors,
+                        RowFactors* turned) noexcept {
+  const int fast = bias.count - bias.slow_count;
+  FloatVec coefficients[kRopePowers][kLaneParts] = {};
+  for (int k = 0; k < bias.count; ++k) {
+    const int f = bias.pairs[k];
+    const auto real = broadcast_float<FloatVec>(phasors.real[f]);
+    const auto imaginary = broadcast_float<FloatVec>(phasors.imaginary[f]);
+    const float* factors = bias.factors + static_cast<std::ptrdiff_t>(k) * 2 * kLanes;
+    for (int p = 0; p < kLaneParts; ++p) {
+      const FloatVec factor = load_floats(factors + p * kVectorLanes);
+      const FloatVec times_i = load_floats(factors + kLanes + p * kVectorLanes);
+      const FloatVec product = fused(factor, real, times_i * imaginary);
+      if (k < fast) {
+        store_floats(turned[k] + p * kVectorLanes, product);
+        continue;
+      }
+      const float* terms = bias.terms + static_cast<std::ptrdiff_t>(f) * 2 * kRopePowers;
+      for (int power = 0; power < kRopePowers; ++power) {
+        coefficients[power][p] = fused(broadcast_pair<FloatVec>(terms + 2 * power), product,
+                                       coefficients[power][p]);
+      }
+    }
+  }
+  if (bias.slow_count == 0) return fast;
+  for (int power = 0; power < kRopePowers; ++power) {
+    for (int p = 0; p < kLaneParts; ++p) {
+      store_floats(turned[fast + power] + p * kVectorLanes, coefficients[power][p]);
+    }
+  }
+  return fast + kRopePowers;
+}
+
+// The bias of rows first_row … first_row + kRows − 1.
 template <int kRows>
-inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, const float* factors,
+inline void add_rope_rows(const RopeBias& bias, const RowFactors* turned, int count, int first_row,
                           float (*scores)[kTileTokens]) noexcept {
-  const int pairs = bias.pair_count;
-  float real[kRows][kMaxDim / 2 + 8];  // and the powers'
-  float imaginary[kRows][kMaxDim / 2 + 8];
-  for (int r = 0; r < kRows; ++r) {
-    const float* g = factors + static_cast<std::ptrdiff_t>(2 * r) * pairs;
-    const float* h = g + pairs;
-    for (int f = 0; f < pairs; ++f) {
-      real[r][f] = fused(g[f], phasors.real[f], -(h[f] * phasors.imaginary[f]));
-      imaginary[r][f] = fused(g[f], phasors.imaginary[f], h[f] * phasors.real[f]);
-    }
-  }
-  if (bias.slow_count > 0) {
-    EightPart even[kRows][kEightParts] = {};
-    EightPart odd[kRows][kEightParts] = {};
-    for (int k = 0; k < bias.slow_count; ++k) {
-      const int f = bias.slow_pairs[k];
-      const float* terms = bias.terms + static_cast<std::ptrdiff_t>(f) * 16;
-      for (int p = 0; p < kEightParts; ++p) {
-        const auto cosine = load_floats<EightPart>(terms + p * kEightLanes);
-        const auto sine = load_floats<EightPart>(terms + 8 + p * kEightLanes);
-        for (int r = 0; r < kRows; ++r) {
-          even[r][p] = fused(broadcast_float<EightPart>(real[r][f]), cosine, even[r][p]);
-          odd[r][p] = fused(broadcast_float<EightPart>(imaginary[r][f]), sine, odd[r][p]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kEightParts; ++p) {
-        store_floats(real[r] + pairs + p * kEightLanes, even[r][p]);
-        store_floats(imaginary[r] + pairs + p * kEightLanes, odd[r][p]);
-      }
-    }
-  }
+  const int fast = bias.slow_count == 0 ? count : count - kRopePowers;
   alignas(64) float even_part[kRows][kHalfTile];
   alignas(64) float odd_part[kRows][kHalfTile];
   // Up to 16 sums at a time.
@@ -76,15 +82,16 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
   for (int start = 0; start < kHalfTile; start += kVecs * kVectorLanes) {
     FloatVec even[kRows][kVecs] = {};
     FloatVec odd[kRows][kVecs] = {};
-    for (int k = 0; k < bias.count; ++k) {
-      const int f = bias.pairs[k];
+    for (int k = 0; k < count; ++k) {
+      const int f = k < fast ? bias.pairs[k] : bias.pair_count + k - fast;
       const float* table = bias.half + static_cast<std::ptrdiff_t>(f) * kTileTokens + start;
+      const float* factors = turned[k] + std::ptrdiff_t{2} * first_row;
       for (int v = 0; v < kVecs; ++v) {
         const FloatVec cosines = load_floats(table + v * kVectorLanes);
         const FloatVec sines = load_floats(table + kHalfTile + v * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
-          even[r][v] = fused(broadcast_float<FloatVec>(real[r][f]), cosines, even[r][v]);
-          odd[r][v] = fused(broadcast_float<FloatVec>(imaginary[r][f]), sines, odd[r][v]);
+          even[r][v] = fused(broadcast_float<FloatVec>(factors[2 * r]), cosines, even[r][v]);
+          odd[r][v] = fused(broadcast_float<FloatVec>(factors[2 * r + 1]), sines, odd[r][v]);
         }
       }
     }
@@ -97,8 +104,8 @@ inline void add_rope_rows(const RopeBias& bias, const TilePhasors& phasors, cons
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    float* after = scores[r] + kHalfTile;
-    float* before = scores[r] + kHalfTile - 1;
+    float* after = scores[first_row + r] + kHalfTile;
+    float* before = scores[first_row + r] + kHalfTile - 1;
     for (int i = 0; i < kHalfTile; ++i) {
       after[i] = after[i] + (even_part[r][i] - odd_part[r][i]);
     }
@@ -113,15 +120,14 @@ void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
               float (*scores)[kTileTokens]) noexcept {
   TilePhasors phasors;
   find_phasors(bias, first_token, phasors);
-  const std::ptrdiff_t row = 2 * static_cast<std::ptrdiff_t>(bias.pair_count);
+  alignas(64) RowFactors turned[kMaxDim / 2 + kRopePowers];
+  const int count = turn_factors(bias, phasors, turned);
   int r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    add_rope_rows<4>(bias, phasors, bias.factors + r * row, scores + r);
-  }
+  for (; r + 4 <= rows; r += 4) add_rope_rows<4>(bias, turned, count, r, scores);
   switch (rows - r) {
-    case 3: add_rope_rows<3>(bias, phasors, bias.factors + r * row, scores + r); break;
-    case 2: add_rope_rows<2>(bias, phasors, bias.factors + r * row, scores + r); break;
-    case 1: add_rope_rows<1>(bias, phasors, bias.factors + r * row, scores + r); break;
+    case 3: add_rope_rows<3>(bias, turned, count, r, scores); break;
+    case 2: add_rope_rows<2>(bias, turned, count, r, scores); break;
+    case 1: add_rope_rows<1>(bias, turned, count, r, scores); break;
     default: break;
   }
 }

@@ -3,6 +3,7 @@
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
+#include "rotate-row-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -58,6 +59,7 @@ struct Integer {
 
 const Kernels kScalarKernels = {Level::scalar,         score<Integer>, Integer::accumulate,
                                 attend_tiles<Integer>, attend_exact,   add_rope,
+                                rotate,                rotate_back,
                                 encode<PlainLanes>,    decode,         acceptable};
 
 }  // namespace tqai::kernels

@@ -235,12 +235,34 @@ TEST(RopeTables, HoldNoDenormalNumbers) {
   }
   rope.rotary_dim = 64;
   const detail::RopeTables tables(rope);
-  for (int i = 0; i < 32 * 16; ++i) {
+  constexpr int kTerms = 2 * kernels::kRopePowers;
+  for (int i = 0; i < 32 * kTerms; ++i) {
     const float term = tables.terms()[i];
     EXPECT_TRUE(term == 0.0F || std::abs(term) >= 1e-20F) << i << ": " << term;
   }
   // The sine's first term is never left out.
-  for (int f = 0; f < 32; ++f) EXPECT_NE(tables.terms()[16 * f + 8], 0.0F) << f;
+  for (int f = 0; f < 32; ++f) EXPECT_NE(tables.terms()[kTerms * f + 1], 0.0F) << f;
+}
+
+TEST(RopeTables, PolynomialsOfSlowFrequencies) {
+  for (const double angle : {1.0, -1.0, 0.3, 1e-3, 1e-9}) {
+    Rope rope;
+    rope.inv_freq = {static_cast<float>(angle / 32.0)};
+    rope.rotary_dim = 2;
+    const detail::RopeTables tables(rope);
+    ASSERT_TRUE(tables.is_slow(0));
+    for (double x = -1.0; x <= 1.0; x += 1.0 / 64.0) {
+      double cosine = 0.0;
+      double sine = 0.0;
+      for (int power = kernels::kRopePowers - 1; power >= 0; --power) {
+        cosine = cosine * x * x + static_cast<double>(tables.terms()[2 * power]);
+        sine = sine * x * x + static_cast<double>(tables.terms()[2 * power + 1]);
+      }
+      const double turned = 32.0 * static_cast<double>(rope.inv_freq[0]) * x;
+      EXPECT_NEAR(cosine, std::cos(turned), 3e-7) << angle << " " << x;
+      EXPECT_NEAR(sine * x, std::sin(turned), 3e-7) << angle << " " << x;
+    }
+  }
 }
 
 }  // namespace

@@ -155,6 +155,30 @@ TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
   }
 }
 
+TEST_P(Levels, RotationsAreThoseOfTheLibraryBitForBit) {
+  auto engine = test::random_engine(6);
+  for (const int dim : {8, 16, 40, 64, 80, 128, 256, 512}) {
+    for (const auto kind : {RotationKind::automatic, RotationKind::haar}) {
+      CacheOptions options;
+      options.kv_heads = 1;
+      options.head_dim = options.value_head_dim = dim;
+      options.rotation = kind;
+      const detail::Codec codec(options);
+      auto x = test::random_normal(static_cast<std::size_t>(dim), engine);
+      x[0] = 0.0F;
+      x[1] = -0.0F;
+      std::vector<float> y(x.size());
+      std::vector<float> expected(x.size());
+      level().rotate(codec.plan().keys, x.data(), y.data());
+      codec.key_rotation().apply(x.data(), expected.data(), 1);
+      ASSERT_EQ(0, std::memcmp(y.data(), expected.data(), y.size() * sizeof(float))) << dim;
+      level().rotate_back(codec.plan().values, x.data(), y.data());
+      codec.value_rotation().apply_transposed(x.data(), expected.data(), 1);
+      ASSERT_EQ(0, std::memcmp(y.data(), expected.data(), y.size() * sizeof(float))) << dim;
+    }
+  }
+}
+
 // The scalar level is the specification; this is the specification of the scalar level.
 TEST(Encode, CodesAreNearestCentroidsOfTheRotatedUnitVector) {
   auto engine = test::random_engine(4);
@@ -260,20 +284,15 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       for (std::size_t i = 0; i < spans.size(); ++i) spans[i].first_token = starts[i];
       const detail::RopeTables tables(test::rope_of(dim));
       const auto phasors = tables.tiles(4);
-      const auto powers = static_cast<std::uint16_t>(tables.pair_count());
-      std::vector<std::uint16_t> pairs = {0, 1, 3};
-      for (int i = 0; i < kernels::kRopePowers; ++i) {
-        pairs.push_back(static_cast<std::uint16_t>(powers + i));
-      }
-      const std::vector<std::uint16_t> slow_pairs = {static_cast<std::uint16_t>(powers - 2),
-                                                     static_cast<std::uint16_t>(powers - 1)};
-      const auto factors =
-          test::random_normal(kMaxRows * 2 * static_cast<std::size_t>(tables.pair_count()), engine);
+      // Two of them slow.
+      const auto pair_count = static_cast<std::uint16_t>(tables.pair_count());
+      const std::vector<std::uint16_t> pairs = {0, 1, 3, static_cast<std::uint16_t>(pair_count - 2),
+                                                static_cast<std::uint16_t>(pair_count - 1)};
+      const auto factors = test::random_normal(pairs.size() * 2 * kernels::kLanes, engine);
       kernels::RopeBias rope{};
       rope.count = static_cast<int>(pairs.size());
+      rope.slow_count = 2;
       rope.pairs = pairs.data();
-      rope.slow_count = static_cast<int>(slow_pairs.size());
-      rope.slow_pairs = slow_pairs.data();
       rope.factors = factors.data();
       rope.pair_count = tables.pair_count();
       rope.half = tables.half();
