@@ -1,5 +1,5 @@
 // Attention over sealed tiles: the float part, around the level's integer one, `Integer`: its
-// `prepare`, `score` and `accumulate` (integer-inl.hpp), and `read_halves`.
+// `prepare`, `score` and `accumulate` (integer-inl.hpp), `read_halves` and `round_weights`.
 #pragma once
 
 #include <cmath>
@@ -47,7 +47,18 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
   }
 }
 
+// weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
+// is 0…255.
+inline void round_weights(const float* __restrict products, float inverse,
+                          std::uint8_t* __restrict weights) noexcept {
+  for (int t = 0; t < kTileTokens; ++t) {
+    weights[t] =
+        static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
+  }
+}
+
 // Weights of one row, times the values' norms, as 8 bits. Returns their unit.
+template <typename Integer>
 inline float quantise_weights(const float* __restrict p, const float* __restrict norms,
                               std::uint8_t* __restrict weights) noexcept {
   alignas(64) float products[kTileTokens];
@@ -57,11 +68,7 @@ inline float quantise_weights(const float* __restrict p, const float* __restrict
     for (int t = 0; t < kTileTokens; ++t) weights[t] = 0;
     return 0.0F;
   }
-  const float inverse = 255.0F / largest;
-  for (int t = 0; t < kTileTokens; ++t) {
-    weights[t] =
-        static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
-  }
+  Integer::round_weights(products, 255.0F / largest, weights);
   return largest / 255.0F;
 }
 
@@ -151,7 +158,8 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   bool any = false;
   Integer::read_halves(tile + side.norms, scratch.norms);
   for (int r = 0; r < softmax.rows; ++r) {
-    units[r] = quantise_weights(scratch.block.scores[r], scratch.norms, scratch.weights[r]);
+    units[r] =
+        quantise_weights<Integer>(scratch.block.scores[r], scratch.norms, scratch.weights[r]);
     any = any || units[r] > 0.0F;
   }
   if (!any) return;

@@ -181,6 +181,9 @@ struct Avx2 {
   static void store(std::int32_t* p, Acc acc) noexcept {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }
+  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+    kernels::round_weights(products, inverse, weights);
+  }
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     kernels::read_halves(from, to);
   }

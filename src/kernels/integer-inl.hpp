@@ -12,6 +12,7 @@
 //   dot(acc, operand, words)     acc + Σ of 4 products a lane
 //   store(p, acc)                the sums
 //   read_halves(from, to)        a tile's norms as floats
+//   round_weights(…)             as attend-inl.hpp's
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
@@ -307,6 +308,9 @@ struct Integer {
 
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     Ops::read_halves(from, to);
+  }
+  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+    Ops::round_weights(products, inverse, weights);
   }
 
   // queries: [rows, count] in −127…127; words: kQueryBytes a query; bias: [rows].

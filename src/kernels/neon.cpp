@@ -129,6 +129,9 @@ struct Neon {
     return vdotq_s32(vdotq_s32(acc, values.levels, half), values.levels, half);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
+  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+    kernels::round_weights(products, inverse, weights);
+  }
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     kernels::read_halves(from, to);
   }

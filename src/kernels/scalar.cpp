@@ -14,6 +14,9 @@ struct Integer {
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     kernels::read_halves(from, to);
   }
+  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+    kernels::round_weights(products, inverse, weights);
+  }
 
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
                       std::uint8_t* words, std::int32_t* /*bias*/) noexcept {
@@ -57,9 +60,9 @@ struct Integer {
 
 }  // namespace
 
-const Kernels kScalarKernels = {Level::scalar,         score<Integer>, Integer::accumulate,
-                                attend_tiles<Integer>, attend_exact,   add_rope,
-                                rotate,                rotate_back,
-                                encode<PlainLanes>,    decode,         acceptable};
+const Kernels kScalarKernels = {
+    Level::scalar, score<Integer>, Integer::accumulate, attend_tiles<Integer>, attend_exact,
+    add_rope,      rotate,         rotate_back,         encode<PlainLanes>,    decode,
+    acceptable};
 
 }  // namespace tqai::kernels
