@@ -218,7 +218,7 @@ struct ScaledOutput {
 template <typename Ops, int kBits, int kRows, int kBlocks>
 inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
                               const std::uint8_t* group, const std::uint8_t* words,
-                              const ScaledOutput& out) noexcept {
+                              const ScaledOutput& out, Fetch& fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr int kStep = 4 * Ops::template words<kBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
@@ -233,6 +233,7 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
       accumulate_quad<Ops, kBits, 0, kRows, kBlocks>(table, lines, part, word, kStride, acc);
       accumulate_quad<Ops, kBits, 1, kRows, kBlocks>(table, lines, part, word + kStep, kStride,
                                                      acc);
+      fetch.template step<Ops>();
     }
     for (int b = 0; b < kBlocks; ++b) {
       for (int r = 0; r < kRows; ++r) {
@@ -251,17 +252,16 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
   const typename Ops::template Table<kBits> table(segment.levels, false);
   const int blocks = segment.count / kCoordinateBlock;
-  Fetch fetch = fetch_of(ahead, blocks / kBlocks + blocks % kBlocks);
+  Fetch fetch = fetch_of(ahead, 2 * Ops::kParts * (blocks / kBlocks + blocks % kBlocks));
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words, out);
+    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words, out,
+                                                   fetch);
     out.output += kBlocks * kCoordinateBlock;
-    fetch.template step<Ops>();
   }
   for (; block < blocks; ++block) {
-    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words, out);
+    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words, out, fetch);
     out.output += kCoordinateBlock;
-    fetch.template step<Ops>();
   }
 }
 
