@@ -72,6 +72,24 @@ inline float quantise_weights(const float* __restrict p, const float* __restrict
   return largest / 255.0F;
 }
 
+// Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
+struct Fetch {
+  const std::uint8_t* next;
+  const std::uint8_t* end;
+  std::ptrdiff_t bytes;  // a step
+
+  template <typename Ops>
+  void step() noexcept {
+    const std::uint8_t* until = end - next < bytes ? end : next + bytes;
+    for (; next < until; next += kLineBytes) Ops::prefetch(next);
+  }
+};
+
+inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
+  const auto lines = static_cast<std::ptrdiff_t>(ahead.bytes / kLineBytes);
+  return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
+}
+
 // Segments are at least 16 coordinates.
 constexpr int kMaxSegments = kMaxDim / kCoordinateBlock;
 
@@ -196,20 +214,28 @@ void attend_tiles(const AttendTiles& args) noexcept {
   for (std::int64_t i = 0; i < args.tile_count; ++i) {
     const TileSpan& span = args.tiles[i];
     if (sees(args.softmax, start, span.tokens)) {
-      // A whole tile ahead: half of one is too late for what comes from memory.
-      Ahead next_keys;
-      Ahead next_values;
+      // A whole tile ahead, as half of one is too late for what comes from memory; and evenly over
+      // the time that this one takes: processors keep track of 10 to 16 lines, and then wait.
+      Ahead with_keys;
+      Ahead with_rows;
+      Ahead with_values;
       if (i + 1 < args.tile_count) {
         const std::uint8_t* next = args.tiles[i + 1].tile;
-        const std::size_t values = args.plan->values.codes;
-        next_keys = {next, values};
-        next_values = {next + values, args.plan->bytes - values};
+        const std::size_t lines = args.plan->bytes / kLineBytes;
+        const std::size_t rows = lines * static_cast<std::size_t>(args.softmax.rows - 1) /
+                                 static_cast<std::size_t>(2 * args.softmax.rows);
+        const std::size_t keys = (lines - rows) / 2;
+        with_keys = {next, keys * kLineBytes};
+        with_rows = {next + keys * kLineBytes, rows * kLineBytes};
+        with_values = {next + (keys + rows) * kLineBytes, (lines - keys - rows) * kLineBytes};
       }
-      score_tile(args, span, next_keys, queries, scratch);
+      score_tile(args, span, with_keys, queries, scratch);
+      Fetch fetch = fetch_of(with_rows, args.softmax.rows);
       for (int r = 0; r < args.softmax.rows; ++r) {
         weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
+        Integer::fetch(fetch);
       }
-      accumulate_tile<Integer>(args, span.tile, next_values, scratch);
+      accumulate_tile<Integer>(args, span.tile, with_values, scratch);
     }
     start += span.tokens;
   }

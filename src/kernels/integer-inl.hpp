@@ -20,7 +20,7 @@
 //                                a product's latency
 #pragma once
 
-#include "kernels.hpp"
+#include "attend-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -93,24 +93,6 @@ inline void load_quad(const std::uint8_t* group, int part, typename Ops::Vec (&c
       }
     }
   }
-}
-
-// Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
-struct Fetch {
-  const std::uint8_t* next;
-  const std::uint8_t* end;
-  std::ptrdiff_t bytes;  // a step
-
-  template <typename Ops>
-  void step() noexcept {
-    const std::uint8_t* until = end - next < bytes ? end : next + bytes;
-    for (; next < until; next += kLineBytes) Ops::prefetch(next);
-  }
-};
-
-inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
-  const auto lines = static_cast<std::ptrdiff_t>(ahead.bytes / kLineBytes);
-  return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
 }
 
 constexpr int kWordBytes = 4;
@@ -256,7 +238,7 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
     accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words, out,
-                                                   fetch);
+                                                  fetch);
     out.output += kBlocks * kCoordinateBlock;
   }
   for (; block < blocks; ++block) {
@@ -309,6 +291,7 @@ struct Integer {
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     Ops::read_halves(from, to);
   }
+  static void fetch(Fetch& ahead) noexcept { ahead.step<Ops>(); }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
     Ops::round_weights(products, inverse, weights);
   }

@@ -14,6 +14,7 @@ struct Integer {
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
     kernels::read_halves(from, to);
   }
+  static void fetch(Fetch& /*ahead*/) noexcept {}
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
     kernels::round_weights(products, inverse, weights);
   }
