@@ -227,6 +227,13 @@ struct Avx2Lanes : PlainLanes {
     }
   }
 
+  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
+    for (int c = 0; c < kLanes; c += 8) {
+      transpose8(rows[0] + c, kLanes, x + c, 0);
+      transpose8(rows[8] + c, kLanes, x + c, 8);
+    }
+  }
+
   // Entry `index` (below 16) of a table in two registers.
   static __m256 look_up(__m256 low, __m256 high, __m256i index) noexcept {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
@@ -279,7 +286,7 @@ const Kernels kAvx2Kernels = {Level::avx2,
                               score<Integer<Avx2>>,
                               Integer<Avx2>::accumulate,
                               attend_tiles<Integer<Avx2>>,
-                              attend_exact,
+                              attend_exact<Avx2Lanes>,
                               add_rope,
                               rotate,
                               rotate_back,

@@ -194,6 +194,10 @@ struct Avx512Lanes : PlainLanes {
     }
   }
 
+  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
+    transpose16(rows[0], kLanes, x);
+  }
+
   // The binary search with boundaries and levels in registers.
   template <int kBits>
   static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
@@ -233,7 +237,7 @@ const Kernels kAvx512Kernels = {Level::avx512,
                                 score<Integer<Avx512>>,
                                 Integer<Avx512>::accumulate,
                                 attend_tiles<Integer<Avx512>>,
-                                attend_exact,
+                                attend_exact<Avx512Lanes>,
                                 add_rope,
                                 rotate,
                                 rotate_back,

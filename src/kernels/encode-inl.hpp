@@ -184,6 +184,12 @@ struct PlainLanes {
       for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
     }
   }
+  // x[c, i] = rows[i, c], of 16 of each.
+  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
+    for (int c = 0; c < kLanes; ++c) {
+      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[i][c];
+    }
+  }
   // Codes of coordinates [segment.first, end) of 16 tokens; codes: [.., 64], the first of these
   // tokens. norm2 += the squares of their levels.
   template <int kBits>

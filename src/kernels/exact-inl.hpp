@@ -1,6 +1,7 @@
 // Attention over exact tokens, 64 at a time, in fp32.
 #pragma once
 
+#include "encode-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels {
@@ -23,99 +24,150 @@ struct ExactBlock {
   }
 };
 
-// scores[r, t] = q[r] · keys[t], summed in 16 lanes and then as a tree, whatever a register holds.
-template <int kRows>
+// Sums of products in 16 lanes, of 16 tokens; then lanes and tokens exchanged.
+struct TokenSums {
+  alignas(64) float lanes[kMaxRows][kLanes][kLanes];  // [rows, tokens, lanes]
+  alignas(64) float turned[kLanes][kLanes];
+};
+
+// scores[r, t] = q[r] · keys[t] of up to 16 tokens, summed in 16 lanes and then as a tree, whatever
+// a register holds. Trees of 16 tokens are added up side by side.
+template <typename Lanes, int kRows>
 inline void score_exact(const float* queries, const float* keys, int padded, int tokens,
-                        float (*scores)[kTileTokens]) noexcept {
-  constexpr int kParts = kLanes / kVectorLanes;
+                        TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
   for (int t = 0; t < tokens; ++t) {
     const float* key = keys + static_cast<std::ptrdiff_t>(t) * padded;
-    FloatVec sums[kRows][kParts] = {};
+    FloatVec acc[kRows][kLaneParts] = {};
     for (int c = 0; c < padded; c += kLanes) {
-      for (int p = 0; p < kParts; ++p) {
+      for (int p = 0; p < kLaneParts; ++p) {
         const FloatVec part = load_floats(key + c + p * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
           const float* query = queries + static_cast<std::ptrdiff_t>(r) * padded;
-          sums[r][p] = fused(load_floats(query + c + p * kVectorLanes), part, sums[r][p]);
+          acc[r][p] = fused(load_floats(query + c + p * kVectorLanes), part, acc[r][p]);
         }
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      float lanes[kLanes];
-      for (int p = 0; p < kParts; ++p) store_floats(lanes + p * kVectorLanes, sums[r][p]);
-      scores[r][t] = sum_lanes(lanes);
+      for (int p = 0; p < kLaneParts; ++p) {
+        store_floats(sums.lanes[r][t] + p * kVectorLanes, acc[r][p]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    Lanes::transpose_square(sums.lanes[r], sums.turned);
+    for (int v = 0; v < kLanes; v += kVectorLanes) {
+      FloatVec half[8];
+      for (int i = 0; i < 8; ++i) {
+        half[i] = load_floats(sums.turned[i] + v) + load_floats(sums.turned[i + 8] + v);
+      }
+      for (int i = 0; i < 4; ++i) half[i] = half[i] + half[i + 4];
+      store_floats(scores[r] + at + v, (half[0] + half[2]) + (half[1] + half[3]));
     }
   }
 }
 
-// output[r] += Σ_t weights[r, t] · values[t], in order of tokens.
+// output[r] += Σ_t weights[r, t] · values[t], in order of tokens, of kVecs registers of
+// coordinates.
+template <int kRows, int kVecs>
+inline void accumulate_columns(const float (*weights)[kTileTokens], const float* values, int padded,
+                               int tokens, float* output, std::int64_t stride) noexcept {
+  FloatVec sums[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      sums[r][v] = load_floats(output + r * stride + v * kVectorLanes);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    const float* value = values + static_cast<std::ptrdiff_t>(t) * padded;
+    FloatVec parts[kVecs];
+    for (int v = 0; v < kVecs; ++v) parts[v] = load_floats(value + v * kVectorLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const auto weight = broadcast_float<FloatVec>(weights[r][t]);
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = fused(weight, parts[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      store_floats(output + r * stride + v * kVectorLanes, sums[r][v]);
+    }
+  }
+}
+
+// The same of all coordinates. As many sums at a time as hide an addition's latency.
 template <int kRows>
 inline void accumulate_exact(const float (*weights)[kTileTokens], const float* values, int padded,
                              int tokens, float* output, std::int64_t stride) noexcept {
-  constexpr int kVecs = kLanes / kVectorLanes;
-  for (int c = 0; c < padded; c += kLanes) {
-    FloatVec sums[kRows][kVecs];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        sums[r][v] = load_floats(output + r * stride + c + v * kVectorLanes);
-      }
-    }
-    for (int t = 0; t < tokens; ++t) {
-      const float* value = values + static_cast<std::ptrdiff_t>(t) * padded + c;
-      for (int v = 0; v < kVecs; ++v) {
-        const FloatVec part = load_floats(value + v * kVectorLanes);
-        for (int r = 0; r < kRows; ++r) {
-          sums[r][v] = fused(broadcast_float<FloatVec>(weights[r][t]), part, sums[r][v]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        store_floats(output + r * stride + c + v * kVectorLanes, sums[r][v]);
-      }
+  constexpr int kVecs = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
+  int c = 0;
+  for (; c + kVecs * kVectorLanes <= padded; c += kVecs * kVectorLanes) {
+    accumulate_columns<kRows, kVecs>(weights, values + c, padded, tokens, output + c, stride);
+  }
+  for (; c < padded; c += kVectorLanes) {
+    accumulate_columns<kRows, 1>(weights, values + c, padded, tokens, output + c, stride);
+  }
+}
+
+// Calls body<n>(first) for blocks of n rows: as many as registers hold the sums of.
+template <typename Body>
+inline void for_row_blocks(int rows, Body&& body) noexcept {
+  constexpr int kMost = kVectorLanes == 16 ? 8 : 4;
+  for (int first = 0; first < rows; first += kMost) {
+    switch (std::min(rows - first, kMost)) {
+      case 1: body.template operator()<1>(first); break;
+      case 2: body.template operator()<2>(first); break;
+      case 3: body.template operator()<3>(first); break;
+      case 5: body.template operator()<std::min(5, kMost)>(first); break;
+      case 6: body.template operator()<std::min(6, kMost)>(first); break;
+      case 7: body.template operator()<std::min(7, kMost)>(first); break;
+      case 8: body.template operator()<std::min(8, kMost)>(first); break;
+      default: body.template operator()<4>(first); break;
     }
   }
 }
 
-inline void attend_exact(const AttendExact& args) noexcept {
+struct ExactScratch {
+  ExactBlock rows;
+  Block block;
+  TokenSums sums;
+};
+
+// Kernels::attend_exact.
+template <typename Lanes>
+void attend_exact(const AttendExact& args) noexcept {
   const int key_padded = padded_dim(args.key_dim);
   const int value_padded = padded_dim(args.value_dim);
   const auto element = static_cast<std::int64_t>(size_of(args.dtype));
   const Softmax& softmax = args.softmax;
-  // As many rows at a time as their sums fit into registers.
-  constexpr int kRows = kVectorLanes == 4 ? 2 : 4;
-  ExactBlock rows;
-  Block block;
+  ExactScratch scratch;
+  Block& block = scratch.block;
+  // Beside the last tokens of all, lanes that belong to none are read, and then left out.
+  std::memset(scratch.sums.lanes, 0, sizeof scratch.sums.lanes);
   for (std::int64_t start = 0; start < args.tokens; start += kTileTokens) {
     const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
     if (!sees(softmax, start, tokens)) continue;
     const float* keys =
-        rows.read(static_cast<const char*>(args.keys) + start * args.key_dim * element, args.dtype,
-                  args.key_dim, key_padded, tokens);
-    int r = 0;
-    for (; r + kRows <= softmax.rows; r += kRows) {
-      score_exact<kRows>(args.queries + static_cast<std::ptrdiff_t>(r) * key_padded, keys,
-                         key_padded, tokens, block.scores + r);
+        scratch.rows.read(static_cast<const char*>(args.keys) + start * args.key_dim * element,
+                          args.dtype, args.key_dim, key_padded, tokens);
+    for (int at = 0; at < tokens; at += kLanes) {
+      const float* group = keys + static_cast<std::ptrdiff_t>(at) * key_padded;
+      const int count = std::min(tokens - at, kLanes);
+      for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
+        score_exact<Lanes, kRows>(args.queries + static_cast<std::ptrdiff_t>(first) * key_padded,
+                                  group, key_padded, count, scratch.sums, block.scores + first, at);
+      });
     }
-    for (; r < softmax.rows; ++r) {
-      score_exact<1>(args.queries + static_cast<std::ptrdiff_t>(r) * key_padded, keys, key_padded,
-                     tokens, block.scores + r);
-    }
-    for (r = 0; r < softmax.rows; ++r) {
+    for (int r = 0; r < softmax.rows; ++r) {
       for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
       weigh(softmax, r, start, tokens, block.scores[r]);
     }
     const float* values =
-        rows.read(static_cast<const char*>(args.values) + start * args.value_dim * element,
-                  args.dtype, args.value_dim, value_padded, tokens);
-    for (r = 0; r + kRows <= softmax.rows; r += kRows) {
-      accumulate_exact<kRows>(block.scores + r, values, value_padded, tokens,
-                              softmax.output + r * softmax.output_stride, softmax.output_stride);
-    }
-    for (; r < softmax.rows; ++r) {
-      accumulate_exact<1>(block.scores + r, values, value_padded, tokens,
-                          softmax.output + r * softmax.output_stride, softmax.output_stride);
-    }
+        scratch.rows.read(static_cast<const char*>(args.values) + start * args.value_dim * element,
+                          args.dtype, args.value_dim, value_padded, tokens);
+    for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
+      accumulate_exact<kRows>(block.scores + first, values, value_padded, tokens,
+                              softmax.output + first * softmax.output_stride,
+                              softmax.output_stride);
+    });
   }
 }
 

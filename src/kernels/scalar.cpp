@@ -61,9 +61,16 @@ struct Integer {
 
 }  // namespace
 
-const Kernels kScalarKernels = {
-    Level::scalar, score<Integer>, Integer::accumulate, attend_tiles<Integer>, attend_exact,
-    add_rope,      rotate,         rotate_back,         encode<PlainLanes>,    decode,
-    acceptable};
+const Kernels kScalarKernels = {Level::scalar,
+                                score<Integer>,
+                                Integer::accumulate,
+                                attend_tiles<Integer>,
+                                attend_exact<PlainLanes>,
+                                add_rope,
+                                rotate,
+                                rotate_back,
+                                encode<PlainLanes>,
+                                decode,
+                                acceptable};
 
 }  // namespace tqai::kernels
