@@ -271,7 +271,7 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   }
   for (int k = 0; k < count; ++k) {
     const int f = pairs_[k];
-    std::fill_n(factors_[k][0], 2 * kernels::kLanes, 0.0F);
+    for (auto& lanes : factors_[k]) std::fill_n(lanes, kernels::kLanes, 0.0F);
     for (int r = 0; r < rows; ++r) {
       const float* query = queries + r * stride;
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};

@@ -20,7 +20,7 @@ class RopeTables {
   int pair_count() const noexcept { return static_cast<int>(rope_.inv_freq.size()); }
   /// [pairs + kRopePowers, 2, 32]: cos, then sin of (j + 1/2) ω: the distances from the middle of a
   /// tile; then the even powers of (j + 1/2) / 32 from 0 up, each beside the odd one above it.
-  const float* half() const noexcept { return half_.front().floats; }
+  const float* half() const noexcept { return reinterpret_cast<const float*>(half_.data()); }
   /// Whether a frequency turns by 1 at most between the middle of a tile and its ends.
   bool is_slow(int f) const noexcept;
   /// [pairs, kRopePowers, 2]: cos and sin of a slow frequency as coefficients of those powers.

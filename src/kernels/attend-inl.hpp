@@ -215,7 +215,8 @@ void attend_tiles(const AttendTiles& args) noexcept {
     const TileSpan& span = args.tiles[i];
     if (sees(args.softmax, start, span.tokens)) {
       // A whole tile ahead, as half of one is too late for what comes from memory; and evenly over
-      // the time that this one takes: processors keep track of 10 to 16 lines, and then wait.
+      // the time that this one takes, where one block holds its rows: processors keep track of 10
+      // to 16 lines, and then wait.
       Ahead with_keys;
       Ahead with_rows;
       Ahead with_values;

@@ -20,6 +20,7 @@
 #endif
 
 #define TQAI_VECTOR_LANES 4
+#define TQAI_NEON 1
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"

@@ -35,13 +35,15 @@ inline Vec broadcast_float(float value) noexcept {
   return value - Vec{};  // as an instruction of its own; a loop over lanes goes through memory
 }
 
+template <int kBytes>
+using Words64 [[gnu::vector_size(kBytes)]] = std::uint64_t;
+
 // Two floats, over and over.
 template <typename Vec>
 inline Vec broadcast_pair(const float* pair) noexcept {
-  using Pairs [[gnu::vector_size(sizeof(Vec))]] = std::uint64_t;
   std::uint64_t bits;
   std::memcpy(&bits, pair, sizeof bits);
-  return Vec(bits + Pairs{});
+  return Vec(bits + Words64<static_cast<int>(sizeof(Vec))>{});
 }
 #else
 template <int kCount>
@@ -114,10 +116,20 @@ inline float fused(float a, float b, float c) noexcept {
 
 // The same of vectors, lane by lane.
 inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
-#if defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16 && defined(__GNUC__)
   return FloatVec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(__GNUC__) && defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  _mm512_storeu_ps(c.lanes, _mm512_fmadd_ps(_mm512_loadu_ps(a.lanes), _mm512_loadu_ps(b.lanes),
+                                            _mm512_loadu_ps(c.lanes)));
+  return c;
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8 && defined(__GNUC__)
   return FloatVec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+  _mm256_storeu_ps(c.lanes, _mm256_fmadd_ps(_mm256_loadu_ps(a.lanes), _mm256_loadu_ps(b.lanes),
+                                            _mm256_loadu_ps(c.lanes)));
+  return c;
+#elif defined(TQAI_NEON) && defined(__GNUC__)
+  return FloatVec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
   float x[kVectorLanes];
   float y[kVectorLanes];

@@ -299,7 +299,15 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       rope.terms = tables.terms();
       rope.tiles = phasors->data();
       rope.offsets = tables.offsets();
-      for (const int rows : {1, 3, 8}) {
+      // With both kinds of frequencies, and with one alone.
+      kernels::RopeBias fast = rope;
+      fast.count = 3;
+      fast.slow_count = 0;
+      kernels::RopeBias slow = rope;
+      slow.count = 2;
+      slow.pairs += 3;
+      slow.factors += 3 * 2 * kernels::kLanes;
+      for (const int rows : {1, 2, 3, 6, 8}) {
         const int padded = padded_dim(dim);
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
         for (int r = 0; r < rows; ++r) {
@@ -309,8 +317,8 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         }
         const auto mask = test::random_normal(
             static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), engine);
-        for (const float cap : {0.0F, 5.0F}) {
-          const kernels::RopeBias bias = cap > 0.0F ? rope : kernels::RopeBias{};
+        for (const kernels::RopeBias& bias : {kernels::RopeBias{}, rope, fast, slow}) {
+          const float cap = bias.count > 0 ? 5.0F : 0.0F;
           const auto got =
               run_tiles(level(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
           const auto expected =
