@@ -121,13 +121,22 @@ struct Neon {
     std::memcpy(&word, words, sizeof word);
     return vreinterpretq_s8_s32(vdupq_n_s32(word));
   }
+  // Clang before 16 has the intrinsic only where the whole program may use it.
+  static Acc dot_bytes(Acc acc, int8x16_t a, int8x16_t b) noexcept {
+#if defined(__clang__) && __clang_major__ < 16 && !defined(__ARM_FEATURE_DOTPROD)
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
+    return acc;
+#else
+    return vdotq_s32(acc, a, b);
+#endif
+  }
   static Acc dot(Acc acc, KeyOperand keys, const std::uint8_t* words) noexcept {
-    return vdotq_s32(acc, keys.levels, factors(words));
+    return dot_bytes(acc, keys.levels, factors(words));
   }
   static Acc dot(Acc acc, ValueOperand values, const std::uint8_t* words) noexcept {
     const int8x16_t half = vdupq_n_s8(64);
-    acc = vdotq_s32(acc, values.levels, factors(words));
-    return vdotq_s32(vdotq_s32(acc, values.levels, half), values.levels, half);
+    acc = dot_bytes(acc, values.levels, factors(words));
+    return dot_bytes(dot_bytes(acc, values.levels, half), values.levels, half);
   }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
