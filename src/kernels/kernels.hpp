@@ -89,10 +89,11 @@ struct RopeBias {
                                // (real, imaginary) of one after another; then the same times i
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
-  const float* half;   // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and
-                       // odd powers of (j + 1/2) / 32
-  const float* terms;  // [pair_count, kRopePowers, 2]: a frequency's cosine and sine in those powers
-  const float* tiles;  // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
+  const float* half;  // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and
+                      // odd powers of (j + 1/2) / 32
+  const float*
+      terms;  // [pair_count, kRopePowers, 2]: a frequency's cosine and sine in those powers
+  const float* tiles;    // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
   const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
 };
 
@@ -149,8 +150,8 @@ struct Kernels {
   void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
                    float (*scores)[kTileTokens]) noexcept;
 
-  /// y = R x, and x = Rᵀ y, of one row of side.dim floats; the results do not overlap the arguments.
-  /// Same bits at every level, and as Rotation's.
+  /// y = R x, and x = Rᵀ y, of one row of side.dim floats; the results do not overlap the
+  /// arguments. Same bits at every level, and as Rotation's.
   void (*rotate)(const SidePlan& side, const float* x, float* y) noexcept;
   void (*rotate_back)(const SidePlan& side, const float* y, float* x) noexcept;
 

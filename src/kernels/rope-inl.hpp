@@ -56,8 +56,8 @@ inline int turn_factors(const RopeBias& bias, const TilePhasors& phasors,
       }
       const float* terms = bias.terms + static_cast<std::ptrdiff_t>(f) * 2 * kRopePowers;
       for (int power = 0; power < kRopePowers; ++power) {
-        coefficients[power][p] = fused(broadcast_pair<FloatVec>(terms + 2 * power), product,
-                                       coefficients[power][p]);
+        coefficients[power][p] =
+            fused(broadcast_pair<FloatVec>(terms + 2 * power), product, coefficients[power][p]);
       }
     }
   }
