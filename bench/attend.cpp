@@ -1,5 +1,6 @@
-// Decode attention of one query per head: compressed, and uncompressed bf16 beside it. The
-// benchmarks' names say all but the number of threads, which is OMP_NUM_THREADS, or all cores.
+// Decode attention of one query per head: compressed, the exact window, and uncompressed bf16
+// beside them. The benchmarks' names say all but the number of threads, which is OMP_NUM_THREADS,
+// or all cores.
 #include <benchmark/benchmark.h>
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include <tqai/cache.hpp>
 #include <vector>
 
+#include "bench.hpp"
 #include "bf16_attention.hpp"
 
 namespace tqai::bench {
@@ -33,15 +35,16 @@ std::vector<float> random_floats(std::size_t count) {
 
 // Every token sealed, so that it is the packed path that is timed. One block of random tokens is
 // repeated: the kernels' time does not depend on the numbers.
-KvCache filled_cache(const Shape& shape, Level level, Centering centering) {
-  constexpr std::int64_t kBlock = 1024;
+// `exact`: none sealed instead.
+KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool exact = false) {
+  const std::int64_t kBlock = std::min<std::int64_t>(1024, shape.tokens);
   CacheOptions options;
   options.kv_heads = kKvHeads;
   options.head_dim = shape.dim;
   options.bits_k = shape.bits_k;
   options.bits_v = shape.bits_v;
   options.sink_tokens = 0;
-  options.residual_window = 0;
+  options.residual_window = exact ? static_cast<int>(shape.tokens) : 0;
   options.level = level;
   options.centering = centering;
   if (centering == Centering::rope) {
@@ -73,7 +76,7 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering) {
     cache.append({keys.data(), DType::f32, tensor_shape, strides},
                  {values.data(), DType::f32, tensor_shape, strides});
   }
-  cache.seal();
+  if (!exact) cache.seal();
   return cache;
 }
 
@@ -86,8 +89,9 @@ void report(benchmark::State& state, const Shape& shape, double bytes) {
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
-void attend_packed(benchmark::State& state, const Shape& shape, Level level, Centering centering) {
-  const KvCache cache = filled_cache(shape, level, centering);
+void attend_cache(benchmark::State& state, const Shape& shape, Level level, Centering centering,
+                  bool exact = false) {
+  const KvCache cache = filled_cache(shape, level, centering, exact);
   const std::int64_t heads = kKvHeads * shape.group;
   const auto queries = random_floats(static_cast<std::size_t>(heads * shape.dim));
   std::vector<float> output(queries.size());
@@ -99,7 +103,8 @@ void attend_packed(benchmark::State& state, const Shape& shape, Level level, Cen
     cache.attend(query, out);
     benchmark::DoNotOptimize(output.data());
   }
-  report(state, shape, static_cast<double>(cache.memory().packed_bytes));
+  report(state, shape,
+         static_cast<double>(cache.memory().packed_bytes + cache.memory().exact_bytes));
 }
 
 void attend_bf16(benchmark::State& state, const Shape& shape) {
@@ -134,9 +139,18 @@ std::string name_of_shape(const char* what, const Shape& shape, const std::strin
          "/g=" + std::to_string(shape.group) + "/tokens=" + std::to_string(shape.tokens) + rest;
 }
 
+}  // namespace
+
 void register_all() {
   for (const int dim : {64, 96, 128, 256}) {
     for (const int group : {1, 4, 7, 8}) {
+      for (const Level level : available_levels()) {  // an exact window at its longest
+        const Shape shape{dim, group, 4, 2, 192};
+        benchmark::RegisterBenchmark(
+            name_of_shape("exact", shape, "/level=" + std::string(name_of(level))).c_str(),
+            [=](auto& state) { attend_cache(state, shape, level, Centering::none, true); })
+            ->UseRealTime();
+      }
       for (const std::int64_t tokens : {8192, 32768, 262144}) {
         if (tokens > 32768 && (dim != 128 || group > 4)) continue;
         const Shape plain{dim, group, 16, 16, tokens};
@@ -154,7 +168,7 @@ void register_all() {
                                        (centering == Centering::rope ? "/rope" : "");
               benchmark::RegisterBenchmark(
                   name_of_shape("attend", shape, rest).c_str(),
-                  [=](auto& state) { attend_packed(state, shape, level, centering); })
+                  [=](auto& state) { attend_cache(state, shape, level, centering); })
                   ->UseRealTime();
             }
           }
@@ -164,13 +178,4 @@ void register_all() {
   }
 }
 
-}  // namespace
 }  // namespace tqai::bench
-
-int main(int argc, char** argv) {
-  tqai::bench::register_all();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-}

@@ -6,6 +6,7 @@
 #include <tqai/cpu.hpp>
 #include <vector>
 
+#include "bench.hpp"
 #include "cache/codec.hpp"
 #include "kernels/kernels.hpp"
 
@@ -36,6 +37,8 @@ void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, L
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
+}  // namespace
+
 void register_all() {
   for (const int dim : {64, 96, 128, 256}) {
     for (const int bits : {2, 4, 8}) {
@@ -58,13 +61,4 @@ void register_all() {
   }
 }
 
-}  // namespace
 }  // namespace tqai::bench
-
-int main(int argc, char** argv) {
-  tqai::bench::register_all();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-}

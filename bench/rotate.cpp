@@ -7,6 +7,7 @@
 #include <tqai/cpu.hpp>
 #include <vector>
 
+#include "bench.hpp"
 #include "cache/codec.hpp"
 #include "kernels/kernels.hpp"
 
@@ -67,6 +68,8 @@ void register_case(const Case& which) {
   }
 }
 
+}  // namespace
+
 void register_all() {
   for (const int dim : {64, 96, 128, 256}) {
     for (const RotationKind kind : {RotationKind::hadamard, RotationKind::haar}) {
@@ -76,13 +79,4 @@ void register_all() {
   }
 }
 
-}  // namespace
 }  // namespace tqai::bench
-
-int main(int argc, char** argv) {
-  tqai::bench::register_all();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-}

@@ -21,11 +21,8 @@
 #endif
 
 #define TQAI_VECTOR_LANES 8
-#include "attend-inl.hpp"
-#include "encode-inl.hpp"
-#include "exact-inl.hpp"
 #include "integer-inl.hpp"
-#include "rotate-row-inl.hpp"
+#include "table-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -282,17 +279,7 @@ struct Avx2Lanes : PlainLanes {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {Level::avx2,
-                              score<Integer<Avx2>>,
-                              Integer<Avx2>::accumulate,
-                              attend_tiles<Integer<Avx2>>,
-                              attend_exact<Avx2Lanes>,
-                              add_rope,
-                              rotate,
-                              rotate_back,
-                              encode<Avx2Lanes>,
-                              decode,
-                              acceptable};
+constinit const Kernels kAvx2Kernels = table_of<Integer<Avx2>, Avx2Lanes>(Level::avx2);
 
 }  // namespace tqai::kernels
 

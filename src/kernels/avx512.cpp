@@ -25,11 +25,8 @@
 #endif
 
 #define TQAI_VECTOR_LANES 16
-#include "attend-inl.hpp"
-#include "encode-inl.hpp"
-#include "exact-inl.hpp"
 #include "integer-inl.hpp"
-#include "rotate-row-inl.hpp"
+#include "table-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -233,17 +230,7 @@ struct Avx512Lanes : PlainLanes {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {Level::avx512,
-                                score<Integer<Avx512>>,
-                                Integer<Avx512>::accumulate,
-                                attend_tiles<Integer<Avx512>>,
-                                attend_exact<Avx512Lanes>,
-                                add_rope,
-                                rotate,
-                                rotate_back,
-                                encode<Avx512Lanes>,
-                                decode,
-                                acceptable};
+constinit const Kernels kAvx512Kernels = table_of<Integer<Avx512>, Avx512Lanes>(Level::avx512);
 
 }  // namespace tqai::kernels
 

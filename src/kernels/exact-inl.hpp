@@ -1,7 +1,6 @@
 // Attention over exact tokens, 64 at a time, in fp32.
 #pragma once
 
-#include "encode-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels {

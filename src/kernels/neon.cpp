@@ -21,11 +21,8 @@
 
 #define TQAI_VECTOR_LANES 4
 #define TQAI_NEON 1
-#include "attend-inl.hpp"
-#include "encode-inl.hpp"
-#include "exact-inl.hpp"
 #include "integer-inl.hpp"
-#include "rotate-row-inl.hpp"
+#include "table-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -152,17 +149,7 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeonKernels = {Level::neon,
-                              score<Integer<Neon>>,
-                              Integer<Neon>::accumulate,
-                              attend_tiles<Integer<Neon>>,
-                              attend_exact<PlainLanes>,
-                              add_rope,
-                              rotate,
-                              rotate_back,
-                              encode<PlainLanes>,
-                              decode,
-                              acceptable};
+constinit const Kernels kNeonKernels = table_of<Integer<Neon>, PlainLanes>(Level::neon);
 
 }  // namespace tqai::kernels
 

@@ -20,7 +20,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // As many floats as a register of the target region holds, for loops whose sums must stay in
 // registers; everything else is left to the vectoriser. Lane by lane the same at any width.
-// TQAI_VECTOR_LANES is set by the level's file.
+// TQAI_VECTOR_LANES, and TQAI_NEON for its instructions, are set by the level's file.
 #if defined(__GNUC__)
 template <int kCount>
 using Floats [[gnu::vector_size(4 * kCount)]] = float;

@@ -96,8 +96,9 @@ inline void multiply_matrix(const float* columns, const float* x, int dim, float
   for (; c + kVectorLanes <= dim; c += kVectorLanes) multiply_columns<1>(columns, x, dim, c, y);
   for (; c < dim; ++c) {
     float sum = 0.0F;
-    for (int k = 0; k < dim; ++k)
+    for (int k = 0; k < dim; ++k) {
       sum = sum + columns[static_cast<std::ptrdiff_t>(k) * dim + c] * x[k];
+    }
     y[c] = sum;
   }
 }

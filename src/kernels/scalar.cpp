@@ -1,9 +1,6 @@
 // The specification: plain C++ for every processor.
 #define TQAI_VECTOR_LANES 4
-#include "attend-inl.hpp"
-#include "encode-inl.hpp"
-#include "exact-inl.hpp"
-#include "rotate-row-inl.hpp"
+#include "table-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -61,16 +58,6 @@ struct Integer {
 
 }  // namespace
 
-const Kernels kScalarKernels = {Level::scalar,
-                                score<Integer>,
-                                Integer::accumulate,
-                                attend_tiles<Integer>,
-                                attend_exact<PlainLanes>,
-                                add_rope,
-                                rotate,
-                                rotate_back,
-                                encode<PlainLanes>,
-                                decode,
-                                acceptable};
+constinit const Kernels kScalarKernels = table_of<Integer, PlainLanes>(Level::scalar);
 
 }  // namespace tqai::kernels

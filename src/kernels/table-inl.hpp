@@ -1,0 +1,23 @@
+// A level's table, from its integer part and its lanes.
+#pragma once
+
+#include "attend-inl.hpp"
+#include "encode-inl.hpp"
+#include "exact-inl.hpp"
+#include "rope-inl.hpp"
+#include "rotate-row-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+// Integer: as attend-inl.hpp wants it; Lanes: PlainLanes (encode-inl.hpp) or what does better.
+template <typename Integer, typename Lanes>
+constexpr Kernels table_of(Level level) noexcept {
+  return {
+      level,     score<Integer>, Integer::accumulate, attend_tiles<Integer>, attend_exact<Lanes>,
+      add_rope,  rotate,         rotate_back,         encode<Lanes>,         decode,
+      acceptable};
+}
+
+}  // namespace
+}  // namespace tqai::kernels
