@@ -42,7 +42,7 @@ inline void score_exact(const float* queries, const float* keys, int padded, int
         const FloatVec part = load_floats(key + c + p * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
           const float* query = queries + static_cast<std::ptrdiff_t>(r) * padded;
-          acc[r][p] = fused(load_floats(query + c + p * kVectorLanes), part, acc[r][p]);
+          acc[r][p] = acc[r][p] + load_floats(query + c + p * kVectorLanes) * part;
         }
       }
     }
@@ -81,8 +81,7 @@ inline void accumulate_columns(const float (*weights)[kTileTokens], const float*
     FloatVec parts[kVecs];
     for (int v = 0; v < kVecs; ++v) parts[v] = load_floats(value + v * kVectorLanes);
     for (int r = 0; r < kRows; ++r) {
-      const auto weight = broadcast_float<FloatVec>(weights[r][t]);
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = fused(weight, parts[v], sums[r][v]);
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = sums[r][v] + weights[r][t] * parts[v];
     }
   }
   for (int r = 0; r < kRows; ++r) {
