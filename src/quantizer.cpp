@@ -50,8 +50,6 @@ void unpack_bits(const std::uint8_t* packed, int count, int bits, std::uint8_t* 
   }
 }
 
-// The order of additions is the kernels' (kernels/encode-inl.hpp), so that both give the same
-// codes.
 float norm_of(const float* x, int dim) {
   float sum = 0.0F;
   for (int i = 0; i < dim; ++i) sum = sum + x[i] * x[i];

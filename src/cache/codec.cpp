@@ -1,5 +1,6 @@
 #include "codec.hpp"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -20,14 +21,26 @@ std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments, int 
   return tables;
 }
 
+std::vector<kernels::CodeBins> bins_of(const std::vector<Segment>& segments, int head_dim) {
+  std::vector<kernels::CodeBins> bins;
+  for (const Segment& segment : segments) {
+    // At 8 bits, which are uniform, nobody looks at them.
+    const int bits = std::min(segment.bits, 7);
+    bins.emplace_back(codebook(head_dim, bits, Grid::int8).boundaries());
+  }
+  return bins;
+}
+
 std::vector<kernels::SegmentPlan> plan_segments(const std::vector<Segment>& segments, int head_dim,
-                                                const std::vector<LevelTable>& tables) {
+                                                const std::vector<LevelTable>& tables,
+                                                const std::vector<kernels::CodeBins>& bins) {
   std::vector<kernels::SegmentPlan> plans;
   std::size_t offset = 0;
   for (const Segment& segment : segments) {
     const Codebook& book = codebook(head_dim, segment.bits, Grid::int8);
     plans.push_back({segment.first, segment.count, segment.bits, offset,
-                     tables[plans.size()].data(), book.boundaries().data(), book.step()});
+                     tables[plans.size()].data(), book.boundaries().data(), &bins[plans.size()],
+                     book.step()});
     offset += packed_bytes(segment.count, segment.bits);
   }
   return plans;
@@ -58,9 +71,12 @@ Codec::Codec(const CacheOptions& options)
       layout_(options.head_dim, options.value_head_dim, options.bits_k, options.bits_v),
       key_levels_(repeat_levels(layout_.key_segments(), options.head_dim)),
       value_levels_(repeat_levels(layout_.value_segments(), options.value_head_dim)),
-      key_segments_(plan_segments(layout_.key_segments(), options.head_dim, key_levels_)),
-      value_segments_(
-          plan_segments(layout_.value_segments(), options.value_head_dim, value_levels_)),
+      key_bins_(bins_of(layout_.key_segments(), options.head_dim)),
+      value_bins_(bins_of(layout_.value_segments(), options.value_head_dim)),
+      key_segments_(
+          plan_segments(layout_.key_segments(), options.head_dim, key_levels_, key_bins_)),
+      value_segments_(plan_segments(layout_.value_segments(), options.value_head_dim, value_levels_,
+                                    value_bins_)),
       plan_{
           plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),

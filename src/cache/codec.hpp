@@ -10,6 +10,7 @@
 #include <tqai/rotation.hpp>
 #include <vector>
 
+#include "kernels/code_bins.hpp"
 #include "kernels/kernels.hpp"
 
 namespace tqai::detail {
@@ -34,6 +35,8 @@ class Codec {
   TileLayout layout_;
   std::vector<LevelTable> key_levels_;
   std::vector<LevelTable> value_levels_;
+  std::vector<kernels::CodeBins> key_bins_;
+  std::vector<kernels::CodeBins> value_bins_;
   std::vector<kernels::SegmentPlan> key_segments_;
   std::vector<kernels::SegmentPlan> value_segments_;
   kernels::TilePlan plan_{};

@@ -191,11 +191,8 @@ struct Avx2 {
 };
 
 // An 8 × 8 transpose: columns of `rows` into x[0…7], lanes `lane` and on.
-inline void transpose8(const float* rows, std::ptrdiff_t stride, float (*x)[kLanes],
-                       int lane) noexcept {
-  __m256 a[8];
+inline void transpose8(__m256 (&a)[8], float (*x)[kLanes], int lane) noexcept {
   __m256 b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows + i * stride);
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -212,66 +209,145 @@ inline void transpose8(const float* rows, std::ptrdiff_t stride, float (*x)[kLan
   }
 }
 
+// Codes of up to 4 bits: a binary search whose boundaries are in registers. Comparisons give −1, so
+// codes are counted downwards; a permutation looks at the lowest 3 bits of its index.
+template <int kBits>
+struct NarrowCodes {
+  explicit NarrowCodes(const SegmentPlan& segment) noexcept
+      : table(_mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(segment.levels)))) {
+    for (int bit = kBits - 1; bit >= 0; --bit) {
+      // Where the higher bits are `index`: the middle of what is left.
+      float middles[8] = {};
+      for (int index = 0; index < 1 << (kBits - 1 - bit); ++index) {
+        middles[-index & 7] = segment.boundaries[(2 * index + 1) * (1 << bit) - 1];
+      }
+      boundaries[bit] = bit == kBits - 1 ? _mm256_set1_ps(middles[0]) : _mm256_loadu_ps(middles);
+    }
+  }
+  // quad · 256 + code
+  __m256i append(__m256i quad, __m256 value) const noexcept {
+    __m256i found = compare(value, boundaries[kBits - 1]);
+    for (int bit = kBits - 2; bit >= 0; --bit) {
+      const __m256 middle = _mm256_permutevar8x32_ps(boundaries[bit], found);
+      found = _mm256_add_epi32(_mm256_add_epi32(found, found), compare(value, middle));
+    }
+    return _mm256_sub_epi32(_mm256_slli_epi32(quad, 8), found);
+  }
+  static __m256i compare(__m256 value, __m256 boundary) noexcept {
+    return _mm256_castps_si256(_mm256_cmp_ps(value, boundary, _CMP_GE_OQ));
+  }
+  __m256i levels(__m256i codes) const noexcept { return _mm256_shuffle_epi8(table, codes); }
+
+  __m256i table;
+  __m256 boundaries[kBits];
+};
+
+// Codes of 8 bits.
+struct ByteCodes {
+  explicit ByteCodes(const SegmentPlan& segment) noexcept
+      : inverse_step(_mm256_set1_ps(1.0F / segment.step)) {}
+
+  __m256i append(__m256i quad, __m256 value) const noexcept {
+    const __m256 scaled = _mm256_add_ps(_mm256_mul_ps(value, inverse_step), _mm256_set1_ps(128.5F));
+    const __m256i code = _mm256_cvttps_epi32(
+        _mm256_min_ps(_mm256_max_ps(scaled, _mm256_setzero_ps()), _mm256_set1_ps(255.0F)));
+    return _mm256_or_si256(_mm256_slli_epi32(quad, 8), code);
+  }
+  static __m256i levels(__m256i codes) noexcept {
+    return _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(-128)));
+  }
+
+  __m256 inverse_step;
+};
+
+// Σ of the squares of each lane's four bytes, added to `sums`.
+inline __m256i add_squares(__m256i sums, __m256i levels) noexcept {
+  const __m256i odd = _mm256_srai_epi16(levels, 8);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8);
+  return _mm256_add_epi32(
+      sums, _mm256_add_epi32(_mm256_madd_epi16(odd, odd), _mm256_madd_epi16(even, even)));
+}
+
 struct Avx2Lanes : PlainLanes {
-  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
+  static void transpose(const float* rows, int dim, const float* signs, LaneRows& x) noexcept {
     int c = 0;
     for (; c + 8 <= dim; c += 8) {
-      transpose8(rows + c, dim, x + c, 0);
-      transpose8(rows + c + static_cast<std::ptrdiff_t>(8) * dim, dim, x + c, 8);
+      for (int half = 0; half < kLanes; half += 8) {
+        __m256 a[8];
+        for (int i = 0; i < 8; ++i) {
+          a[i] = _mm256_loadu_ps(rows + (half + i) * std::ptrdiff_t{dim} + c);
+        }
+        if (signs != nullptr) {
+          const __m256 factors = _mm256_loadu_ps(signs + c);
+          for (__m256& row : a) row = _mm256_mul_ps(row, factors);
+        }
+        transpose8(a, x + c, half);
+      }
     }
-    for (; c < dim; ++c) {
-      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
-    }
+    transpose_from(c, rows, dim, signs, x);
   }
 
   static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
     for (int c = 0; c < kLanes; c += 8) {
-      transpose8(rows[0] + c, kLanes, x + c, 0);
-      transpose8(rows[8] + c, kLanes, x + c, 8);
+      for (int half = 0; half < kLanes; half += 8) {
+        __m256 a[8];
+        for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[half + i] + c);
+        transpose8(a, x + c, half);
+      }
     }
   }
 
-  // Entry `index` (below 16) of a table in two registers.
-  static __m256 look_up(__m256 low, __m256 high, __m256i index) noexcept {
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                            _mm256_permutevar8x32_ps(high, index), upper);
+  template <int kBits>
+  static void quantise(const SegmentPlan& segment, int dim, const LaneRows& y, const float* factors,
+                       std::uint8_t* quads, float* norm2) noexcept {
+    if constexpr (kBits <= kNarrowBits) {
+      quantise_with(NarrowCodes<kBits>(segment), segment, dim, y, factors, quads, norm2);
+    } else if constexpr (kBits == 8) {
+      quantise_with(ByteCodes(segment), segment, dim, y, factors, quads, norm2);
+    } else {
+      PlainLanes::quantise<kBits>(segment, dim, y, factors, quads, norm2);
+    }
   }
 
-  // The binary search with boundaries and levels in registers.
-  template <int kBits>
-  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
-                       float* norm2) noexcept {
-    if constexpr (kBits > 4) {
-      PlainLanes::quantise<kBits>(segment, y, end, codes, norm2);
-    } else {
-      constexpr int kLevels = 1 << kBits;
-      float table[16] = {};
-      for (int i = 0; i + 1 < kLevels; ++i) table[i] = segment.boundaries[i];
-      const __m256 low_boundaries = _mm256_loadu_ps(table);
-      const __m256 high_boundaries = _mm256_loadu_ps(table + 8);
-      for (int i = 0; i < kLevels; ++i) table[i] = static_cast<float>(segment.levels[i]);
-      const __m256 low_levels = _mm256_loadu_ps(table);
-      const __m256 high_levels = _mm256_loadu_ps(table + 8);
-      for (int lane = 0; lane < kLanes; lane += 8) {
-        __m256 sum = _mm256_loadu_ps(norm2 + lane);
-        for (int c = segment.first; c < end; ++c) {
-          const __m256 value = _mm256_loadu_ps(y[c] + lane);
-          __m256i found = _mm256_setzero_si256();
-          for (int bit = kBits - 1; bit >= 0; --bit) {
-            const __m256i next = _mm256_or_si256(found, _mm256_set1_epi32((1 << bit) - 1));
-            const __m256 boundary = look_up(low_boundaries, high_boundaries, next);
-            const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(value, boundary, _CMP_GE_OQ));
-            found = _mm256_or_si256(found, _mm256_and_si256(above, _mm256_set1_epi32(1 << bit)));
-          }
-          const __m256 level = look_up(low_levels, high_levels, found);
-          sum = _mm256_add_ps(sum, _mm256_mul_ps(level, level));
-          const __m128i words =
-              _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + c * kTileTokens + lane),
-                           _mm_packus_epi16(words, words));
+  template <typename Codes>
+  static void quantise_with(const Codes& codes, const SegmentPlan& segment, int dim,
+                            const LaneRows& y, const float* factors, std::uint8_t* quads,
+                            float* norm2) noexcept {
+    const int end = segment.first + segment.count;
+    for (int lane = 0; lane < kLanes; lane += 8) {
+      const __m256 factor = _mm256_loadu_ps(factors + lane);
+      __m256i squares = _mm256_setzero_si256();
+      const auto add_quad = [&](int c, int inside) {
+        __m256i quad = _mm256_setzero_si256();
+        for (int i = inside - 1; i >= 0; --i) {
+          quad = codes.append(quad, _mm256_mul_ps(_mm256_loadu_ps(y[c + i] + lane), factor));
         }
-        _mm256_storeu_ps(norm2 + lane, sum);
+        const auto kept = static_cast<std::uint32_t>((std::uint64_t{1} << (8 * inside)) - 1);
+        const __m256i levels = codes.levels(quad);
+        squares = add_squares(squares,
+                              _mm256_and_si256(levels, _mm256_set1_epi32(static_cast<int>(kept))));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(quads + c * kTileTokens + 4 * lane), quad);
+      };
+      int c = segment.first;
+      for (; c + 4 <= std::min(end, dim); c += 4) add_quad(c, 4);
+      for (; c < end; c += 4) add_quad(c, std::clamp(dim - c, 0, 4));
+      _mm256_storeu_ps(norm2 + lane,
+                       _mm256_add_ps(_mm256_loadu_ps(norm2 + lane), _mm256_cvtepi32_ps(squares)));
+    }
+  }
+
+  static void turn_quads(const std::uint8_t* quads, std::uint8_t* lines) noexcept {
+    // In each 128 bits 4 tokens of 4 coordinates: [token, coordinate] to [coordinate, token].
+    const __m256i turn = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    for (int quad = 0; quad < 4; ++quad) {
+      for (int line = 0; line < kGroupCodes; line += 2) {
+        const __m256i turned =
+            _mm256_shuffle_epi8(Avx2::load(quads + (quad * kTileTokens + 4 * line) * 4), turn);
+        auto* to = reinterpret_cast<__m128i*>(lines + line * kLineBytes + 16 * quad);
+        _mm_storeu_si128(to, _mm256_castsi256_si128(turned));
+        _mm_storeu_si128(to + kLineBytes / 16, _mm256_extracti128_si256(turned, 1));
       }
     }
   }

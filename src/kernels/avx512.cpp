@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <tqai/codebook.hpp>
 #include <utility>
 
 #if defined(__clang__)
@@ -153,10 +154,8 @@ struct Avx512 {
 };
 
 // A 16 × 16 transpose of what 4-wide, then 16-wide exchanges leave in order.
-inline void transpose16(const float* rows, std::ptrdiff_t stride, float (*x)[kLanes]) noexcept {
-  __m512 a[16];
+inline void transpose16(__m512 (&a)[16], float (*x)[kLanes]) noexcept {
   __m512 b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows + i * stride);
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -182,48 +181,137 @@ inline void transpose16(const float* rows, std::ptrdiff_t stride, float (*x)[kLa
   }
 }
 
+// Σ of the squares of each lane's four bytes, added to `sums`.
+inline __m512i add_squares(__m512i sums, __m512i levels) noexcept {
+  const __m512i odd = _mm512_srai_epi16(levels, 8);
+  const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(levels, 8), 8);
+  return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sums, odd, odd), even, even);
+}
+
+// Codes of up to 4 bits by bins whose tables are registers, and their levels.
+struct NarrowCodes {
+  explicit NarrowCodes(const SegmentPlan& segment) noexcept
+      : scale(_mm512_set1_ps(segment.bins->scale)),
+        limit(_mm512_set1_ps(segment.bins->limit)),
+        low_boundaries(_mm512_loadu_ps(segment.bins->boundaries.data())),
+        high_boundaries(_mm512_loadu_ps(segment.bins->boundaries.data() + 16)),
+        low_codes(widened(segment.bins->codes.data())),
+        high_codes(widened(segment.bins->codes.data() + 16)),
+        table(_mm512_loadu_si512(segment.levels)) {}
+
+  static __m512i widened(const std::uint8_t* codes) noexcept {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  }
+  __m512i operator()(__m512 value) const noexcept {
+    constexpr int kSmallerWithSign = 0b0010;  // of |value| and the limit, with value's sign
+    const __m512 within = _mm512_range_ps(value, limit, kSmallerWithSign);
+    const __m512i bin =
+        _mm512_castps_si512(_mm512_fmadd_ps(within, scale, _mm512_set1_ps(kRoundingShift)));
+    const __m512i code = _mm512_permutex2var_epi32(low_codes, bin, high_codes);
+    const __m512 boundary = _mm512_permutex2var_ps(low_boundaries, bin, high_boundaries);
+    const __mmask16 above = _mm512_cmp_ps_mask(value, boundary, _CMP_GE_OQ);
+    return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+  }
+  __m512i levels(__m512i codes) const noexcept { return _mm512_permutexvar_epi8(codes, table); }
+
+  __m512 scale, limit;
+  __m512 low_boundaries, high_boundaries;
+  __m512i low_codes, high_codes;
+  __m512i table;
+};
+
+// Codes of 8 bits.
+struct ByteCodes {
+  explicit ByteCodes(const SegmentPlan& segment) noexcept
+      : inverse_step(_mm512_set1_ps(1.0F / segment.step)) {}
+
+  __m512i operator()(__m512 value) const noexcept {
+    const __m512 scaled = _mm512_add_ps(_mm512_mul_ps(value, inverse_step), _mm512_set1_ps(128.5F));
+    return _mm512_cvttps_epi32(
+        _mm512_min_ps(_mm512_max_ps(scaled, _mm512_setzero_ps()), _mm512_set1_ps(255.0F)));
+  }
+  static __m512i levels(__m512i codes) noexcept {
+    return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(-128)));
+  }
+
+  __m512 inverse_step;
+};
+
 struct Avx512Lanes : PlainLanes {
-  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
+  static void transpose(const float* rows, int dim, const float* signs, LaneRows& x) noexcept {
     int c = 0;
-    for (; c + 16 <= dim; c += 16) transpose16(rows + c, dim, x + c);
-    for (; c < dim; ++c) {
-      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
+    for (; c + 16 <= dim; c += 16) {
+      __m512 a[16];
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows + i * std::ptrdiff_t{dim} + c);
+      if (signs != nullptr) {
+        const __m512 factors = _mm512_loadu_ps(signs + c);
+        for (__m512& row : a) row = _mm512_mul_ps(row, factors);
+      }
+      transpose16(a, x + c);
     }
+    transpose_from(c, rows, dim, signs, x);
   }
 
   static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
-    transpose16(rows[0], kLanes, x);
+    __m512 a[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows[i]);
+    transpose16(a, x);
   }
 
-  // The binary search with boundaries and levels in registers.
   template <int kBits>
-  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
-                       float* norm2) noexcept {
-    if constexpr (kBits > 4) {
-      PlainLanes::quantise<kBits>(segment, y, end, codes, norm2);
+  static void quantise(const SegmentPlan& segment, int dim, const LaneRows& y, const float* factors,
+                       std::uint8_t* quads, float* norm2) noexcept {
+    if constexpr (kBits <= kNarrowBits) {
+      quantise_with(NarrowCodes(segment), segment, dim, y, factors, quads, norm2);
+    } else if constexpr (kBits == 8) {
+      quantise_with(ByteCodes(segment), segment, dim, y, factors, quads, norm2);
     } else {
-      constexpr int kLevels = 1 << kBits;
-      float table[16] = {};
-      for (int i = 0; i + 1 < kLevels; ++i) table[i] = segment.boundaries[i];
-      const __m512 boundaries = _mm512_loadu_ps(table);
-      for (int i = 0; i < kLevels; ++i) table[i] = static_cast<float>(segment.levels[i]);
-      const __m512 levels = _mm512_loadu_ps(table);
-      __m512 sum = _mm512_loadu_ps(norm2);
-      for (int c = segment.first; c < end; ++c) {
-        const __m512 value = _mm512_loadu_ps(y[c]);
-        __m512i found = _mm512_setzero_si512();
-        for (int bit = kBits - 1; bit >= 0; --bit) {
-          const __m512i next = _mm512_or_si512(found, _mm512_set1_epi32((1 << bit) - 1));
-          const __m512 boundary = _mm512_permutexvar_ps(next, boundaries);
-          const __mmask16 above = _mm512_cmp_ps_mask(value, boundary, _CMP_GE_OQ);
-          found = _mm512_mask_or_epi32(found, above, found, _mm512_set1_epi32(1 << bit));
-        }
-        const __m512 level = _mm512_permutexvar_ps(found, levels);
-        sum = _mm512_add_ps(sum, _mm512_mul_ps(level, level));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + c * kTileTokens),
-                         _mm512_cvtepi32_epi8(found));
+      PlainLanes::quantise<kBits>(segment, dim, y, factors, quads, norm2);
+    }
+  }
+
+  template <typename Codes>
+  static void quantise_with(const Codes& codes, const SegmentPlan& segment, int dim,
+                            const LaneRows& y, const float* factors, std::uint8_t* quads,
+                            float* norm2) noexcept {
+    const __m512 factor = _mm512_loadu_ps(factors);
+    __m512i squares = _mm512_setzero_si512();
+    const auto add_quad = [&](int c, int inside) {
+      __m512i quad = _mm512_setzero_si512();
+      for (int i = inside - 1; i >= 0; --i) {
+        const __m512i code = codes(_mm512_mul_ps(_mm512_loadu_ps(y[c + i]), factor));
+        quad = _mm512_or_si512(_mm512_slli_epi32(quad, 8), code);
       }
-      _mm512_storeu_ps(norm2, sum);
+      const auto kept = 0x1111'1111'1111'1111U * ((std::uint64_t{1} << inside) - 1);
+      squares = add_squares(squares, _mm512_maskz_mov_epi8(kept, codes.levels(quad)));
+      _mm512_storeu_si512(quads + c * kTileTokens, quad);
+    };
+    const int end = segment.first + segment.count;
+    int c = segment.first;
+    for (; c + 4 <= std::min(end, dim); c += 4) add_quad(c, 4);
+    for (; c < end; c += 4) add_quad(c, std::clamp(dim - c, 0, 4));
+    _mm512_storeu_ps(norm2, _mm512_add_ps(_mm512_loadu_ps(norm2), _mm512_cvtepi32_ps(squares)));
+  }
+
+  static void turn_quads(const std::uint8_t* quads, std::uint8_t* lines) noexcept {
+    // In each 128 bits 4 tokens of 4 coordinates: [token, coordinate] to [coordinate, token].
+    const __m512i turn =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    for (int half = 0; half < 2; ++half) {
+      __m512i a[4];
+      for (int quad = 0; quad < 4; ++quad) {
+        a[quad] = _mm512_shuffle_epi8(
+            _mm512_loadu_si512(quads + (quad * kTileTokens + 16 * half) * 4), turn);
+      }
+      const __m512i low01 = _mm512_shuffle_i32x4(a[0], a[1], 0x44);
+      const __m512i high01 = _mm512_shuffle_i32x4(a[0], a[1], 0xEE);
+      const __m512i low23 = _mm512_shuffle_i32x4(a[2], a[3], 0x44);
+      const __m512i high23 = _mm512_shuffle_i32x4(a[2], a[3], 0xEE);
+      std::uint8_t* to = lines + half * (4 * kLineBytes);
+      _mm512_storeu_si512(to, _mm512_shuffle_i32x4(low01, low23, 0x88));
+      _mm512_storeu_si512(to + kLineBytes, _mm512_shuffle_i32x4(low01, low23, 0xDD));
+      _mm512_storeu_si512(to + 2 * kLineBytes, _mm512_shuffle_i32x4(high01, high23, 0x88));
+      _mm512_storeu_si512(to + 3 * kLineBytes, _mm512_shuffle_i32x4(high01, high23, 0xDD));
     }
   }
 };

@@ -2,125 +2,19 @@
 // loop over lanes at each level.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
+#include "code_bins.hpp"
 #include "kernels.hpp"
 #include "numeric-inl.hpp"
 #include "pack-inl.hpp"
+#include "rotate-lanes-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
-
-// [coordinates, 16 tokens]
-using LaneRows = float[kMaxDim][kLanes];
-
-// In-place Walsh–Hadamard transform over coordinates, two of its steps at a time to halve the loads
-// and stores; the same additions as Rotation's.
-inline void fwht_lanes(LaneRows& x, int dim) noexcept {
-  int stride = 1;
-  for (; 4 * stride <= dim; stride *= 4) {
-    for (int block = 0; block < dim; block += 4 * stride) {
-      for (int row = block; row < block + stride; ++row) {
-        for (int v = 0; v < kLanes; v += kVectorLanes) {
-          const FloatVec a = load_floats(x[row] + v);
-          const FloatVec b = load_floats(x[row + stride] + v);
-          const FloatVec c = load_floats(x[row + 2 * stride] + v);
-          const FloatVec d = load_floats(x[row + 3 * stride] + v);
-          const FloatVec sum = a + b;
-          const FloatVec difference = a - b;
-          const FloatVec next_sum = c + d;
-          const FloatVec next_difference = c - d;
-          store_floats(x[row] + v, sum + next_sum);
-          store_floats(x[row + stride] + v, difference + next_difference);
-          store_floats(x[row + 2 * stride] + v, sum - next_sum);
-          store_floats(x[row + 3 * stride] + v, difference - next_difference);
-        }
-      }
-    }
-  }
-  if (stride == dim) return;
-  for (int row = 0; row < stride; ++row) {
-    float* __restrict a = x[row];
-    float* __restrict b = x[row + stride];
-    for (int i = 0; i < kLanes; ++i) {
-      const float sum = a[i] + b[i];
-      b[i] = a[i] - b[i];
-      a[i] = sum;
-    }
-  }
-}
-
-inline void scale_lanes(LaneRows& x, int dim, float factor) noexcept {
-  for (int c = 0; c < dim; ++c) {
-    for (int i = 0; i < kLanes; ++i) x[c][i] = x[c][i] * factor;
-  }
-}
-
-inline void sign_lanes(LaneRows& x, int dim, const float* signs) noexcept {
-  for (int c = 0; c < dim; ++c) {
-    for (int i = 0; i < kLanes; ++i) x[c][i] = x[c][i] * signs[c];
-  }
-}
-
-// kRows rows of y = matrix · x, summed in order of coordinates.
-template <int kRows>
-inline void multiply_rows(const float* matrix, const LaneRows& x, int dim,
-                          float (*y)[kLanes]) noexcept {
-  constexpr int kVecs = kLanes / kVectorLanes;
-  FloatVec sums[kRows][kVecs] = {};
-  for (int c = 0; c < dim; ++c) {
-    for (int v = 0; v < kVecs; ++v) {
-      const FloatVec part = load_floats(x[c] + v * kVectorLanes);
-      for (int r = 0; r < kRows; ++r) {
-        sums[r][v] = sums[r][v] + matrix[static_cast<std::ptrdiff_t>(r) * dim + c] * part;
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) store_floats(y[r] + v * kVectorLanes, sums[r][v]);
-  }
-}
-
-// y = matrix · x: as many rows at once as hide the additions' latency.
-inline void multiply_lanes(const float* matrix, const LaneRows& x, int dim, LaneRows& y) noexcept {
-  constexpr int kRows = kVectorLanes / 2;
-  int r = 0;
-  for (; r + kRows <= dim; r += kRows) {
-    multiply_rows<kRows>(matrix + static_cast<std::ptrdiff_t>(r) * dim, x, dim, y + r);
-  }
-  for (; r < dim; ++r) {
-    multiply_rows<1>(matrix + static_cast<std::ptrdiff_t>(r) * dim, x, dim, y + r);
-  }
-}
-
-// x = R · (x · inverse), for each lane its own inverse.
-inline void rotate_lanes(const SidePlan& side, const float* inverse, LaneRows& x,
-                         LaneRows& scratch) noexcept {
-  for (int c = 0; c < side.dim; ++c) {
-    const float sign = side.signs != nullptr ? side.signs[c] : 1.0F;
-    for (int i = 0; i < kLanes; ++i) x[c][i] = x[c][i] * inverse[i] * sign;
-  }
-  if (side.signs != nullptr) {
-    fwht_lanes(x, side.dim);
-    scale_lanes(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)));
-  } else {
-    multiply_lanes(side.matrix, x, side.dim, scratch);
-    std::memcpy(x, scratch, static_cast<std::size_t>(side.dim) * sizeof x[0]);
-  }
-}
-
-inline void rotate_back_lanes(const SidePlan& side, LaneRows& x, LaneRows& scratch) noexcept {
-  if (side.signs != nullptr) {
-    fwht_lanes(x, side.dim);
-    scale_lanes(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)));
-    sign_lanes(x, side.dim, side.signs);
-  } else {
-    multiply_lanes(side.transposed, x, side.dim, scratch);
-    std::memcpy(x, scratch, static_cast<std::size_t>(side.dim) * sizeof x[0]);
-  }
-}
 
 // Squared lengths. Four sums, of coordinates c mod 4: one would wait for each addition.
 inline void squared_lengths(const LaneRows& x, int dim, float* norm2) noexcept {
@@ -142,61 +36,87 @@ inline void squared_lengths(const LaneRows& x, int dim, float* norm2) noexcept {
   }
 }
 
-// Codes of 16 coordinates by counting the boundaries ≤ y; the specification of every level's
-// Ops::quantise. norm2 += the squares of their levels.
-template <int kBits>
-inline void quantise_lanes(const SegmentPlan& segment, const float* __restrict y,
-                           std::uint8_t* __restrict codes, float* __restrict norm2) noexcept {
-  std::int32_t found[kLanes];
-  if constexpr (kBits == 8) {  // uniform: level i is i − 128
-    const float inverse = 1.0F / segment.step;
-    for (int i = 0; i < kLanes; ++i) {
-      const float scaled = y[i] * inverse + 128.5F;
-      const float low = scaled < 0.0F ? 0.0F : scaled;
-      found[i] = static_cast<std::int32_t>(low > 255.0F ? 255.0F : low);
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      const auto level = static_cast<float>(found[i] - 128);
-      norm2[i] = norm2[i] + level * level;
-    }
-  } else {  // a binary search
-    const float* boundaries = segment.boundaries;
-    for (int i = 0; i < kLanes; ++i) found[i] = 0;
-    for (int bit = kBits - 1; bit >= 0; --bit) {
-      for (int i = 0; i < kLanes; ++i) {
-        const std::int32_t next = found[i] | 1 << bit;
-        found[i] = y[i] >= boundaries[next - 1] ? next : found[i];
-      }
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      const auto level = static_cast<float>(segment.levels[found[i]]);
-      norm2[i] = norm2[i] + level * level;
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) codes[i] = static_cast<std::uint8_t>(found[i]);
-}
-
 // What a level may do better than plain loops, with the same results.
 struct PlainLanes {
-  // x[c, i] = rows[i, c]: 16 tokens of `dim` coordinates, a multiple of 16 or not.
-  static void transpose(const float* rows, int dim, LaneRows& x) noexcept {
-    for (int c = 0; c < dim; ++c) {
-      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c];
+  // x[c, i] = rows[i, c] · signs[c], which are 1 where null: 16 tokens of `dim` coordinates.
+  static void transpose(const float* rows, int dim, const float* signs, LaneRows& x) noexcept {
+    transpose_from(0, rows, dim, signs, x);
+  }
+  static void transpose_from(int first, const float* rows, int dim, const float* signs,
+                             LaneRows& x) noexcept {
+    for (int c = first; c < dim; ++c) {
+      const float sign = signs != nullptr ? signs[c] : 1.0F;
+      for (int i = 0; i < kLanes; ++i) {
+        x[c][i] = rows[static_cast<std::ptrdiff_t>(i) * dim + c] * sign;
+      }
     }
   }
+
   // x[c, i] = rows[i, c], of 16 of each.
   static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
     for (int c = 0; c < kLanes; ++c) {
       for (int i = 0; i < kLanes; ++i) x[c][i] = rows[i][c];
     }
   }
-  // Codes of coordinates [segment.first, end) of 16 tokens; codes: [.., 64], the first of these
-  // tokens. norm2 += the squares of their levels.
+
+  // Codes of a segment's coordinates y[c, i] · factors[i] of 16 tokens; those from dim on are 0.
+  // quads: [.., 64 tokens, 4 coordinates], the first of these tokens. norm2 += the squares of the
+  // levels, whole numbers below 2^24: any order gives the same sum.
   template <int kBits>
-  static void quantise(const SegmentPlan& segment, const LaneRows& y, int end, std::uint8_t* codes,
-                       float* norm2) noexcept {
-    for (int c = segment.first; c < end; ++c) {
-      quantise_lanes<kBits>(segment, y[c], codes + c * kTileTokens, norm2);
+  static void quantise(const SegmentPlan& segment, int dim, const LaneRows& y, const float* factors,
+                       std::uint8_t* quads, float* norm2) noexcept {
+    for (int c = segment.first; c < segment.first + segment.count; ++c) {
+      std::uint8_t* to = quads + c / 4 * (4 * kTileTokens) + c % 4;
+      if (c >= dim) {
+        for (int i = 0; i < kLanes; ++i) to[4 * i] = 0;
+        continue;
+      }
+      std::int32_t found[kLanes];
+      if constexpr (kBits == 8) {
+        nearest_levels(y[c], factors, 1.0F / segment.step, found);
+      } else {
+        binned_codes(*segment.bins, y[c], factors, found);
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        const auto level = static_cast<float>(segment.levels[found[i]]);
+        norm2[i] = norm2[i] + level * level;
+        to[4 * i] = static_cast<std::uint8_t>(found[i]);
+      }
+    }
+  }
+
+  // 8 bits are uniform: code i is level i − 128.
+  static void nearest_levels(const float* y, const float* factors, float inverse_step,
+                             std::int32_t* codes) noexcept {
+    for (int i = 0; i < kLanes; ++i) {
+      const float scaled = y[i] * factors[i] * inverse_step + 128.5F;
+      const float low = scaled < 0.0F ? 0.0F : scaled;
+      codes[i] = static_cast<std::int32_t>(low > 255.0F ? 255.0F : low);
+    }
+  }
+
+  static void binned_codes(const CodeBins& bins, const float* y, const float* factors,
+                           std::int32_t* codes) noexcept {
+    for (int i = 0; i < kLanes; ++i) {
+      const float value = y[i] * factors[i];
+      const float above = value < -bins.limit ? -bins.limit : value;
+      const float within = above > bins.limit ? bins.limit : above;
+      const auto bits = std::bit_cast<std::uint32_t>(within * bins.scale + kRoundingShift);
+      const std::uint32_t bin = bits & static_cast<std::uint32_t>(bins.size - 1);
+      codes[i] = bins.codes[bin] + (value >= bins.boundaries[bin] ? 1 : 0);
+    }
+  }
+
+  // Quads of 16 coordinates and 32 tokens into a group of value lines (packing.hpp).
+  static void turn_quads(const std::uint8_t* quads, std::uint8_t* lines) noexcept {
+    for (int quad = 0; quad < 4; ++quad) {
+      for (int line = 0; line < kGroupCodes; ++line) {
+        const std::uint8_t* from = quads + (quad * kTileTokens + 4 * line) * 4;
+        std::uint8_t* to = lines + line * kLineBytes + 16 * quad;
+        for (int c = 0; c < 4; ++c) {
+          for (int t = 0; t < 4; ++t) to[4 * c + t] = from[4 * t + c];
+        }
+      }
     }
   }
 };
@@ -204,19 +124,33 @@ struct PlainLanes {
 struct EncodeScratch {
   alignas(64) LaneRows x;
   alignas(64) LaneRows y;
-  alignas(64) std::uint8_t codes[kMaxDim * kTileTokens];  // [padded, 64]
+  alignas(64) std::uint8_t codes[kMaxDim * kTileTokens];
 };
 
-// Codes [padded, 64] into the side's segments and back.
-inline void pack_side(const SidePlan& side, bool keys, const std::uint8_t* codes,
-                      std::uint8_t* tile) noexcept {
+// Quads [padded / 4, 64 tokens, 4 coordinates] into the side's segments. Quads are lines of keys.
+template <typename Lanes>
+void pack_quads(const SidePlan& side, bool keys, const std::uint8_t* quads,
+                std::uint8_t* tile) noexcept {
+  constexpr int kGroupBytes = kGroupCodes * kLineBytes;
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
-    pack_lines(keys, codes + segment.first * kTileTokens, segment.count, segment.bits,
-               tile + side.codes + segment.offset);
+    const std::uint8_t* from = quads + segment.first * kTileTokens;
+    std::uint8_t* to = tile + side.codes + segment.offset;
+    with_bits(segment.bits, [&]<int kBits>() {
+      for (int group = 0; group < segment.count / kGroupCodes; ++group, to += kBits * kLineBytes) {
+        if (keys) {
+          pack_group_of<kBits>(from + group * kGroupBytes, to);
+        } else {
+          alignas(kLineBytes) std::uint8_t lines[kGroupBytes];
+          Lanes::turn_quads(from + group / 2 * (2 * kGroupBytes) + group % 2 * (4 * 32), lines);
+          pack_group_of<kBits>(lines, to);
+        }
+      }
+    });
   }
 }
 
+// The side's segments into codes [padded, 64].
 inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* tile,
                         std::uint8_t* codes) noexcept {
   for (int s = 0; s < side.segment_count; ++s) {
@@ -230,25 +164,28 @@ template <typename Lanes>
 void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept {
   EncodeScratch scratch;
   std::uint16_t halves[kTileTokens];
+  const float turned =
+      side.signs != nullptr ? 1.0F / std::sqrt(static_cast<float>(side.dim)) : 1.0F;
   for (int start = 0; start < kTileTokens; start += kLanes) {
-    Lanes::transpose(rows + static_cast<std::ptrdiff_t>(start) * side.dim, side.dim, scratch.x);
+    Lanes::transpose(rows + static_cast<std::ptrdiff_t>(start) * side.dim, side.dim, side.signs,
+                     scratch.x);
     float norm2[kLanes];
     squared_lengths(scratch.x, side.dim, norm2);
+    rotate_signed_lanes(side, scratch.x, scratch.y);
     float norms[kLanes];
-    float inverse[kLanes];
+    float factors[kLanes];  // of rotated coordinates, for a unit vector
     for (int i = 0; i < kLanes; ++i) {
       norms[i] = std::sqrt(norm2[i]);
-      inverse[i] = norms[i] > 0.0F ? 1.0F / norms[i] : 0.0F;
+      factors[i] = norms[i] > 0.0F ? 1.0F / norms[i] * turned : 0.0F;
     }
-    rotate_lanes(side, inverse, scratch.x, scratch.y);
     // Norm correction: the reconstruction gets the length of the original.
     float correction2[kLanes] = {};
     for (int s = 0; s < side.segment_count; ++s) {
       const SegmentPlan& segment = side.segments[s];
       float levels2[kLanes] = {};
-      const int end = std::min(segment.first + segment.count, side.dim);
       with_bits(segment.bits, [&]<int kBits>() {
-        Lanes::template quantise<kBits>(segment, scratch.x, end, scratch.codes + start, levels2);
+        Lanes::template quantise<kBits>(segment, side.dim, scratch.x, factors,
+                                        scratch.codes + 4 * start, levels2);
       });
       for (int i = 0; i < kLanes; ++i) {
         correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);
@@ -260,9 +197,7 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
       halves[start + i] = to_half(norm < kMaxHalf ? norm : kMaxHalf);
     }
   }
-  std::memset(scratch.codes + side.dim * kTileTokens, 0,
-              static_cast<std::size_t>(side.padded - side.dim) * kTileTokens);
-  pack_side(side, keys, scratch.codes, tile);
+  pack_quads<Lanes>(side, keys, scratch.codes, tile);
   std::memcpy(tile + side.norms, halves, sizeof halves);
 }
 

@@ -20,6 +20,8 @@ inline constexpr int kLanes = 16;
 /// to 1 it is off by less than 3e-7.
 inline constexpr int kRopePowers = 4;
 
+struct CodeBins;
+
 /// One run of coordinates with its codebook on the int8 grid.
 struct SegmentPlan {
   int first;
@@ -28,6 +30,7 @@ struct SegmentPlan {
   std::size_t offset;         // of its packed codes, from the side's first
   const std::int8_t* levels;  // [256]: of code i mod 2^bits, so that a vector's table is a load
   const float* boundaries;    // [2^bits − 1], ascending
+  const CodeBins* bins;       // the same for look-ups; null at 8 bits
   float step;                 // centroid = step · level
 };
 

@@ -134,7 +134,7 @@ std::vector<float> tile_rows(int dim, std::mt19937_64& engine) {
 TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
   auto engine = test::random_engine(3);
   for (int bits = 1; bits <= 8; ++bits) {
-    for (const int dim : kDims) {
+    for (const int dim : {8, 16, 18, 40, 41, 63, 64, 80, 96, 128, 256, 512}) {
       const auto codec = make_codec(dim, bits);
       const auto rows = tile_rows(dim, engine);
       for (const bool keys : {true, false}) {
