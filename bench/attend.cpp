@@ -65,8 +65,8 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
       const std::size_t c = i % static_cast<std::size_t>(shape.dim);
       const std::size_t f = c % static_cast<std::size_t>(shape.dim / 2);
       if (f % 2 != 0) continue;
-      const double angle =
-          static_cast<double>(row % kBlock) * static_cast<double>(options.rope->inv_freq[f]);
+      const double angle = static_cast<double>(row % static_cast<std::size_t>(kBlock)) *
+                           static_cast<double>(options.rope->inv_freq[f]);
       keys[i] += static_cast<float>(5.0 * (c == f ? std::cos(angle) : std::sin(angle)));
     }
   }

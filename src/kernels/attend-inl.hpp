@@ -24,6 +24,23 @@ inline int term_count(const SidePlan& keys) noexcept {
   return 1;
 }
 
+// coarse = q · inverse to the nearest integer. A function, as only for parameters compilers heed
+// __restrict.
+inline void round_queries(const float* __restrict q, float inverse, int count,
+                          std::int8_t* __restrict coarse) noexcept {
+  for (int c = 0; c < count; ++c) coarse[c] = static_cast<std::int8_t>(round_lane(q[c] * inverse));
+}
+
+// What that leaves, in steps kTermRatio times finer.
+inline void round_rests(const float* __restrict q, float inverse, int count,
+                        const std::int8_t* __restrict coarse,
+                        std::int8_t* __restrict fine) noexcept {
+  for (int c = 0; c < count; ++c) {
+    const float rest = q[c] * inverse - static_cast<float>(coarse[c]);
+    fine[c] = static_cast<std::int8_t>(round_lane(rest * static_cast<float>(kTermRatio)));
+  }
+}
+
 // queries: [rows, stride]; the segment's coordinates of the block.
 inline void split_queries(const float* queries, std::int64_t stride, int rows, int term_count,
                           const SegmentPlan& segment, std::int8_t* terms, float* steps) noexcept {
@@ -33,19 +50,16 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
     const float unit = largest / 127.0F;
     const float inverse = unit > 0.0F ? 127.0F / largest : 0.0F;
     std::int8_t* coarse = terms + static_cast<std::ptrdiff_t>(r * term_count) * segment.count;
-    for (int c = 0; c < segment.count; ++c) {
-      coarse[c] = static_cast<std::int8_t>(round_lane(q[c] * inverse));
-    }
+    round_queries(q, inverse, segment.count, coarse);
     if (term_count == 2) {
-      std::int8_t* fine = coarse + segment.count;
-      for (int c = 0; c < segment.count; ++c) {
-        const float rest = q[c] * inverse - static_cast<float>(coarse[c]);
-        fine[c] = static_cast<std::int8_t>(round_lane(rest * static_cast<float>(kTermRatio)));
-      }
+      round_rests(q, inverse, segment.count, coarse, coarse + segment.count);
     }
     steps[r] = term_count == 1 ? unit : unit / static_cast<float>(kTermRatio);
   }
 }
+
+// Products of a weight of at most 1 and a value's norm that are too small to matter.
+constexpr float kNegligible = 1e-30F;
 
 // weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
 // is 0…255.
@@ -55,21 +69,6 @@ inline void round_weights(const float* __restrict products, float inverse,
     weights[t] =
         static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
   }
-}
-
-// Weights of one row, times the values' norms, as 8 bits. Returns their unit.
-template <typename Integer>
-inline float quantise_weights(const float* __restrict p, const float* __restrict norms,
-                              std::uint8_t* __restrict weights) noexcept {
-  alignas(64) float products[kTileTokens];
-  for (int t = 0; t < kTileTokens; ++t) products[t] = p[t] * norms[t];
-  const float largest = largest_of(products);
-  if (!(largest > 1e-30F)) {  // too small to matter, and 255 / largest would overflow
-    for (int t = 0; t < kTileTokens; ++t) weights[t] = 0;
-    return 0.0F;
-  }
-  Integer::round_weights(products, 255.0F / largest, weights);
-  return largest / 255.0F;
 }
 
 // Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
@@ -86,8 +85,9 @@ struct Fetch {
 };
 
 inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
-  const auto lines = static_cast<std::ptrdiff_t>(ahead.bytes / kLineBytes);
-  return {ahead.data, ahead.data + ahead.bytes, (lines + steps - 1) / steps * kLineBytes};
+  const int lines = static_cast<int>(ahead.bytes / kLineBytes);
+  return {ahead.data, ahead.data + ahead.bytes,
+          std::ptrdiff_t{kLineBytes} * ((lines + steps - 1) / steps)};
 }
 
 // Segments are at least 16 coordinates.
@@ -123,9 +123,21 @@ struct PreparedQueries {
 struct TileScratch {
   alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
   alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
-  alignas(64) float norms[kTileTokens];
+  alignas(64) float key_norms[kTileTokens];
+  alignas(64) float value_norms[kTileTokens];
+  alignas(64) FloatVec parts[kMaxRows] = {};  // whose lanes hold a row's largest product
   Block block;
 };
+
+// One segment's part of a row's q·k, added to `vecs`.
+inline void add_products(const std::int32_t* sums, float step, const float* norms,
+                         RowVecs& vecs) noexcept {
+  for (int v = 0; v < kRowVecs; ++v) {
+    const FloatVec products =
+        load_converted(sums + v * kVectorLanes) * broadcast_float<FloatVec>(step);
+    vecs[v] = fused(products, load_floats(norms + v * kVectorLanes), vecs[v]);
+  }
+}
 
 // q·k for all rows and tokens of the tile into scratch.block.
 template <typename Integer>
@@ -135,36 +147,54 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span, Ahead ahea
   const std::uint8_t* tile = span.tile;
   const int rows = args.softmax.rows;
   const int terms = queries.terms;
+  Integer::read_halves(tile + side.norms, scratch.key_norms);
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
     const auto& prepared = queries.segments[s];
     Integer::score(segment, tile + side.codes + segment.offset, prepared.words, prepared.bias,
                    terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
-    if (s == 0) Integer::read_halves(tile + side.norms, scratch.norms);
     for (int r = 0; r < rows; ++r) {
-      const std::int32_t* sums = scratch.scores[terms * r];
+      std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
         // |sums|, |fine| ≤ 127 · 128 · 512: their sum stays below 2^31.
         const std::int32_t* fine = scratch.scores[2 * r + 1];
-        for (int t = 0; t < kTileTokens; ++t) {
-          scratch.scores[2 * r][t] = kTermRatio * sums[t] + fine[t];
-        }
+        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
       }
-      const float step = prepared.steps[r] * segment.step;
-      const float centre = args.centre_scores[r];
-      float* scores = scratch.block.scores[r];
+      RowVecs vecs;
       if (s == 0) {
-        for (int t = 0; t < kTileTokens; ++t) {
-          scores[t] = fused(static_cast<float>(sums[t]) * step, scratch.norms[t], centre);
-        }
+        fill_row(args.centre_scores[r], vecs);
       } else {
-        for (int t = 0; t < kTileTokens; ++t) {
-          scores[t] = fused(static_cast<float>(sums[t]) * step, scratch.norms[t], scores[t]);
-        }
+        load_row(scratch.block.scores[r], vecs);
       }
+      add_products(sums, prepared.steps[r] * segment.step, scratch.key_norms, vecs);
+      store_row(scratch.block.scores[r], vecs);
     }
   }
   if (args.rope.count > 0) add_rope(args.rope, span.first_token, rows, scratch.block.scores);
+}
+
+// What brings each row's products to 0…255, and the unit of that.
+inline void scale_weights(const float* __restrict largest, int rows, float* __restrict inverses,
+                          float* __restrict units) noexcept {
+  for (int r = 0; r < rows; ++r) {
+    const float divisor = largest[r] > kNegligible ? largest[r] : kNegligible;
+    inverses[r] = 255.0F / divisor;
+    units[r] = divisor * (1.0F / 255.0F);
+  }
+}
+
+// Weights of all rows, times the values' norms, as 8 bits; units: theirs, 0 beyond the rows.
+// Whether any matters. scratch.parts and .block: the products.
+template <typename Integer>
+inline bool quantise_weights(int rows, TileScratch& scratch, float (&units)[kMaxRows]) noexcept {
+  float largest[kMaxRows];
+  largest_lanes(scratch.parts, rows, largest);
+  float inverses[kMaxRows];
+  scale_weights(largest, rows, inverses, units);
+  for (int r = 0; r < rows; ++r) {
+    Integer::round_weights(scratch.block.scores[r], inverses[r], scratch.weights[r]);
+  }
+  return std::any_of(largest, largest + rows, [](float x) { return x > kNegligible; });
 }
 
 template <typename Integer>
@@ -173,14 +203,7 @@ inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, A
   const SidePlan& side = args.plan->values;
   const Softmax& softmax = args.softmax;
   float units[kMaxRows];
-  bool any = false;
-  Integer::read_halves(tile + side.norms, scratch.norms);
-  for (int r = 0; r < softmax.rows; ++r) {
-    units[r] =
-        quantise_weights<Integer>(scratch.block.scores[r], scratch.norms, scratch.weights[r]);
-    any = any || units[r] > 0.0F;
-  }
-  if (!any) return;
+  if (!quantise_weights<Integer>(softmax.rows, scratch, units)) return;
   for (int s = 0; s < side.segment_count; ++s) {
     const SegmentPlan& segment = side.segments[s];
     float steps[kMaxRows];
@@ -232,8 +255,16 @@ void attend_tiles(const AttendTiles& args) noexcept {
       }
       score_tile(args, span, with_keys, queries, scratch);
       Fetch fetch = fetch_of(with_rows, args.softmax.rows);
+      Integer::read_halves(span.tile + args.plan->values.norms, scratch.value_norms);
       for (int r = 0; r < args.softmax.rows; ++r) {
-        weigh(args.softmax, r, start, span.tokens, scratch.block.scores[r]);
+        RowVecs vecs;
+        load_row(scratch.block.scores[r], vecs);
+        weigh(args.softmax, r, start, span.tokens, vecs);
+        for (int v = 0; v < kRowVecs; ++v) {
+          vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
+        }
+        store_row(scratch.block.scores[r], vecs);
+        scratch.parts[r] = largest_parts(vecs);
         Integer::fetch(fetch);
       }
       accumulate_tile<Integer>(args, span.tile, with_values, scratch);

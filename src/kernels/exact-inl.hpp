@@ -156,7 +156,10 @@ void attend_exact(const AttendExact& args) noexcept {
     }
     for (int r = 0; r < softmax.rows; ++r) {
       for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
-      weigh(softmax, r, start, tokens, block.scores[r]);
+      RowVecs vecs;
+      load_row(block.scores[r], vecs);
+      weigh(softmax, r, start, tokens, vecs);
+      store_row(block.scores[r], vecs);
     }
     const float* values =
         scratch.rows.read(static_cast<const char*>(args.values) + start * args.value_dim * element,

@@ -35,6 +35,13 @@ inline Vec broadcast_float(float value) noexcept {
   return value - Vec{};  // as an instruction of its own; a loop over lanes goes through memory
 }
 
+// Each lane's lowest bits as a float's exponent.
+template <typename Vec>
+inline Vec to_exponent(Vec vec) noexcept {
+  using Words [[gnu::vector_size(sizeof(Vec))]] = std::uint32_t;
+  return Vec(Words(vec) << 23);
+}
+
 template <int kBytes>
 using Words64 [[gnu::vector_size(kBytes)]] = std::uint64_t;
 
@@ -71,6 +78,14 @@ template <typename Vec>
 inline Vec broadcast_float(float value) noexcept {
   Vec vec;
   for (float& lane : vec.lanes) lane = value;
+  return vec;
+}
+
+template <typename Vec>
+inline Vec to_exponent(Vec vec) noexcept {
+  for (float& lane : vec.lanes) {
+    lane = std::bit_cast<float>(std::bit_cast<std::uint32_t>(lane) << 23);
+  }
   return vec;
 }
 
@@ -114,20 +129,39 @@ inline float fused(float a, float b, float c) noexcept {
 #endif
 }
 
+// A FloatVec as intrinsics take it. No std::bit_cast: compiled without the target region.
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+using NativeFloats = __m512;
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+using NativeFloats = __m256;
+#endif
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES >= 8
+inline NativeFloats native(FloatVec vec) noexcept {
+#if defined(__GNUC__)
+  return NativeFloats(vec);
+#else
+  NativeFloats result;
+  std::memcpy(&result, &vec, sizeof result);
+  return result;
+#endif
+}
+inline FloatVec from_native(NativeFloats vec) noexcept {
+#if defined(__GNUC__)
+  return FloatVec(vec);
+#else
+  FloatVec result;
+  std::memcpy(&result, &vec, sizeof result);
+  return result;
+#endif
+}
+#endif
+
 // The same of vectors, lane by lane.
 inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
-#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16 && defined(__GNUC__)
-  return FloatVec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  _mm512_storeu_ps(c.lanes, _mm512_fmadd_ps(_mm512_loadu_ps(a.lanes), _mm512_loadu_ps(b.lanes),
-                                            _mm512_loadu_ps(c.lanes)));
-  return c;
-#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8 && defined(__GNUC__)
-  return FloatVec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  return from_native(_mm512_fmadd_ps(native(a), native(b), native(c)));
 #elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
-  _mm256_storeu_ps(c.lanes, _mm256_fmadd_ps(_mm256_loadu_ps(a.lanes), _mm256_loadu_ps(b.lanes),
-                                            _mm256_loadu_ps(c.lanes)));
-  return c;
+  return from_native(_mm256_fmadd_ps(native(a), native(b), native(c)));
 #elif defined(TQAI_NEON) && defined(__GNUC__)
   return FloatVec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
@@ -142,15 +176,16 @@ inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
 #endif
 }
 
+// Next to 1.5 · 2^23 a float's steps are 1, so that a sum's last bits are the nearest integer, here
+// with the exponent's bias.
+constexpr float kExp2Shift = 0x1.8p23F + 127.0F;
+
 // 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
 // the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.
 inline float exp2_negative(float x) noexcept {
-  // Next to 1.5 · 2^23 a float's steps are 1, so that the sum's last bits are the nearest integer,
-  // here with the exponent's bias.
-  constexpr float kShift = 0x1.8p23F + 127.0F;
   const float clamped = x < -127.0F ? -127.0F : x;
-  const float shifted = clamped + kShift;
-  const float f = clamped - (shifted - kShift);
+  const float shifted = clamped + kExp2Shift;
+  const float f = clamped - (shifted - kExp2Shift);
   float p = 1.32764718e-3F;
   p = fused(p, f, 9.67554133e-3F);
   p = fused(p, f, 5.55071327e-2F);
@@ -160,9 +195,43 @@ inline float exp2_negative(float x) noexcept {
   return p * std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
 }
 
-// To the nearest integer, halves away from zero; |x| < 2^23.
+// The same of vectors, lane by lane.
+inline FloatVec exp2_negative(FloatVec vec) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  // In fewer instructions: the processor parts a number into integer and fraction, and scales by
+  // powers of two. All but the polynomial is exact, so that the bits are the same.
+  constexpr int kToNearest = 0;
+  const __m512 x = native(vec);
+  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.5F), _CMP_GE_OQ);
+  const __m512 f = _mm512_reduce_ps(x, kToNearest);
+  __m512 p = _mm512_set1_ps(1.32764718e-3F);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.67554133e-3F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55071327e-2F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40221197e-1F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93146967e-1F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
+  return from_native(_mm512_maskz_scalef_ps(matters, p, _mm512_sub_ps(x, f)));
+#else
+  const auto shift = broadcast_float<FloatVec>(kExp2Shift);
+  const FloatVec clamped = larger(vec, broadcast_float<FloatVec>(-127.0F));
+  const FloatVec shifted = clamped + shift;
+  const FloatVec f = clamped - (shifted - shift);
+  auto p = broadcast_float<FloatVec>(1.32764718e-3F);
+  p = fused(p, f, broadcast_float<FloatVec>(9.67554133e-3F));
+  p = fused(p, f, broadcast_float<FloatVec>(5.55071327e-2F));
+  p = fused(p, f, broadcast_float<FloatVec>(2.40221197e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(6.93146967e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(1.0F));
+  return p * to_exponent(shifted);
+#endif
+}
+
+// To the nearest integer, halves away from zero; |x| < 2^23. Bits, as compilers make a branch of a
+// comparison, which queries' signs would mispredict.
 inline std::int32_t round_lane(float x) noexcept {
-  return static_cast<std::int32_t>(x + (x < 0.0F ? -0.5F : 0.5F));
+  const std::uint32_t sign = std::bit_cast<std::uint32_t>(x) & 0x80000000U;
+  return static_cast<std::int32_t>(x +
+                                   std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(0.5F)));
 }
 
 // tanh by way of exp2; absolute error < 3e-7.
@@ -223,21 +292,91 @@ inline float largest_magnitude(const float* numbers, int count) noexcept {
   return largest_lane<kVectorLanes>(vec);
 }
 
-// The largest of the floats of a tile's row, which are numbers.
-inline float largest_of(const float* row) noexcept {
-  FloatVec vec = load_floats(row);
-  for (int t = kVectorLanes; t < kTileTokens; t += kVectorLanes) {
-    vec = larger(vec, load_floats(row + t));
+// Integers as floats.
+inline FloatVec load_converted(const std::int32_t* from) noexcept {
+#if defined(__clang__) || !defined(__GNUC__)
+  float lanes[kVectorLanes];
+  for (int i = 0; i < kVectorLanes; ++i) lanes[i] = static_cast<float>(from[i]);
+  return load_floats(lanes);
+#else
+  using Words [[gnu::vector_size(sizeof(FloatVec))]] = std::int32_t;
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return __builtin_convertvector(words, FloatVec);
+#endif
+}
+
+// A tile's row in registers.
+constexpr int kRowVecs = kTileTokens / kVectorLanes;
+using RowVecs = FloatVec[kRowVecs];
+
+inline void fill_row(float value, RowVecs& row) noexcept {
+  for (FloatVec& vec : row) vec = broadcast_float<FloatVec>(value);
+}
+inline void load_row(const float* from, RowVecs& row) noexcept {
+  for (int v = 0; v < kRowVecs; ++v) row[v] = load_floats(from + v * kVectorLanes);
+}
+inline void store_row(float* to, const RowVecs& row) noexcept {
+  for (int v = 0; v < kRowVecs; ++v) store_floats(to + v * kVectorLanes, row[v]);
+}
+
+// The largest of a row, of numbers: lane i of the floats i, i + kVectorLanes…
+inline FloatVec largest_parts(const RowVecs& row) noexcept {
+  FloatVec vec = row[0];
+  for (int v = 1; v < kRowVecs; ++v) vec = larger(vec, row[v]);
+  return vec;
+}
+
+// Whether any lane is larger.
+inline bool any_above(FloatVec vec, float bound) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  return _mm512_cmp_ps_mask(native(vec), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps(native(vec), _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#else
+  return largest_lane<kVectorLanes>(vec) > bound;
+#endif
+}
+
+// largest[r] = the largest lane of vecs[r], for r < rows, else 0; there vecs are 0.
+inline void largest_lanes(const FloatVec (&vecs)[kMaxRows], int rows,
+                          float (&largest)[kMaxRows]) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  if (rows > 2) {  // two in one, and so on: a third of the instructions
+    static_assert(kMaxRows == 8);
+    __m512 a[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m512 low = native(vecs[i]);
+      const __m512 high = native(vecs[i + 4]);
+      a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(low, high, 0x44),
+                           _mm512_shuffle_f32x4(low, high, 0xEE));
+    }
+    for (int i = 0; i < 2; ++i) {
+      a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a[i], a[i + 2], 0x88),
+                           _mm512_shuffle_f32x4(a[i], a[i + 2], 0xDD));
+    }
+    // In 128 bits each what is left of rows 0, 4, 2, 6 in a[0], of rows 1, 5, 3, 7 in a[1].
+    const __m512 pairs =
+        _mm512_max_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 all = _mm512_max_ps(pairs, _mm512_permute_ps(pairs, 0b0100'1110));
+    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 4, 5, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(largest, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
+    return;
   }
-  return largest_lane<kVectorLanes>(vec);
+#endif
+  for (int r = 0; r < kMaxRows; ++r) {
+    largest[r] = r < rows ? largest_lane<kVectorLanes>(vecs[r]) : 0.0F;
+  }
 }
 
 // sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order.
-inline void add_to_lanes(const float* row, float* sums) noexcept {
-  for (int i = 0; i < kLanes; i += kVectorLanes) {
-    FloatVec sum = load_floats(row + i);
-    for (int t = kLanes; t < kTileTokens; t += kLanes) sum = sum + load_floats(row + t + i);
-    store_floats(sums + i, load_floats(sums + i) + sum);
+inline void add_to_lanes(const RowVecs& row, float* sums) noexcept {
+  constexpr int kStep = kLanes / kVectorLanes;
+  for (int i = 0; i < kStep; ++i) {
+    FloatVec sum = row[i];
+    for (int v = i + kStep; v < kRowVecs; v += kStep) sum = sum + row[v];
+    float* to = sums + i * kVectorLanes;
+    store_floats(to, load_floats(to) + sum);
   }
 }
 

@@ -23,10 +23,16 @@ inline bool sees(const Softmax& softmax, std::int64_t start, int tokens) noexcep
   return false;
 }
 
-// Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
-// when max grew. `start`: the block's first token among those given.
-inline void weigh(const Softmax& softmax, int row, std::int64_t start, int tokens,
-                  float* __restrict scores) noexcept {
+// Soft cap, mask and range of one row's scores. `start`: the block's first token among those given.
+inline void limit(const Softmax& softmax, int row, std::int64_t start, int tokens,
+                  RowVecs& vecs) noexcept {
+  const std::int64_t first = softmax.first[row] - start;
+  const std::int64_t end = std::min<std::int64_t>(softmax.end[row] - start, tokens);
+  if (softmax.soft_cap <= 0.0F && softmax.mask == nullptr && first <= 0 && end >= kTileTokens) {
+    return;
+  }
+  alignas(64) float scores[kTileTokens];
+  store_row(scores, vecs);
   if (softmax.soft_cap > 0.0F) {
     const float outer = softmax.soft_cap * kLog2E;
     for (int t = 0; t < kTileTokens; ++t) scores[t] = tanh_lane(scores[t]) * outer;
@@ -35,30 +41,34 @@ inline void weigh(const Softmax& softmax, int row, std::int64_t start, int token
     const float* mask = softmax.mask + row * softmax.mask_stride + start;
     for (int t = 0; t < tokens; ++t) scores[t] = scores[t] + mask[t] * kLog2E;
   }
-  const std::int64_t first = softmax.first[row] - start;
-  const std::int64_t end = std::min<std::int64_t>(softmax.end[row] - start, tokens);
-  if (first > 0 || end < kTileTokens) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      if (t < first || t >= end) scores[t] = -kInfinity;
-    }
+  for (int t = 0; t < kTileTokens; ++t) {
+    if (t < first || t >= end) scores[t] = -kInfinity;
   }
-  const float largest = largest_of(scores);
+  load_row(scores, vecs);
+}
+
+// Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
+// when max grew.
+inline void weigh(const Softmax& softmax, int row, std::int64_t start, int tokens,
+                  RowVecs& vecs) noexcept {
+  limit(softmax, row, start, tokens, vecs);
+  const FloatVec parts = largest_parts(vecs);
   float* sums = softmax.sums[row];
-  const float before = softmax.max[row];
-  if (largest > before) {
-    const float shrink = before == -kInfinity ? 0.0F : exp2_negative(before - largest);
-    softmax.max[row] = largest;
+  float max = softmax.max[row];
+  if (any_above(parts, max)) {
+    const float largest = largest_lane<kVectorLanes>(parts);
+    const float shrink = max == -kInfinity ? 0.0F : exp2_negative(max - largest);
+    softmax.max[row] = max = largest;
     for (int i = 0; i < kLanes; ++i) sums[i] = sums[i] * shrink;
     float* output = softmax.output + row * softmax.output_stride;
     for (std::int64_t c = 0; c < softmax.output_stride; ++c) output[c] = output[c] * shrink;
   }
-  const float max = softmax.max[row];
   if (max == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
-    for (int t = 0; t < kTileTokens; ++t) scores[t] = 0.0F;
+    for (FloatVec& vec : vecs) vec = broadcast_float<FloatVec>(0.0F);
     return;
   }
-  for (int t = 0; t < kTileTokens; ++t) scores[t] = exp2_negative(scores[t] - max);
-  add_to_lanes(scores, sums);
+  for (FloatVec& vec : vecs) vec = exp2_negative(vec - broadcast_float<FloatVec>(max));
+  add_to_lanes(vecs, sums);
 }
 
 }  // namespace
