@@ -25,7 +25,7 @@ static inline void fwht_row(float* x, int dim) {
   }
 }
 
-/// y_i = x_i · factors_i; y may be x.
+/// y_i = x_i · factors_i; y may be x, which is slow: compilers vectorise for arrays apart.
 static inline void multiply_row(const float* x, const float* factors, int dim, float* y) {
   for (int i = 0; i < dim; ++i) y[i] = x[i] * factors[i];
 }
@@ -33,6 +33,12 @@ static inline void multiply_row(const float* x, const float* factors, int dim, f
 /// x ← factor · x
 static inline void scale_row(float* x, int dim, float factor) {
   for (int i = 0; i < dim; ++i) x[i] = x[i] * factor;
+}
+
+/// x_i ← factor · x_i · signs_i
+static inline void scale_signed_row(float* TQAI_RESTRICT x, int dim, float factor,
+                                    const float* signs) {
+  for (int i = 0; i < dim; ++i) x[i] = x[i] * factor * signs[i];
 }
 
 /// y = Σ_k x_k · columns[k], summed from k = 0 on. columns: [dim, dim], row k is the matrix's

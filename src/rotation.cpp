@@ -107,8 +107,7 @@ void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) con
     float* row = x + r * head_dim_;
     std::memmove(row, y + r * head_dim_, static_cast<std::size_t>(head_dim_) * sizeof(float));
     fwht_row(row, head_dim_);
-    scale_row(row, head_dim_, scale);
-    multiply_row(row, signs_.data(), head_dim_, row);
+    scale_signed_row(row, head_dim_, scale, signs_.data());
   }
 }
 

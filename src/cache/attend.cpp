@@ -143,10 +143,9 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
                            element;
     std::fill_n(plain, key_padded_, 0.0F);
     std::fill_n(rotated, key_padded_, 0.0F);
-    convert_to_float(from, queries_.dtype, dim, plain);
-    for (std::size_t c = 0; c < dim; ++c) plain[c] *= query_factor_;
     // A query that is not finite gives NaN, as in exact attention, and must not reach the kernels.
-    work.finite[r] = std::all_of(plain, plain + dim, [](float x) { return std::isfinite(x); });
+    work.finite[r] = context_.kernels->load_scaled(from, queries_.dtype, static_cast<int>(dim),
+                                                   query_factor_, plain);
     if (!work.finite[r]) std::fill_n(plain, dim, 0.0F);
     context_.kernels->rotate(context_.codec->plan().keys, plain, rotated);
   }
@@ -271,9 +270,9 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
     float max =
         options_.sink_scores != nullptr ? options_.sink_scores[at.query_head] * kLog2E : -kInfinity;
     for (std::int64_t p = 0; p < parts_; ++p) max = std::max(max, work.states[p].max[r]);
-    float sum = options_.sink_scores != nullptr ? 1.0F : 0.0F;
+    float sums[kernels::kLanes] = {};
     if (options_.sink_scores != nullptr) {
-      sum = std::exp2(options_.sink_scores[at.query_head] * kLog2E - max);
+      sums[0] = std::exp2(options_.sink_scores[at.query_head] * kLog2E - max);
     }
     std::fill_n(packed, dim, 0.0F);
     std::fill_n(merged, dim, 0.0F);
@@ -281,17 +280,17 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
       const PartState& state = work.states[p];
       if (state.max[r] == -kInfinity) continue;
       const float share = std::exp2(state.max[r] - max);
-      sum += share * std::accumulate(state.sums[r], state.sums[r] + kernels::kLanes, 0.0F);
+      context_.kernels->add_scaled(state.sums[r], share, kernels::kLanes, sums);
       const float* from =
           work.parts + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
-      float* to = p == 0 ? merged : packed;
-      for (int c = 0; c < dim; ++c) to[c] += share * from[c];
+      context_.kernels->add_scaled(from, share, dim, p == 0 ? merged : packed);
     }
     // Sealed values were summed in their rotated domain.
     if (parts_ > 1) {
       context_.kernels->rotate_back(context_.codec->plan().values, packed, unrotated);
       for (int c = 0; c < dim; ++c) merged[c] += unrotated[c];
     }
+    const float sum = std::accumulate(std::begin(sums), std::end(sums), 0.0F);
     const float factor = sum > 0.0F ? 1.0F / sum : 0.0F;
     for (int c = 0; c < dim; ++c) {
       merged[c] = work.finite[r] ? merged[c] * factor : std::numeric_limits<float>::quiet_NaN();

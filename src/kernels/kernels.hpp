@@ -68,8 +68,9 @@ struct Softmax {
   const std::int64_t* end;
   const float* mask;  // [rows, …] added to scores, token 0 first; null: none
   std::int64_t mask_stride;
-  /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): the largest score times
-  /// log2 e, the sum of 2^(score − max) in kLanes parts, and Σ 2^(score − max) · value.
+  /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): a bound on the scores
+  /// times log2 e, kHeadroom above the largest at most; the sum of 2^(score − max) in kLanes parts,
+  /// and Σ 2^(score − max) · value.
   float* max;                  // [rows], −inf before any token
   float (*sums)[kLanes];       // [rows]
   float* output;               // [rows, output_stride]
@@ -152,6 +153,11 @@ struct Kernels {
   /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64].
   void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
                    float (*scores)[kTileTokens]) noexcept;
+
+  /// to = factor · from in fp32, of `count` numbers; whether these are all finite.
+  bool (*load_scaled)(const void* from, DType dtype, int count, float factor, float* to) noexcept;
+  /// to += factor · from, of `count` numbers; they do not overlap.
+  void (*add_scaled)(const float* from, float factor, int count, float* to) noexcept;
 
   /// y = R x, and x = Rᵀ y, of one row of side.dim floats; the results do not overlap the
   /// arguments. Same bits at every level, and as Rotation's.

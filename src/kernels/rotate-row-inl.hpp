@@ -1,6 +1,8 @@
-// Queries into the rotated domain and outputs back: one row at a time, with Rotation's results.
+// One row at a time: queries into the rotated domain, with Rotation's results, parts of outputs
+// together and back.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -103,6 +105,31 @@ inline void multiply_matrix(const float* columns, const float* x, int dim, float
   }
 }
 
+// Kernels::load_scaled. A function of the level, as a rotation that reads wider than what was
+// written just before waits for it.
+bool load_scaled(const void* from, DType dtype, int count, float factor,
+                 float* __restrict to) noexcept {
+  constexpr std::uint32_t kInfinite = 0x7F800000U;
+  // half_lane makes an infinity 2^16, which no finite half reaches.
+  const std::uint32_t infinite =
+      dtype == DType::f16 ? std::bit_cast<std::uint32_t>(0x1p16F) : kInfinite;
+  widen(from, dtype, count, to);
+  std::uint32_t bad = 0;
+  for (int i = 0; i < count; ++i) {
+    const float scaled = to[i] * factor;
+    bad |= (std::bit_cast<std::uint32_t>(to[i]) & 0x7FFFFFFFU) >= infinite ? 1U : 0U;
+    bad |= (std::bit_cast<std::uint32_t>(scaled) & 0x7FFFFFFFU) >= kInfinite ? 1U : 0U;
+    to[i] = scaled;
+  }
+  return bad == 0;
+}
+
+// Kernels::add_scaled.
+void add_scaled(const float* __restrict from, float factor, int count,
+                float* __restrict to) noexcept {
+  for (int i = 0; i < count; ++i) to[i] = to[i] + factor * from[i];
+}
+
 // Kernels::rotate.
 void rotate(const SidePlan& side, const float* x, float* y) noexcept {
   if (side.signs == nullptr) return multiply_matrix(side.transposed, x, side.dim, y);
@@ -116,8 +143,7 @@ void rotate_back(const SidePlan& side, const float* y, float* x) noexcept {
   if (side.signs == nullptr) return multiply_matrix(side.matrix, y, side.dim, x);
   std::memcpy(x, y, static_cast<std::size_t>(side.dim) * sizeof(float));
   fwht(x, side.dim);
-  scale_row(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)));
-  multiply_row(x, side.signs, side.dim, x);
+  scale_signed_row(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)), side.signs);
 }
 
 }  // namespace

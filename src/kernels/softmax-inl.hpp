@@ -47,6 +47,10 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
   load_row(scores, vecs);
 }
 
+// How far above the largest score so far a new maximum is put: the next tokens' would soon exceed
+// it a little, again and again, at the cost of a mispredicted branch and of scaling the output.
+constexpr float kHeadroom = 4.0F;
+
 // Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
 // when max grew.
 inline void weigh(const Softmax& softmax, int row, std::int64_t start, int tokens,
@@ -56,7 +60,7 @@ inline void weigh(const Softmax& softmax, int row, std::int64_t start, int token
   float* sums = softmax.sums[row];
   float max = softmax.max[row];
   if (any_above(parts, max)) {
-    const float largest = largest_lane<kVectorLanes>(parts);
+    const float largest = largest_lane<kVectorLanes>(parts) + kHeadroom;
     const float shrink = max == -kInfinity ? 0.0F : exp2_negative(max - largest);
     softmax.max[row] = max = largest;
     for (int i = 0; i < kLanes; ++i) sums[i] = sums[i] * shrink;

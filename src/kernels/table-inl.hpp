@@ -13,10 +13,19 @@ namespace {
 // Integer: as attend-inl.hpp wants it; Lanes: PlainLanes (encode-inl.hpp) or what does better.
 template <typename Integer, typename Lanes>
 constexpr Kernels table_of(Level level) noexcept {
-  return {
-      level,     score<Integer>, Integer::accumulate, attend_tiles<Integer>, attend_exact<Lanes>,
-      add_rope,  rotate,         rotate_back,         encode<Lanes>,         decode,
-      acceptable};
+  return {level,
+          score<Integer>,
+          Integer::accumulate,
+          attend_tiles<Integer>,
+          attend_exact<Lanes>,
+          add_rope,
+          load_scaled,
+          add_scaled,
+          rotate,
+          rotate_back,
+          encode<Lanes>,
+          decode,
+          acceptable};
 }
 
 }  // namespace
