@@ -3,8 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
-#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace tqai::detail {
 namespace {
@@ -314,41 +318,49 @@ void Attention::run() {
   const std::int64_t mask_floats = kMaxRows * mask_columns_;
   const std::int64_t unit_floats = 2 * plain_floats + part_floats + mask_floats;
   const std::int64_t batch = std::clamp<std::int64_t>(kBatchFloats / unit_floats, 1, units_);
-  std::vector<float> floats(static_cast<std::size_t>(batch * unit_floats));
-  std::vector<PartState> states(static_cast<std::size_t>(batch * parts_));
-  std::vector<std::uint8_t> finite(static_cast<std::size_t>(batch * kMaxRows));
+  // Left as they are: zeroing would take as long as a short call's attention.
+  const auto count_of = [batch](std::int64_t each) {
+    return static_cast<std::size_t>(batch * each);
+  };
+  const auto floats = std::make_unique_for_overwrite<float[]>(count_of(unit_floats));
+  const auto states = std::make_unique_for_overwrite<PartState[]>(count_of(parts_));
+  const auto finite = std::make_unique_for_overwrite<bool[]>(count_of(kMaxRows));
   const auto work = [&](std::int64_t i) {
-    float* plain = floats.data() + i * unit_floats;
+    float* plain = floats.get() + i * unit_floats;
     float* mask = plain + 2 * plain_floats + part_floats;
     return Work{plain,
                 plain + plain_floats,
                 options_.mask ? mask : nullptr,
                 plain + 2 * plain_floats,
-                states.data() + i * parts_,
-                reinterpret_cast<bool*>(finite.data() + i * kMaxRows)};
+                states.get() + i * parts_,
+                finite.get() + i * kMaxRows};
   };
   [[maybe_unused]] const bool threads = multiplications() > kWorthThreads;
   for (std::int64_t first = 0; first < units_; first += batch) {
     const std::int64_t count = std::min(batch, units_ - first);
+    const auto prepare_unit = [&](std::int64_t i) { prepare(unit(first + i), work(i)); };
+    const auto attend_unit_part = [&](std::int64_t i) {
+      attend_part(unit(first + i / parts_), work(i / parts_), i % parts_);
+    };
+    const auto finish_unit = [&](std::int64_t i) { finish(unit(first + i), work(i)); };
 #ifdef _OPENMP
-#pragma omp parallel if (threads)
-#endif
-    {
-#ifdef _OPENMP
+    if (threads && omp_get_max_threads() > 1) {
+#pragma omp parallel
+      {
 #pragma omp for schedule(static)
-#endif
-      for (std::int64_t i = 0; i < count; ++i) prepare(unit(first + i), work(i));
-#ifdef _OPENMP
+        for (std::int64_t i = 0; i < count; ++i) prepare_unit(i);
 #pragma omp for schedule(dynamic)
-#endif
-      for (std::int64_t i = 0; i < count * parts_; ++i) {
-        attend_part(unit(first + i / parts_), work(i / parts_), i % parts_);
-      }
-#ifdef _OPENMP
+        for (std::int64_t i = 0; i < count * parts_; ++i) attend_unit_part(i);
 #pragma omp for schedule(static)
-#endif
-      for (std::int64_t i = 0; i < count; ++i) finish(unit(first + i), work(i));
+        for (std::int64_t i = 0; i < count; ++i) finish_unit(i);
+      }
+      continue;
     }
+#endif
+    // A parallel region of one thread would cost a microsecond.
+    for (std::int64_t i = 0; i < count; ++i) prepare_unit(i);
+    for (std::int64_t i = 0; i < count * parts_; ++i) attend_unit_part(i);
+    for (std::int64_t i = 0; i < count; ++i) finish_unit(i);
   }
 }
 

@@ -113,6 +113,20 @@ double squared(const std::vector<double>& values) {
   return std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
 }
 
+// Several sums, as each addition would wait for the one before.
+float inner_product(const float* a, const float* b, int count) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int s = 0; s < kSums; ++s) {
+      sums[s] += static_cast<double>(a[i + s]) * static_cast<double>(b[i + s]);
+    }
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return static_cast<float>(std::accumulate(std::begin(sums), std::end(sums), 0.0));
+}
+
 }  // namespace
 
 Centres::Centres(const CentreShape& shape)
@@ -249,11 +263,7 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   if (kind == Centering::none) return;
   const float* constant = centres.constant(head);
   for (int r = 0; r < rows; ++r) {
-    double sum = 0.0;
-    for (int c = 0; c < context.options.head_dim; ++c) {
-      sum += static_cast<double>(queries[r * stride + c]) * static_cast<double>(constant[c]);
-    }
-    constants_[r] = static_cast<float>(sum);
+    constants_[r] = inner_product(queries + r * stride, constant, context.options.head_dim);
   }
   if (kind != Centering::rope) return;
   const RopeTables& tables = *context.rope;
