@@ -232,11 +232,13 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
 template <typename Integer>
 void attend_tiles(const AttendTiles& args) noexcept {
   const PreparedQueries<Integer> queries(args.plan->keys, args.queries, args.softmax.rows);
+  const Sight sight(args.softmax);
   TileScratch scratch;
   std::int64_t start = 0;
   for (std::int64_t i = 0; i < args.tile_count; ++i) {
     const TileSpan& span = args.tiles[i];
-    if (sees(args.softmax, start, span.tokens)) {
+    if (sight.any(start, span.tokens)) {
+      const bool whole = sight.whole(start, span.tokens);
       // A whole tile ahead, as half of one is too late for what comes from memory; and evenly over
       // the time that this one takes, where one block holds its rows: processors keep track of 10
       // to 16 lines, and then wait.
@@ -259,7 +261,8 @@ void attend_tiles(const AttendTiles& args) noexcept {
       for (int r = 0; r < args.softmax.rows; ++r) {
         RowVecs vecs;
         load_row(scratch.block.scores[r], vecs);
-        weigh(args.softmax, r, start, span.tokens, vecs);
+        if (!whole) limit(args.softmax, r, start, span.tokens, vecs);
+        weigh(args.softmax, r, vecs);
         for (int v = 0; v < kRowVecs; ++v) {
           vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
         }

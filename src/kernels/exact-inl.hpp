@@ -136,13 +136,15 @@ void attend_exact(const AttendExact& args) noexcept {
   const int value_padded = padded_dim(args.value_dim);
   const auto element = static_cast<std::int64_t>(size_of(args.dtype));
   const Softmax& softmax = args.softmax;
+  const Sight sight(softmax);
   ExactScratch scratch;
   Block& block = scratch.block;
   // Beside the last tokens of all, lanes that belong to none are read, and then left out.
   std::memset(scratch.sums.lanes, 0, sizeof scratch.sums.lanes);
   for (std::int64_t start = 0; start < args.tokens; start += kTileTokens) {
     const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
-    if (!sees(softmax, start, tokens)) continue;
+    if (!sight.any(start, tokens)) continue;
+    const bool whole = sight.whole(start, tokens);
     const float* keys =
         scratch.rows.read(static_cast<const char*>(args.keys) + start * args.key_dim * element,
                           args.dtype, args.key_dim, key_padded, tokens);
@@ -158,7 +160,8 @@ void attend_exact(const AttendExact& args) noexcept {
       for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
       RowVecs vecs;
       load_row(block.scores[r], vecs);
-      weigh(softmax, r, start, tokens, vecs);
+      if (!whole) limit(softmax, r, start, tokens, vecs);
+      weigh(softmax, r, vecs);
       store_row(block.scores[r], vecs);
     }
     const float* values =

@@ -209,6 +209,9 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
     for (int b = 0; b < kBlocks; ++b) {
       for (int r = 0; r < kRows; ++r) acc[b][r] = Ops::broadcast(0);
     }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 1  // unrolled, it copies most sums from register to register
+#endif
     for (int half = 0; half < 2; ++half) {
       const std::uint8_t* lines = group + half * kBits * kLineBytes;
       const std::uint8_t* word = words + static_cast<std::ptrdiff_t>(2 * half) * kStep;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "kernels.hpp"
 #include "numeric-inl.hpp"
@@ -15,22 +16,40 @@ struct Block {
   alignas(64) float scores[kMaxRows][kTileTokens];
 };
 
-// Whether any row sees a token in [start, start + tokens).
-inline bool sees(const Softmax& softmax, std::int64_t start, int tokens) noexcept {
-  for (int r = 0; r < softmax.rows; ++r) {
-    if (softmax.first[r] < start + tokens && softmax.end[r] > start) return true;
+// What rows see, of blocks of 64 tokens.
+class Sight {
+ public:
+  explicit Sight(const Softmax& softmax) noexcept
+      : limited_(softmax.soft_cap > 0.0F || softmax.mask != nullptr) {
+    for (int r = 0; r < softmax.rows; ++r) {
+      any_first_ = std::min(any_first_, softmax.first[r]);
+      any_end_ = std::max(any_end_, softmax.end[r]);
+      all_first_ = std::max(all_first_, softmax.first[r]);
+      all_end_ = std::min(all_end_, softmax.end[r]);
+    }
   }
-  return false;
-}
+  // False where no row sees a token in [start, start + tokens).
+  bool any(std::int64_t start, int tokens) const noexcept {
+    return any_first_ < start + tokens && any_end_ > start;
+  }
+  // Whether all rows see all of the block's tokens, just as they are.
+  bool whole(std::int64_t start, int tokens) const noexcept {
+    return !limited_ && tokens == kTileTokens && all_first_ <= start &&
+           all_end_ >= start + kTileTokens;
+  }
+
+ private:
+  using Limits = std::numeric_limits<std::int64_t>;
+  bool limited_;
+  std::int64_t any_first_ = Limits::max();
+  std::int64_t any_end_ = Limits::min();
+  std::int64_t all_first_ = Limits::min();
+  std::int64_t all_end_ = Limits::max();
+};
 
 // Soft cap, mask and range of one row's scores. `start`: the block's first token among those given.
 inline void limit(const Softmax& softmax, int row, std::int64_t start, int tokens,
                   RowVecs& vecs) noexcept {
-  const std::int64_t first = softmax.first[row] - start;
-  const std::int64_t end = std::min<std::int64_t>(softmax.end[row] - start, tokens);
-  if (softmax.soft_cap <= 0.0F && softmax.mask == nullptr && first <= 0 && end >= kTileTokens) {
-    return;
-  }
   alignas(64) float scores[kTileTokens];
   store_row(scores, vecs);
   if (softmax.soft_cap > 0.0F) {
@@ -41,6 +60,8 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
     const float* mask = softmax.mask + row * softmax.mask_stride + start;
     for (int t = 0; t < tokens; ++t) scores[t] = scores[t] + mask[t] * kLog2E;
   }
+  const std::int64_t first = softmax.first[row] - start;
+  const std::int64_t end = std::min<std::int64_t>(softmax.end[row] - start, tokens);
   for (int t = 0; t < kTileTokens; ++t) {
     if (t < first || t >= end) scores[t] = -kInfinity;
   }
@@ -53,9 +74,7 @@ constexpr float kHeadroom = 4.0F;
 
 // Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
 // when max grew.
-inline void weigh(const Softmax& softmax, int row, std::int64_t start, int tokens,
-                  RowVecs& vecs) noexcept {
-  limit(softmax, row, start, tokens, vecs);
+inline void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
   const FloatVec parts = largest_parts(vecs);
   float* sums = softmax.sums[row];
   float max = softmax.max[row];
