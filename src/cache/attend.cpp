@@ -156,6 +156,7 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
   if (options_.mask) fill_mask(unit, work);
 }
 
+// A mask that adds NaN or +inf gives NaN, as in exact attention.
 void Attention::fill_mask(const Unit& unit, const Work& work) const noexcept {
   const Mask& mask = *options_.mask;
   const auto pick = [&mask](std::size_t axis, std::int64_t i) {
@@ -182,6 +183,11 @@ void Attention::fill_mask(const Unit& unit, const Work& work) const noexcept {
           row[i] = from_bfloat16(static_cast<const std::uint16_t*>(mask.data)[at_element]);
           break;
       }
+    }
+    if (!std::all_of(row + skipped, row + std::max(skipped, mask_columns_),
+                     [](float x) { return x < kInfinity; })) {
+      work.finite[r] = false;
+      std::fill_n(row, mask_columns_, 0.0F);
     }
   }
 }
@@ -322,9 +328,9 @@ void Attention::run() {
   const auto count_of = [batch](std::int64_t each) {
     return static_cast<std::size_t>(batch * each);
   };
-  const auto floats = std::make_unique_for_overwrite<float[]>(count_of(unit_floats));
-  const auto states = std::make_unique_for_overwrite<PartState[]>(count_of(parts_));
-  const auto finite = std::make_unique_for_overwrite<bool[]>(count_of(kMaxRows));
+  const std::unique_ptr<float[]> floats(new float[count_of(unit_floats)]);
+  const std::unique_ptr<PartState[]> states(new PartState[count_of(parts_)]);
+  const std::unique_ptr<bool[]> finite(new bool[count_of(kMaxRows)]);
   const auto work = [&](std::int64_t i) {
     float* plain = floats.get() + i * unit_floats;
     float* mask = plain + 2 * plain_floats + part_floats;

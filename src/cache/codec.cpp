@@ -1,6 +1,5 @@
 #include "codec.hpp"
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -21,26 +20,27 @@ std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments, int 
   return tables;
 }
 
-std::vector<kernels::CodeBins> bins_of(const std::vector<Segment>& segments, int head_dim) {
-  std::vector<kernels::CodeBins> bins;
+std::vector<std::optional<kernels::CodeBins>> bins_of(const std::vector<Segment>& segments,
+                                                      int head_dim) {
+  std::vector<std::optional<kernels::CodeBins>> bins;
   for (const Segment& segment : segments) {
-    // At 8 bits, which are uniform, nobody looks at them.
-    const int bits = std::min(segment.bits, 7);
-    bins.emplace_back(codebook(head_dim, bits, Grid::int8).boundaries());
+    auto& of_segment = bins.emplace_back();
+    if (segment.bits == 8) continue;  // uniform: no look-up
+    of_segment.emplace(codebook(head_dim, segment.bits, Grid::int8).boundaries());
   }
   return bins;
 }
 
-std::vector<kernels::SegmentPlan> plan_segments(const std::vector<Segment>& segments, int head_dim,
-                                                const std::vector<LevelTable>& tables,
-                                                const std::vector<kernels::CodeBins>& bins) {
+std::vector<kernels::SegmentPlan> plan_segments(
+    const std::vector<Segment>& segments, int head_dim, const std::vector<LevelTable>& tables,
+    const std::vector<std::optional<kernels::CodeBins>>& bins) {
   std::vector<kernels::SegmentPlan> plans;
   std::size_t offset = 0;
   for (const Segment& segment : segments) {
     const Codebook& book = codebook(head_dim, segment.bits, Grid::int8);
     plans.push_back({segment.first, segment.count, segment.bits, offset,
-                     tables[plans.size()].data(), book.boundaries().data(), &bins[plans.size()],
-                     book.step()});
+                     tables[plans.size()].data(), book.boundaries().data(),
+                     bins[plans.size()] ? &*bins[plans.size()] : nullptr, book.step()});
     offset += packed_bytes(segment.count, segment.bits);
   }
   return plans;

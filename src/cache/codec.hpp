@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 #include <tqai/packing.hpp>
@@ -35,8 +36,8 @@ class Codec {
   TileLayout layout_;
   std::vector<LevelTable> key_levels_;
   std::vector<LevelTable> value_levels_;
-  std::vector<kernels::CodeBins> key_bins_;
-  std::vector<kernels::CodeBins> value_bins_;
+  std::vector<std::optional<kernels::CodeBins>> key_bins_;
+  std::vector<std::optional<kernels::CodeBins>> value_bins_;
   std::vector<kernels::SegmentPlan> key_segments_;
   std::vector<kernels::SegmentPlan> value_segments_;
   kernels::TilePlan plan_{};

@@ -15,6 +15,11 @@ namespace {
 // are off: half a percent more error energy. Finer keys deserve the second term, which costs as
 // much time as the first.
 constexpr int kTermRatio = 254;
+
+// Largest queries of a row, and products of a weight of at most 1 and a value's norm, that are too
+// small to matter; the inverse of what is larger is finite.
+constexpr float kNegligible = 1e-30F;
+
 constexpr int kOneTermBits = 4;
 
 inline int term_count(const SidePlan& keys) noexcept {
@@ -48,7 +53,7 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
     const float* q = queries + r * stride + segment.first;
     const float largest = largest_magnitude(q, segment.count);
     const float unit = largest / 127.0F;
-    const float inverse = unit > 0.0F ? 127.0F / largest : 0.0F;
+    const float inverse = largest > kNegligible ? 127.0F / largest : 0.0F;
     std::int8_t* coarse = terms + static_cast<std::ptrdiff_t>(r * term_count) * segment.count;
     round_queries(q, inverse, segment.count, coarse);
     if (term_count == 2) {
@@ -57,9 +62,6 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
     steps[r] = term_count == 1 ? unit : unit / static_cast<float>(kTermRatio);
   }
 }
-
-// Products of a weight of at most 1 and a value's norm that are too small to matter.
-constexpr float kNegligible = 1e-30F;
 
 // weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
 // is 0…255.
@@ -183,8 +185,8 @@ inline void scale_weights(const float* __restrict largest, int rows, float* __re
   }
 }
 
-// Weights of all rows, times the values' norms, as 8 bits; units: theirs, 0 beyond the rows.
-// Whether any matters. scratch.parts and .block: the products.
+// Weights of all rows, times the values' norms, as 8 bits; units: theirs. Whether any matters.
+// scratch.parts and .block: the products.
 template <typename Integer>
 inline bool quantise_weights(int rows, TileScratch& scratch, float (&units)[kMaxRows]) noexcept {
   float largest[kMaxRows];

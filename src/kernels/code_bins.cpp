@@ -24,7 +24,8 @@ bool parts(std::span<const float> boundaries, float scale) {
 }  // namespace
 
 CodeBins::CodeBins(std::span<const float> ascending) : limit(ascending.back()) {
-  for (size = kNarrowSize; size <= kMaxSize; size *= 2) {
+  const int most = ascending.size() < kNarrowSize / 2 ? kNarrowSize : kMaxSize;
+  for (size = kNarrowSize; size <= most; size *= 2) {
     // The outermost boundaries in the outermost bins, or a little further in.
     constexpr float kFinest = 1.0F;
     constexpr float kCoarsest = 0.9F;

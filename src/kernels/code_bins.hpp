@@ -16,11 +16,11 @@ inline constexpr float kRoundingShift = 0x1.8p23F;
 /// falls into its own bin. Boundaries lie clear of the bins' edges: a level may fuse or not.
 struct CodeBins {
   static constexpr int kMaxSize = 256;
-  /// Up to 4 bits (kNarrowBits): two AVX-512 registers.
+  /// Of up to 15 boundaries, 4 bits (kNarrowBits): two AVX-512 registers.
   static constexpr int kNarrowSize = 32;
 
   /// ascending: boundaries, symmetric about 0; throws std::logic_error where no
-  /// scale parts them, as none of the int8 grid's does.
+  /// scale parts them, which does not happen on the int8 grid (tested for dimensions 8…512).
   explicit CodeBins(std::span<const float> ascending);
 
   int size;  // a power of two

@@ -1,5 +1,5 @@
-// Sealing and opening tiles: 16 tokens side by side in lanes, so that every step is the same plain
-// loop over lanes at each level.
+// Sealing and opening tiles: 16 tokens side by side in lanes. The steps are plain loops over lanes;
+// those of PlainLanes have versions of their own at some levels.
 #pragma once
 
 #include <bit>

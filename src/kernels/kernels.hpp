@@ -154,7 +154,8 @@ struct Kernels {
   void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
                    float (*scores)[kTileTokens]) noexcept;
 
-  /// to = factor · from in fp32, of `count` numbers; whether these are all finite.
+  /// to = factor · from in fp32, of `count` numbers, `from` aligned for its dtype. False where one
+  /// is not finite, or beyond 1e30 afterwards: its scores could overflow.
   bool (*load_scaled)(const void* from, DType dtype, int count, float factor, float* to) noexcept;
   /// to += factor · from, of `count` numbers; they do not overlap.
   void (*add_scaled)(const float* from, float factor, int count, float* to) noexcept;

@@ -180,8 +180,9 @@ inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
 // with the exponent's bias.
 constexpr float kExp2Shift = 0x1.8p23F + 127.0F;
 
-// 2^x for x ≤ 0; 0 below −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5, 0.5]). At −127
-// the exponent's bits are 0, and so is the result: no branch, which would stop vectorisation.
+// 2^x for x ≤ 0, a number; 0 up to −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5,
+// 0.5]). At −127 the exponent's bits are 0, and so is the result: no branch, which would stop
+// vectorisation.
 inline float exp2_negative(float x) noexcept {
   const float clamped = x < -127.0F ? -127.0F : x;
   const float shifted = clamped + kExp2Shift;
@@ -198,19 +199,19 @@ inline float exp2_negative(float x) noexcept {
 // The same of vectors, lane by lane.
 inline FloatVec exp2_negative(FloatVec vec) noexcept {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  // In fewer instructions: the processor parts a number into integer and fraction, and scales by
-  // powers of two. All but the polynomial is exact, so that the bits are the same.
-  constexpr int kToNearest = 0;
+  // The processor scales by powers of two, exactly. −126.5 is rounded to −127, as there.
   const __m512 x = native(vec);
-  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.5F), _CMP_GE_OQ);
-  const __m512 f = _mm512_reduce_ps(x, kToNearest);
+  const __m512 shift = _mm512_set1_ps(kExp2Shift);
+  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
+  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, shift), shift);
+  const __m512 f = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(1.32764718e-3F);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.67554133e-3F));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55071327e-2F));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40221197e-1F));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93146967e-1F));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
-  return from_native(_mm512_maskz_scalef_ps(matters, p, _mm512_sub_ps(x, f)));
+  return from_native(_mm512_maskz_scalef_ps(matters, p, n));
 #else
   const auto shift = broadcast_float<FloatVec>(kExp2Shift);
   const FloatVec clamped = larger(vec, broadcast_float<FloatVec>(-127.0F));

@@ -105,11 +105,14 @@ inline void multiply_matrix(const float* columns, const float* x, int dim, float
   }
 }
 
+// Scores of larger queries could overflow.
+constexpr float kLargestQuery = 1e30F;
+
 // Kernels::load_scaled. A function of the level, as a rotation that reads wider than what was
 // written just before waits for it.
-bool load_scaled(const void* from, DType dtype, int count, float factor,
-                 float* __restrict to) noexcept {
+bool load_scaled(const void* from, DType dtype, int count, float factor, float* to) noexcept {
   constexpr std::uint32_t kInfinite = 0x7F800000U;
+  constexpr auto kTooLarge = std::bit_cast<std::uint32_t>(kLargestQuery);
   // half_lane makes an infinity 2^16, which no finite half reaches.
   const std::uint32_t infinite =
       dtype == DType::f16 ? std::bit_cast<std::uint32_t>(0x1p16F) : kInfinite;
@@ -118,16 +121,21 @@ bool load_scaled(const void* from, DType dtype, int count, float factor,
   for (int i = 0; i < count; ++i) {
     const float scaled = to[i] * factor;
     bad |= (std::bit_cast<std::uint32_t>(to[i]) & 0x7FFFFFFFU) >= infinite ? 1U : 0U;
-    bad |= (std::bit_cast<std::uint32_t>(scaled) & 0x7FFFFFFFU) >= kInfinite ? 1U : 0U;
+    bad |= (std::bit_cast<std::uint32_t>(scaled) & 0x7FFFFFFFU) > kTooLarge ? 1U : 0U;
     to[i] = scaled;
   }
   return bad == 0;
 }
 
-// Kernels::add_scaled.
-void add_scaled(const float* __restrict from, float factor, int count,
-                float* __restrict to) noexcept {
+// As only here compilers need not check for overlap.
+inline void add_apart(const float* __restrict from, float factor, int count,
+                      float* __restrict to) noexcept {
   for (int i = 0; i < count; ++i) to[i] = to[i] + factor * from[i];
+}
+
+// Kernels::add_scaled.
+void add_scaled(const float* from, float factor, int count, float* to) noexcept {
+  add_apart(from, factor, count, to);
 }
 
 // Kernels::rotate.

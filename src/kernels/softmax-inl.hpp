@@ -28,7 +28,7 @@ class Sight {
       all_end_ = std::min(all_end_, softmax.end[r]);
     }
   }
-  // False where no row sees a token in [start, start + tokens).
+  // False only where no row sees a token in [start, start + tokens).
   bool any(std::int64_t start, int tokens) const noexcept {
     return any_first_ < start + tokens && any_end_ > start;
   }

@@ -249,6 +249,28 @@ TEST_F(Attention, NanQueriesGiveNanForThemAlone) {
   EXPECT_FALSE(std::isnan(output.at(0, 0, 0)[0]));
 }
 
+TEST_F(Attention, MasksThatAddNanOrInfinityGiveNanForTheirRow) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  Array queries({1, 2, 1, 64}, engine_);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    Array mask({1, 2, 1, 200});
+    mask.at(0, 1, 0)[20] = bad;
+    AttendOptions options;
+    options.mask = Mask{};
+    options.mask->data = mask.data.data();
+    options.mask->kind = Mask::Kind::f32;
+    options.mask->shape = {1, 2, 1, 200};
+    options.mask->strides = {400, 200, 200, 1};
+    const Array output = attend(cache, queries, options);
+    EXPECT_TRUE(std::isnan(output.at(0, 0, 1)[0]));
+    EXPECT_FALSE(std::isnan(output.at(0, 0, 0)[0]));
+  }
+}
+
 TEST_F(Attention, EigenViewsAreTheSameAttention) {
   KvCache cache(geometry(64));
   KvCache expected(geometry(64));

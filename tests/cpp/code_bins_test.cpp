@@ -53,6 +53,16 @@ TEST(CodeBins, GiveTheCodebooksCodes) {
   }
 }
 
+// At AVX-512 the tables are registers: of up to 4 bits none may need more.
+TEST(CodeBins, OfNarrowCodesFitIntoRegistersAtAllDimensions) {
+  for (int dim = 8; dim <= 512; dim += dim < 64 ? 1 : 7) {
+    for (int bits = 1; bits <= kNarrowBits; ++bits) {
+      const CodeBins bins(codebook(dim, bits, Grid::int8).boundaries());
+      EXPECT_EQ(bins.size, CodeBins::kNarrowSize) << "d " << dim << ", bits " << bits;
+    }
+  }
+}
+
 TEST(CodeBins, RefuseBoundariesThatNoBinsPart) {
   const std::vector<float> close{-1.0F, -1e-6F, 1e-6F, 1.0F};
   EXPECT_THROW(CodeBins{close}, std::logic_error);

@@ -239,13 +239,18 @@ struct Attended {
 Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
                    const std::vector<kernels::TileSpan>& spans, const std::vector<float>& rotated,
                    int rows, std::int64_t tokens, float soft_cap, const float* mask,
-                   const kernels::RopeBias& rope) {
+                   const kernels::RopeBias& rope, std::int64_t seen_first = 3,
+                   std::int64_t seen_step = 0) {
   const int padded = codec.plan().values.padded;
   Attended state{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
                  std::vector<std::array<float, kernels::kLanes>>(kMaxRows),
                  std::vector<float>(static_cast<std::size_t>(rows * padded), 0.0F)};
-  const std::vector<std::int64_t> first(kMaxRows, 3);
-  const std::vector<std::int64_t> end(kMaxRows, tokens - 1);
+  // Row r sees [seen_first + r · seen_step, …), the first one to the end where it sees all.
+  std::vector<std::int64_t> first(kMaxRows);
+  std::vector<std::int64_t> end(kMaxRows, seen_first > 0 ? tokens - 1 : tokens);
+  for (std::size_t r = 0; r < kMaxRows; ++r) {
+    first[r] = seen_first + static_cast<std::int64_t>(r) * seen_step;
+  }
   const std::vector<float> centres(kMaxRows, 0.25F);
   kernels::Softmax softmax{};
   softmax.rows = rows;
@@ -307,7 +312,7 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       slow.count = 2;
       slow.pairs += 3;
       slow.factors += 3 * 2 * kernels::kLanes;
-      for (const int rows : {1, 2, 3, 6, 8}) {
+      for (int rows = 1; rows <= kMaxRows; ++rows) {
         const int padded = padded_dim(dim);
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
         for (int r = 0; r < rows; ++r) {
@@ -327,7 +332,140 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
           ASSERT_EQ(got.sums, expected.sums);
           ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
         }
+        // Whole tiles without a mask; windows that begin in other tiles, or see nothing at all.
+        for (const std::int64_t step : {0, 1, 32, 64, 65}) {
+          const auto got =
+              run_tiles(level(), codec, spans, queries, rows, tokens, 0.0F, nullptr, {}, 0, step);
+          const auto expected =
+              run_tiles(scalar(), codec, spans, queries, rows, tokens, 0.0F, nullptr, {}, 0, step);
+          ASSERT_EQ(got.max, expected.max);
+          ASSERT_EQ(got.sums, expected.sums);
+          ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
+        }
       }
+    }
+  }
+}
+
+// One row over exact tokens of 16 coordinates with these scores; values are one-hot at token
+// mod 16.
+Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {
+  constexpr int kDim = 16;
+  std::vector<float> keys(scores.size() * kDim, 0.0F);
+  std::vector<float> values(keys.size(), 0.0F);
+  for (std::size_t t = 0; t < scores.size(); ++t) {
+    keys[t * kDim] = scores[t];
+    values[t * kDim + t % kDim] = 1.0F;
+  }
+  std::vector<float> query(kDim, 0.0F);
+  query[0] = 1.0F;
+  Attended state{std::vector<float>(1, -std::numeric_limits<float>::infinity()),
+                 std::vector<std::array<float, kernels::kLanes>>(1),
+                 std::vector<float>(kDim, 0.0F)};
+  const auto tokens = static_cast<std::int64_t>(scores.size());
+  const std::int64_t first = 0;
+  kernels::Softmax softmax{};
+  softmax.rows = 1;
+  softmax.first = &first;
+  softmax.end = &tokens;
+  softmax.max = state.max.data();
+  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
+  softmax.output = state.output.data();
+  softmax.output_stride = kDim;
+  kernels.attend_exact(
+      {keys.data(), values.data(), DType::f32, kDim, kDim, tokens, query.data(), softmax});
+  return state;
+}
+
+// Halfway between integers, levels could split the exponent in two ways.
+TEST_P(Levels, PowersAgreeAtHalfIntegersToo) {
+  for (int k = 0; k <= 140; ++k) {
+    const float half = -static_cast<float>(k) - 0.5F;
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (const float score : {half, std::nextafter(half, infinity), std::nextafter(half, -infinity),
+                              -static_cast<float>(k), -infinity}) {
+      const std::vector<float> scores = {0.0F, score};
+      const Attended got = run_exact(level(), scores);
+      const Attended expected = run_exact(scalar(), scores);
+      ASSERT_EQ(got.sums, expected.sums) << score;
+      ASSERT_EQ(got.output, expected.output) << score;
+      // Scores lie up to 4 below the maximum, a difference that is rounded; 2^-126 below it is 0.
+      const float power = std::exp2(score);
+      const float rounding = std::isinf(score) ? 0.0F : 6e-8F * (4.0F - score);
+      EXPECT_NEAR(got.output[1] / got.output[0], power, (4e-7F + rounding) * power + 2e-37F)
+          << score;
+    }
+  }
+}
+
+TEST_P(Levels, MaximumIsAboveTheScoresAndAtMostFourAway) {
+  for (const float growth : {0.0F, 0.5F, 4.0F, 130.0F, -130.0F}) {
+    std::vector<float> scores;
+    for (int t = 0; t < 6 * kTileTokens; ++t) {
+      scores.push_back(growth * static_cast<float>(t / kTileTokens) +
+                       0.001F * static_cast<float>(t % kTileTokens));
+    }
+    const Attended state = run_exact(level(), scores);
+    const float largest = *std::max_element(scores.begin(), scores.end());
+    EXPECT_GE(state.max[0], largest);
+    EXPECT_LE(state.max[0], largest + 4.0F);
+    double total = 0.0;
+    std::vector<double> expected(16, 0.0);
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      const double weight =
+          std::exp2(static_cast<double>(scores[t]) - static_cast<double>(largest));
+      total += weight;
+      expected[t % 16] += weight;
+    }
+    double sum = 0.0;
+    for (const float lane : state.sums[0]) sum += static_cast<double>(lane);
+    for (std::size_t c = 0; c < expected.size(); ++c) {
+      EXPECT_NEAR(static_cast<double>(state.output[c]) / sum, expected[c] / total, 1e-6) << growth;
+    }
+  }
+}
+
+TEST_P(Levels, QueriesAreReadScaledAndJudged) {
+  for (const int count : {8, 16, 41, 64, 128}) {
+    for (int at = 0; at < count; ++at) {
+      const auto judged = [&](DType dtype, std::uint32_t bits, float factor) {
+        std::vector<std::uint32_t> words(static_cast<std::size_t>(count), 0);
+        auto* halves = reinterpret_cast<std::uint16_t*>(words.data());
+        if (dtype == DType::f32) {
+          words[static_cast<std::size_t>(at)] = bits;
+        } else {
+          halves[at] = static_cast<std::uint16_t>(bits);
+        }
+        std::vector<float> to(static_cast<std::size_t>(count), -1.0F);
+        const bool finite = level().load_scaled(words.data(), dtype, count, factor, to.data());
+        if (finite) {
+          std::vector<float> expected(to.size());
+          convert_to_float(words.data(), dtype, to.size(), expected.data());
+          for (float& x : expected) x *= factor;
+          EXPECT_EQ(to, expected);
+        }
+        return finite;
+      };
+      const auto f32 = [](float x) { return std::bit_cast<std::uint32_t>(x); };
+      for (const float x : {0.0F, -0.0F, 1.5F, -3e4F, 1e-40F}) {
+        EXPECT_TRUE(judged(DType::f32, f32(x), 0.125F));
+      }
+      EXPECT_TRUE(judged(DType::f16, 0x7BFF, 2.0F));  // 65504
+      EXPECT_TRUE(judged(DType::f16, 0x8001, 2.0F));
+      EXPECT_TRUE(judged(DType::bf16, 0x4F80, 1.0F));
+      for (const std::uint32_t sign : {0U, 1U}) {
+        for (const std::uint32_t bits : {0x7F800000U, 0x7FC00000U, 0x7F800001U}) {
+          EXPECT_FALSE(judged(DType::f32, bits | sign << 31, 0.125F));
+        }
+        for (const std::uint32_t bits : {0x7C00U, 0x7E00U, 0x7C01U}) {
+          EXPECT_FALSE(judged(DType::f16, bits | sign << 15, 1e-3F));
+        }
+        for (const std::uint32_t bits : {0x7F80U, 0x7FC0U, 0x7F81U}) {
+          EXPECT_FALSE(judged(DType::bf16, bits | sign << 15, 1.0F));
+        }
+      }
+      EXPECT_FALSE(judged(DType::f32, f32(1e38F), 10.0F));
+      EXPECT_FALSE(judged(DType::f32, f32(2e30F), 1.0F));
     }
   }
 }
