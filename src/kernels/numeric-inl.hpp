@@ -137,22 +137,12 @@ using NativeFloats = __m256;
 #endif
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES >= 8
 inline NativeFloats native(FloatVec vec) noexcept {
-#if defined(__GNUC__)
-  return NativeFloats(vec);
-#else
   NativeFloats result;
   std::memcpy(&result, &vec, sizeof result);
   return result;
-#endif
 }
 inline FloatVec from_native(NativeFloats vec) noexcept {
-#if defined(__GNUC__)
-  return FloatVec(vec);
-#else
-  FloatVec result;
-  std::memcpy(&result, &vec, sizeof result);
-  return result;
-#endif
+  return load_floats(reinterpret_cast<const float*>(&vec));
 }
 #endif
 
@@ -198,31 +188,26 @@ inline float exp2_negative(float x) noexcept {
 
 // The same of vectors, lane by lane.
 inline FloatVec exp2_negative(FloatVec vec) noexcept {
-#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  // The processor scales by powers of two, exactly. −126.5 is rounded to −127, as there.
-  const __m512 x = native(vec);
-  const __m512 shift = _mm512_set1_ps(kExp2Shift);
-  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
-  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, shift), shift);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.32764718e-3F);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.67554133e-3F));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55071327e-2F));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40221197e-1F));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93146967e-1F));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
-  return from_native(_mm512_maskz_scalef_ps(matters, p, n));
-#else
   const auto shift = broadcast_float<FloatVec>(kExp2Shift);
-  const FloatVec clamped = larger(vec, broadcast_float<FloatVec>(-127.0F));
-  const FloatVec shifted = clamped + shift;
-  const FloatVec f = clamped - (shifted - shift);
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  const FloatVec x = vec;  // what is not clamped is masked below
+#else
+  const FloatVec x = larger(vec, broadcast_float<FloatVec>(-127.0F));
+#endif
+  const FloatVec shifted = x + shift;
+  const FloatVec n = shifted - shift;
+  const FloatVec f = x - n;
   auto p = broadcast_float<FloatVec>(1.32764718e-3F);
   p = fused(p, f, broadcast_float<FloatVec>(9.67554133e-3F));
   p = fused(p, f, broadcast_float<FloatVec>(5.55071327e-2F));
   p = fused(p, f, broadcast_float<FloatVec>(2.40221197e-1F));
   p = fused(p, f, broadcast_float<FloatVec>(6.93146967e-1F));
   p = fused(p, f, broadcast_float<FloatVec>(1.0F));
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  // Scaled by an instruction, exactly; −126.5 is rounded to −127, whose power is 0.
+  const __mmask16 matters = _mm512_cmp_ps_mask(native(x), _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
+  return from_native(_mm512_maskz_scalef_ps(matters, native(p), native(n)));
+#else
   return p * to_exponent(shifted);
 #endif
 }
