@@ -142,6 +142,15 @@ TEST_P(EveryLevel, NothingToSeeGivesZeros) {
 
 class Attention : public testing::Test {
  protected:
+  // Random tokens, two heads of 64.
+  KvCache sealed_cache(std::int64_t tokens) {
+    KvCache cache(geometry(64));
+    const Tokens all(1, 2, tokens, 64, engine_);
+    all.append_to(cache, 0, tokens);
+    cache.seal();
+    return cache;
+  }
+
   std::mt19937_64 engine_ = test::random_engine(20);
 };
 
@@ -238,10 +247,7 @@ TEST_F(Attention, ChunksReadThePastAsSingleStepsDo) {
 }
 
 TEST_F(Attention, NanQueriesGiveNanForThemAlone) {
-  KvCache cache(geometry(64));
-  const Tokens all(1, 2, 200, 64, engine_);
-  all.append_to(cache, 0, 200);
-  cache.seal();
+  KvCache cache = sealed_cache(200);
   Array queries({1, 2, 1, 64}, engine_);
   queries.at(0, 1, 0)[5] = std::numeric_limits<float>::quiet_NaN();
   const Array output = attend(cache, queries);
@@ -250,10 +256,7 @@ TEST_F(Attention, NanQueriesGiveNanForThemAlone) {
 }
 
 TEST_F(Attention, MasksThatAddNanOrInfinityGiveNanForTheirRow) {
-  KvCache cache(geometry(64));
-  const Tokens all(1, 2, 200, 64, engine_);
-  all.append_to(cache, 0, 200);
-  cache.seal();
+  KvCache cache = sealed_cache(200);
   Array queries({1, 2, 1, 64}, engine_);
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
