@@ -35,6 +35,7 @@ struct Avx2 {
   static constexpr int kRowBlock = 4;
   static constexpr int kMaxSums = 8;  // of 16 registers
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 2 : 1; }
+  static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
   // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
   // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
@@ -46,8 +47,8 @@ struct Avx2 {
   static Vec load(const std::uint8_t* p) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static void prefetch(const std::uint8_t* p) noexcept {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  static void prefetch(const std::uint8_t* p) noexcept {  // into L2, as avx512.cpp's
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
   template <int kBits>
   static Vec shift_right(Vec v) noexcept {
@@ -175,6 +176,7 @@ struct Avx2 {
     const Acc odd = _mm256_madd_epi16(levels.odd, broadcast_word(words + 4));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
   }
+  static Acc add(Acc a, Acc b) noexcept { return _mm256_add_epi32(a, b); }
   static void store(std::int32_t* p, Acc acc) noexcept {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }

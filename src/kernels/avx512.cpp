@@ -39,15 +39,20 @@ struct Avx512 {
   static constexpr int kMaxWords = 1;
   static constexpr int kRowBlock = 8;
   static constexpr int kMaxSums = 16;  // of 32 registers
-  static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 4 : 2; }
+  // With one or two rows memory is the limit, and is read in order: blocks side by side are streams
+  // that processors follow less well.
+  static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 1 : 2; }
+  static constexpr int value_chains(int rows) noexcept { return rows <= 2 ? 4 : 1; }
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;
   }
 
   static Vec load(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
+  // Into L2: what L1 waits for is limited to 16 lines (Intel) or 24 (AMD), half of what memory
+  // needs.
   static void prefetch(const std::uint8_t* p) noexcept {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
   template <int kBits>
   static Vec shift_right(Vec v) noexcept {
@@ -127,6 +132,7 @@ struct Avx512 {
   static Acc dot(Acc acc, ValueOperand values, const std::uint8_t* words) noexcept {
     return _mm512_dpbusd_epi32(acc, broadcast_word(words), values.levels);
   }
+  static Acc add(Acc a, Acc b) noexcept { return _mm512_add_epi32(a, b); }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
   // Compilers narrow by permutations of two registers, each of which is three instructions.
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {

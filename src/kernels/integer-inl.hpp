@@ -13,11 +13,12 @@
 //   store(p, acc)                the sums
 //   read_halves(from, to)        a tile's norms as floats
 //   round_weights(…)             as attend-inl.hpp's
+//   add(a, b)                    of sums
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
-//   value_blocks(rows)           blocks of value coordinates side by side: enough sums to hide
-//                                a product's latency
+//   value_blocks(rows)           blocks of value coordinates side by side, which share the loads of
+//   value_chains(rows)           weights; and sums of each: enough to hide a product's latency
 #pragma once
 
 #include "attend-inl.hpp"
@@ -165,13 +166,13 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
   }
 }
 
-// Sums of kRows rows over 16 tokens, for kBlocks blocks of coordinates. words: [kRows, stride
-// bytes], at the first token's.
-template <typename Ops, int kBits, int kQuad, int kRows, int kBlocks>
+// Sums of kRows rows over 16 tokens, for kBlocks blocks of coordinates, each in kChains parts.
+// words: [kRows, stride bytes], at the first token's.
+template <typename Ops, int kBits, int kQuad, int kRows, int kBlocks, int kChains>
 inline void accumulate_quad(const typename Ops::template Table<kBits>& table,
                             const std::uint8_t* group, int part, const std::uint8_t* words,
                             std::ptrdiff_t stride,
-                            typename Ops::Acc (&sums)[kBlocks][kRows]) noexcept {
+                            typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
   constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
   typename Ops::Vec codes[kBlocks][4];
@@ -182,7 +183,8 @@ inline void accumulate_quad(const typename Ops::template Table<kBits>& table,
     for (int b = 0; b < kBlocks; ++b) {
       const auto operand = table.value_operand(codes[b][i]);
       for (int r = 0; r < kRows; ++r) {
-        sums[b][r] = Ops::dot(sums[b][r], operand, words + i * kStep + r * stride);
+        sums[b][i % kChains][r] =
+            Ops::dot(sums[b][i % kChains][r], operand, words + i * kStep + r * stride);
       }
     }
   }
@@ -197,7 +199,7 @@ struct ScaledOutput {
 
 // Adds the sums of kRows rows and kBlocks blocks of coordinates, the first of them at `group` and
 // output's first coordinate.
-template <typename Ops, int kBits, int kRows, int kBlocks>
+template <typename Ops, int kBits, int kRows, int kBlocks, int kChains>
 inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
                               const std::uint8_t* group, const std::uint8_t* words,
                               const ScaledOutput& out, Fetch& fetch) noexcept {
@@ -205,9 +207,11 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
   constexpr int kStep = 4 * Ops::template words<kBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
   for (int part = 0; part < Ops::kParts; ++part) {
-    typename Ops::Acc acc[kBlocks][kRows];
+    typename Ops::Acc acc[kBlocks][kChains][kRows];
     for (int b = 0; b < kBlocks; ++b) {
-      for (int r = 0; r < kRows; ++r) acc[b][r] = Ops::broadcast(0);
+      for (int c = 0; c < kChains; ++c) {
+        for (int r = 0; r < kRows; ++r) acc[b][c][r] = Ops::broadcast(0);
+      }
     }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 1  // unrolled, it copies most sums from register to register
@@ -215,15 +219,17 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
     for (int half = 0; half < 2; ++half) {
       const std::uint8_t* lines = group + half * kBits * kLineBytes;
       const std::uint8_t* word = words + static_cast<std::ptrdiff_t>(2 * half) * kStep;
-      accumulate_quad<Ops, kBits, 0, kRows, kBlocks>(table, lines, part, word, kStride, acc);
-      accumulate_quad<Ops, kBits, 1, kRows, kBlocks>(table, lines, part, word + kStep, kStride,
-                                                     acc);
+      accumulate_quad<Ops, kBits, 0, kRows, kBlocks, kChains>(table, lines, part, word, kStride,
+                                                              acc);
+      accumulate_quad<Ops, kBits, 1, kRows, kBlocks, kChains>(table, lines, part, word + kStep,
+                                                              kStride, acc);
       fetch.template step<Ops>();
     }
     for (int b = 0; b < kBlocks; ++b) {
       for (int r = 0; r < kRows; ++r) {
+        for (int c = 1; c < kChains; ++c) acc[b][0][r] = Ops::add(acc[b][0][r], acc[b][c][r]);
         Ops::add_scaled(out.output + r * out.stride + b * kCoordinateBlock + part * kPartLanes,
-                        acc[b][r], out.steps[r]);
+                        acc[b][0][r], out.steps[r]);
       }
     }
   }
@@ -240,12 +246,13 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
   Fetch fetch = fetch_of(ahead, 2 * Ops::kParts * (blocks / kBlocks + blocks % kBlocks));
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    accumulate_blocks<Ops, kBits, kRows, kBlocks>(table, packed + block * kBlockBytes, words, out,
-                                                  fetch);
+    accumulate_blocks<Ops, kBits, kRows, kBlocks, Ops::value_chains(kRows)>(
+        table, packed + block * kBlockBytes, words, out, fetch);
     out.output += kBlocks * kCoordinateBlock;
   }
   for (; block < blocks; ++block) {
-    accumulate_blocks<Ops, kBits, kRows, 1>(table, packed + block * kBlockBytes, words, out, fetch);
+    accumulate_blocks<Ops, kBits, kRows, 1, Ops::value_chains(kRows)>(
+        table, packed + block * kBlockBytes, words, out, fetch);
     out.output += kCoordinateBlock;
   }
 }

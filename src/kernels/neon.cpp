@@ -35,6 +35,7 @@ struct Neon {
   static constexpr int kRowBlock = 4;
   static constexpr int kMaxSums = 16;  // of 32 registers
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 4 : 2; }
+  static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;
@@ -135,6 +136,7 @@ struct Neon {
     acc = dot_bytes(acc, values.levels, factors(words));
     return dot_bytes(dot_bytes(acc, values.levels, half), values.levels, half);
   }
+  static Acc add(Acc a, Acc b) noexcept { return vaddq_s32(a, b); }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
     kernels::round_weights(products, inverse, weights);
