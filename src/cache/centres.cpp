@@ -256,9 +256,20 @@ void add_centre(const Context& context, const Centres& centres, int head, std::i
   }
 }
 
+bool CentreScores::has_rope(const Context& context, const Centres& centres) noexcept {
+  for (int head = 0; centres && head < context.options.kv_heads; ++head) {
+    if (centres.kind(head) == Centering::rope) return true;
+  }
+  return false;
+}
+
+std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
+  return std::int64_t{2} * kernels::kLanes * context.rope->pair_count();
+}
+
 CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
                            const float* queries, std::ptrdiff_t stride, int rows,
-                           std::int64_t end) {
+                           const float* tiles, float* factors) noexcept {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const float* constant = centres.constant(head);
@@ -281,27 +292,33 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   }
   for (int k = 0; k < count; ++k) {
     const int f = pairs_[k];
-    for (auto& lanes : factors_[k]) std::fill_n(lanes, kernels::kLanes, 0.0F);
+    float* real = factors + std::ptrdiff_t{2} * kernels::kLanes * k;
+    float* times_i = real + kernels::kLanes;
+    std::fill_n(real, 2 * kernels::kLanes, 0.0F);
     for (int r = 0; r < rows; ++r) {
       const float* query = queries + r * stride;
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};
       const Complex product = multiply(conjugate, {means[f], means[pairs + f]});
-      factors_[k][0][2 * r] = product.real;
-      factors_[k][0][2 * r + 1] = product.imaginary;
-      factors_[k][1][2 * r] = -product.imaginary;
-      factors_[k][1][2 * r + 1] = product.real;
+      real[2 * r] = product.real;
+      real[2 * r + 1] = product.imaginary;
+      times_i[2 * r] = -product.imaginary;
+      times_i[2 * r + 1] = product.real;
     }
   }
-  tiles_ = tables.tiles(end / kTileTokens + 1);
   rope_.count = count;
   rope_.slow_count = slow_count;
-  rope_.pairs = pairs_;
-  rope_.factors = factors_[0][0];
+  rope_.factors = factors;
   rope_.pair_count = pairs;
   rope_.half = tables.half();
   rope_.terms = tables.terms();
-  rope_.tiles = tiles_->data();
+  rope_.tiles = tiles;
   rope_.offsets = tables.offsets();
+}
+
+kernels::RopeBias CentreScores::rope() const noexcept {
+  kernels::RopeBias bias = rope_;
+  bias.pairs = pairs_;
+  return bias;
 }
 
 }  // namespace tqai::detail

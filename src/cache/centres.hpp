@@ -63,18 +63,26 @@ void add_centre(const Context& context, const Centres& centres, int head, std::i
 /// What the centre adds to the scores of query rows: constants, and the arguments of the kernel.
 class CentreScores {
  public:
-  /// queries: [rows, stride] fp32; tokens up to `end` will be asked for.
+  CentreScores() = default;  // nothing
+
+  /// queries: [rows, stride] fp32. tiles: RopeTables::tiles of all that will be asked for; factors:
+  /// factor_floats of 64-byte aligned memory, the caller's; both unused where no head is centred by
+  /// position.
   CentreScores(const Context& context, const Centres& centres, int head, const float* queries,
-               std::ptrdiff_t stride, int rows, std::int64_t end);
+               std::ptrdiff_t stride, int rows, const float* tiles, float* factors) noexcept;
+
+  /// Whether any head is centred by position.
+  static bool has_rope(const Context& context, const Centres& centres) noexcept;
+  /// A multiple of 16.
+  static std::int64_t factor_floats(const Context& context) noexcept;
 
   const float* constants() const noexcept { return constants_; }
-  const kernels::RopeBias& rope() const noexcept { return rope_; }
+  /// Points into this.
+  kernels::RopeBias rope() const noexcept;
 
  private:
   float constants_[kernels::kMaxRows] = {};
-  std::shared_ptr<const std::vector<float>> tiles_;
   std::uint16_t pairs_[kernels::kMaxDim / 2];
-  alignas(64) float factors_[kernels::kMaxDim / 2][2][kernels::kLanes];
   kernels::RopeBias rope_{};
 };
 

@@ -2,66 +2,12 @@
 // `prepare`, `score` and `accumulate` (integer-inl.hpp), `read_halves` and `round_weights`.
 #pragma once
 
-#include <cmath>
-
+#include "queries-inl.hpp"
 #include "rope-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
-
-// Query rows as int8 in one term, q ≈ step · a, or two, q ≈ step · (kTermRatio · a + b). After the
-// rotation one term is off by about 0.7 % of the query's length, next to the 10 % that 4-bit keys
-// are off: half a percent more error energy. Finer keys deserve the second term, which costs as
-// much time as the first.
-constexpr int kTermRatio = 254;
-
-// Largest queries of a row, and products of a weight of at most 1 and a value's norm, that are too
-// small to matter; the inverse of what is larger is finite.
-constexpr float kNegligible = 1e-30F;
-
-constexpr int kOneTermBits = 4;
-
-inline int term_count(const SidePlan& keys) noexcept {
-  for (int s = 0; s < keys.segment_count; ++s) {
-    if (keys.segments[s].bits > kOneTermBits) return 2;
-  }
-  return 1;
-}
-
-// coarse = q · inverse to the nearest integer. A function, as only for parameters compilers heed
-// __restrict.
-inline void round_queries(const float* __restrict q, float inverse, int count,
-                          std::int8_t* __restrict coarse) noexcept {
-  for (int c = 0; c < count; ++c) coarse[c] = static_cast<std::int8_t>(round_lane(q[c] * inverse));
-}
-
-// What that leaves, in steps kTermRatio times finer.
-inline void round_rests(const float* __restrict q, float inverse, int count,
-                        const std::int8_t* __restrict coarse,
-                        std::int8_t* __restrict fine) noexcept {
-  for (int c = 0; c < count; ++c) {
-    const float rest = q[c] * inverse - static_cast<float>(coarse[c]);
-    fine[c] = static_cast<std::int8_t>(round_lane(rest * static_cast<float>(kTermRatio)));
-  }
-}
-
-// queries: [rows, stride]; the segment's coordinates of the block.
-inline void split_queries(const float* queries, std::int64_t stride, int rows, int term_count,
-                          const SegmentPlan& segment, std::int8_t* terms, float* steps) noexcept {
-  for (int r = 0; r < rows; ++r) {
-    const float* q = queries + r * stride + segment.first;
-    const float largest = largest_magnitude(q, segment.count);
-    const float unit = largest / 127.0F;
-    const float inverse = largest > kNegligible ? 127.0F / largest : 0.0F;
-    std::int8_t* coarse = terms + static_cast<std::ptrdiff_t>(r * term_count) * segment.count;
-    round_queries(q, inverse, segment.count, coarse);
-    if (term_count == 2) {
-      round_rests(q, inverse, segment.count, coarse, coarse + segment.count);
-    }
-    steps[r] = term_count == 1 ? unit : unit / static_cast<float>(kTermRatio);
-  }
-}
 
 // weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
 // is 0…255.
@@ -92,36 +38,6 @@ inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
           std::ptrdiff_t{kLineBytes} * ((lines + steps - 1) / steps)};
 }
 
-// Segments are at least 16 coordinates.
-constexpr int kMaxSegments = kMaxDim / kCoordinateBlock;
-
-// The integer queries of all rows.
-template <typename Integer>
-struct PreparedQueries {
-  struct Segment {
-    const std::uint8_t* words;
-    std::int32_t bias[2 * kMaxRows];
-    float steps[kMaxRows];
-  };
-
-  int terms;
-  Segment segments[kMaxSegments];
-  alignas(64) std::uint8_t words[2 * kMaxRows * kMaxDim * Integer::kQueryBytes];
-
-  PreparedQueries(const SidePlan& keys, const float* queries, int rows) noexcept
-      : terms(term_count(keys)) {
-    alignas(64) std::int8_t split[2 * kMaxRows * kMaxDim];  // [rows, terms, count]
-    std::uint8_t* next = words;
-    for (int s = 0; s < keys.segment_count; ++s) {
-      const SegmentPlan& segment = keys.segments[s];
-      split_queries(queries, keys.padded, rows, terms, segment, split, segments[s].steps);
-      segments[s].words = next;
-      Integer::prepare(segment, split, terms * rows, next, segments[s].bias);
-      next += static_cast<std::ptrdiff_t>(terms * rows) * segment.count * Integer::kQueryBytes;
-    }
-  }
-};
-
 struct TileScratch {
   alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
   alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
@@ -143,18 +59,18 @@ inline void add_products(const std::int32_t* sums, float step, const float* norm
 
 // q·k for all rows and tokens of the tile into scratch.block.
 template <typename Integer>
-inline void score_tile(const AttendTiles& args, const TileSpan& span, Ahead ahead,
-                       const PreparedQueries<Integer>& queries, TileScratch& scratch) noexcept {
-  const SidePlan& side = args.plan->keys;
-  const std::uint8_t* tile = span.tile;
-  const int rows = args.softmax.rows;
-  const int terms = queries.terms;
-  Integer::read_halves(tile + side.norms, scratch.key_norms);
-  for (int s = 0; s < side.segment_count; ++s) {
-    const SegmentPlan& segment = side.segments[s];
-    const auto& prepared = queries.segments[s];
-    Integer::score(segment, tile + side.codes + segment.offset, prepared.words, prepared.bias,
+inline void score_tile(const SidePlan& keys, const HeadRows& head, const std::uint8_t* tile,
+                       std::int64_t first_token, Ahead ahead, TileScratch& scratch) noexcept {
+  const int rows = head.softmax.rows;
+  const int terms = term_count(keys);
+  const QuerySegment* queries = query_segments(head.queries);
+  const std::uint8_t* words = query_words(head.queries, keys);
+  Integer::read_halves(tile + keys.norms, scratch.key_norms);
+  for (int s = 0; s < keys.segment_count; ++s) {
+    const SegmentPlan& segment = keys.segments[s];
+    Integer::score(segment, tile + keys.codes + segment.offset, words, queries[s].bias,
                    terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
+    words += word_bytes<Integer>(segment, rows, terms);
     for (int r = 0; r < rows; ++r) {
       std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
@@ -164,15 +80,15 @@ inline void score_tile(const AttendTiles& args, const TileSpan& span, Ahead ahea
       }
       RowVecs vecs;
       if (s == 0) {
-        fill_row(args.centre_scores[r], vecs);
+        fill_row(head.centre_scores[r], vecs);
       } else {
         load_row(scratch.block.scores[r], vecs);
       }
-      add_products(sums, prepared.steps[r] * segment.step, scratch.key_norms, vecs);
+      add_products(sums, queries[s].steps[r] * segment.step, scratch.key_norms, vecs);
       store_row(scratch.block.scores[r], vecs);
     }
   }
-  if (args.rope.count > 0) add_rope(args.rope, span.first_token, rows, scratch.block.scores);
+  if (head.rope.count > 0) add_rope(head.rope, first_token, rows, scratch.block.scores);
 }
 
 // What brings each row's products to 0…255, and the unit of that.
@@ -200,17 +116,15 @@ inline bool quantise_weights(int rows, TileScratch& scratch, float (&units)[kMax
 }
 
 template <typename Integer>
-inline void accumulate_tile(const AttendTiles& args, const std::uint8_t* tile, Ahead ahead,
-                            TileScratch& scratch) noexcept {
-  const SidePlan& side = args.plan->values;
-  const Softmax& softmax = args.softmax;
+inline void accumulate_tile(const SidePlan& values, const Softmax& softmax,
+                            const std::uint8_t* tile, Ahead ahead, TileScratch& scratch) noexcept {
   float units[kMaxRows];
   if (!quantise_weights<Integer>(softmax.rows, scratch, units)) return;
-  for (int s = 0; s < side.segment_count; ++s) {
-    const SegmentPlan& segment = side.segments[s];
+  for (int s = 0; s < values.segment_count; ++s) {
+    const SegmentPlan& segment = values.segments[s];
     float steps[kMaxRows];
     for (int r = 0; r < softmax.rows; ++r) steps[r] = units[r] * segment.step;
-    Integer::accumulate(segment, tile + side.codes + segment.offset, scratch.weights[0], steps,
+    Integer::accumulate(segment, tile + values.codes + segment.offset, scratch.weights[0], steps,
                         softmax.rows, softmax.output + segment.first, softmax.output_stride,
                         s == 0 ? ahead : Ahead{});
   }
@@ -231,48 +145,86 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
   }
 }
 
+// Bytes of the next tile that are fetched with each part of this one: evenly over its time, where
+// one block holds its rows. A whole tile ahead, as half of one is too late for what comes from
+// memory; and not at once, as processors keep track of 10 to 24 lines, and then wait.
+struct FetchShares {
+  std::size_t keys;
+  std::size_t rows;
+  std::size_t values;
+
+  FetchShares(std::size_t tile_bytes, int row_count) noexcept {
+    const std::size_t lines = tile_bytes / kLineBytes;
+    const std::size_t in_rows =
+        lines * static_cast<std::size_t>(row_count - 1) / static_cast<std::size_t>(2 * row_count);
+    const std::size_t in_keys = (lines - in_rows) / 2;
+    keys = in_keys * kLineBytes;
+    rows = in_rows * kLineBytes;
+    values = (lines - in_keys - in_rows) * kLineBytes;
+  }
+};
+
+// The tile that is read next, in those shares; null: none.
+struct NextTile {
+  Ahead with_keys;
+  Ahead with_rows;
+  Ahead with_values;
+
+  NextTile(const std::uint8_t* tile, const FetchShares& shares) noexcept {
+    if (tile == nullptr) return;
+    with_keys = {tile, shares.keys};
+    with_rows = {tile + shares.keys, shares.rows};
+    with_values = {tile + shares.keys + shares.rows, shares.values};
+  }
+};
+
+// Adds one tile to a head's rows. start: its first token among those given; whole: Sight::whole.
+template <typename Integer>
+inline void attend_tile(const TilePlan& plan, const HeadRows& head, const std::uint8_t* tile,
+                        const TileSpan& span, std::int64_t start, bool whole, const NextTile& next,
+                        TileScratch& scratch) noexcept {
+  const Softmax& softmax = head.softmax;
+  score_tile<Integer>(plan.keys, head, tile, span.first_token, next.with_keys, scratch);
+  Fetch fetch = fetch_of(next.with_rows, softmax.rows);
+  Integer::read_halves(tile + plan.values.norms, scratch.value_norms);
+  for (int r = 0; r < softmax.rows; ++r) {
+    RowVecs vecs;
+    load_row(scratch.block.scores[r], vecs);
+    if (!whole) limit(softmax, r, start, span.tokens, vecs);
+    weigh(softmax, r, vecs);
+    for (int v = 0; v < kRowVecs; ++v) {
+      vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
+    }
+    store_row(scratch.block.scores[r], vecs);
+    scratch.parts[r] = largest_parts(vecs);
+    Integer::fetch(fetch);
+  }
+  accumulate_tile<Integer>(plan.values, softmax, tile, next.with_values, scratch);
+}
+
 template <typename Integer>
 void attend_tiles(const AttendTiles& args) noexcept {
-  const PreparedQueries<Integer> queries(args.plan->keys, args.queries, args.softmax.rows);
-  const Sight sight(args.softmax);
+  Sight sights[kMaxHeads];
+  for (int h = 0; h < args.head_count; ++h) sights[h] = Sight(args.heads[h].softmax);
   TileScratch scratch;
+  const std::size_t bytes = args.plan->bytes;
+  const FetchShares shares(bytes, args.heads[0].softmax.rows);
   std::int64_t start = 0;
-  for (std::int64_t i = 0; i < args.tile_count; ++i) {
-    const TileSpan& span = args.tiles[i];
-    if (sight.any(start, span.tokens)) {
-      const bool whole = sight.whole(start, span.tokens);
-      // A whole tile ahead, as half of one is too late for what comes from memory; and evenly over
-      // the time that this one takes, where one block holds its rows: processors keep track of 10
-      // to 16 lines, and then wait.
-      Ahead with_keys;
-      Ahead with_rows;
-      Ahead with_values;
-      if (i + 1 < args.tile_count) {
-        const std::uint8_t* next = args.tiles[i + 1].tile;
-        const std::size_t lines = args.plan->bytes / kLineBytes;
-        const std::size_t rows = lines * static_cast<std::size_t>(args.softmax.rows - 1) /
-                                 static_cast<std::size_t>(2 * args.softmax.rows);
-        const std::size_t keys = (lines - rows) / 2;
-        with_keys = {next, keys * kLineBytes};
-        with_rows = {next + keys * kLineBytes, rows * kLineBytes};
-        with_values = {next + (keys + rows) * kLineBytes, (lines - keys - rows) * kLineBytes};
-      }
-      score_tile(args, span, with_keys, queries, scratch);
-      Fetch fetch = fetch_of(with_rows, args.softmax.rows);
-      Integer::read_halves(span.tile + args.plan->values.norms, scratch.value_norms);
-      for (int r = 0; r < args.softmax.rows; ++r) {
-        RowVecs vecs;
-        load_row(scratch.block.scores[r], vecs);
-        if (!whole) limit(args.softmax, r, start, span.tokens, vecs);
-        weigh(args.softmax, r, vecs);
-        for (int v = 0; v < kRowVecs; ++v) {
-          vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
-        }
-        store_row(scratch.block.scores[r], vecs);
-        scratch.parts[r] = largest_parts(vecs);
-        Integer::fetch(fetch);
-      }
-      accumulate_tile<Integer>(args, span.tile, with_values, scratch);
+  for (std::int64_t i = 0; i < args.span_count; ++i) {
+    const TileSpan& span = args.spans[i];
+    for (int h = 0; h < args.head_count; ++h) {
+      if (!sights[h].any(start, span.tokens)) continue;
+      const HeadRows& head = args.heads[h];
+      // The next head's of this span, or the first one's of the next.
+      const bool last = h + 1 == args.head_count;
+      const TileSpan* next_span = !last ? &span : i + 1 < args.span_count ? &span + 1 : nullptr;
+      const int next_head = args.heads[last ? 0 : h + 1].head;
+      const bool fetch = next_span != nullptr && (last || next_head != head.head);
+      const std::uint8_t* next =
+          fetch ? next_span->tiles + static_cast<std::size_t>(next_head) * bytes : nullptr;
+      attend_tile<Integer>(*args.plan, head,
+                           span.tiles + static_cast<std::size_t>(head.head) * bytes, span, start,
+                           sights[h].whole(start, span.tokens), NextTile(next, shares), scratch);
     }
     start += span.tokens;
   }

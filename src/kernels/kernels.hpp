@@ -11,6 +11,8 @@ namespace tqai::kernels {
 
 /// Query rows that are served by one reading of a tile.
 inline constexpr int kMaxRows = 8;
+/// Sets of query rows that one call serves.
+inline constexpr int kMaxHeads = 32;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = 512;
 /// Floats that the plain loops treat side by side, at every level.
@@ -77,9 +79,10 @@ struct Softmax {
   std::int64_t output_stride;  // padded head dimension of the values
 };
 
+/// Up to 64 tokens of all kv heads.
 struct TileSpan {
-  const std::uint8_t* tile;
-  int tokens;  // valid ones, 1…64
+  const std::uint8_t* tiles;  // one a kv head, TilePlan::bytes apart
+  int tokens;                 // valid ones, 1…64
   std::int64_t first_token;
 };
 
@@ -101,15 +104,23 @@ struct RopeBias {
   const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
 };
 
-/// Attention over sealed tiles of one head.
-struct AttendTiles {
-  const TilePlan* plan;
-  const TileSpan* tiles;  // token counts follow one another without gaps
-  std::int64_t tile_count;
-  const float* queries;        // [rows, keys.padded], rotated, padding 0, finite
+/// Query rows of one kv head, and what they have found.
+struct HeadRows {
+  int head;
+  const std::byte* queries;    // Kernels::prepare_queries of [rows, keys.padded]
   const float* centre_scores;  // [rows], q · centre
   RopeBias rope;
   Softmax softmax;  // output in the rotated domain of the values
+};
+
+/// Attention over sealed tiles, span by span: memory is read in order where the heads' tiles lie
+/// side by side, which is what processors foresee.
+struct AttendTiles {
+  const TilePlan* plan;
+  const TileSpan* spans;  // token counts follow one another without gaps
+  std::int64_t span_count;
+  const HeadRows* heads;  // ascending; one with many rows several times
+  int head_count;         // 1…kMaxHeads
 };
 
 /// Attention over exact tokens of one head.
@@ -140,7 +151,14 @@ struct Kernels {
                      const std::uint8_t* weights, const float* steps, int rows, float* output,
                      std::int64_t stride, Ahead ahead) noexcept;
 
-  /// Adds the tiles to the softmax state. Error against exact attention over the decoded tiles:
+  /// Bytes of what prepare_queries makes, a multiple of 64.
+  std::size_t (*prepared_bytes)(const SidePlan& keys, int rows) noexcept;
+  /// Integers that stand for queries. queries: [rows, keys.padded], rotated, padding 0, finite;
+  /// prepared: 64-byte aligned, to be read by the same level.
+  void (*prepare_queries)(const SidePlan& keys, const float* queries, int rows,
+                          std::byte* prepared) noexcept;
+
+  /// Adds the tiles to the softmax states. Error against exact attention over the decoded tiles:
   /// queries are int8 in one term where keys have up to 4 bits, off by up to max|q| / 254 a
   /// coordinate, and in two above, off by max|q| / 64516; each weight is off by up to 1/510 of its
   /// tile's largest p · norm. Same bits at every level.

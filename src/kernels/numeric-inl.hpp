@@ -12,6 +12,16 @@
 
 #include "kernels.hpp"
 
+// Where compilers would make a call of what has its arguments in registers, which then go through
+// memory; and where inlining what is rare makes them leave what is not a call.
+#if defined(__GNUC__)
+#define TQAI_HOT [[gnu::always_inline]] inline
+#define TQAI_COLD [[gnu::noinline]] inline
+#else
+#define TQAI_HOT inline
+#define TQAI_COLD inline
+#endif
+
 namespace tqai::kernels {
 namespace {
 

@@ -19,6 +19,7 @@ struct Block {
 // What rows see, of blocks of 64 tokens.
 class Sight {
  public:
+  Sight() = default;
   explicit Sight(const Softmax& softmax) noexcept
       : limited_(softmax.soft_cap > 0.0F || softmax.mask != nullptr) {
     for (int r = 0; r < softmax.rows; ++r) {
@@ -40,7 +41,7 @@ class Sight {
 
  private:
   using Limits = std::numeric_limits<std::int64_t>;
-  bool limited_;
+  bool limited_ = false;
   std::int64_t any_first_ = Limits::max();
   std::int64_t any_end_ = Limits::min();
   std::int64_t all_first_ = Limits::min();
@@ -72,26 +73,32 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
 // it a little, again and again, at the cost of a mispredicted branch and of scaling the output.
 constexpr float kHeadroom = 4.0F;
 
+// Puts a row's maximum kHeadroom above `largest`, and scales what was summed so far.
+TQAI_COLD void raise_max(const Softmax& softmax, int row, float largest) noexcept {
+  const float before = softmax.max[row];
+  const float max = largest + kHeadroom;
+  const float shrink = before == -kInfinity ? 0.0F : exp2_negative(before - max);
+  softmax.max[row] = max;
+  float* sums = softmax.sums[row];
+  for (int i = 0; i < kLanes; ++i) sums[i] = sums[i] * shrink;
+  float* output = softmax.output + row * softmax.output_stride;
+  for (std::int64_t c = 0; c < softmax.output_stride; ++c) output[c] = output[c] * shrink;
+}
+
 // Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
 // when max grew.
-inline void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
+TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
   const FloatVec parts = largest_parts(vecs);
-  float* sums = softmax.sums[row];
-  float max = softmax.max[row];
-  if (any_above(parts, max)) {
-    const float largest = largest_lane<kVectorLanes>(parts) + kHeadroom;
-    const float shrink = max == -kInfinity ? 0.0F : exp2_negative(max - largest);
-    softmax.max[row] = max = largest;
-    for (int i = 0; i < kLanes; ++i) sums[i] = sums[i] * shrink;
-    float* output = softmax.output + row * softmax.output_stride;
-    for (std::int64_t c = 0; c < softmax.output_stride; ++c) output[c] = output[c] * shrink;
+  if (any_above(parts, softmax.max[row])) {
+    raise_max(softmax, row, largest_lane<kVectorLanes>(parts));
   }
+  const float max = softmax.max[row];
   if (max == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
     for (FloatVec& vec : vecs) vec = broadcast_float<FloatVec>(0.0F);
     return;
   }
   for (FloatVec& vec : vecs) vec = exp2_negative(vec - broadcast_float<FloatVec>(max));
-  add_to_lanes(vecs, sums);
+  add_to_lanes(vecs, softmax.sums[row]);
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ constexpr Kernels table_of(Level level) noexcept {
   return {level,
           score<Integer>,
           Integer::accumulate,
+          prepared_bytes<Integer>,
+          prepare_queries<Integer>,
           attend_tiles<Integer>,
           attend_exact<Lanes>,
           add_rope,

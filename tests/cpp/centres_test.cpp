@@ -128,7 +128,11 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       detail::choose_centre(context, {keys, 7, 320}, 0, centres);
       const Array queries({1, 1, 5, dim}, engine_);
       for (const std::int64_t first : {0, 7, 64, 1000, 100003}) {
-        const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5, first);
+        const auto tiles = context.rope->tiles(first / kTileTokens + 1);
+        std::vector<float> factors(
+            static_cast<std::size_t>(detail::CentreScores::factor_floats(context)));
+        const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
+                                          tiles->data(), factors.data());
         std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
         detail::add_centre(context, centres, 0, first, 1.0F, rows.data());
         for (const Level level : available_levels()) {

@@ -236,36 +236,78 @@ struct Attended {
   std::vector<float> output;
 };
 
+struct alignas(64) Line {
+  std::byte bytes[64];
+};
+
+// What rows of queries may see, and how their scores are changed.
+struct Sights {
+  std::int64_t tokens;
+  float soft_cap = 0.0F;
+  const float* mask = nullptr;
+  kernels::RopeBias rope{};
+  // Row r sees [first + r · step, …), the first one to the end where it sees all.
+  std::int64_t first = 3;
+  std::int64_t step = 0;
+};
+
+// One head's arguments of attend_tiles, and what they point to.
+class Head {
+ public:
+  // rotated: [rows, padded key dim].
+  Head(const Kernels& kernels, const detail::Codec& codec, int head,
+       const std::vector<float>& rotated, int rows, const Sights& sights)
+      : padded_(codec.plan().values.padded),
+        state_{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
+               std::vector<std::array<float, kernels::kLanes>>(kMaxRows),
+               std::vector<float>(static_cast<std::size_t>(rows * padded_), 0.0F)},
+        first_(kMaxRows),
+        end_(kMaxRows, sights.first > 0 ? sights.tokens - 1 : sights.tokens),
+        centres_(kMaxRows, 0.25F),
+        prepared_(kernels.prepared_bytes(codec.plan().keys, rows) / sizeof(Line)) {
+    for (std::size_t r = 0; r < kMaxRows; ++r) {
+      first_[r] = sights.first + static_cast<std::int64_t>(r) * sights.step;
+    }
+    kernels.prepare_queries(codec.plan().keys, rotated.data(), rows, prepared_[0].bytes);
+    rows_.head = head;
+    rows_.rope = sights.rope;
+    rows_.softmax.rows = rows;
+    rows_.softmax.soft_cap = sights.soft_cap;
+    rows_.softmax.mask = sights.mask;
+    rows_.softmax.mask_stride = sights.tokens;
+    rows_.softmax.output_stride = padded_;
+  }
+  kernels::HeadRows rows() {
+    kernels::HeadRows rows = rows_;
+    rows.queries = prepared_[0].bytes;
+    rows.centre_scores = centres_.data();
+    rows.softmax.first = first_.data();
+    rows.softmax.end = end_.data();
+    rows.softmax.max = state_.max.data();
+    rows.softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state_.sums.data());
+    rows.softmax.output = state_.output.data();
+    return rows;
+  }
+  const Attended& state() const { return state_; }
+
+ private:
+  int padded_;
+  Attended state_;
+  std::vector<std::int64_t> first_;
+  std::vector<std::int64_t> end_;
+  std::vector<float> centres_;
+  std::vector<Line> prepared_;
+  kernels::HeadRows rows_{};
+};
+
 Attended run_tiles(const Kernels& kernels, const detail::Codec& codec,
                    const std::vector<kernels::TileSpan>& spans, const std::vector<float>& rotated,
-                   int rows, std::int64_t tokens, float soft_cap, const float* mask,
-                   const kernels::RopeBias& rope, std::int64_t seen_first = 3,
-                   std::int64_t seen_step = 0) {
-  const int padded = codec.plan().values.padded;
-  Attended state{std::vector<float>(kMaxRows, -std::numeric_limits<float>::infinity()),
-                 std::vector<std::array<float, kernels::kLanes>>(kMaxRows),
-                 std::vector<float>(static_cast<std::size_t>(rows * padded), 0.0F)};
-  // Row r sees [seen_first + r · seen_step, …), the first one to the end where it sees all.
-  std::vector<std::int64_t> first(kMaxRows);
-  std::vector<std::int64_t> end(kMaxRows, seen_first > 0 ? tokens - 1 : tokens);
-  for (std::size_t r = 0; r < kMaxRows; ++r) {
-    first[r] = seen_first + static_cast<std::int64_t>(r) * seen_step;
-  }
-  const std::vector<float> centres(kMaxRows, 0.25F);
-  kernels::Softmax softmax{};
-  softmax.rows = rows;
-  softmax.soft_cap = soft_cap;
-  softmax.first = first.data();
-  softmax.end = end.data();
-  softmax.mask = mask;
-  softmax.mask_stride = tokens;
-  softmax.max = state.max.data();
-  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
-  softmax.output = state.output.data();
-  softmax.output_stride = padded;
-  kernels.attend_tiles({&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()),
-                        rotated.data(), centres.data(), rope, softmax});
-  return state;
+                   int rows, const Sights& sights, int head = 0) {
+  Head one(kernels, codec, head, rotated, rows, sights);
+  const kernels::HeadRows args = one.rows();
+  kernels.attend_tiles(
+      {&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()), &args, 1});
+  return one.state();
 }
 
 TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
@@ -282,7 +324,7 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         scalar().encode(codec.plan().values, false, rows.data(), tiles.back().data());
         spans.push_back({tiles.back().data(), tokens, 0});
       }
-      for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tile = tiles[i].data();
+      for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tiles = tiles[i].data();
       const std::int64_t tokens = 209;
       // The tiles lie at positions of a sequence from which something was cropped.
       const std::int64_t starts[] = {5, 69, 133, 150};
@@ -324,26 +366,74 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
             static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), engine);
         for (const kernels::RopeBias& bias : {kernels::RopeBias{}, rope, fast, slow}) {
           const float cap = bias.count > 0 ? 5.0F : 0.0F;
-          const auto got =
-              run_tiles(level(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
-          const auto expected =
-              run_tiles(scalar(), codec, spans, queries, rows, tokens, cap, mask.data(), bias);
+          const Sights sights{tokens, cap, mask.data(), bias};
+          const auto got = run_tiles(level(), codec, spans, queries, rows, sights);
+          const auto expected = run_tiles(scalar(), codec, spans, queries, rows, sights);
           ASSERT_EQ(got.max, expected.max);
           ASSERT_EQ(got.sums, expected.sums);
           ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
         }
         // Whole tiles without a mask; windows that begin in other tiles, or see nothing at all.
         for (const std::int64_t step : {0, 1, 32, 64, 65}) {
-          const auto got =
-              run_tiles(level(), codec, spans, queries, rows, tokens, 0.0F, nullptr, {}, 0, step);
-          const auto expected =
-              run_tiles(scalar(), codec, spans, queries, rows, tokens, 0.0F, nullptr, {}, 0, step);
+          const Sights sights{tokens, 0.0F, nullptr, {}, 0, step};
+          const auto got = run_tiles(level(), codec, spans, queries, rows, sights);
+          const auto expected = run_tiles(scalar(), codec, spans, queries, rows, sights);
           ASSERT_EQ(got.max, expected.max);
           ASSERT_EQ(got.sums, expected.sums);
           ASSERT_EQ(got.output, expected.output) << "bits " << bits << ", d " << dim;
         }
       }
     }
+  }
+}
+
+// Heads that share a call, one of them with two sets of rows, find what each finds alone.
+TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
+  auto engine = test::random_engine(17);
+  for (const int dim : {64, 80}) {
+    const auto codec = make_codec(dim, 4);
+    const std::size_t bytes = codec.layout().bytes();
+    constexpr int kHeads = 3;
+    std::vector<std::vector<std::uint8_t>> blocks;
+    std::vector<kernels::TileSpan> spans;
+    std::int64_t tokens = 0;
+    for (const int count : {64, 17, 64}) {
+      blocks.emplace_back(kHeads * bytes);
+      for (std::size_t h = 0; h < kHeads; ++h) {
+        const auto rows = tile_rows(dim, engine);
+        scalar().encode(codec.plan().keys, true, rows.data(), blocks.back().data() + h * bytes);
+        scalar().encode(codec.plan().values, false, rows.data(), blocks.back().data() + h * bytes);
+      }
+      spans.push_back({nullptr, count, tokens});
+      tokens += count;
+    }
+    for (std::size_t i = 0; i < blocks.size(); ++i) spans[i].tiles = blocks[i].data();
+    struct Case {
+      int head;
+      int rows;
+      std::int64_t first;  // the second set sees the last two spans alone, the third one nothing
+    };
+    const std::vector<Case> cases = {{0, 8, 1}, {1, 3, 70}, {1, 8, 1000}, {2, 1, 0}};
+    std::vector<Head> heads;
+    std::vector<Attended> alone;
+    for (const Case& each : cases) {
+      auto queries = test::random_normal(
+          static_cast<std::size_t>(each.rows * codec.plan().keys.padded), engine);
+      const Sights sights{tokens, 0.0F, nullptr, {}, each.first, 0};
+      heads.emplace_back(level(), codec, each.head, queries, each.rows, sights);
+      alone.push_back(run_tiles(scalar(), codec, spans, queries, each.rows, sights, each.head));
+    }
+    std::vector<kernels::HeadRows> args;
+    for (Head& head : heads) args.push_back(head.rows());
+    level().attend_tiles({&codec.plan(), spans.data(), static_cast<std::int64_t>(spans.size()),
+                          args.data(), static_cast<int>(args.size())});
+    for (std::size_t i = 0; i < cases.size(); ++i) {
+      EXPECT_EQ(heads[i].state().max, alone[i].max) << i;
+      EXPECT_EQ(heads[i].state().sums, alone[i].sums) << i;
+      EXPECT_EQ(heads[i].state().output, alone[i].output) << i;
+    }
+    EXPECT_EQ(alone[2].max[0], -std::numeric_limits<float>::infinity());
+    EXPECT_NE(alone[0].output, alone[3].output);
   }
 }
 

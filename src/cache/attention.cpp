@@ -1,0 +1,282 @@
+#include "attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace tqai::detail {
+namespace {
+
+using kernels::kMaxHeads;
+using kernels::kMaxRows;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504F;
+constexpr std::int64_t kLineFloats = 16;
+
+}  // namespace
+
+Attention::Attention(const Context& context, std::span<const Row> rows, std::int64_t tokens,
+                     const ConstTensor& queries, const Tensor& output, const AttendOptions& options)
+    : context_(context),
+      rows_(rows),
+      tokens_(tokens),
+      queries_(queries),
+      output_(output),
+      options_(options),
+      query_factor_((std::isnan(options.scale)
+                         ? 1.0F / std::sqrt(static_cast<float>(context.options.head_dim))
+                         : options.scale) *
+                    (options.soft_cap > 0.0F ? 1.0F / options.soft_cap : kLog2E)),
+      query_count_(queries.shape[2]),
+      group_(queries.shape[1] / context.options.kv_heads),
+      blocks_(divide_up(group_ * query_count_, kMaxRows)),
+      units_(queries.shape[0] * context.options.kv_heads * blocks_),
+      parts_(1),
+      key_padded_(padded_dim(context.options.head_dim)),
+      value_padded_(padded_dim(context.options.value_head_dim)) {
+  mask_first_ = tokens;
+  for (const Row& row : rows) {
+    const auto parts =
+        static_cast<std::int64_t>((row.sealed.size() + kPartBlocks - 1) / kPartBlocks);
+    parts_ = std::max(parts_, parts + 1);
+    mask_first_ = std::min(mask_first_, row.first);
+  }
+  if (options.mask) mask_columns_ = tokens - mask_first_;
+  mask_stride_ = round_up(mask_columns_, kLineFloats);
+  if (std::any_of(rows.begin(), rows.end(), [&context](const Row& row) {
+        return CentreScores::has_rope(context, row.centres);
+      })) {
+    factor_floats_ = CentreScores::factor_floats(context);
+    rope_tiles_ = context.rope->tiles(tokens / kTileTokens + 1);
+  }
+  prepared_floats_ = static_cast<std::int64_t>(
+      context.kernels->prepared_bytes(context.codec->plan().keys, kMaxRows) / sizeof(float));
+  unit_floats_ = kMaxRows * (key_padded_ + mask_stride_ + parts_ * value_padded_) + factor_floats_ +
+                 prepared_floats_;
+}
+
+Attention::Unit Attention::unit(std::int64_t index) const noexcept {
+  const std::int64_t block = index % blocks_;
+  const std::int64_t head = index / blocks_ % context_.options.kv_heads;
+  const std::int64_t first = block * kMaxRows;
+  return {index / blocks_ / context_.options.kv_heads, static_cast<int>(head), first,
+          static_cast<int>(std::min<std::int64_t>(kMaxRows, group_ * query_count_ - first))};
+}
+
+Attention::Work Attention::work(const Batch& batch, std::int64_t i) const noexcept {
+  Work work{};
+  work.plain = batch.floats + i * unit_floats_;
+  work.factors = work.plain + kMaxRows * key_padded_;
+  work.mask = work.factors + factor_floats_;
+  work.parts = work.mask + kMaxRows * mask_stride_;
+  work.prepared = reinterpret_cast<std::byte*>(work.parts + kMaxRows * parts_ * value_padded_);
+  work.states = batch.states + i * parts_;
+  work.centre = batch.centres + i;
+  work.finite = batch.finite + i * kMaxRows;
+  return work;
+}
+
+void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
+  const auto dim = static_cast<std::size_t>(context_.options.head_dim);
+  const auto element = static_cast<std::int64_t>(size_of(queries_.dtype));
+  alignas(64) float rotated[kMaxRows * kernels::kMaxDim];
+  for (int r = 0; r < unit.rows; ++r) {
+    const Place at = place(unit, r);
+    float* plain = work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_;
+    const char* from = static_cast<const char*>(queries_.data) +
+                       (unit.batch_row * queries_.strides[0] + at.query_head * queries_.strides[1] +
+                        at.query * queries_.strides[2]) *
+                           element;
+    std::fill_n(plain, key_padded_, 0.0F);
+    // A query that is not finite gives NaN, as in exact attention, and must not reach the kernels.
+    work.finite[r] = context_.kernels->load_scaled(from, queries_.dtype, static_cast<int>(dim),
+                                                   query_factor_, plain);
+    if (!work.finite[r]) std::fill_n(plain, dim, 0.0F);
+  }
+  if (options_.mask) fill_mask(unit, work);
+  const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
+  if (row.sealed.empty()) return;
+  const kernels::SidePlan& keys = context_.codec->plan().keys;
+  std::fill_n(rotated, unit.rows * key_padded_, 0.0F);
+  for (int r = 0; r < unit.rows; ++r) {
+    context_.kernels->rotate(keys, work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_,
+                             rotated + static_cast<std::ptrdiff_t>(r) * key_padded_);
+  }
+  context_.kernels->prepare_queries(keys, rotated, unit.rows, work.prepared);
+  *work.centre = CentreScores(context_, row.centres, unit.kv_head, work.plain, key_padded_,
+                              unit.rows, rope_tiles_ ? rope_tiles_->data() : nullptr, work.factors);
+}
+
+// A mask that adds NaN or +inf gives NaN, as in exact attention.
+void Attention::fill_mask(const Unit& unit, const Work& work) const noexcept {
+  const Mask& mask = *options_.mask;
+  const auto pick = [&mask](std::size_t axis, std::int64_t i) {
+    return (mask.shape[axis] == 1 ? 0 : i) * mask.strides[axis];
+  };
+  for (int r = 0; r < unit.rows; ++r) {
+    const Place at = place(unit, r);
+    float* row = work.mask + r * mask_stride_;
+    const std::int64_t base = pick(0, unit.batch_row) + pick(1, at.query_head) + pick(2, at.query);
+    const std::int64_t skipped = std::max<std::int64_t>(options_.first_token - mask_first_, 0);
+    std::fill_n(row, std::min(skipped, mask_columns_), 0.0F);  // not seen anyhow
+    for (std::int64_t i = skipped; i < mask_columns_; ++i) {
+      const std::int64_t at_element =
+          base + (mask_first_ + i - options_.first_token) * mask.strides[3];
+      switch (mask.kind) {
+        case Mask::Kind::boolean:
+          row[i] = static_cast<const std::uint8_t*>(mask.data)[at_element] != 0 ? 0.0F : -kInfinity;
+          break;
+        case Mask::Kind::f32: row[i] = static_cast<const float*>(mask.data)[at_element]; break;
+        case Mask::Kind::f16:
+          row[i] = from_half(static_cast<const std::uint16_t*>(mask.data)[at_element]);
+          break;
+        case Mask::Kind::bf16:
+          row[i] = from_bfloat16(static_cast<const std::uint16_t*>(mask.data)[at_element]);
+          break;
+      }
+    }
+    if (!std::all_of(row + skipped, row + std::max(skipped, mask_columns_),
+                     [](float x) { return x < kInfinity; })) {
+      work.finite[r] = false;
+      std::fill_n(row, mask_columns_, 0.0F);
+    }
+  }
+}
+
+void Attention::set_range(const Unit& unit, const Work& work, std::int64_t start,
+                          std::int64_t* first, std::int64_t* end,
+                          kernels::Softmax& softmax) const noexcept {
+  for (int r = 0; r < unit.rows; ++r) {
+    const std::int64_t position = tokens_ - query_count_ + place(unit, r).query;
+    std::int64_t from = options_.first_token;
+    if (options_.window > 0) from = std::max(from, position - options_.window + 1);
+    first[r] = from - start;
+    end[r] = (options_.causal ? position + 1 : tokens_) - start;
+  }
+  softmax.first = first;
+  softmax.end = end;
+  softmax.mask = options_.mask ? work.mask + (start - mask_first_) : nullptr;
+}
+
+kernels::Softmax Attention::begin(const Unit& unit, const Work& work,
+                                  std::int64_t part) const noexcept {
+  PartState& state = work.states[part];
+  kernels::Softmax softmax{};
+  softmax.rows = unit.rows;
+  softmax.soft_cap = options_.soft_cap;
+  softmax.mask_stride = mask_stride_;
+  softmax.max = state.max;
+  softmax.sums = state.sums;
+  softmax.output = work.parts + part * kMaxRows * value_padded_;
+  softmax.output_stride = value_padded_;
+  std::fill_n(state.max, kMaxRows, -kInfinity);
+  std::fill_n(state.sums[0], kMaxRows * kernels::kLanes, 0.0F);
+  std::fill_n(softmax.output, static_cast<std::ptrdiff_t>(unit.rows) * value_padded_, 0.0F);
+  return softmax;
+}
+
+void Attention::attend_item(const Batch& batch, const Item& item) const noexcept {
+  kernels::HeadRows heads[kMaxHeads];
+  std::int64_t first[kMaxHeads][kMaxRows];
+  std::int64_t end[kMaxHeads][kMaxRows];
+  const Row& row = rows_[static_cast<std::size_t>(unit(batch.first + item.first).batch_row)];
+  const std::size_t first_block =
+      item.part == 0 ? 0 : static_cast<std::size_t>(item.part - 1) * kPartBlocks;
+  std::int64_t start = row.first + row.sink_tokens();
+  for (std::size_t i = 0; i < std::min(first_block, row.sealed.size()); ++i) {
+    start += row.sealed[i].tokens;
+  }
+  for (int u = 0; u < item.count; ++u) {
+    const Unit each = unit(batch.first + item.first + u);
+    const Work memory = work(batch, item.first + u);
+    kernels::Softmax softmax = begin(each, memory, item.part);
+    if (item.part == 0) {
+      attend_exact(each, memory, softmax);
+    } else {
+      set_range(each, memory, start, first[u], end[u], softmax);
+      heads[u] = {each.kv_head, memory.prepared, memory.centre->constants(), memory.centre->rope(),
+                  softmax};
+    }
+  }
+  if (item.part == 0 || first_block >= row.sealed.size()) return;
+  attend_sealed(row, first_block, {heads, static_cast<std::size_t>(item.count)});
+}
+
+void Attention::attend_exact(const Unit& unit, const Work& work,
+                             kernels::Softmax softmax) const noexcept {
+  const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
+  std::int64_t first[kMaxRows];
+  std::int64_t end[kMaxRows];
+  const auto attend = [&](const ExactTokens& tokens, std::int64_t start) {
+    if (!tokens) return;
+    set_range(unit, work, start, first, end, softmax);
+    context_.kernels->attend_exact(
+        {exact_keys(context_, tokens, unit.kv_head), exact_values(context_, tokens, unit.kv_head),
+         context_.options.dtype, context_.options.head_dim, context_.options.value_head_dim,
+         tokens.header().tokens, work.plain, softmax});
+  };
+  attend(row.sinks, row.first);
+  attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);
+}
+
+void Attention::attend_sealed(const Row& row, std::size_t first_block,
+                              std::span<const kernels::HeadRows> heads) const noexcept {
+  const std::size_t count = std::min(kPartBlocks, row.sealed.size() - first_block);
+  kernels::TileSpan spans[kPartBlocks];
+  for (std::size_t i = 0; i < count; ++i) {
+    const BlockView& view = row.sealed[first_block + i];
+    spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.payload()), view.tokens,
+                view.block.header().first_token};
+  }
+  context_.kernels->attend_tiles({&context_.codec->plan(), spans, static_cast<std::int64_t>(count),
+                                  heads.data(), static_cast<int>(heads.size())});
+}
+
+void Attention::finish(const Unit& unit, const Work& work) const noexcept {
+  const auto element = static_cast<std::int64_t>(size_of(output_.dtype));
+  const int dim = context_.options.value_head_dim;
+  const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(kMaxRows) * value_padded_;
+  float merged[kernels::kMaxDim];
+  float packed[kernels::kMaxDim];
+  float unrotated[kernels::kMaxDim];
+  for (int r = 0; r < unit.rows; ++r) {
+    const Place at = place(unit, r);
+    float max =
+        options_.sink_scores != nullptr ? options_.sink_scores[at.query_head] * kLog2E : -kInfinity;
+    for (std::int64_t p = 0; p < parts_; ++p) max = std::max(max, work.states[p].max[r]);
+    float sums[kernels::kLanes] = {};
+    if (options_.sink_scores != nullptr) {
+      sums[0] = std::exp2(options_.sink_scores[at.query_head] * kLog2E - max);
+    }
+    std::fill_n(packed, dim, 0.0F);
+    std::fill_n(merged, dim, 0.0F);
+    for (std::int64_t p = 0; p < parts_; ++p) {
+      const PartState& state = work.states[p];
+      if (state.max[r] == -kInfinity) continue;
+      const float share = std::exp2(state.max[r] - max);
+      context_.kernels->add_scaled(state.sums[r], share, kernels::kLanes, sums);
+      const float* from =
+          work.parts + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
+      context_.kernels->add_scaled(from, share, dim, p == 0 ? merged : packed);
+    }
+    // Sealed values were summed in their rotated domain.
+    if (parts_ > 1) {
+      context_.kernels->rotate_back(context_.codec->plan().values, packed, unrotated);
+      for (int c = 0; c < dim; ++c) merged[c] += unrotated[c];
+    }
+    const float sum = std::accumulate(std::begin(sums), std::end(sums), 0.0F);
+    const float factor = sum > 0.0F ? 1.0F / sum : 0.0F;
+    for (int c = 0; c < dim; ++c) {
+      merged[c] = work.finite[r] ? merged[c] * factor : std::numeric_limits<float>::quiet_NaN();
+    }
+    convert_from_float(merged, static_cast<std::size_t>(dim), output_.dtype,
+                       static_cast<char*>(output_.data) +
+                           (unit.batch_row * output_.strides[0] + at.query * output_.strides[1] +
+                            at.query_head * output_.strides[2]) *
+                               element);
+  }
+}
+
+}  // namespace tqai::detail
