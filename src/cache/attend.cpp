@@ -18,6 +18,8 @@ using kernels::kMaxRows;
 
 // Blocks of query rows of a kv head up to which its tiles are read once for all of them.
 constexpr std::int64_t kMostBlocksTogether = 2;
+// In how many shares a thread's last item is split; they still read some heads in order.
+constexpr int kShares = 4;
 // Below this many multiplications a second thread costs more than it brings.
 constexpr double kWorthThreads = 2e6;
 // Units are prepared and finished in batches, to bound what lies between.
@@ -46,30 +48,45 @@ double Attention::multiplications() const {
   return static_cast<double>(units_) * kMaxRows * static_cast<double>(tokens_) * dims;
 }
 
-// All units of a batch row side by side, so that memory is read in order; but the last ones one by
-// one, to be spread evenly over the threads, and all where each kv head has many: they share tiles
-// that are in the caches anyhow. How units are split does not change any number.
-std::vector<Attention::Item> Attention::items(const Batch& batch, int threads) const {
-  const std::int64_t row_units = context_.options.kv_heads * blocks_;
-  const std::int64_t most = blocks_ > kMostBlocksTogether ? 1 : kMaxHeads;
-  std::vector<Item> items;
+// The sealed parts of a batch: all units of a batch row side by side, so that memory is read in
+// order. Where each kv head has many, part by part instead, so that they find its tiles in a cache.
+void Attention::add_sealed(const Batch& batch, std::vector<Item>& items) const {
+  const bool together = blocks_ <= kMostBlocksTogether;
+  const std::int64_t run = together ? context_.options.kv_heads * blocks_ : blocks_;
+  const std::int64_t most = together ? kMaxHeads : 1;
   for (std::int64_t first = 0; first < batch.count;) {
-    const std::int64_t row_end = round_up(batch.first + first + 1, row_units) - batch.first;
-    const std::int64_t count = std::min({most, row_end - first, batch.count - first});
-    for (std::int64_t part = 1; part < parts_; ++part) {
-      items.push_back({first, static_cast<int>(count), part});
+    const std::int64_t run_end = round_up(batch.first + first + 1, run) - batch.first;
+    const std::int64_t end = std::min(batch.count, run_end);
+    const std::int64_t parts = parts_of(unit(batch.first + first).batch_row);
+    for (std::int64_t part = 1; part < parts; ++part) {
+      for (std::int64_t u = first; u < end; u += most) {
+        items.push_back({u, static_cast<int>(std::min(most, end - u)), part});
+      }
     }
-    first += count;
+    first = end;
   }
+}
+
+// The last items, one for each thread, are split into kShares a thread, to be spread evenly. How
+// units are split does not change any number.
+std::vector<Attention::Item> Attention::items(const Batch& batch, int threads) const {
+  std::vector<Item> items;
+  add_sealed(batch, items);
+  std::vector<Item> last;
   if (threads > 1) {
     const auto whole = items.end() - std::min<std::ptrdiff_t>(threads, std::ssize(items));
-    const std::vector<Item> last(whole, items.end());
+    last.assign(whole, items.end());
     items.erase(whole, items.end());
-    for (const Item& item : last) {
-      for (int u = 0; u < item.count; ++u) items.push_back({item.first + u, 1, item.part});
-    }
   }
   for (std::int64_t i = 0; i < batch.count; ++i) items.push_back({i, 1, 0});
+  int units = 0;
+  for (const Item& item : last) units += item.count;
+  const int share = std::max(1, units / (kShares * threads));
+  for (const Item& item : last) {
+    for (int u = 0; u < item.count; u += share) {
+      items.push_back({item.first + u, std::min(share, item.count - u), item.part});
+    }
+  }
   return items;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 
 namespace tqai::detail {
@@ -33,15 +34,14 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
       group_(queries.shape[1] / context.options.kv_heads),
       blocks_(divide_up(group_ * query_count_, kMaxRows)),
       units_(queries.shape[0] * context.options.kv_heads * blocks_),
+      row_capacity_(std::min<std::int64_t>(kMaxRows, group_ * query_count_)),
       parts_(1),
       key_padded_(padded_dim(context.options.head_dim)),
       value_padded_(padded_dim(context.options.value_head_dim)) {
   mask_first_ = tokens;
-  for (const Row& row : rows) {
-    const auto parts =
-        static_cast<std::int64_t>((row.sealed.size() + kPartBlocks - 1) / kPartBlocks);
-    parts_ = std::max(parts_, parts + 1);
-    mask_first_ = std::min(mask_first_, row.first);
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    parts_ = std::max(parts_, parts_of(static_cast<std::int64_t>(b)));
+    mask_first_ = std::min(mask_first_, rows[b].first);
   }
   if (options.mask) mask_columns_ = tokens - mask_first_;
   mask_stride_ = round_up(mask_columns_, kLineFloats);
@@ -52,9 +52,10 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
     rope_tiles_ = context.rope->tiles(tokens / kTileTokens + 1);
   }
   prepared_floats_ = static_cast<std::int64_t>(
-      context.kernels->prepared_bytes(context.codec->plan().keys, kMaxRows) / sizeof(float));
-  unit_floats_ = kMaxRows * (key_padded_ + mask_stride_ + parts_ * value_padded_) + factor_floats_ +
-                 prepared_floats_;
+      context.kernels->prepared_bytes(context.codec->plan().keys, static_cast<int>(row_capacity_)) /
+      sizeof(float));
+  unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ + parts_ * value_padded_) +
+                 factor_floats_ + prepared_floats_;
 }
 
 Attention::Unit Attention::unit(std::int64_t index) const noexcept {
@@ -68,10 +69,11 @@ Attention::Unit Attention::unit(std::int64_t index) const noexcept {
 Attention::Work Attention::work(const Batch& batch, std::int64_t i) const noexcept {
   Work work{};
   work.plain = batch.floats + i * unit_floats_;
-  work.factors = work.plain + kMaxRows * key_padded_;
+  work.factors = work.plain + row_capacity_ * key_padded_;
   work.mask = work.factors + factor_floats_;
-  work.parts = work.mask + kMaxRows * mask_stride_;
-  work.prepared = reinterpret_cast<std::byte*>(work.parts + kMaxRows * parts_ * value_padded_);
+  work.outputs = work.mask + row_capacity_ * mask_stride_;
+  work.prepared =
+      reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
   work.states = batch.states + i * parts_;
   work.centre = batch.centres + i;
   work.finite = batch.finite + i * kMaxRows;
@@ -105,8 +107,8 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
                              rotated + static_cast<std::ptrdiff_t>(r) * key_padded_);
   }
   context_.kernels->prepare_queries(keys, rotated, unit.rows, work.prepared);
-  *work.centre = CentreScores(context_, row.centres, unit.kv_head, work.plain, key_padded_,
-                              unit.rows, rope_tiles_ ? rope_tiles_->data() : nullptr, work.factors);
+  std::construct_at(work.centre, context_, row.centres, unit.kv_head, work.plain, key_padded_,
+                    unit.rows, rope_tiles_ ? rope_tiles_->data() : nullptr, work.factors);
 }
 
 // A mask that adds NaN or +inf gives NaN, as in exact attention.
@@ -169,7 +171,7 @@ kernels::Softmax Attention::begin(const Unit& unit, const Work& work,
   softmax.mask_stride = mask_stride_;
   softmax.max = state.max;
   softmax.sums = state.sums;
-  softmax.output = work.parts + part * kMaxRows * value_padded_;
+  softmax.output = work.outputs + part * row_capacity_ * value_padded_;
   softmax.output_stride = value_padded_;
   std::fill_n(state.max, kMaxRows, -kInfinity);
   std::fill_n(state.sums[0], kMaxRows * kernels::kLanes, 0.0F);
@@ -185,7 +187,7 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
   const std::size_t first_block =
       item.part == 0 ? 0 : static_cast<std::size_t>(item.part - 1) * kPartBlocks;
   std::int64_t start = row.first + row.sink_tokens();
-  for (std::size_t i = 0; i < std::min(first_block, row.sealed.size()); ++i) {
+  for (std::size_t i = 0; i < first_block; ++i) {
     start += row.sealed[i].tokens;
   }
   for (int u = 0; u < item.count; ++u) {
@@ -200,7 +202,7 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
                   softmax};
     }
   }
-  if (item.part == 0 || first_block >= row.sealed.size()) return;
+  if (item.part == 0) return;
   attend_sealed(row, first_block, {heads, static_cast<std::size_t>(item.count)});
 }
 
@@ -237,7 +239,8 @@ void Attention::attend_sealed(const Row& row, std::size_t first_block,
 void Attention::finish(const Unit& unit, const Work& work) const noexcept {
   const auto element = static_cast<std::int64_t>(size_of(output_.dtype));
   const int dim = context_.options.value_head_dim;
-  const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(kMaxRows) * value_padded_;
+  const std::int64_t part_floats = row_capacity_ * value_padded_;
+  const std::int64_t parts = parts_of(unit.batch_row);
   float merged[kernels::kMaxDim];
   float packed[kernels::kMaxDim];
   float unrotated[kernels::kMaxDim];
@@ -245,24 +248,24 @@ void Attention::finish(const Unit& unit, const Work& work) const noexcept {
     const Place at = place(unit, r);
     float max =
         options_.sink_scores != nullptr ? options_.sink_scores[at.query_head] * kLog2E : -kInfinity;
-    for (std::int64_t p = 0; p < parts_; ++p) max = std::max(max, work.states[p].max[r]);
+    for (std::int64_t p = 0; p < parts; ++p) max = std::max(max, work.states[p].max[r]);
     float sums[kernels::kLanes] = {};
     if (options_.sink_scores != nullptr) {
       sums[0] = std::exp2(options_.sink_scores[at.query_head] * kLog2E - max);
     }
     std::fill_n(packed, dim, 0.0F);
     std::fill_n(merged, dim, 0.0F);
-    for (std::int64_t p = 0; p < parts_; ++p) {
+    for (std::int64_t p = 0; p < parts; ++p) {
       const PartState& state = work.states[p];
       if (state.max[r] == -kInfinity) continue;
       const float share = std::exp2(state.max[r] - max);
       context_.kernels->add_scaled(state.sums[r], share, kernels::kLanes, sums);
       const float* from =
-          work.parts + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
+          work.outputs + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
       context_.kernels->add_scaled(from, share, dim, p == 0 ? merged : packed);
     }
     // Sealed values were summed in their rotated domain.
-    if (parts_ > 1) {
+    if (parts > 1) {
       context_.kernels->rotate_back(context_.codec->plan().values, packed, unrotated);
       for (int c = 0; c < dim; ++c) merged[c] += unrotated[c];
     }

@@ -47,16 +47,16 @@ class Attention {
     std::int64_t query_head;
     std::int64_t query;
   };
-  // Working memory of a unit in a batch; each part is 64-byte aligned.
+  // Working memory of a unit in a batch; what floats point to is 64-byte aligned.
   struct Work {
-    float* plain;          // [rows, padded key dim]
+    float* plain;          // [row_capacity_, padded key dim]
     float* factors;        // of `centre`
-    float* mask;           // [rows, mask_stride_] or null
-    float* parts;          // [parts_, rows, padded value dim]
-    std::byte* prepared;   // Kernels::prepare_queries
-    PartState* states;     // [parts_]
+    float* mask;           // [row_capacity_, mask_stride_], where there is one
+    float* outputs;        // of parts: [parts_, row_capacity_, padded value dim]
+    std::byte* prepared;   // Kernels::prepare_queries, 64-byte aligned too
+    PartState* states;     // of parts: [parts_]
     CentreScores* centre;  // one
-    bool* finite;          // [rows]
+    bool* finite;          // [kMaxRows]
   };
   // Units first … first + count − 1, and their working memory.
   struct Batch {
@@ -81,7 +81,14 @@ class Attention {
   }
   Work work(const Batch& batch, std::int64_t i) const noexcept;
 
+  // Exact tokens are part 0; sealed blocks the next ones.
+  std::int64_t parts_of(std::int64_t batch_row) const noexcept {
+    const std::size_t blocks = rows_[static_cast<std::size_t>(batch_row)].sealed.size();
+    return 1 + static_cast<std::int64_t>((blocks + kPartBlocks - 1) / kPartBlocks);
+  }
+
   // attend.cpp: how the work is split.
+  void add_sealed(const Batch& batch, std::vector<Item>& items) const;
   std::vector<Item> items(const Batch& batch, int threads) const;
   double multiplications() const;
 
@@ -110,7 +117,8 @@ class Attention {
   std::int64_t group_;   // query heads of a kv head
   std::int64_t blocks_;  // of query rows, per kv head
   std::int64_t units_;
-  std::int64_t parts_;           // of the longest row
+  std::int64_t row_capacity_;    // of a unit: rows that the largest has
+  std::int64_t parts_;           // of the longest batch row
   std::int64_t mask_first_ = 0;  // token of a mask row's first float
   std::int64_t mask_columns_ = 0;
   std::int64_t mask_stride_ = 0;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <tqai/cache.hpp>
 
 #include "kernels/kernels.hpp"

@@ -1,5 +1,6 @@
 // Attention over sealed tiles: the float part, around the level's integer one, `Integer`: its
-// `prepare`, `score` and `accumulate` (integer-inl.hpp), `read_halves` and `round_weights`.
+// `prepare`, `score`, `accumulate`, `read_halves`, `round_weights`, `fetch`, `kQueryBytes`
+// (integer-inl.hpp).
 #pragma once
 
 #include "queries-inl.hpp"
@@ -147,7 +148,7 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
 
 // Bytes of the next tile that are fetched with each part of this one: evenly over its time, where
 // one block holds its rows. A whole tile ahead, as half of one is too late for what comes from
-// memory; and not at once, as processors keep track of 10 to 24 lines, and then wait.
+// memory; and not at once, as processors keep track of a few dozen lines, and then wait.
 struct FetchShares {
   std::size_t keys;
   std::size_t rows;

@@ -17,8 +17,9 @@
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
-//   value_blocks(rows)           blocks of value coordinates side by side, which share the loads of
-//   value_chains(rows)           weights; and sums of each: enough to hide a product's latency
+//   value_blocks(rows)           blocks of value coordinates side by side: they share weights'
+//   loads value_chains(rows)           sums of each block; with those side by side enough to hide a
+//                                product's latency
 #pragma once
 
 #include "attend-inl.hpp"

@@ -151,10 +151,10 @@ struct Kernels {
                      const std::uint8_t* weights, const float* steps, int rows, float* output,
                      std::int64_t stride, Ahead ahead) noexcept;
 
-  /// Bytes of what prepare_queries makes, a multiple of 64.
+  /// Bytes of what prepare_queries makes of so many rows or fewer, a multiple of 64.
   std::size_t (*prepared_bytes)(const SidePlan& keys, int rows) noexcept;
   /// Integers that stand for queries. queries: [rows, keys.padded], rotated, padding 0, finite;
-  /// prepared: 64-byte aligned, to be read by the same level.
+  /// prepared: 64-byte aligned, to be read by the same level and with as many rows.
   void (*prepare_queries)(const SidePlan& keys, const float* queries, int rows,
                           std::byte* prepared) noexcept;
 

@@ -334,7 +334,7 @@ inline bool any_above(FloatVec vec, float bound) noexcept {
 #endif
 }
 
-// largest[r] = the largest lane of vecs[r], for r < rows, else 0; there vecs are 0.
+// largest[r] = the largest lane of vecs[r] for r < rows, and anything beyond.
 inline void largest_lanes(const FloatVec (&vecs)[kMaxRows], int rows,
                           float (&largest)[kMaxRows]) noexcept {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
