@@ -21,7 +21,7 @@ constexpr std::int64_t kMostBlocksTogether = 2;
 // In how many shares a thread's last item is split; they still read some heads in order.
 constexpr int kShares = 4;
 // Below this many multiplications a second thread costs more than it brings.
-constexpr double kWorthThreads = 2e6;
+[[maybe_unused]] constexpr double kWorthThreads = 2e6;
 // Units are prepared and finished in batches, to bound what lies between.
 constexpr std::int64_t kBatchFloats = std::int64_t{1} << 23;
 
