@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "attention.hpp"
 
@@ -24,22 +23,6 @@ constexpr int kShares = 4;
 [[maybe_unused]] constexpr double kWorthThreads = 2e6;
 // Units are prepared and finished in batches, to bound what lies between.
 constexpr std::int64_t kBatchFloats = std::int64_t{1} << 23;
-
-// Working memory, left as it is: zeroing would take as long as a short call's attention.
-class Workspace {
- public:
-  explicit Workspace(std::int64_t floats)
-      : memory_(static_cast<float*>(
-            ::operator new(static_cast<std::size_t>(floats) * sizeof(float), kAlignment))) {}
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { ::operator delete(memory_, kAlignment); }
-  float* data() const noexcept { return memory_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* memory_;
-};
 
 }  // namespace
 
@@ -93,7 +76,8 @@ std::vector<Attention::Item> Attention::items(const Batch& batch, int threads) c
 void Attention::run() {
   const std::int64_t size = std::clamp<std::int64_t>(kBatchFloats / unit_floats_, 1, units_);
   const auto count_of = [size](std::int64_t each) { return static_cast<std::size_t>(size * each); };
-  const Workspace floats(size * unit_floats_);
+  // Left as it is: zeroing would take as long as a short call's attention.
+  const std::unique_ptr<Line[]> lines(new Line[count_of(unit_floats_ / kLineFloats)]);
   const std::unique_ptr<PartState[]> states(new PartState[count_of(parts_)]);
   const std::unique_ptr<CentreScores[]> centres(new CentreScores[count_of(1)]);
   const std::unique_ptr<bool[]> finite(new bool[count_of(kMaxRows)]);
@@ -102,9 +86,12 @@ void Attention::run() {
   if (multiplications() > kWorthThreads) threads = omp_get_max_threads();
 #endif
   for (std::int64_t first = 0; first < units_; first += size) {
-    const Batch batch{first,         std::min(size, units_ - first),
-                      floats.data(), states.get(),
-                      centres.get(), finite.get()};
+    const Batch batch{first,
+                      std::min(size, units_ - first),
+                      reinterpret_cast<float*>(lines.get()),
+                      states.get(),
+                      centres.get(),
+                      finite.get()};
     const std::vector<Item> todo = items(batch, threads);
     const auto count = static_cast<std::int64_t>(todo.size());
     const auto prepare_unit = [&](std::int64_t i) { prepare(unit(first + i), work(batch, i)); };

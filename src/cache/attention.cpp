@@ -14,7 +14,6 @@ using kernels::kMaxRows;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
-constexpr std::int64_t kLineFloats = 16;
 
 }  // namespace
 

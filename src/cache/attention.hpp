@@ -22,6 +22,12 @@ constexpr std::int64_t round_up(std::int64_t a, std::int64_t unit) {
   return divide_up(a, unit) * unit;
 }
 
+// Working memory, of which each array begins a line.
+constexpr std::int64_t kLineFloats = 16;
+struct alignas(64) Line {
+  float floats[kLineFloats];
+};
+
 // Softmax states of up to kMaxRows query rows (tqai::kernels::Softmax).
 struct PartState {
   alignas(64) float sums[kernels::kMaxRows][kernels::kLanes];
@@ -83,8 +89,8 @@ class Attention {
 
   // Exact tokens are part 0; sealed blocks the next ones.
   std::int64_t parts_of(std::int64_t batch_row) const noexcept {
-    const std::size_t blocks = rows_[static_cast<std::size_t>(batch_row)].sealed.size();
-    return 1 + static_cast<std::int64_t>((blocks + kPartBlocks - 1) / kPartBlocks);
+    const auto blocks = std::ssize(rows_[static_cast<std::size_t>(batch_row)].sealed);
+    return 1 + divide_up(blocks, std::int64_t{kPartBlocks});
   }
 
   // attend.cpp: how the work is split.

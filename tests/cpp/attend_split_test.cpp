@@ -1,12 +1,9 @@
 // However a call's work is split over batches of working memory, heads, parts and threads, each
 // head of each row gets what it gets alone.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <tqai/cache.hpp>
 
 #include "cache_helpers.hpp"
+#include "openmp.hpp"
 
 namespace tqai {
 namespace {
@@ -43,6 +40,7 @@ KvCache filled(CacheOptions options, const Tokens& one, std::int64_t batch_row, 
 std::vector<Array> attend_alone(const CacheOptions& options, const Tokens& one,
                                 const Array& queries, const AttendOptions& how,
                                 const std::vector<std::int64_t>& padding) {
+  const test::ThreadCount count(1);
   CacheOptions single = options;
   single.kv_heads = 1;
   std::vector<Array> outputs;
@@ -73,15 +71,9 @@ void expect_each_alone(const CacheOptions& options, const Tokens& one, const Arr
       std::copy_n(queries.at(b, h % group, 0), queries.shape[2] * kDim, repeated.at(b, h, 0));
     }
   }
-#ifdef _OPENMP
-  const int usual = omp_get_max_threads();
-  omp_set_num_threads(1);
-#endif
   const std::vector<Array> alone = attend_alone(options, one, queries, how, padding);
   for (const int threads : {1, 2, 3, 8}) {
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
-#endif
+    const test::ThreadCount count(threads);
     const Array output = attend(cache, repeated, how);
     for (std::int64_t b = 0; b < batch; ++b) {
       for (std::int64_t q = 0; q < queries.shape[2]; ++q) {
@@ -93,9 +85,6 @@ void expect_each_alone(const CacheOptions& options, const Tokens& one, const Arr
       }
     }
   }
-#ifdef _OPENMP
-  omp_set_num_threads(usual);
-#endif
 }
 
 // With a mask of 8 rows of 10 000 floats for each of 120 units, working memory ends within row 1.

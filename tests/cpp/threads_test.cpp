@@ -1,13 +1,10 @@
 // Results do not depend on the number of threads, and caches may be used side by side.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <atomic>
 #include <thread>
 #include <tqai/cache.hpp>
 
 #include "cache_helpers.hpp"
+#include "openmp.hpp"
 
 namespace tqai {
 namespace {
@@ -45,22 +42,20 @@ class Threads : public testing::Test {
 
 #ifdef _OPENMP
 TEST_F(Threads, DoNotChangeResults) {
-  const int usual = omp_get_max_threads();
-  omp_set_num_threads(1);
+  const test::ThreadCount single(1);
   const KvCache expected = filled();
   const std::vector<std::byte> bytes = expected.serialize();
   const std::vector<float> one = attend(expected, one_query_).data;
   const std::vector<float> many = attend(expected, many_queries_).data;
   const std::vector<float> keys = gather(expected, 0, kTokens).keys.data;
   for (const int threads : {2, 3, 5}) {
-    omp_set_num_threads(threads);
+    const test::ThreadCount count(threads);
     const KvCache cache = filled();
     EXPECT_EQ(cache.serialize(), bytes) << threads << " threads";
     EXPECT_EQ(attend(cache, one_query_).data, one) << threads << " threads";
     EXPECT_EQ(attend(cache, many_queries_).data, many) << threads << " threads";
     EXPECT_EQ(gather(cache, 0, kTokens).keys.data, keys) << threads << " threads";
   }
-  omp_set_num_threads(usual);
 }
 #endif
 
