@@ -66,11 +66,12 @@ inline void score_tile(const SidePlan& keys, const HeadRows& head, const std::ui
   const int terms = term_count(keys);
   const QuerySegment* queries = query_segments(head.queries);
   const std::uint8_t* words = query_words(head.queries, keys);
-  Integer::read_halves(tile + keys.norms, scratch.key_norms);
   for (int s = 0; s < keys.segment_count; ++s) {
     const SegmentPlan& segment = keys.segments[s];
     Integer::score(segment, tile + keys.codes + segment.offset, words, queries[s].bias,
                    terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
+    // Norms lie last in a tile, and are the last to be fetched.
+    if (s == 0) Integer::read_halves(tile + keys.norms, scratch.key_norms);
     words += word_bytes<Integer>(segment, rows, terms);
     for (int r = 0; r < rows; ++r) {
       std::int32_t* sums = scratch.scores[terms * r];

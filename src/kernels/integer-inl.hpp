@@ -133,14 +133,15 @@ inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packe
     }
     const std::uint8_t* group = packed;
     const std::uint8_t* word = words;
-    for (int g = 0; g < segment.count / kGroupCodes; ++g) {
+    const std::uint8_t* const end = words + stride;
+    do {
       score_quad<Ops, kBits, 0, kRows, kFirst, kCount>(table, group, part, word, stride, sums);
       score_quad<Ops, kBits, 1, kRows, kFirst, kCount>(table, group, part, word + kStep, stride,
                                                        sums);
       word += std::ptrdiff_t{2} * kStep;
       group += kBits * kLineBytes;
       fetch.template step<Ops>();
-    }
+    } while (word != end);
     for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kCount; ++s) {
         Ops::store(scores + r * kTileTokens + (kFirst + s) * kCoordinateBlock + part * kPartLanes,
