@@ -44,8 +44,10 @@ struct TileScratch {
   alignas(64) std::uint8_t weights[kMaxRows][kTileTokens];
   alignas(64) float key_norms[kTileTokens];
   alignas(64) float value_norms[kTileTokens];
-  alignas(64) FloatVec parts[kMaxRows] = {};  // whose lanes hold a row's largest product
-  Block block;
+  Block block;               // scores, then products of weights and the values' norms
+  float inverses[kMaxRows];  // what brings a row's products to 0…255
+  float units[kMaxRows];     // of its weights then
+  bool matter;               // whether any does
 };
 
 // One segment's part of a row's q·k, added to `vecs`.
@@ -58,74 +60,19 @@ inline void add_products(const std::int32_t* sums, float step, const float* norm
   }
 }
 
-// q·k for all rows and tokens of the tile into scratch.block.
-template <typename Integer>
-inline void score_tile(const SidePlan& keys, const HeadRows& head, const std::uint8_t* tile,
-                       std::int64_t first_token, Ahead ahead, TileScratch& scratch) noexcept {
-  const int rows = head.softmax.rows;
-  const int terms = term_count(keys);
-  const QuerySegment* queries = query_segments(head.queries);
-  const std::uint8_t* words = query_words(head.queries, keys);
-  for (int s = 0; s < keys.segment_count; ++s) {
-    const SegmentPlan& segment = keys.segments[s];
-    Integer::score(segment, tile + keys.codes + segment.offset, words, queries[s].bias,
-                   terms * rows, scratch.scores[0], s == 0 ? ahead : Ahead{});
-    // Norms lie last in a tile, and are the last to be fetched.
-    if (s == 0) Integer::read_halves(tile + keys.norms, scratch.key_norms);
-    words += word_bytes<Integer>(segment, rows, terms);
-    for (int r = 0; r < rows; ++r) {
-      std::int32_t* sums = scratch.scores[terms * r];
-      if (terms == 2) {
-        // |sums|, |fine| ≤ 127 · 128 · 512: their sum stays below 2^31.
-        const std::int32_t* fine = scratch.scores[2 * r + 1];
-        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
-      }
-      RowVecs vecs;
-      if (s == 0) {
-        fill_row(head.centre_scores[r], vecs);
-      } else {
-        load_row(scratch.block.scores[r], vecs);
-      }
-      add_products(sums, queries[s].steps[r] * segment.step, scratch.key_norms, vecs);
-      store_row(scratch.block.scores[r], vecs);
-    }
-  }
-  if (head.rope.count > 0) add_rope(head.rope, first_token, rows, scratch.block.scores);
-}
-
-// What brings each row's products to 0…255, and the unit of that.
-inline void scale_weights(const float* __restrict largest, int rows, float* __restrict inverses,
-                          float* __restrict units) noexcept {
-  for (int r = 0; r < rows; ++r) {
-    const float divisor = largest[r] > kNegligible ? largest[r] : kNegligible;
-    inverses[r] = 255.0F / divisor;
-    units[r] = divisor * (1.0F / 255.0F);
-  }
-}
-
-// Weights of all rows, times the values' norms, as 8 bits; units: theirs. Whether any matters.
-// scratch.parts and .block: the products.
-template <typename Integer>
-inline bool quantise_weights(int rows, TileScratch& scratch, float (&units)[kMaxRows]) noexcept {
-  float largest[kMaxRows];
-  largest_lanes(scratch.parts, rows, largest);
-  float inverses[kMaxRows];
-  scale_weights(largest, rows, inverses, units);
-  for (int r = 0; r < rows; ++r) {
-    Integer::round_weights(scratch.block.scores[r], inverses[r], scratch.weights[r]);
-  }
-  return std::any_of(largest, largest + rows, [](float x) { return x > kNegligible; });
-}
-
+// Products as weights of 8 bits, times the values. All rows' at once: the first ones' scales are
+// known by then.
 template <typename Integer>
 inline void accumulate_tile(const SidePlan& values, const Softmax& softmax,
                             const std::uint8_t* tile, Ahead ahead, TileScratch& scratch) noexcept {
-  float units[kMaxRows];
-  if (!quantise_weights<Integer>(softmax.rows, scratch, units)) return;
+  if (!scratch.matter) return;
+  for (int r = 0; r < softmax.rows; ++r) {
+    Integer::round_weights(scratch.block.scores[r], scratch.inverses[r], scratch.weights[r]);
+  }
   for (int s = 0; s < values.segment_count; ++s) {
     const SegmentPlan& segment = values.segments[s];
     float steps[kMaxRows];
-    for (int r = 0; r < softmax.rows; ++r) steps[r] = units[r] * segment.step;
+    for (int r = 0; r < softmax.rows; ++r) steps[r] = scratch.units[r] * segment.step;
     Integer::accumulate(segment, tile + values.codes + segment.offset, scratch.weights[0], steps,
                         softmax.rows, softmax.output + segment.first, softmax.output_stride,
                         s == 0 ? ahead : Ahead{});
@@ -180,28 +127,82 @@ struct NextTile {
   }
 };
 
-// Adds one tile to a head's rows. start: its first token among those given; whole: Sight::whole.
-template <typename Integer>
-inline void attend_tile(const TilePlan& plan, const HeadRows& head, const std::uint8_t* tile,
-                        const TileSpan& span, std::int64_t start, bool whole, const NextTile& next,
+// One head's tile, as its rows see it.
+struct Tile {
+  const std::uint8_t* data;
+  const TileSpan& span;
+  std::int64_t start;  // its first token among those given
+  bool whole;          // Sight::whole
+};
+
+// Turns a row's scores into products of 2^(score − max) and the values' norms, in scratch.block.
+TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVecs& vecs,
                         TileScratch& scratch) noexcept {
+  if (!tile.whole) limit(softmax, row, tile.start, tile.span.tokens, vecs);
+  weigh_roughly(softmax, row, vecs);
+  for (int v = 0; v < kRowVecs; ++v) {
+    vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
+  }
+  store_row(scratch.block.scores[row], vecs);
+  const float largest = largest_of(largest_parts(vecs));
+  const float divisor = largest > kNegligible ? largest : kNegligible;
+  scratch.units[row] = divisor * (1.0F / 255.0F);
+  scratch.inverses[row] = 255.0F / divisor;
+  scratch.matter |= largest > kNegligible;
+}
+
+// The products of all of a head's rows.
+template <typename Integer>
+inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& tile,
+                       const NextTile& next, TileScratch& scratch) noexcept {
+  const SidePlan& keys = plan.keys;
   const Softmax& softmax = head.softmax;
-  score_tile<Integer>(plan.keys, head, tile, span.first_token, next.with_keys, scratch);
-  Fetch fetch = fetch_of(next.with_rows, softmax.rows);
-  Integer::read_halves(tile + plan.values.norms, scratch.value_norms);
-  for (int r = 0; r < softmax.rows; ++r) {
+  const int rows = softmax.rows;
+  const int terms = term_count(keys);
+  const QuerySegment* queries = query_segments(head.queries);
+  const std::uint8_t* words = query_words(head.queries, keys);
+  Fetch fetch = fetch_of(next.with_rows, rows);
+  scratch.matter = false;
+  for (int s = 0; s < keys.segment_count; ++s) {
+    const SegmentPlan& segment = keys.segments[s];
+    Integer::score(segment, tile.data + keys.codes + segment.offset, words, queries[s].bias,
+                   terms * rows, scratch.scores[0], s == 0 ? next.with_keys : Ahead{});
+    if (s == 0) {  // norms lie last in a tile, and are the last to be fetched
+      Integer::read_halves(tile.data + keys.norms, scratch.key_norms);
+      Integer::read_halves(tile.data + plan.values.norms, scratch.value_norms);
+    }
+    words += word_bytes<Integer>(segment, rows, terms);
+    const bool last = s + 1 == keys.segment_count && head.rope.count == 0;
+    for (int r = 0; r < rows; ++r) {
+      std::int32_t* sums = scratch.scores[terms * r];
+      if (terms == 2) {
+        // |sums|, |fine| ≤ 127 · 128 · 512: their sum stays below 2^31.
+        const std::int32_t* fine = scratch.scores[2 * r + 1];
+        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
+      }
+      RowVecs vecs;
+      if (s == 0) {
+        fill_row(head.centre_scores[r], vecs);
+      } else {
+        load_row(scratch.block.scores[r], vecs);
+      }
+      add_products(sums, queries[s].steps[r] * segment.step, scratch.key_norms, vecs);
+      if (last) {
+        weigh_row(softmax, r, tile, vecs, scratch);
+        Integer::fetch(fetch);
+      } else {
+        store_row(scratch.block.scores[r], vecs);
+      }
+    }
+  }
+  if (head.rope.count == 0) return;
+  add_rope(head.rope, tile.span.first_token, rows, scratch.block.scores);
+  for (int r = 0; r < rows; ++r) {
     RowVecs vecs;
     load_row(scratch.block.scores[r], vecs);
-    if (!whole) limit(softmax, r, start, span.tokens, vecs);
-    weigh(softmax, r, vecs);
-    for (int v = 0; v < kRowVecs; ++v) {
-      vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
-    }
-    store_row(scratch.block.scores[r], vecs);
-    scratch.parts[r] = largest_parts(vecs);
+    weigh_row(softmax, r, tile, vecs, scratch);
     Integer::fetch(fetch);
   }
-  accumulate_tile<Integer>(plan.values, softmax, tile, next.with_values, scratch);
 }
 
 template <typename Integer>
@@ -224,9 +225,12 @@ void attend_tiles(const AttendTiles& args) noexcept {
       const bool fetch = next_span != nullptr && (last || next_head != head.head);
       const std::uint8_t* next =
           fetch ? next_span->tiles + static_cast<std::size_t>(next_head) * bytes : nullptr;
-      attend_tile<Integer>(*args.plan, head,
-                           span.tiles + static_cast<std::size_t>(head.head) * bytes, span, start,
-                           sights[h].whole(start, span.tokens), NextTile(next, shares), scratch);
+      const Tile tile{span.tiles + static_cast<std::size_t>(head.head) * bytes, span, start,
+                      sights[h].whole(start, span.tokens)};
+      const NextTile ahead(next, shares);
+      weigh_tile<Integer>(*args.plan, head, tile, ahead, scratch);
+      accumulate_tile<Integer>(args.plan->values, head.softmax, tile.data, ahead.with_values,
+                               scratch);
     }
     start += span.tokens;
   }

@@ -135,7 +135,8 @@ struct Avx512 {
   static Acc add(Acc a, Acc b) noexcept { return _mm512_add_epi32(a, b); }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
   // Compilers narrow by permutations of two registers, each of which is three instructions.
-  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+  TQAI_HOT static void round_weights(const float* products, float inverse,
+                                     std::uint8_t* weights) noexcept {
     __m512i parts[4];
     for (int i = 0; i < 4; ++i) {
       parts[i] = _mm512_cvttps_epi32(_mm512_fmadd_ps(

@@ -304,7 +304,8 @@ struct Integer {
     Ops::read_halves(from, to);
   }
   static void fetch(Fetch& ahead) noexcept { ahead.step<Ops>(); }
-  static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
+  TQAI_HOT static void round_weights(const float* products, float inverse,
+                                     std::uint8_t* weights) noexcept {
     Ops::round_weights(products, inverse, weights);
   }
 

@@ -52,6 +52,13 @@ inline Vec to_exponent(Vec vec) noexcept {
   return Vec(Words(vec) << 23);
 }
 
+// vec · 2^n, n being the lowest bits of each lane of `shifted`; the result is no denormal.
+template <typename Vec>
+inline Vec raise_exponent(Vec vec, Vec shifted) noexcept {
+  using Words [[gnu::vector_size(sizeof(Vec))]] = std::uint32_t;
+  return Vec(Words(vec) + (Words(shifted) << 23));
+}
+
 template <int kBytes>
 using Words64 [[gnu::vector_size(kBytes)]] = std::uint64_t;
 
@@ -95,6 +102,16 @@ template <typename Vec>
 inline Vec to_exponent(Vec vec) noexcept {
   for (float& lane : vec.lanes) {
     lane = std::bit_cast<float>(std::bit_cast<std::uint32_t>(lane) << 23);
+  }
+  return vec;
+}
+
+template <typename Vec>
+inline Vec raise_exponent(Vec vec, Vec shifted) noexcept {
+  constexpr std::size_t kCount = sizeof(Vec) / sizeof(float);
+  for (std::size_t i = 0; i < kCount; ++i) {
+    vec.lanes[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(vec.lanes[i]) +
+                                        (std::bit_cast<std::uint32_t>(shifted.lanes[i]) << 23));
   }
   return vec;
 }
@@ -155,6 +172,15 @@ inline FloatVec from_native(NativeFloats vec) noexcept {
   return load_floats(reinterpret_cast<const float*>(&vec));
 }
 #endif
+
+// larger(a, b), for constants too: of those compilers make a comparison and a blend at 512 bits.
+inline FloatVec larger_of(FloatVec a, FloatVec b) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  return from_native(_mm512_max_ps(native(a), native(b)));
+#else
+  return larger(a, b);
+#endif
+}
 
 // The same of vectors, lane by lane.
 inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) noexcept {
@@ -222,6 +248,21 @@ inline FloatVec exp2_negative(FloatVec vec) noexcept {
 #endif
 }
 
+// 2^x for x ≤ 0, of vectors, to a relative error below 8e-5 (minimax polynomial on [−0.5, 0.5]):
+// for weights that are then rounded to 8 bits, which costs up to 25 times as much. 2^-125 below,
+// and for what is no number.
+inline FloatVec exp2_rough(FloatVec vec) noexcept {
+  const auto shift = broadcast_float<FloatVec>(0x1.8p23F);
+  const FloatVec x = larger_of(vec, broadcast_float<FloatVec>(-125.0F));
+  const FloatVec shifted = x + shift;
+  const FloatVec f = x - (shifted - shift);
+  auto p = broadcast_float<FloatVec>(5.51716691e-2F);
+  p = fused(p, f, broadcast_float<FloatVec>(2.42611122e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(6.93260985e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(9.99928074e-1F));
+  return raise_exponent(p, shifted);
+}
+
 // To the nearest integer, halves away from zero; |x| < 2^23. Bits, as compilers make a branch of a
 // comparison, which queries' signs would mispredict.
 inline std::int32_t round_lane(float x) noexcept {
@@ -278,6 +319,19 @@ inline float largest_lane(Floats<kCount> vec) noexcept {
   }
 }
 
+// The largest lane of a register, without memory between its halves where there are instructions.
+inline float largest_of(FloatVec vec) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  const __m512 all = native(vec);
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+#else
+  return largest_lane<kVectorLanes>(vec);
+#endif
+}
+
 // The largest magnitude of `count` numbers, a multiple of 16.
 inline float largest_magnitude(const float* numbers, int count) noexcept {
   FloatVec vec{};
@@ -332,37 +386,6 @@ inline bool any_above(FloatVec vec, float bound) noexcept {
 #else
   return largest_lane<kVectorLanes>(vec) > bound;
 #endif
-}
-
-// largest[r] = the largest lane of vecs[r] for r < rows, and anything beyond.
-inline void largest_lanes(const FloatVec (&vecs)[kMaxRows], int rows,
-                          float (&largest)[kMaxRows]) noexcept {
-#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  if (rows > 2) {  // two in one, and so on: a third of the instructions
-    static_assert(kMaxRows == 8);
-    __m512 a[4];
-    for (int i = 0; i < 4; ++i) {
-      const __m512 low = native(vecs[i]);
-      const __m512 high = native(vecs[i + 4]);
-      a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(low, high, 0x44),
-                           _mm512_shuffle_f32x4(low, high, 0xEE));
-    }
-    for (int i = 0; i < 2; ++i) {
-      a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a[i], a[i + 2], 0x88),
-                           _mm512_shuffle_f32x4(a[i], a[i + 2], 0xDD));
-    }
-    // In 128 bits each what is left of rows 0, 4, 2, 6 in a[0], of rows 1, 5, 3, 7 in a[1].
-    const __m512 pairs =
-        _mm512_max_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-    const __m512 all = _mm512_max_ps(pairs, _mm512_permute_ps(pairs, 0b0100'1110));
-    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 4, 5, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_ps(largest, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
-    return;
-  }
-#endif
-  for (int r = 0; r < kMaxRows; ++r) {
-    largest[r] = r < rows ? largest_lane<kVectorLanes>(vecs[r]) : 0.0F;
-  }
 }
 
 // sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order.

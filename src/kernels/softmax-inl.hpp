@@ -85,19 +85,30 @@ TQAI_COLD void raise_max(const Softmax& softmax, int row, float largest) noexcep
   for (std::int64_t c = 0; c < softmax.output_stride; ++c) output[c] = output[c] * shrink;
 }
 
-// Turns one row's scores into 2^(score − max), updates max and sums, and scales the row's output
-// when max grew.
+// Raises a row's maximum where its scores are above it.
+TQAI_HOT void bound(const Softmax& softmax, int row, const RowVecs& scores) noexcept {
+  const FloatVec parts = largest_parts(scores);
+  if (any_above(parts, softmax.max[row])) raise_max(softmax, row, largest_of(parts));
+}
+
+// Turns one row's scores into 2^(score − max), and updates max and sums.
 TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
-  const FloatVec parts = largest_parts(vecs);
-  if (any_above(parts, softmax.max[row])) {
-    raise_max(softmax, row, largest_lane<kVectorLanes>(parts));
-  }
+  bound(softmax, row, vecs);
   const float max = softmax.max[row];
   if (max == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
     for (FloatVec& vec : vecs) vec = broadcast_float<FloatVec>(0.0F);
     return;
   }
   for (FloatVec& vec : vecs) vec = exp2_negative(vec - broadcast_float<FloatVec>(max));
+  add_to_lanes(vecs, softmax.sums[row]);
+}
+
+// The same, roughly. While nothing was seen sums are meaningless: raise_max clears them, and who
+// merges states leaves out one without a maximum.
+TQAI_HOT void weigh_roughly(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
+  bound(softmax, row, vecs);
+  const auto max = broadcast_float<FloatVec>(softmax.max[row]);
+  for (FloatVec& vec : vecs) vec = exp2_rough(vec - max);
   add_to_lanes(vecs, softmax.sums[row]);
 }
 
