@@ -30,7 +30,7 @@ _READER = "memory"
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call, batch 1."""
+    """One attention call of each layer, batch 1."""
 
     dim: int
     """Coordinates of a head."""
@@ -40,6 +40,9 @@ class Shape:
     tokens: int
     """In the past. One query reads them all; more queries bring a token each, exact still."""
     queries: int
+    layers: int = 1
+    """Each with memory of its own. More than one are read in turn, as a model does: what the
+    processor's caches do not hold comes from memory. All other numbers are of one of them."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,17 @@ def _time_shape(
     seconds: float,
     progress: Callable[[int, int, str], None] | None,
 ) -> KernelTimes:
-    found = ways(shape, settings)
-    calls: dict[str, Callable[[], Any]] = {way.key: way.call for way in found}
+    layers = [ways(shape, settings) for _ in range(shape.layers)]
+    found = layers[0]
+    calls: dict[str, Callable[[], Any]] = {
+        same[0].key: _one_after_another([way.call for way in same])
+        for same in zip(*layers, strict=True)
+    }
     calls[_READER] = reader
     times = in_turns(calls, rounds=rounds, seconds=seconds, progress=progress)
-    median = {key: statistics.median(each) for key, each in times.items()}
+    median = {way.key: statistics.median(times[way.key]) / shape.layers for way in found}
     best = min((way.key for way in found if way.bits is None), key=median.__getitem__)
-    bandwidth = BUFFER_BYTES / median[_READER]
+    bandwidth = BUFFER_BYTES / statistics.median(times[_READER])
     rows = []
     for way in found:
         rate = way.bytes_read / median[way.key]
@@ -198,8 +205,16 @@ def _time_shape(
     return KernelTimes(bandwidth, rows)
 
 
+def _one_after_another(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    def call() -> None:
+        for each in calls:
+            each()
+
+    return call
+
+
 def ways(shape: Shape, settings: Iterable[Settings]) -> list[_Way]:
-    """All ways to attend on a shape, over the same random queries, keys and values."""
+    """All ways to attend on one layer of a shape, over the same random queries, keys and values."""
     settings = list(settings)
     generator = torch.Generator().manual_seed(0)
     new = shape.queries if shape.queries > 1 else 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--threads sets a variable for the process."""
+    """What the verbs set for the whole process: --threads a variable, and what malloc keeps."""
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    monkeypatch.setattr("tqai.timing.keep_freed_memory", lambda: None)
 
 
 @contextmanager
@@ -117,7 +121,8 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["threads"] == 1
         assert row["shape"] == {
-            "dim": 32, "group": 2, "kv_heads": 2, "tokens": 100, "queries": 1
+            "dim": 32, "group": 2, "kv_heads": 2, "tokens": 100, "queries": 1,
+            "layers": 1,
         }  # fmt: skip
         assert row["level"] == ("scalar" if row["name"] == "tqai" else None)
         seconds = row["microseconds"] / 1e6
@@ -129,13 +134,60 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
             assert row["times_best_torch"] == 1 and row["bits"] is None
 
 
+def test_layers_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    made = time_kernels.ways
+
+    def counted(*arguments: Any) -> Any:
+        layer = len(read)
+        read.append(0)
+
+        def wrapped(way: Any) -> Any:
+            def call() -> torch.Tensor:
+                read[layer] += 1
+                return way.call()
+
+            return replace(way, call=call)
+
+        return [wrapped(way) for way in made(*arguments)]
+
+    monkeypatch.setattr(time_kernels, "ways", counted)
+    shape = Shape(dim=32, group=2, kv_heads=1, tokens=70, queries=1, layers=3)
+    (result,) = time_kernels.time_kernels([shape], ["k4v4"], rounds=1, seconds=0)
+    assert len(read) == 3 and read[0] == read[1] == read[2] > 7
+    assert result.rows[1].bytes_read == 70 * 2 * 32 * 4  # of one
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_kept() -> None:
+    """What was freed is given out again without the system clearing its pages anew."""
+    code = """
+import resource
+import torch
+from tqai.timing import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)  # 40 MB, beyond what glibc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+without = [faults() for _ in range(20)]
+keep_freed_memory()
+kept = [faults() for _ in range(40)]  # until pieces that fit have been freed
+print(sum(without), sum(kept[20:]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    without, kept = map(int, run.stdout.split())
+    assert kept < without / 10, (without, kept)
+
+
 def test_kernels_table_of_each_shape(capsys: pytest.CaptureFixture[str]) -> None:
     verb = (*KERNELS, "--tokens", "64", "130", "--queries", "1", "3", "--bits", "small")
     assert main(verb) == 0
     text = capsys.readouterr().out
     for queries in (1, 3):
         for tokens in (64, 130):
-            assert f"d=32 G=2 kv_heads=2 tokens={tokens} queries={queries} threads=" in text
+            assert (
+                f"d=32 G=2 kv_heads=2 tokens={tokens} layers=1 queries={queries} threads=" in text
+            )
     assert text.count("(best)") == 4
     assert text.count(f"tqai k2v2 mean {_core.default_level()} float32") == 4
     assert "sum over 256 MB" in text
@@ -153,6 +205,7 @@ def test_kernels_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     [
         (["kernels", "--tokens", "0"], "tokens=0: expected at least 1"),
         (["kernels", "--kv-heads", "-1"], "kv_heads=-1: expected at least 1"),
+        (["kernels", "--layers", "0"], "layers=0: expected at least 1"),
         (["kernels", "--dim", "4"], "head_dim"),
         (["kernels", "--bits", "4"], "expected the bits of keys and values first"),
         (["kernels", "--bits", "k9v4"], "bits_k=9: expected an integer from 1 to 8"),

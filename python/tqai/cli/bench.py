@@ -81,6 +81,7 @@ def _add_kernels(subjects: Any) -> None:
     _add_numbers(
         parser,
         ("--kv-heads", 8, "key/value heads"),
+        ("--layers", 1, "layers, read in turn, as in a model"),
         ("--rounds", 15, "turns of each, at most"),
         type=int,
     )
@@ -138,12 +139,14 @@ def _run_kernels(options: argparse.Namespace) -> None:
     import torch
 
     from tqai.time_kernels import Shape, time_kernels
+    from tqai.timing import keep_freed_memory
 
+    keep_freed_memory()
     figure = _figure(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shapes = [
-        Shape(dim, group, options.kv_heads, tokens, queries)
+        Shape(dim, group, options.kv_heads, tokens, queries, options.layers)
         for dim, group, queries, tokens in itertools.product(
             options.dim, options.group, options.queries, options.tokens
         )
@@ -180,8 +183,8 @@ def _print_kernels(results: list[KernelTimes]) -> None:
         shape = first.shape
         print(
             f"d={shape.dim} G={shape.group} kv_heads={shape.kv_heads} tokens={shape.tokens} "
-            f"queries={shape.queries} threads={first.threads}; memory reads at "
-            f"{result.bandwidth / 1e9:.1f} GB/s; {first.rounds} rounds"
+            f"layers={shape.layers} queries={shape.queries} threads={first.threads}; "
+            f"memory reads at {result.bandwidth / 1e9:.1f} GB/s; {first.rounds} rounds"
         )
         print_table(
             ["", "µs", "ns/token·head", "MB read", "GB/s", "of memory's", "× best torch"],
@@ -200,13 +203,13 @@ def _print_kernels(results: list[KernelTimes]) -> None:
         )
         print()
     print(
-        "Medians of whole calls from Python, all of them in turn. × best torch: how many times as "
-        "fast, the median\nof the rounds' ratios. The past is packed, in tiles of 64 tokens; a "
-        "single query reads it, and more bring a\ntoken each. MB read: keys and values, each "
-        "counted once. Rows: the query heads of a kv head as rows of one\nproduct; else as "
-        "transformers calls SDPA, with enable_gqa. Memory: torch's sum over 256 MB, by as many\n"
-        "threads, in the same rounds; shares above 100 % are of what stayed in the processor's "
-        "caches."
+        "Medians of whole calls from Python for one layer, all of them in turn, in memory that the "
+        "process has kept.\n× best torch: how many times as fast, the median of the rounds' "
+        "ratios. The past is packed, in tiles of 64\ntokens; a single query reads it, and more "
+        "bring a token each. MB read: keys and values, each counted once.\nRows: the query heads "
+        "of a kv head as rows of one product; else as transformers calls SDPA, with enable_gqa.\n"
+        "Memory: torch's sum over 256 MB, by as many threads, in the same rounds; shares above "
+        "100 % are of what\nstayed in the processor's caches."
     )
 
 
