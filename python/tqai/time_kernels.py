@@ -59,7 +59,7 @@ class KernelTime:
     threads: int
     shape: Shape
     microseconds: float
-    """Of the whole call from Python, median."""
+    """Of the whole call from Python, median; of all layers' calls, divided by their number."""
     nanoseconds_per_token_head: float
     """For each token and kv head, with all of its query heads and queries."""
     bytes_read: int

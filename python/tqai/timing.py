@@ -63,20 +63,20 @@ def memory_reader() -> Callable[[], Any]:
     return buffer.sum
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what the process frees, from now on; other C libraries do as they do.
+def keep_freed_memory() -> bool:
+    """Has the C library keep what this process frees from now on; whether that was possible, which
+    it is with glibc.
 
     A call's temporaries of megabytes otherwise come from the system anew each time, which clears
     them page by page, or do not, by what happened to be allocated before: that alone made torch's
     product of one query with 8192 keys two and a half times as slow in one process as in another.
     """
     if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+        return False
     libc = ctypes.CDLL(None)
-    for parameter, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0)):
-        if not libc.mallopt(parameter, value):
-            raise OSError(f"mallopt({parameter}, {value}) was refused")
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    # −1 never gives back the end of the heap; no allocation has a mapping of its own.
+    return bool(libc.mallopt(trim_threshold, -1)) and bool(libc.mallopt(mmap_max, 0))
 
 
 def _seconds_of(call: Callable[[], Any]) -> float:

@@ -10,6 +10,11 @@
 namespace tqai::kernels {
 namespace {
 
+// Products of a weight of at most 1 and a value's norm that are too small to matter.
+constexpr float kNegligibleProduct = 1e-22F;
+static_assert(kLeastPower * kMaxHalf * 255.0F < 0.5F * kNegligibleProduct,
+              "what is not seen must round to a weight of 0");
+
 // weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
 // is 0…255.
 inline void round_weights(const float* __restrict products, float inverse,
@@ -46,8 +51,8 @@ struct TileScratch {
   alignas(64) float value_norms[kTileTokens];
   Block block;               // scores, then products of weights and the values' norms
   float inverses[kMaxRows];  // what brings a row's products to 0…255
-  float units[kMaxRows];     // of its weights then
-  bool matter;               // whether any does
+  float units[kMaxRows];     // what one of a row's 8-bit weights stands for
+  bool matter;               // whether any row's products are more than negligible
 };
 
 // One segment's part of a row's q·k, added to `vecs`.
@@ -135,7 +140,8 @@ struct Tile {
   bool whole;          // Sight::whole
 };
 
-// Turns a row's scores into products of 2^(score − max) and the values' norms, in scratch.block.
+// Turns a row's scores into products of 2^(score − max) and the values' norms, in scratch.block,
+// and finds their scale.
 TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVecs& vecs,
                         TileScratch& scratch) noexcept {
   if (!tile.whole) limit(softmax, row, tile.start, tile.span.tokens, vecs);
@@ -145,10 +151,10 @@ TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVe
   }
   store_row(scratch.block.scores[row], vecs);
   const float largest = largest_of(largest_parts(vecs));
-  const float divisor = largest > kNegligible ? largest : kNegligible;
+  const float divisor = largest > kNegligibleProduct ? largest : kNegligibleProduct;
   scratch.units[row] = divisor * (1.0F / 255.0F);
   scratch.inverses[row] = 255.0F / divisor;
-  scratch.matter |= largest > kNegligible;
+  scratch.matter |= largest > kNegligibleProduct;
 }
 
 // The products of all of a head's rows.

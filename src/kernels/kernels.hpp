@@ -74,7 +74,7 @@ struct Softmax {
   /// times log2 e, kHeadroom above the largest at most; the sum of 2^(score − max) in kLanes parts,
   /// and Σ 2^(score − max) · value.
   float* max;                  // [rows], −inf before any token
-  float (*sums)[kLanes];       // [rows]
+  float (*sums)[kLanes];       // [rows], meaningless while max is −inf
   float* output;               // [rows, output_stride]
   std::int64_t output_stride;  // padded head dimension of the values
 };

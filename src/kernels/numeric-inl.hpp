@@ -173,7 +173,8 @@ inline FloatVec from_native(NativeFloats vec) noexcept {
 }
 #endif
 
-// larger(a, b), for constants too: of those compilers make a comparison and a blend at 512 bits.
+// larger(a, b), b where a is no number: where b is constant compilers make a comparison and a blend
+// of it at 512 bits.
 inline FloatVec larger_of(FloatVec a, FloatVec b) noexcept {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
   return from_native(_mm512_max_ps(native(a), native(b)));
@@ -248,12 +249,15 @@ inline FloatVec exp2_negative(FloatVec vec) noexcept {
 #endif
 }
 
+// What 2^x is in exp2_rough where x is less, −inf, or no number: no denormal either when multiplied
+// by the smallest FP16 norm, as processors take their time over those.
+constexpr float kLeastPower = 0x1p-100F;
+
 // 2^x for x ≤ 0, of vectors, to a relative error below 8e-5 (minimax polynomial on [−0.5, 0.5]):
-// for weights that are then rounded to 8 bits, which costs up to 25 times as much. 2^-125 below,
-// and for what is no number.
+// for weights that are then rounded to 8 bits, which costs up to 25 times as much.
 inline FloatVec exp2_rough(FloatVec vec) noexcept {
   const auto shift = broadcast_float<FloatVec>(0x1.8p23F);
-  const FloatVec x = larger_of(vec, broadcast_float<FloatVec>(-125.0F));
+  const FloatVec x = larger_of(vec, broadcast_float<FloatVec>(-100.0F));
   const FloatVec shifted = x + shift;
   const FloatVec f = x - (shifted - shift);
   auto p = broadcast_float<FloatVec>(5.51716691e-2F);
@@ -319,7 +323,7 @@ inline float largest_lane(Floats<kCount> vec) noexcept {
   }
 }
 
-// The largest lane of a register, without memory between its halves where there are instructions.
+// The largest lane of a register; at 512 bits not by way of memory.
 inline float largest_of(FloatVec vec) noexcept {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
   const __m512 all = native(vec);

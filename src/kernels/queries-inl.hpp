@@ -16,8 +16,7 @@ namespace {
 // much time as the first.
 constexpr int kTermRatio = 254;
 
-// Largest queries of a row, and products of a weight of at most 1 and a value's norm, that are too
-// small to matter; the inverse of what is larger is finite.
+// A row's largest query that is too small to matter; the inverse of what is larger is finite.
 constexpr float kNegligible = 1e-30F;
 
 constexpr int kOneTermBits = 4;

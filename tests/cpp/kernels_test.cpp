@@ -437,6 +437,84 @@ TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
   }
 }
 
+// Scores by way of a mask, as queries of zeros add none: each lane's sum is then one token's
+// weight.
+TEST_P(Levels, RoughPowersAgreeAndAreNear) {
+  auto engine = test::random_engine(8);
+  const auto codec = make_codec(16, 4);
+  std::vector<std::uint8_t> tile(codec.layout().bytes());
+  const auto vectors = tile_rows(16, engine);
+  scalar().encode(codec.plan().keys, true, vectors.data(), tile.data());
+  scalar().encode(codec.plan().values, false, vectors.data(), tile.data());
+  constexpr int kTokens = 16;
+  const std::vector<kernels::TileSpan> spans = {{tile.data(), kTokens, 0}};
+  const std::vector<float> queries(static_cast<std::size_t>(codec.plan().keys.padded), 0.0F);
+  constexpr float kLog2 = 0.693147181F;
+  for (int k = 0; k <= 130; ++k) {
+    std::vector<float> mask(kTokens);
+    for (int t = 0; t < kTokens; ++t) {
+      mask[static_cast<std::size_t>(t)] =
+          t == 0 ? 0.0F : -kLog2 * (static_cast<float>(k) + static_cast<float>(t - 1) / 14.0F);
+    }
+    mask[8] = std::nextafter(mask[8], 0.0F);  // about half an integer
+    const Sights sights{kTokens, 0.0F, mask.data(), {}, 0, 0};
+    const Attended got = run_tiles(level(), codec, spans, queries, 1, sights);
+    const Attended expected = run_tiles(scalar(), codec, spans, queries, 1, sights);
+    ASSERT_EQ(got.sums, expected.sums) << k;
+    ASSERT_EQ(got.output, expected.output) << k;
+    for (std::size_t t = 1; t < kTokens; ++t) {
+      const double score = static_cast<double>(mask[t]) / std::numbers::ln2;
+      if (score < -75.0) continue;  // what is masked adds 2^-100 to each lane, three times
+      const double ratio =
+          static_cast<double>(got.sums[0][t]) / static_cast<double>(got.sums[0][0]);
+      // Beside both powers' errors scores are rounded, at up to 100.
+      EXPECT_NEAR(ratio / std::exp2(score), 1.0, 1.6e-4 + 2e-5) << score;
+    }
+  }
+}
+
+// Values of the largest norms: what a row does not see is no part of its sums and outputs, whether
+// it comes first or last.
+TEST_P(Levels, MaskedTokensWeighNothing) {
+  auto engine = test::random_engine(9);
+  for (const int dim : {16, 64, 128}) {
+    const auto codec = make_codec(dim, 4);
+    std::vector<std::vector<std::uint8_t>> tiles;
+    for (int i = 0; i < 2; ++i) {
+      auto vectors = tile_rows(dim, engine);
+      tiles.emplace_back(codec.layout().bytes());
+      scalar().encode(codec.plan().keys, true, vectors.data(), tiles.back().data());
+      if (i == 0) {
+        for (float& value : vectors) value *= 1e6F;  // norms are cut off at 65504
+      }
+      scalar().encode(codec.plan().values, false, vectors.data(), tiles.back().data());
+    }
+    const kernels::TileSpan large{tiles[0].data(), kTileTokens, 0};
+    const kernels::TileSpan seen{tiles[1].data(), kTileTokens, kTileTokens};
+    const std::size_t padded = static_cast<std::size_t>(codec.plan().keys.padded);
+    auto queries = test::random_normal(2 * padded, engine);
+    std::fill_n(queries.begin(), padded, 0.0F);  // of row 0: all that it sees weighs as much
+    const Attended alone =
+        run_tiles(level(), codec, {seen}, queries, 1, {kTileTokens, 0.0F, nullptr, {}, 0, 0});
+    for (const bool last : {false, true}) {
+      std::vector<float> mask(4 * std::size_t{kTileTokens}, 0.0F);  // [2 rows, 2 tiles]
+      std::fill_n(mask.begin() + (last ? kTileTokens : 0), kTileTokens,
+                  -std::numeric_limits<float>::infinity());
+      const std::vector<kernels::TileSpan> spans =
+          last ? std::vector{seen, large} : std::vector{large, seen};
+      const Attended both = run_tiles(level(), codec, spans, queries, 2,
+                                      {2 * kTileTokens, 0.0F, mask.data(), {}, 0, 0});
+      EXPECT_EQ(both.max[0], alone.max[0]);
+      EXPECT_EQ(both.sums[0], alone.sums[0]);
+      const auto values = static_cast<std::ptrdiff_t>(codec.plan().values.padded);
+      EXPECT_TRUE(
+          std::equal(alone.output.begin(), alone.output.begin() + values, both.output.begin()));
+      EXPECT_GT(*std::max_element(both.output.begin() + values, both.output.end()),
+                20.0F);  // row 1 sees them
+    }
+  }
+}
+
 // One row over exact tokens of 16 coordinates with these scores; values are one-hot at token
 // mod 16.
 Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {

@@ -141,7 +141,7 @@ def _run_kernels(options: argparse.Namespace) -> None:
     from tqai.time_kernels import Shape, time_kernels
     from tqai.timing import keep_freed_memory
 
-    keep_freed_memory()
+    kept = keep_freed_memory()
     figure = _figure(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -166,7 +166,7 @@ def _run_kernels(options: argparse.Namespace) -> None:
     if options.json:
         print_json([asdict(result) for result in results])
     else:
-        _print_kernels(results)
+        _print_kernels(results, kept)
     if figure is not None:
         _draw_kernels(figure, results)
         figure.savefig(options.plot)
@@ -177,7 +177,7 @@ def _label(row: KernelTime) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _print_kernels(results: list[KernelTimes]) -> None:
+def _print_kernels(results: list[KernelTimes], kept: bool) -> None:
     for result in results:
         first = result.rows[0]
         shape = first.shape
@@ -203,13 +203,20 @@ def _print_kernels(results: list[KernelTimes]) -> None:
         )
         print()
     print(
-        "Medians of whole calls from Python for one layer, all of them in turn, in memory that the "
-        "process has kept.\n× best torch: how many times as fast, the median of the rounds' "
-        "ratios. The past is packed, in tiles of 64\ntokens; a single query reads it, and more "
-        "bring a token each. MB read: keys and values, each counted once.\nRows: the query heads "
-        "of a kv head as rows of one product; else as transformers calls SDPA, with enable_gqa.\n"
-        "Memory: torch's sum over 256 MB, by as many threads, in the same rounds; shares above "
-        "100 % are of what\nstayed in the processor's caches."
+        "Medians of whole calls from Python, divided by the layers, all of them in turn. × best "
+        "torch: how many\ntimes as fast, the median of the rounds' ratios. The past is packed, in "
+        "tiles of 64 tokens; a single query\nreads it, and more bring a token each. MB read: keys "
+        "and values, each counted once. Rows: the query heads of\na kv head as rows of one "
+        "product; else as transformers calls SDPA, with enable_gqa. Memory: torch's sum over\n"
+        "256 MB, by as many threads, in the same rounds; shares above 100 % are of what stayed in the "
+        "processor's caches.\n"
+        + (
+            "What is freed is kept by the process, so that temporaries are not cleared by the "
+            "system in each call."
+            if kept
+            else "Temporaries may be cleared by the system in each call: this C library cannot be "
+            "told to keep them."
+        )
     )
 
 
@@ -220,6 +227,7 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
         shape = result.rows[0].shape
         return shape.dim, shape.group, shape.queries
 
+    first = results[0].rows[0]
     kinds = list(dict.fromkeys(map(kind, results)))
     plots = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, (dim, group, queries) in zip(plots, kinds, strict=True):
@@ -238,7 +246,8 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
                 label=label,
             )
         axes.set(
-            title=f"d={dim}, G={group}, queries={queries}, threads={results[0].rows[0].threads}",
+            title=f"d={dim}, G={group}, queries={queries}, layers={first.shape.layers}, "
+            f"threads={first.threads}",
             xlabel="tokens",
             ylabel="ns a token and kv head",
             xscale="log",
