@@ -208,8 +208,8 @@ def _print_kernels(results: list[KernelTimes], kept: bool) -> None:
         "tiles of 64 tokens; a single query\nreads it, and more bring a token each. MB read: keys "
         "and values, each counted once. Rows: the query heads of\na kv head as rows of one "
         "product; else as transformers calls SDPA, with enable_gqa. Memory: torch's sum over\n"
-        "256 MB, by as many threads, in the same rounds; shares above 100 % are of what stayed in the "
-        "processor's caches.\n"
+        "256 MB, by as many threads, in the same rounds; shares above 100 % are of what stayed in "
+        "the processor's caches.\n"
         + (
             "What is freed is kept by the process, so that temporaries are not cleared by the "
             "system in each call."
