@@ -52,7 +52,7 @@ struct TileScratch {
   Block block;               // scores, then products of weights and the values' norms
   float inverses[kMaxRows];  // what brings a row's products to 0…255
   float units[kMaxRows];     // what one of a row's 8-bit weights stands for
-  bool matter;               // whether any row's products are more than negligible
+  bool matter;               // whether any row's weights are more than negligible
 };
 
 // One segment's part of a row's q·k, added to `vecs`.
@@ -145,7 +145,7 @@ struct Tile {
 TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVecs& vecs,
                         TileScratch& scratch) noexcept {
   if (!tile.whole) limit(softmax, row, tile.start, tile.span.tokens, vecs);
-  weigh_roughly(softmax, row, vecs);
+  scratch.matter |= weigh_roughly(softmax, row, vecs);
   for (int v = 0; v < kRowVecs; ++v) {
     vecs[v] = vecs[v] * load_floats(scratch.value_norms + v * kVectorLanes);
   }
@@ -154,7 +154,6 @@ TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVe
   const float divisor = largest > kNegligibleProduct ? largest : kNegligibleProduct;
   scratch.units[row] = divisor * (1.0F / 255.0F);
   scratch.inverses[row] = 255.0F / divisor;
-  scratch.matter |= largest > kNegligibleProduct;
 }
 
 // The products of all of a head's rows.

@@ -392,15 +392,19 @@ inline bool any_above(FloatVec vec, float bound) noexcept {
 #endif
 }
 
-// sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order.
-inline void add_to_lanes(const RowVecs& row, float* sums) noexcept {
+// sums[i] += the row's floats i, i + 16, i + 32 and i + 48, these in order. Returns the largest of
+// what was added, lane by lane of a register.
+inline FloatVec add_to_lanes(const RowVecs& row, float* sums) noexcept {
   constexpr int kStep = kLanes / kVectorLanes;
+  FloatVec largest;
   for (int i = 0; i < kStep; ++i) {
     FloatVec sum = row[i];
     for (int v = i + kStep; v < kRowVecs; v += kStep) sum = sum + row[v];
+    largest = i == 0 ? sum : larger(largest, sum);
     float* to = sums + i * kVectorLanes;
     store_floats(to, load_floats(to) + sum);
   }
+  return largest;
 }
 
 // from: [count] of dtype; to: fp32.

@@ -103,13 +103,19 @@ TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
   add_to_lanes(vecs, softmax.sums[row]);
 }
 
-// The same, roughly. While nothing was seen sums are meaningless: raise_max clears them, and who
-// merges states leaves out one without a maximum.
-TQAI_HOT void weigh_roughly(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
+// Where every fourth weight of a block sums up to no more than this, all 64 are at most 2^-28, and
+// what its row has seen is at least 2^-kHeadroom: 2^-24 of the row's sum, as much as fp32 rounds
+// it.
+constexpr float kNegligibleSum = 0x1p-32F;
+static_assert(kLanes * kNegligibleSum <= 0x1p-24F / 16.0F && kHeadroom == 4.0F);
+
+// The same, roughly; whether the weights matter. While nothing was seen sums are meaningless:
+// raise_max clears them, and who merges states leaves out one without a maximum.
+TQAI_HOT bool weigh_roughly(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
   bound(softmax, row, vecs);
   const auto max = broadcast_float<FloatVec>(softmax.max[row]);
   for (FloatVec& vec : vecs) vec = exp2_rough(vec - max);
-  add_to_lanes(vecs, softmax.sums[row]);
+  return any_above(add_to_lanes(vecs, softmax.sums[row]), kNegligibleSum);
 }
 
 }  // namespace

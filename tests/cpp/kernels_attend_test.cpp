@@ -306,6 +306,57 @@ TEST_P(Levels, MaskedTokensWeighNothing) {
   }
 }
 
+// The second tile's weights are all 2^-below of the first one's. Far below, its values are not read
+// unless another row needs them, which changes outputs by less than 2^-24.
+TEST_P(Levels, ValuesWhoseWeightsCannotMatterAreSkipped) {
+  auto engine = test::random_engine(10);
+  const auto codec = make_codec(64, 4);
+  std::vector<std::vector<std::uint8_t>> tiles;
+  std::vector<kernels::TileSpan> spans;
+  for (int i = 0; i < 2; ++i) {
+    const auto vectors = tile_rows(64, engine);
+    tiles.emplace_back(codec.layout().bytes());
+    scalar().encode(codec.plan().keys, true, vectors.data(), tiles.back().data());
+    scalar().encode(codec.plan().values, false, vectors.data(), tiles.back().data());
+  }
+  for (const auto& tile : tiles) {
+    spans.push_back({tile.data(), kTileTokens, kTileTokens * std::ssize(spans)});
+  }
+  const auto padded = static_cast<std::ptrdiff_t>(codec.plan().values.padded);
+  const std::vector<float> queries(2 * static_cast<std::size_t>(codec.plan().keys.padded),
+                                   0.0F);  // all scores are the mask's
+  const auto attended = [&](const kernels::Kernels& kernels, float below, float other_below) {
+    std::vector<float> mask(4 * std::size_t{kTileTokens}, 0.0F);  // [2 rows, 2 tiles]
+    std::fill_n(mask.begin() + kTileTokens, kTileTokens, -below * std::numbers::ln2_v<float>);
+    std::fill_n(mask.begin() + 3 * kTileTokens, kTileTokens,
+                -other_below * std::numbers::ln2_v<float>);
+    return run_tiles(kernels, codec, spans, queries, 2,
+                     {2 * kTileTokens, 0.0F, mask.data(), {}, 0, 0});
+  };
+  const auto row = [&](const Attended& state, int r) {
+    return std::vector<float>(state.output.begin() + r * padded,
+                              state.output.begin() + (r + 1) * padded);
+  };
+  const auto alone = row(attended(level(), 90.0F, 90.0F), 0);
+  for (const float below : {10.0F, 20.0F, 28.0F, 29.0F, 30.0F, 40.0F, 80.0F}) {
+    const Attended got = attended(level(), below, below);
+    EXPECT_EQ(got.sums, attended(scalar(), below, below).sums) << below;
+    EXPECT_EQ(got.output, attended(scalar(), below, below).output) << below;
+    // The first tile's weights are 2^-4: of the second's, four are 2^-32 where they are 2^-30
+    // below.
+    const bool skipped = below >= 30.0F;
+    EXPECT_EQ(row(got, 0) == alone, skipped) << below;
+    EXPECT_EQ(row(got, 1) == alone, skipped) << below;
+    const std::vector<float> read = row(attended(level(), below, 0.0F), 0);
+    if (!skipped) {
+      EXPECT_EQ(read, row(got, 0)) << below;
+    }
+    for (std::size_t c = 0; c < read.size(); ++c) {
+      EXPECT_NEAR(read[c], alone[c], (skipped ? 0x1p-24F : 1.0F) * 4.0F) << below;  // 4: the sum
+    }
+  }
+}
+
 // One row over exact tokens of 16 coordinates with these scores; values are one-hot at token
 // mod 16.
 Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {
