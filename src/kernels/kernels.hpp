@@ -161,8 +161,9 @@ struct Kernels {
   /// Adds the tiles to the softmax states. Error against exact attention over the decoded tiles:
   /// queries are int8 in one term where keys have up to 4 bits, off by up to max|q| / 254 a
   /// coordinate, and in two above, off by max|q| / 64516; each weight is off by up to 1/510 of its
-  /// tile's largest p · norm, and by up to 8e-5 of itself. A tile's values are skipped where its
-  /// weights are, for each row, at most 2^-24 of the row's sum so far. Same bits at every level.
+  /// tile's largest p · norm, and by up to 8e-5 of itself. A tile's values are skipped only
+  /// where its weights are, for each row, at most 2^-24 of the row's sum so far. Same bits at every
+  /// level.
   void (*attend_tiles)(const AttendTiles& args) noexcept;
 
   /// Adds exact tokens to the softmax state, in fp32.

@@ -103,9 +103,8 @@ TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
   add_to_lanes(vecs, softmax.sums[row]);
 }
 
-// Where every fourth weight of a block sums up to no more than this, all 64 are at most 2^-28, and
-// what its row has seen is at least 2^-kHeadroom: 2^-24 of the row's sum, as much as fp32 rounds
-// it.
+// Where no four weights of a block, 16 tokens apart, sum up to more than this, all 64 are at most
+// 2^-28, and what the row has seen is at least 2^-kHeadroom: 2^-24 of its sum, as fp32 rounds it.
 constexpr float kNegligibleSum = 0x1p-32F;
 static_assert(kLanes * kNegligibleSum <= 0x1p-24F / 16.0F && kHeadroom == 4.0F);
 

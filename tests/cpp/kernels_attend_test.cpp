@@ -306,53 +306,58 @@ TEST_P(Levels, MaskedTokensWeighNothing) {
   }
 }
 
-// The second tile's weights are all 2^-below of the first one's. Far below, its values are not read
-// unless another row needs them, which changes outputs by less than 2^-24.
+// The second tile's weights are all 2^-below of the first one's, and its values as long as FP16
+// norms can be: that they were read shows. Far below they are not, unless another row needs them.
 TEST_P(Levels, ValuesWhoseWeightsCannotMatterAreSkipped) {
   auto engine = test::random_engine(10);
   const auto codec = make_codec(64, 4);
   std::vector<std::vector<std::uint8_t>> tiles;
   std::vector<kernels::TileSpan> spans;
   for (int i = 0; i < 2; ++i) {
-    const auto vectors = tile_rows(64, engine);
+    auto vectors = tile_rows(64, engine);
     tiles.emplace_back(codec.layout().bytes());
     scalar().encode(codec.plan().keys, true, vectors.data(), tiles.back().data());
+    if (i == 1) {
+      for (float& value : vectors) value *= 1e6F;  // norms are cut off at 65504
+    }
     scalar().encode(codec.plan().values, false, vectors.data(), tiles.back().data());
   }
   for (const auto& tile : tiles) {
     spans.push_back({tile.data(), kTileTokens, kTileTokens * std::ssize(spans)});
   }
   const auto padded = static_cast<std::ptrdiff_t>(codec.plan().values.padded);
-  const std::vector<float> queries(2 * static_cast<std::size_t>(codec.plan().keys.padded),
-                                   0.0F);  // all scores are the mask's
-  const auto attended = [&](const kernels::Kernels& kernels, float below, float other_below) {
+  // Queries of zeros: scores are the mask's.
+  const std::vector<float> queries(2 * static_cast<std::size_t>(codec.plan().keys.padded), 0.0F);
+  struct Rows {
+    std::vector<float> first;
+    std::vector<float> second;
+  };
+  const auto attended = [&](const Kernels& kernels, float below, float second_below) {
     std::vector<float> mask(4 * std::size_t{kTileTokens}, 0.0F);  // [2 rows, 2 tiles]
     std::fill_n(mask.begin() + kTileTokens, kTileTokens, -below * std::numbers::ln2_v<float>);
     std::fill_n(mask.begin() + 3 * kTileTokens, kTileTokens,
-                -other_below * std::numbers::ln2_v<float>);
-    return run_tiles(kernels, codec, spans, queries, 2,
-                     {2 * kTileTokens, 0.0F, mask.data(), {}, 0, 0});
+                -second_below * std::numbers::ln2_v<float>);
+    const Attended state = run_tiles(kernels, codec, spans, queries, 2,
+                                     {2 * kTileTokens, 0.0F, mask.data(), {}, 0, 0});
+    const auto middle = state.output.begin() + padded;
+    return Rows{{state.output.begin(), middle}, {middle, state.output.end()}};
   };
-  const auto row = [&](const Attended& state, int r) {
-    return std::vector<float>(state.output.begin() + r * padded,
-                              state.output.begin() + (r + 1) * padded);
-  };
-  const auto alone = row(attended(level(), 90.0F, 90.0F), 0);
-  for (const float below : {10.0F, 20.0F, 28.0F, 29.0F, 30.0F, 40.0F, 80.0F}) {
-    const Attended got = attended(level(), below, below);
-    EXPECT_EQ(got.sums, attended(scalar(), below, below).sums) << below;
-    EXPECT_EQ(got.output, attended(scalar(), below, below).output) << below;
+  const std::vector<float> alone = attended(level(), 90.0F, 90.0F).first;
+  const std::vector<float> near = attended(level(), 0.0F, 0.0F).second;
+  for (const float below : {10.0F, 20.0F, 28.0F, 29.0F, 30.0F, 31.0F}) {
     // The first tile's weights are 2^-4: of the second's, four are 2^-32 where they are 2^-30
     // below.
     const bool skipped = below >= 30.0F;
-    EXPECT_EQ(row(got, 0) == alone, skipped) << below;
-    EXPECT_EQ(row(got, 1) == alone, skipped) << below;
-    const std::vector<float> read = row(attended(level(), below, 0.0F), 0);
-    if (!skipped) {
-      EXPECT_EQ(read, row(got, 0)) << below;
-    }
-    for (std::size_t c = 0; c < read.size(); ++c) {
-      EXPECT_NEAR(read[c], alone[c], (skipped ? 0x1p-24F : 1.0F) * 4.0F) << below;  // 4: the sum
+    const Rows far = attended(level(), below, 90.0F);
+    EXPECT_EQ(far.first == alone, skipped) << below;
+    EXPECT_EQ(far.first, attended(scalar(), below, 90.0F).first) << below;
+    const Rows mixed = attended(level(), below, 0.0F);
+    EXPECT_NE(mixed.first, alone) << below;
+    EXPECT_EQ(mixed.second, near) << below;
+    EXPECT_EQ(attended(level(), 0.0F, below).second, mixed.first) << below;
+    for (std::size_t c = 0; skipped && c < alone.size(); ++c) {
+      // 2^-24 of the sum, which is 4, times the norm.
+      EXPECT_NEAR(mixed.first[c], alone[c], 0x1p-24F * 4.0F * 65504.0F) << below;
     }
   }
 }
