@@ -4,6 +4,7 @@
 #include <tqai/cache.hpp>
 
 #include "cache_helpers.hpp"
+#include "every_level.hpp"
 
 namespace tqai {
 namespace {
@@ -11,6 +12,7 @@ namespace {
 using test::Array;
 using test::attend;
 using test::contains;
+using test::EveryLevel;
 using test::gather;
 using test::Gathered;
 using test::geometry;
@@ -59,19 +61,7 @@ TEST_P(TileEdges, LevelsAgreeWithScalarAndScalarWithDouble) {
   }
 }
 
-class EveryLevel : public testing::TestWithParam<Level> {
- protected:
-  void SetUp() override {
-    const auto levels = available_levels();
-    if (std::find(levels.begin(), levels.end(), GetParam()) == levels.end()) {
-      GTEST_SKIP() << "this processor has no " << name_of(GetParam());
-    }
-  }
-};
-
-INSTANTIATE_TEST_SUITE_P(All, EveryLevel,
-                         testing::Values(Level::scalar, Level::neon, Level::avx2, Level::avx512),
-                         [](const auto& param) { return test::level_text(param.param); });
+TQAI_AT_EVERY_LEVEL(EveryLevel);
 
 TEST_P(EveryLevel, LongContextIsSplitAndMerged) {
   auto engine = test::random_engine(11);

@@ -13,13 +13,20 @@ namespace {
 
 using kernels::Kernels;
 using kernels::kMaxRows;
+using test::kDims;
 using test::Levels;
 using test::make_codec;
 using test::tile_rows;
 
-constexpr int kDims[] = {16, 40, 64, 80, 96, 128, 256};
-
 TQAI_AT_EVERY_LEVEL(Levels);
+
+// Keys and values [64, dim] as a tile, the same at every level.
+void encode(const detail::Codec& codec, const std::vector<float>& keys,
+            const std::vector<float>& values, std::uint8_t* tile) {
+  const Kernels& scalar = kernels::kernels(Level::scalar);
+  scalar.encode(codec.plan().keys, true, keys.data(), tile);
+  scalar.encode(codec.plan().values, false, values.data(), tile);
+}
 
 struct Attended {
   std::vector<float> max;
@@ -111,8 +118,7 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       for (const int tokens : {64, 64, 17, 64}) {
         const auto rows = tile_rows(dim, engine);
         tiles.emplace_back(codec.layout().bytes());
-        scalar().encode(codec.plan().keys, true, rows.data(), tiles.back().data());
-        scalar().encode(codec.plan().values, false, rows.data(), tiles.back().data());
+        encode(codec, rows, rows, tiles.back().data());
         spans.push_back({tiles.back().data(), tokens, 0});
       }
       for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tiles = tiles[i].data();
@@ -192,8 +198,7 @@ TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
       blocks.emplace_back(kHeads * bytes);
       for (std::size_t h = 0; h < kHeads; ++h) {
         const auto rows = tile_rows(dim, engine);
-        scalar().encode(codec.plan().keys, true, rows.data(), blocks.back().data() + h * bytes);
-        scalar().encode(codec.plan().values, false, rows.data(), blocks.back().data() + h * bytes);
+        encode(codec, rows, rows, blocks.back().data() + h * bytes);
       }
       spans.push_back({nullptr, count, tokens});
       tokens += count;
@@ -235,8 +240,7 @@ TEST_P(Levels, RoughPowersAgreeAndAreNear) {
   const auto codec = make_codec(16, 4);
   std::vector<std::uint8_t> tile(codec.layout().bytes());
   const auto vectors = tile_rows(16, engine);
-  scalar().encode(codec.plan().keys, true, vectors.data(), tile.data());
-  scalar().encode(codec.plan().values, false, vectors.data(), tile.data());
+  encode(codec, vectors, vectors, tile.data());
   constexpr int kTokens = 16;
   const std::vector<kernels::TileSpan> spans = {{tile.data(), kTokens, 0}};
   const std::vector<float> queries(static_cast<std::size_t>(codec.plan().keys.padded), 0.0F);
@@ -272,13 +276,13 @@ TEST_P(Levels, MaskedTokensWeighNothing) {
     const auto codec = make_codec(dim, 4);
     std::vector<std::vector<std::uint8_t>> tiles;
     for (int i = 0; i < 2; ++i) {
-      auto vectors = tile_rows(dim, engine);
-      tiles.emplace_back(codec.layout().bytes());
-      scalar().encode(codec.plan().keys, true, vectors.data(), tiles.back().data());
+      const auto keys = tile_rows(dim, engine);
+      auto values = keys;
       if (i == 0) {
-        for (float& value : vectors) value *= 1e6F;  // norms are cut off at 65504
+        for (float& value : values) value *= 1e6F;  // norms are cut off at 65504
       }
-      scalar().encode(codec.plan().values, false, vectors.data(), tiles.back().data());
+      tiles.emplace_back(codec.layout().bytes());
+      encode(codec, keys, values, tiles.back().data());
     }
     const kernels::TileSpan large{tiles[0].data(), kTileTokens, 0};
     const kernels::TileSpan seen{tiles[1].data(), kTileTokens, kTileTokens};
@@ -314,13 +318,13 @@ TEST_P(Levels, ValuesWhoseWeightsCannotMatterAreSkipped) {
   std::vector<std::vector<std::uint8_t>> tiles;
   std::vector<kernels::TileSpan> spans;
   for (int i = 0; i < 2; ++i) {
-    auto vectors = tile_rows(64, engine);
-    tiles.emplace_back(codec.layout().bytes());
-    scalar().encode(codec.plan().keys, true, vectors.data(), tiles.back().data());
+    const auto keys = tile_rows(64, engine);
+    auto values = keys;
     if (i == 1) {
-      for (float& value : vectors) value *= 1e6F;  // norms are cut off at 65504
+      for (float& value : values) value *= 1e6F;  // norms are cut off at 65504
     }
-    scalar().encode(codec.plan().values, false, vectors.data(), tiles.back().data());
+    tiles.emplace_back(codec.layout().bytes());
+    encode(codec, keys, values, tiles.back().data());
   }
   for (const auto& tile : tiles) {
     spans.push_back({tile.data(), kTileTokens, kTileTokens * std::ssize(spans)});
@@ -439,5 +443,6 @@ TEST_P(Levels, MaximumIsAboveTheScoresAndAtMostFourAway) {
     }
   }
 }
+
 }  // namespace
 }  // namespace tqai

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cache/codec.hpp"
+#include "every_level.hpp"
 #include "kernels/kernels.hpp"
 #include "reference.hpp"
 
@@ -22,24 +23,13 @@ inline detail::Codec make_codec(int dim, int bits) {
   return detail::Codec(options);
 }
 
-// The parameter is the level, or nothing runs: a level that this machine lacks is skipped.
-class Levels : public testing::TestWithParam<Level> {
+constexpr int kDims[] = {16, 40, 64, 80, 96, 128, 256};
+
+class Levels : public EveryLevel {
  protected:
-  void SetUp() override {
-    const auto levels = available_levels();
-    if (std::find(levels.begin(), levels.end(), GetParam()) == levels.end()) {
-      GTEST_SKIP() << "this processor has no " << name_of(GetParam());
-    }
-  }
   const kernels::Kernels& level() const { return kernels::kernels(GetParam()); }
   static const kernels::Kernels& scalar() { return kernels::kernels(Level::scalar); }
 };
-
-// All of a file's tests, at each level.
-#define TQAI_AT_EVERY_LEVEL(Suite)                                                         \
-  INSTANTIATE_TEST_SUITE_P(                                                                \
-      All, Suite, testing::Values(Level::scalar, Level::neon, Level::avx2, Level::avx512), \
-      [](const auto& param) { return test::level_text(param.param); })
 
 // Tiles with vectors of all sizes, a zero vector and a one-hot one among them.
 inline std::vector<float> tile_rows(int dim, std::mt19937_64& engine) {

@@ -10,11 +10,10 @@ namespace tqai {
 namespace {
 
 using kernels::SegmentPlan;
+using test::kDims;
 using test::Levels;
 using test::make_codec;
 using test::tile_rows;
-
-constexpr int kDims[] = {16, 40, 64, 80, 96, 128, 256};
 
 TQAI_AT_EVERY_LEVEL(Levels);
 
@@ -89,6 +88,7 @@ TEST_P(Levels, WeightedSumsAreExact) {
     }
   }
 }
+
 TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
   auto engine = test::random_engine(3);
   for (int bits = 1; bits <= 8; ++bits) {

@@ -129,7 +129,4 @@ inline double norm(const std::vector<double>& vector) {
   return std::sqrt(sum);
 }
 
-/// The level that this run of the tests is about: TQAI_LEVEL, or the default.
-inline std::string level_text(Level level) { return std::string(name_of(level)); }
-
 }  // namespace tqai::test
