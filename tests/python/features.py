@@ -1,6 +1,6 @@
-"""What a user may ask of ``generate`` and the model, as functions for test_matrix.
+"""What a user may ask of ``generate`` and the model, as functions.
 
-Each takes a model and ``generate``'s arguments, and gives all outputs; test_cache has others.
+Each takes a model and ``generate``'s arguments, and gives all outputs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,60 @@ from typing import Any
 import torch
 import tqai
 from conftest import make_ids, make_model
+from transformers import DynamicCache
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 _assistants: list[Any] = []
+
+
+def plain(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    result = model.generate(make_ids(2), **LOGITS, **options)
+    return [result.sequences, *result.logits]
+
+
+def left_padded(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    ids = make_ids(3)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    mask[2, :22] = 0
+    result = model.generate(ids, attention_mask=mask, **LOGITS, **options)
+    return [result.sequences, *result.logits]
+
+
+def beams(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    options = {**options, "num_beams": 3, "num_return_sequences": 2}
+    return [model.generate(make_ids(2), **options)]
+
+
+def chunked(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    return [model.generate(make_ids(2, 40), prefill_chunk_size=7, **options)]
+
+
+def sampled(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    options = {**options, "do_sample": True, "num_return_sequences": 3}
+    return [model.generate(make_ids(), **options)]
+
+
+def prompt_lookup(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    return [model.generate(make_ids().repeat(1, 2), prompt_lookup_num_tokens=3, **options)]
+
+
+def turns(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    patched = hasattr(model, "_tqai_patch")
+    cache = tqai.new_cache(model) if patched else DynamicCache(config=model.config)
+    ids, outputs = make_ids(), []
+    for turn in range(3):
+        outputs.append(model.generate(ids, past_key_values=cache, **options))
+        ids = torch.cat([outputs[-1], make_ids(tokens=5, seed=turn)], 1)
+    return outputs
+
+
+def forward(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        first = model(make_ids(2))
+        again = model(make_ids(2, 5), past_key_values=first.past_key_values)
+        return [first.logits, again.logits]
 
 
 def beam_samples(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:

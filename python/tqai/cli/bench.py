@@ -14,14 +14,14 @@ from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
 from tqai.cli.process import fresh_process
-from tqai.models import DTYPES, require
 from tqai.settings import LEVELS, Settings
+from tqai.transformers.loading import DTYPES, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tqai.time_kernels import KernelTime, KernelTimes
-    from tqai.time_model import ModelTime, Variant
+    from tqai.measure.time_kernels import KernelTime, KernelTimes
+    from tqai.measure.time_model import ModelTime, Variant
 
 
 def add(verbs: Any) -> None:
@@ -138,8 +138,8 @@ def _run_kernels(options: argparse.Namespace) -> None:
     require("torch", "transformers", extra="torch")
     import torch
 
-    from tqai.time_kernels import Shape, time_kernels
-    from tqai.timing import keep_freed_memory
+    from tqai.measure.time_kernels import Shape, time_kernels
+    from tqai.measure.timing import keep_freed_memory
 
     kept = keep_freed_memory()
     figure = _figure(options)
@@ -260,7 +260,7 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
 
 def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
     """What is asked for and can be had, and what to say about the rest."""
-    from tqai.time_model import COMPRESSED, DYNAMIC, QUANTIZED, Variant, quantized_backend
+    from tqai.measure.time_model import COMPRESSED, DYNAMIC, QUANTIZED, Variant, quantized_backend
 
     notes = []
     caches: dict[str, Callable[[str], Variant]] = {
@@ -287,7 +287,7 @@ def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
 
 def _run_model(options: argparse.Namespace) -> None:
     require("torch", "transformers", extra="torch")
-    from tqai.time_model import time_model
+    from tqai.measure.time_model import time_model
 
     figure = _figure(options)
     given = settings_of(options)

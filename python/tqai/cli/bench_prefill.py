@@ -8,7 +8,7 @@ from typing import Any
 
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table, progress_bar
-from tqai.models import require
+from tqai.transformers.loading import require
 
 
 def add(subjects: Any) -> None:
@@ -38,7 +38,7 @@ def _run(options: argparse.Namespace) -> None:
     require("torch", "transformers", extra="torch")
     import torch
 
-    from tqai.time_prefill import time_prefill
+    from tqai.measure.time_prefill import time_prefill
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -11,9 +11,9 @@ from typing import Any
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import run_fresh
-from tqai.models import require
-from tqai.resident import resident_bytes
-from tqai.text import frame, prose
+from tqai.measure.resident import resident_bytes
+from tqai.measure.text import frame, prose
+from tqai.transformers.loading import require
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."
 # More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
@@ -77,7 +77,7 @@ def generate(
     from transformers import DynamicCache
 
     import tqai
-    from tqai.models import load
+    from tqai.transformers.loading import load
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
-from tqai.named import ARITHMETICS, SETTING_KEYS, parse_setting
+from tqai.measure.named_settings import ARITHMETICS, SETTING_KEYS, parse_setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tqai.fidelity import Fidelity
-    from tqai.recall import Recall
+    from tqai.measure.fidelity import Fidelity
+    from tqai.measure.recall import Recall
 
 # Option, default, what it means: of the comparison, and of the search for needles.
 _COMPARISON: tuple[tuple[str, int, str], ...] = (
@@ -103,8 +103,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
-    from tqai.fidelity import evaluate
-    from tqai.models import load
+    from tqai.measure.fidelity import evaluate
+    from tqai.transformers.loading import load
 
     for option in ("--depths", *(option for option, *_ in _SEARCH)):
         if _value(options, option) is not None:
@@ -131,8 +131,8 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
 
 
 def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
-    from tqai.models import load
-    from tqai.recall import needle
+    from tqai.measure.recall import needle
+    from tqai.transformers.loading import load
 
     for option in ("--plot", "--bos", *(option for option, *_ in _COMPARISON)):
         if _value(options, option) is not None:

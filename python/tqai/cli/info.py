@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import tqai
-from tqai import _core, models
+from tqai import _core
 from tqai.cli.options import add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table
+from tqai.transformers import loading
 
 
 def add(verbs: Any) -> None:
@@ -63,12 +64,12 @@ def _installation(threads: int | None) -> dict[str, Any]:
 
 
 def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    config = models.load_config(name)
+    config = loading.load_config(name)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tqai.geometry import geometry_of
-    from tqai.layer import TqaiLayer
+    from tqai.transformers.geometry import geometry_of
+    from tqai.transformers.layer import TqaiLayer
 
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config).eval()

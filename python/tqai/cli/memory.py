@@ -9,9 +9,9 @@ from typing import Any
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table
 from tqai.cli.process import run_fresh
-from tqai.models import require
-from tqai.resident import resident_bytes
-from tqai.text import prose
+from tqai.measure.resident import resident_bytes
+from tqai.measure.text import prose
+from tqai.transformers.loading import require
 
 _CHUNK = 1024
 
@@ -49,7 +49,7 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
 
     import tqai
     from tqai import _core
-    from tqai.models import load
+    from tqai.transformers.loading import load
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

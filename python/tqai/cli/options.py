@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from tqai.models import DTYPES
 from tqai.settings import BACKENDS, CENTERINGS, LEVELS, PRESETS, ROTATIONS, Settings
+from tqai.transformers.loading import DTYPES
 
 
 def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace], None]) -> Any:

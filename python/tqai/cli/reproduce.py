@@ -14,7 +14,7 @@ from tqai.cli.plot import add_plot, figure_for
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tqai.reproduce import Bias, Quantity, Reproduction
+    from tqai.measure.reproduce import Bias, Quantity, Reproduction
 
 
 def add(verbs: Any) -> None:
@@ -49,7 +49,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from tqai.reproduce import reproduce
+    from tqai.measure.reproduce import reproduce
 
     figure = None if options.plot is None else figure_for(options.plot, (11, 4.8))
     with progress_bar("step") as progress:

@@ -1,0 +1,52 @@
+"""Modules by the names that they had before they were put into rooms.
+
+``from tqai.cache import TqaiCache`` goes on working, and so do pickles that name it: both give the
+module where it is now.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_ROOMS = {
+    "transformers": ("attention", "cache", "devices", "encoder_decoder", "files", "geometry")
+    + ("hooks", "layer", "view"),
+    "measure": ("fidelity", "recall", "reproduce", "resident", "text", "time_kernels")
+    + ("time_model", "time_prefill", "timing"),
+}
+_NEW_NAMES = {
+    **{f"tqai.{name}": f"tqai.{room}.{name}" for room, names in _ROOMS.items() for name in names},
+    "tqai.models": "tqai.transformers.loading",
+    "tqai.named": "tqai.measure.named_settings",
+    "tqai.original": "tqai.transformers.original_attention",
+    "tqai.prefill": "tqai.transformers.stepwise_prefill",
+    "tqai.refs": "tqai.stores.tensor_refs",
+    "tqai.rope": "tqai.transformers.find_rope",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Asked for what no other finder has found."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _NEW_NAMES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # What stands here afterwards is what the import gives (importlib's own rule).
+        sys.modules[module.__name__] = import_module(_NEW_NAMES[module.__name__])
+
+
+def install() -> None:
+    """Makes the old names importable. May be called again."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,139 @@
+"""Settings by name, such as ``k4v2,window=32``, as measurements take them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tqai import api
+from tqai.settings import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tqai.transformers.cache import TqaiCache
+
+ARITHMETICS = ("kernel", "exact")
+
+# What a setting's name may say after its bits, and the option that it stands for.
+SETTING_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "sinks": ("sink_tokens", int),
+    "window": ("residual_window", int),
+    "rotation": ("rotation", str),
+    "centering": ("centering", str),
+    "seed": ("seed", int),
+    "backend": ("backend", str),
+    "level": ("level", str),
+    "skip": ("skip_layers", lambda layers: tuple(int(layer) for layer in layers.split("+"))),
+    "arithmetic": ("arithmetic", str),
+}
+
+
+def parse_setting(name: str) -> dict[str, Any]:
+    """Options from a name such as ``k4v2``, ``k4v4,window=32,sinks=0`` or ``small,skip=0+1``.
+
+    The keys are sinks, window, rotation, centering, seed, backend, level and skip, whose layers are
+    joined by plus signs, for arguments of ``tqai.patch``, and arithmetic; see ``NamedSetting``.
+
+    Raises:
+        ValueError: for a name of another form.
+    """
+    first, *rest = name.split(",")
+    options: dict[str, Any]
+    if first in PRESETS:
+        options = {"preset": first}
+    else:
+        match = re.fullmatch(r"k(\d+)v(\d+)", first)
+        if match is None:
+            raise ValueError(
+                f"setting {name!r}: expected the bits of keys and values first, as k4v2, or one of "
+                f"{', '.join(PRESETS)}"
+            )
+        options = {"bits_k": int(match[1]), "bits_v": int(match[2])}
+    for item in rest:
+        key, _, value = item.partition("=")
+        if key not in SETTING_KEYS:
+            allowed = ", ".join(f"{key}=" for key in SETTING_KEYS)
+            raise ValueError(f"setting {name!r}: {item!r} starts with none of {allowed}")
+        option, convert = SETTING_KEYS[key]
+        try:
+            options[option] = convert(value)
+        except ValueError:
+            raise ValueError(f"setting {name!r}: {key}={value!r} is not a number") from None
+    return options
+
+
+class NamedSetting:
+    """Arguments of ``tqai.patch`` for one model, and how attention reads the codes.
+
+    With ``arithmetic="exact"`` it dequantises them and leaves the rest to torch, in the cache's
+    dtype, so that what the kernels' integer arithmetic adds can be told from what the codes cost;
+    by default, "kernel", it reads them as decoding does.
+    """
+
+    def __init__(self, model: PreTrainedModel, setting: str | Mapping[str, Any]) -> None:
+        """Tries the setting, so that errors come before anything takes long.
+
+        Args:
+            model: not patched.
+            setting: a name as for ``parse_setting``, or the options that one stands for.
+
+        Raises:
+            ValueError: for a name of another form, an arithmetic that does not exist, or what
+                ``tqai.patch`` refuses.
+            NotImplementedError: as ``tqai.patch``.
+        """
+        if isinstance(setting, str):
+            self.name, self._options = setting, parse_setting(setting)
+        else:
+            self.name = ",".join(f"{key}={value}" for key, value in setting.items())
+            self._options = dict(setting)
+        arithmetic = self._options.pop("arithmetic", "kernel")
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(
+                f"setting {self.name!r}: arithmetic={arithmetic!r}; expected one of "
+                f"{', '.join(ARITHMETICS)}"
+            )
+        self._model = model
+        self._exact = arithmetic == "exact"
+        with self.patched() as cache:
+            self.settings = cache.settings
+
+    @contextmanager
+    def patched(self) -> Iterator[TqaiCache]:
+        """A fresh cache of the model, which is patched as long as it is in use."""
+        cache = api.patch(self._model, **self._options)
+        try:
+            if self._exact:
+                cache.use_exact_arithmetic()
+            yield cache
+        finally:
+            api.unpatch(self._model)
+
+
+def named_settings(
+    model: PreTrainedModel, settings: Iterable[str | Mapping[str, Any]]
+) -> list[NamedSetting]:
+    """The settings, for `model`.
+
+    Raises:
+        ValueError: for no settings, a patched model, or as ``NamedSetting``.
+        NotImplementedError: for an encoder-decoder model, or as ``tqai.patch``.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} is an encoder-decoder model; texts are read by decoder-only "
+            "models here: compare its outputs with and without tqai.patch(model)"
+        )
+    try:
+        api.new_cache(model)
+    except ValueError:
+        pass
+    else:
+        raise ValueError("the model is patched; call tqai.unpatch(model) first")
+    named = [NamedSetting(model, setting) for setting in settings]
+    if not named:
+        raise ValueError("settings: expected at least one")
+    return named

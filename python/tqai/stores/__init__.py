@@ -1,0 +1,107 @@
+"""What holds a layer's tokens: the C++ cache on the CPU, torch operations on other devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tqai import _core
+from tqai.settings import Settings
+from tqai.stores.rope import Rope
+from tqai.stores.tensor_refs import DTYPES, mask_ref, ref, rows_contiguous
+from tqai.stores.torch_ops import Options, TorchStore
+
+Store = _core.KvCache | TorchStore
+"""Both have the same methods; those that take tensors are called by the functions here."""
+
+
+def make_store(
+    settings: Settings,
+    rope: Rope | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_sinks: bool,
+) -> Store:
+    """An empty store for tokens like these, [batch, kv_heads, n, head_dim], held in `dtype`.
+
+    Raises:
+        ValueError: for options out of range.
+    """
+    batch, kv_heads, _, head_dim = keys.shape
+    options = settings.core_options()
+    options.update(kv_heads=kv_heads, head_dim=head_dim, value_head_dim=values.shape[3])
+    if not keeps_sinks:
+        options["sink_tokens"] = 0
+    if is_native(settings.backend, keys.device):
+        argument = None if rope is None else rope.core_argument()
+        return _core.KvCache(batch=batch, dtype=DTYPES[dtype], rope=argument, **options)
+    options.pop("level", None)
+    argument = None if rope is None else (rope.inv_freq, rope.layout, rope.rotary_dim)
+    return TorchStore(Options(dtype=dtype, rope=argument, **options), batch, keys.device)
+
+
+def is_native(backend: str, device: torch.device) -> bool:
+    """Whether tensors on `device` go to the C++ kernels."""
+    return backend == "auto" and device.type == "cpu"
+
+
+def moved(store: Store, settings: Settings, device: torch.device) -> Store:
+    """`store` itself, or the same tokens where tensors on `device` can be added to them."""
+    if is_native(settings.backend, device):
+        if isinstance(store, TorchStore):
+            return _core.KvCache.deserialize(store.serialize(), level=settings.level)
+        return store
+    if isinstance(store, TorchStore) and store.device == device:
+        return store
+    return TorchStore.deserialize(store.serialize(), device)
+
+
+def append(store: Store, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Adds tokens [batch, kv_heads, n, dim], of the store's dtype or one that it can hold."""
+    if isinstance(store, TorchStore):
+        store.append(keys, values)
+    else:
+        rows = rows_contiguous(keys), rows_contiguous(values)  # alive while their address is used
+        store.append(ref(rows[0]), ref(rows[1]))
+
+
+def attend(store: Store, queries: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Attention of queries [batch, query_heads, n, head_dim]; see ``TorchStore.attend``."""
+    if isinstance(store, TorchStore):
+        return store.attend(queries, **options)
+    mask, sinks = options.pop("mask", None), options.pop("sinks", None)
+    batch, heads, count, _ = queries.shape
+    output = queries.new_empty(batch, count, heads, store.value_head_dim)
+    if sinks is not None:
+        sinks = sinks.float().reshape(-1).contiguous()
+    rows = rows_contiguous(queries)
+    store.attend(
+        ref(rows),
+        ref(output),
+        mask=None if mask is None else mask_ref(mask),
+        sink_scores=0 if sinks is None else sinks.data_ptr(),
+        **options,
+    )
+    return output
+
+
+def gather(
+    store: Store, first: int, length: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dequantised keys and values of tokens first…first + length − 1; see ``TorchStore.gather``."""
+    if isinstance(store, TorchStore):
+        return store.gather(first, length, dtypes)
+    shape = store.batch, store.kv_heads, length
+    keys, values = (
+        torch.empty(*shape, dim, dtype=dtype, device="cpu")
+        for dim, dtype in zip((store.head_dim, store.value_head_dim), dtypes, strict=True)
+    )
+    store.gather(first, ref(keys), ref(values))
+    return keys, values
+
+
+def device_of(store: Store) -> torch.device:
+    """Where the store's tensors are."""
+    return store.device if isinstance(store, TorchStore) else torch.device("cpu")

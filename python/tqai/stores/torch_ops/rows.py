@@ -1,0 +1,262 @@
+"""Batch rows with the same history: what they hold, and how tokens move from exact to sealed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tqai.stores.torch_ops.centres import Centres, choose_centres
+from tqai.stores.torch_ops.codec import MAX_NORM, Codec, Options
+from tqai.stores.torch_ops.packing import TILE_TOKENS
+from tqai.stores.torch_ops.pages import PAGE_TILES, Page, extend, index_of
+from tqai.stores.torch_ops.phasors import Phasors
+
+_FEWEST_TOKENS = 16
+# What is unpacked at a time, so that never a whole cache is.
+_SCRATCH_FLOATS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Context:
+    """Settings and tables that the rows of a cache share."""
+
+    options: Options
+    codec: Codec
+    phasors: Phasors | None
+
+    def tiles_at_once(self, vectors: int) -> int:
+        """How many tiles to open together where each takes so many float32 vectors per token."""
+        dim = max(self.options.head_dim, self.options.value_head_dim)
+        return max(1, min(PAGE_TILES, _SCRATCH_FLOATS // (vectors * TILE_TOKENS * dim)))
+
+
+@dataclass
+class Exact:
+    """Exact tokens in buffers with room for more."""
+
+    keys: torch.Tensor
+    """[rows, kv_heads, capacity, head_dim] in the cache's dtype."""
+    values: torch.Tensor
+    """[rows, kv_heads, capacity, value_head_dim]"""
+    tokens: int
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def part(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of tokens start…end − 1, without copying."""
+        return self.keys[:, :, start:end], self.values[:, :, start:end]
+
+    def copy(self, start: int, end: int, capacity: int) -> Exact:
+        """Tokens start…end − 1 in buffers of their own."""
+        copies = []
+        for part in self.part(start, end):
+            rows, heads, tokens, dim = part.shape
+            copy = part.new_empty(rows, heads, capacity, dim)
+            copy[:, :, :tokens] = part
+            copies.append(copy)
+        return Exact(copies[0], copies[1], end - start)
+
+    def select(self, index: torch.Tensor) -> Exact:
+        return Exact(self.keys[index], self.values[index], self.tokens)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch that hold tokens of the same positions, in the same parts.
+
+    Held are, in order, sinks, sealed tokens and the tail; the first of them is token `first`.
+    Before the first sealing all are in the tail. Nothing changes but the tail's buffer, behind its
+    end.
+    """
+
+    places: tuple[int, ...]
+    """The rows of the batch that these are."""
+    sinks: Exact
+    tail: Exact
+    first: int = 0
+    pages: tuple[Page, ...] = ()
+    centres: Centres | None = field(default=None)
+
+    @property
+    def index(self) -> torch.Tensor:
+        """``places`` on the device."""
+        return index_of(self.places, self.tail.keys.device)
+
+    @property
+    def sealed_tokens(self) -> int:
+        return sum(page.tokens for page in self.pages)
+
+    @property
+    def held(self) -> int:
+        return self.sinks.tokens + self.sealed_tokens + self.tail.tokens
+
+    @property
+    def tail_start(self) -> int:
+        """The token that the tail begins with."""
+        return self.first + self.sinks.tokens + self.sealed_tokens
+
+    def appended(self, context: Context, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        """With more tokens at the end, [rows, kv_heads, n, dim] each."""
+        tail, more = self.tail, keys.shape[2]
+        needed = tail.tokens + more
+        if needed > tail.capacity:
+            kept = context.options.residual_window + TILE_TOKENS
+            grown = min(max(2 * tail.capacity, _FEWEST_TOKENS), kept)
+            tail = tail.copy(0, tail.tokens, max(needed, grown))
+        tail.keys[:, :, tail.tokens : needed] = keys
+        tail.values[:, :, tail.tokens : needed] = values
+        return replace(self, tail=replace(tail, tokens=needed))
+
+    def sealable(self, context: Context) -> int:
+        """Tokens that may be sealed now, a multiple of 64."""
+        tail = self.tail.tokens
+        if self.centres is None:
+            tail -= context.options.sink_tokens - self.sinks.tokens
+        beyond = tail - context.options.residual_window
+        return max(beyond, 0) // TILE_TOKENS * TILE_TOKENS
+
+    def sealed(self, context: Context) -> Rows:
+        """With what has left the window as codes.
+
+        Raises:
+            ValueError: for NaN, infinity, and vectors too long for FP16 norms.
+        """
+        count = self.sealable(context)
+        if count == 0:
+            return self
+        sinks, new_sinks = self.sinks, 0
+        if self.centres is None:
+            new_sinks = context.options.sink_tokens - sinks.tokens
+            if new_sinks > 0:
+                parts = zip(sinks.part(0, sinks.tokens), self.tail.part(0, new_sinks), strict=True)
+                sinks = Exact(*(torch.cat(part, 2) for part in parts), context.options.sink_tokens)
+        end = new_sinks + count
+        keys, values = self.tail.part(new_sinks, end)
+        start = self.tail_start + new_sinks
+        check_vectors(keys, values, start)
+        centres = self.centres
+        heads = len(self.places) * context.options.kv_heads
+        step = context.tiles_at_once(4 * heads) * TILE_TOKENS
+        if centres is None:
+            centres = choose_centres(context.options, context.phasors, keys, start, step)
+        pages = self.pages
+        for at in range(0, count, step):
+            key, value = (part[:, :, at : at + step] for part in (keys, values))
+            centre = centres.at(context.phasors, start + at, key.shape[2] // TILE_TOKENS)
+            tiles = context.codec.encode(key.float() - centre, value.float())
+            pages = extend(pages, tiles, start + at)
+        tail = self.tail.copy(end, self.tail.tokens, context.options.residual_window + TILE_TOKENS)
+        return replace(self, sinks=sinks, tail=tail, pages=pages, centres=centres)
+
+    def decoded(self, context: Context, page: Page) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a page, [rows, kv_heads, 64 · tiles, dim] float32."""
+        assert self.centres is not None
+        codec = context.codec
+        keys, values, key_norms, value_norms = codec.split(page.read(0, page.count))
+        centre = self.centres.at(context.phasors, page.first, page.count)
+        turned = codec.key.look_up(keys) * key_norms[..., None] @ codec.key.rotation
+        return (
+            turned + centre,
+            codec.value.look_up(values) * value_norms[..., None] @ codec.value.rotation,
+        )
+
+    def starting(self, first: int) -> Rows:
+        """The same, the first held token being `first`."""
+        return replace(self, first=first)
+
+    def truncated(self, held: int) -> Rows:
+        """With the first `held` of the held tokens."""
+        if held >= self.held:
+            return self
+        before_tail = self.sinks.tokens + self.sealed_tokens
+        if held >= before_tail:
+            return replace(self, tail=replace(self.tail, tokens=held - before_tail))
+        if held <= self.sinks.tokens:
+            # Nothing is sealed any more: the rows start anew, with their sinks as first tokens.
+            tail = self.sinks.copy(0, held, held)
+            sinks = self.sinks.copy(0, 0, 0)
+            return replace(self, sinks=sinks, tail=tail, pages=(), centres=None)
+        pages, left = [], held - self.sinks.tokens
+        for page in self.pages:
+            if left > 0:
+                pages.append(page if page.tokens <= left else page.crop(left))
+            left -= page.tokens
+        return replace(self, tail=self.tail.copy(0, 0, 0), pages=tuple(pages))
+
+    def without_front(self, context: Context, count: int) -> Rows:
+        """Without up to `count` tokens at the front: sinks one by one, others 64 at a time."""
+        count = min(count, self.held)
+        from_sinks = min(count, self.sinks.tokens)
+        sinks = self.sinks
+        if from_sinks > 0:
+            sinks = sinks.copy(from_sinks, sinks.tokens, sinks.tokens - from_sinks)
+        first, rest = self.first + from_sinks, count - from_sinks
+        from_tail = max(rest - self.sealed_tokens, 0) // TILE_TOKENS * TILE_TOKENS
+        pages = []
+        for page in self.pages:
+            gone = page.count if rest >= page.tokens else max(rest, 0) // TILE_TOKENS
+            if gone < page.count:
+                pages.append(page.drop(gone) if gone else page)
+            dropped = min(gone * TILE_TOKENS, page.tokens)
+            first += dropped
+            rest = rest - page.tokens if gone == page.count else 0
+        tail = self.tail
+        if from_tail > 0:
+            usual = context.options.residual_window + TILE_TOKENS
+            kept = tail.tokens - from_tail
+            tail = tail.copy(from_tail, tail.tokens, max(kept, min(tail.capacity, usual)))
+            first += from_tail
+        return replace(self, sinks=sinks, tail=tail, first=first, pages=tuple(pages))
+
+    def without_padding(self, count: int) -> Rows:
+        """Without exactly `count` tokens at the front; nothing is sealed."""
+        if count == 0:
+            return self
+        tail = self.tail.copy(count, self.tail.tokens, self.tail.capacity)
+        return replace(self, tail=tail, first=self.first + count)
+
+    def select(self, rows: list[int], places: tuple[int, ...]) -> Rows:
+        """Row i becomes row rows[i] of these, in the batch's row places[i]."""
+        if rows == list(range(len(self.places))):
+            return replace(self, places=places)
+        index = torch.tensor(rows, device=self.tail.keys.device)
+        return replace(
+            self,
+            places=places,
+            sinks=self.sinks.select(index),
+            tail=self.tail.select(index),
+            pages=tuple(page.select(rows) for page in self.pages),
+            centres=None if self.centres is None else self.centres.select(rows),
+        )
+
+    def copy(self) -> Rows:
+        """A copy with a tail of its own, whose end may change."""
+        tail = self.tail
+        return replace(self, tail=tail.copy(0, tail.tokens, tail.capacity))
+
+
+def check_vectors(keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+    """Raises ValueError for vectors that cannot be encoded, naming one.
+
+    keys, values: [rows, kv_heads, n, dim] of the tokens from `first` on. Waits for the device.
+    """
+    for name, vectors in (("keys", keys), ("values", values)):
+        norms = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+        bad = ~(norms <= MAX_NORM)
+        if not bad.any():
+            continue
+        row, head, token = bad.nonzero()[0].tolist()
+        where = f"{name}[{row}, {head}] of token {first + token}"
+        norm = float(norms[row, head, token])
+        if not torch.isfinite(vectors[row, head, token]).all():
+            raise ValueError(f"{where} holds NaN or infinity; only finite numbers can be cached")
+        raise ValueError(
+            f"{where} has norm {norm:g}; allowed: up to {MAX_NORM:g}, what FP16 norms hold"
+        )

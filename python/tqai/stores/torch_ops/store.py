@@ -1,0 +1,402 @@
+"""The compressed cache of one attention layer in torch tensors, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from tqai.stores.torch_ops import serialize
+from tqai.stores.torch_ops.attend import Query, attend
+from tqai.stores.torch_ops.codec import Options, codec_of
+from tqai.stores.torch_ops.phasors import phasors_of
+from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_vectors
+
+
+class TorchStore:
+    """What ``_core.KvCache`` is on the CPU: the same tiles, windows and operations.
+
+    Codes are equal to the C++ library's but where a rotated coordinate lies within rounding of the
+    boundary between two. Attention looks codes up and multiplies in float32, a page of tiles at a
+    time; how many makes no difference but rounding.
+
+    NaN, infinity and vectors too long for FP16 norms are refused by ``append``; in a single token
+    on another device than the CPU when it is to be sealed, as looking at each would make the device
+    wait.
+
+    Not thread-safe. A method that raises leaves the store as it was. Copies share sealed tiles.
+    """
+
+    def __init__(self, options: Options, batch: int, device: torch.device) -> None:
+        """Empty, on `device`.
+
+        Raises:
+            ValueError: for options out of range.
+        """
+        self.device = device
+        with self._plain():
+            self._context = _context_of(options, device)
+            exact = self._empty(batch)
+            self._rows = [Rows(tuple(range(batch)), exact, exact)]
+        self.batch = batch
+        self.tokens = 0
+
+    @property
+    def options(self) -> Options:
+        return self._context.options
+
+    @property
+    def kv_heads(self) -> int:
+        return self.options.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.options.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.options.value_head_dim
+
+    @property
+    def first_token(self) -> int:
+        """First token that some row still holds."""
+        return min(rows.first for rows in self._rows)
+
+    @property
+    def rows(self) -> Sequence[Rows]:
+        """What is held, rows with the same history together."""
+        return tuple(self._rows)
+
+    def packed_tokens(self, row: int) -> int:
+        """Tokens of a row held as codes."""
+        return self._rows_of(row)[0].sealed_tokens
+
+    def centering(self, row: int, head: int) -> str | None:
+        """What the keys are centred on; None before anything was sealed."""
+        rows, at = self._rows_of(row)
+        return None if rows.centres is None else rows.centres.kinds[at][head]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].
+
+        Tokens that had left the window before are sealed first.
+
+        Raises:
+            ValueError: for a wrong shape, and for vectors that cannot be sealed; see the class.
+        """
+        self._check_shapes(keys, values)
+        with self._plain():
+            if keys.shape[2] > 1 or self.device.type == "cpu":
+                check_vectors(keys, values, self.tokens)
+            sealed = [rows.sealed(self._context) for rows in self._rows]
+            self._rows = [
+                rows.appended(self._context, *(_choose(states, rows) for states in (keys, values)))
+                for rows in sealed
+            ]
+        self.tokens += keys.shape[2]
+
+    def seal(self) -> None:
+        """Compresses what has left the residual window.
+
+        Raises:
+            ValueError: for vectors that cannot be sealed; see the class.
+        """
+        with self._plain():
+            self._rows = [rows.sealed(self._context) for rows in self._rows]
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        *,
+        scale: float | None = None,
+        soft_cap: float = 0.0,
+        causal: bool = True,
+        window: int = 0,
+        first_token: int = 0,
+        mask: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Softmax attention of the last n tokens' queries.
+
+        Args:
+            queries: [batch, query_heads, n, head_dim]; query head h reads key/value head
+                h // (query_heads // kv_heads).
+            scale: of the scores; None: 1 / √head_dim.
+            soft_cap: c of c · tanh(score / c); 0: none.
+            causal: whether a query sees no later token than its own.
+            window: how many tokens a query sees at most, its own the last; 0: all.
+            first_token: tokens before it are not seen.
+            mask: [batch or 1, query_heads or 1, n, tokens − first_token], bool, or added.
+            sinks: [query_heads], scores that count in the softmax's sum and bring no value.
+
+        Returns:
+            [batch, n, query_heads, value_head_dim] in the queries' dtype; zeros for a query that
+            sees no token.
+        """
+        batch, heads, n, dim = queries.shape
+        shape = self.kv_heads, heads // self.kv_heads
+        with self._plain():
+            states = queries.float() * (dim**-0.5 if scale is None else scale)
+            states = states.unflatten(1, shape)
+            if mask is not None:
+                one = mask.shape[1] == 1
+                mask = mask.unflatten(1, (1, 1) if one else shape)
+            if sinks is not None:
+                sinks = sinks.float().reshape(shape)
+            output = queries.new_empty(batch, n, heads, self.value_head_dim)
+            for rows in self._rows:
+                query = Query(
+                    _choose(states, rows),
+                    self.tokens,
+                    soft_cap,
+                    causal,
+                    window,
+                    first_token,
+                    mask if mask is None or len(mask) == 1 else _choose(mask, rows),
+                )
+                part = attend(self._context, rows, query, sinks)
+                part = part.flatten(1, 2).transpose(1, 2).to(output.dtype)
+                if len(self._rows) == 1:
+                    output = part.contiguous()
+                else:
+                    output[rows.index] = part
+        return output
+
+    def gather(
+        self, first: int, length: int, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decompressed keys and values of tokens first…first + length − 1, in these dtypes.
+
+        [batch, kv_heads, length, head_dim] and [.., value_head_dim]; zeros for padding and what was
+        discarded.
+        """
+        with self._plain():
+            dims = self.head_dim, self.value_head_dim
+            shape = self.batch, self.kv_heads, length
+            keys, values = (
+                torch.zeros(*shape, dim, dtype=dtype, device=self.device)
+                for dim, dtype in zip(dims, dtypes, strict=True)
+            )
+            for rows in self._rows:
+                for start, key, value in _parts(self._context, rows, first, first + length):
+                    at = slice(start - first, start - first + key.shape[2])
+                    keys[rows.index, :, at] = key.to(keys.dtype)
+                    values[rows.index, :, at] = value.to(values.dtype)
+        return keys, values
+
+    def crop(self, tokens: int) -> None:
+        """Forgets all tokens from `tokens` on.
+
+        Raises:
+            ValueError: for more tokens than there are, or fewer than were discarded, but for 0.
+        """
+        first = self.first_token
+        if not 0 <= tokens <= self.tokens or 0 < tokens < first:
+            raise ValueError(
+                f"crop to {tokens} tokens; allowed: 0 or {first}…{self.tokens}, what the cache has"
+            )
+
+        def cropped(rows: Rows) -> Rows:
+            if tokens == 0:
+                exact = self._empty(len(rows.places))
+                return Rows(rows.places, exact, exact)
+            return rows.truncated(max(tokens - rows.first, 0)).starting(min(rows.first, tokens))
+
+        self._change(cropped)
+        self.tokens = tokens
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes a copy of row rows[i]; tiles are shared.
+
+        Raises:
+            ValueError: for no rows.
+            IndexError: for a row that does not exist.
+        """
+        if not rows:
+            raise ValueError("no rows were chosen; a batch needs 1 or more")
+        for row in rows:
+            if not 0 <= row < self.batch:
+                raise IndexError(f"row {row} of a batch of {self.batch}")
+        with self._plain():
+            chosen = []
+            for held in self._rows:
+                at = {place: i for i, place in enumerate(held.places)}
+                places = tuple(i for i, row in enumerate(rows) if row in at)
+                if places:
+                    chosen.append(held.select([at[rows[i]] for i in places], places))
+            self._rows = chosen
+        self.batch = len(rows)
+
+    def set_padding(self, counts: Sequence[int]) -> None:
+        """The first counts[row] tokens of each row are padding: they are dropped and never seen.
+
+        Raises:
+            ValueError: for a count that is lower than before or more than there are tokens, or rows
+                that have sealed tokens already.
+        """
+        if len(counts) != self.batch:
+            raise ValueError(f"{len(counts)} padding counts for a batch of {self.batch}")
+        with self._plain():
+            changed = []
+            for rows in self._rows:
+                for count in dict.fromkeys(counts[place] for place in rows.places):
+                    if not rows.first <= count <= self.tokens:
+                        raise ValueError(
+                            f"{count} tokens of padding; allowed: {rows.first}…{self.tokens}"
+                        )
+                    if count > rows.first and rows.centres is not None:
+                        raise ValueError(
+                            "rows have sealed tokens already; padding must be said before"
+                        )
+                    at = [i for i, place in enumerate(rows.places) if counts[place] == count]
+                    part = rows.select(at, tuple(rows.places[i] for i in at))
+                    changed.append(part.without_padding(count - rows.first))
+            self._rows = changed
+
+    def discard_before(self, token: int) -> None:
+        """Frees what only tokens before `token` need."""
+        if not 0 <= token <= self.tokens:
+            raise ValueError(f"discard before token {token}; allowed: 0…{self.tokens}")
+        self._change(
+            lambda rows: (
+                rows.without_front(self._context, token - rows.first)
+                if token > rows.first
+                else rows
+            )
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by part; see ``TqaiCache.memory_report``."""
+        packed = exact = overhead = tokens = packed_tokens = 0
+        for rows in self._rows:
+            packed += sum(page.tiles.nbytes for page in rows.pages)
+            exact += rows.sinks.nbytes + rows.tail.nbytes
+            overhead += 0 if rows.centres is None else rows.centres.nbytes
+            tokens += rows.held * len(rows.places)
+            packed_tokens += rows.sealed_tokens * len(rows.places)
+        token_bytes = self.kv_heads * (self.head_dim + self.value_head_dim)
+        return {
+            "tokens": tokens,
+            "packed_tokens": packed_tokens,
+            "packed_bytes": packed,
+            "exact_bytes": exact,
+            "overhead_bytes": overhead,
+            "total_bytes": packed + exact + overhead,
+            "uncompressed_bytes": tokens * token_bytes * self.options.dtype.itemsize,
+        }
+
+    def copy(self) -> TorchStore:
+        """A copy that shares the tiles."""
+        other = object.__new__(TorchStore)
+        vars(other).update(vars(self))
+        with self._plain():
+            other._rows = [rows.copy() for rows in self._rows]
+        return other
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchStore:
+        return self.copy()
+
+    def serialize(self) -> bytes:
+        """The store as bytes, the same as ``_core.KvCache.serialize`` gives; each reads both."""
+        with self._plain():
+            return serialize.write(self.options, self.tokens, self.batch, self._rows)
+
+    @classmethod
+    def deserialize(cls, data: bytes, device: torch.device) -> TorchStore:
+        """The store that was serialized, on `device`.
+
+        Raises:
+            ValueError: for other bytes.
+        """
+        store = cls.__new__(cls)
+        store.__setstate__((data, device))
+        return store
+
+    def __getstate__(self) -> tuple[bytes, torch.device]:
+        return self.serialize(), self.device
+
+    def __setstate__(self, state: tuple[bytes, torch.device]) -> None:
+        data, self.device = state
+        with self._plain():
+            options, self.tokens, self._rows = serialize.read(data, self.device)
+            self._context = _context_of(options, self.device)
+        self.batch = sum(len(rows.places) for rows in self._rows)
+
+    def _empty(self, batch: int) -> Exact:
+        options = self._context.options
+        keys, values = (
+            torch.empty(batch, options.kv_heads, 0, dim, dtype=options.dtype, device=self.device)
+            for dim in (options.head_dim, options.value_head_dim)
+        )
+        return Exact(keys, values, 0)
+
+    def _check_shapes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        tokens = keys.shape[2]
+        for name, states, dim in (
+            ("keys", keys, self.head_dim),
+            ("values", values, self.value_head_dim),
+        ):
+            needed = self.batch, self.kv_heads, tokens, dim
+            if tuple(states.shape) != needed:
+                raise ValueError(
+                    f"{name} has shape {tuple(states.shape)}; needed: {needed} = [batch, kv_heads, "
+                    "tokens, head_dim]"
+                )
+
+    def _rows_of(self, row: int) -> tuple[Rows, int]:
+        """The rows that `row` is held in, and which of them it is."""
+        for rows in self._rows:
+            if row in rows.places:
+                return rows, rows.places.index(row)
+        raise IndexError(f"row {row} of a batch of {self.batch}")
+
+    def _change(self, change: Callable[[Rows], Rows]) -> None:
+        with self._plain():
+            self._rows = [change(rows) for rows in self._rows]
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Neither autograd, nor tensors that only inference mode may change, nor autocast."""
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast(self.device.type):
+            yield
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _context_of(options: Options, device: torch.device) -> Context:
+    phasors = None if options.rope is None else phasors_of(options.rope, device)
+    return Context(options, codec_of(options, device), phasors)
+
+
+def _choose(states: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """What of [batch, ...] belongs to `rows`."""
+    if rows.places == tuple(range(len(states))):
+        return states
+    return states[rows.index]
+
+
+def _parts(
+    context: Context, rows: Rows, first: int, end: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """What `rows` hold of tokens first…end − 1: the first token, keys and values, part by part."""
+    for exact, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
+        a, b = max(first, start), min(end, start + exact.tokens)
+        if a < b:
+            yield a, *exact.part(a - start, b - start)
+    for page in rows.pages:
+        a, b = max(first, page.first), min(end, page.end)
+        if a < b:
+            keys, values = rows.decoded(context, page)
+            yield (
+                a,
+                keys[:, :, a - page.first : b - page.first],
+                values[:, :, a - page.first : b - page.first],
+            )

@@ -1,6 +1,0 @@
-"""Caches on devices that the C++ kernels do not reach: the same codes, in torch operations."""
-
-from tqai.torch_ops.codec import Options
-from tqai.torch_ops.store import TorchStore
-
-__all__ = ["Options", "TorchStore"]

@@ -1,0 +1,9 @@
+"""The seam into Hugging Face transformers: what ``tqai.patch`` puts under a PreTrainedModel.
+
+- ``hooks`` puts it on a model and takes it off; ``geometry`` says what a model looks like to a
+  cache, with ``find_rope`` for the rotary embedding of its keys and ``devices`` for where it is;
+- ``cache``, ``encoder_decoder`` and ``layer`` are the caches as transformers wants them, ``view``
+  what they hand out, ``attention`` what reads it, before ``original_attention`` and with
+  ``stepwise_prefill``;
+- ``files`` saves and loads caches, ``loading`` loads models for the command line.
+"""

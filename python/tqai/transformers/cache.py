@@ -1,0 +1,315 @@
+"""The compressed cache of a model: a list of layers, as transformers' DynamicCache is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tqai.settings import Settings
+from tqai.transformers.geometry import Geometry, is_compressible, is_linear
+from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.view import Owner, TqaiView
+
+_BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
+COUNTS = ("tokens", "packed_tokens", *_BYTES)
+
+
+class TqaiCache(DynamicCache):
+    """Keys and values of a patched model, compressed. Made by ``tqai.patch`` and ``new_cache``.
+
+    Pass it as ``past_key_values``; it belongs to the model that it was made for. ``copy.deepcopy``
+    is cheap: copies share what is packed, and neither sees later changes of the other. ``pickle``
+    works, also into a process with the same weights; ``tqai.save_cache`` writes files. Layers in
+    ``skip_layers`` and layers without keys and values are transformers' own.
+
+    A forward pass that fails inside a layer's update or attention leaves the cache as it was before
+    the pass, unless there are recurrent states in it (hybrid models), which are lost then.
+    """
+
+    whole: ReferenceType[Owner] | None = None
+    """The cache of an encoder-decoder model that this is one half of."""
+
+    def __init__(
+        self,
+        geometry: Geometry | None = None,
+        settings: Settings | None = None,
+        sliding: bool = True,
+        **unknown: Any,
+    ) -> None:
+        """`sliding`: whether layers with a sliding window forget the tokens that have left it.
+
+        Raises:
+            TypeError: for what others make caches of, as ``DynamicCache(config=...)``.
+        """
+        if not isinstance(geometry, Geometry) or settings is None or unknown:
+            raise TypeError(
+                f"a {type(self).__name__} is not made by hand: tqai.patch(model) returns one, and "
+                "tqai.new_cache(model) makes more"
+            )
+        super().__init__(config=geometry.config)
+        self.geometry = geometry
+        self.settings = settings
+        self.sliding = sliding
+        skipped = settings.skipped(len(self.layers))
+        for index, layer in enumerate(self.layers):
+            if index not in skipped and is_compressible(layer):
+                window = getattr(layer, "sliding_window", None) if sliding else None
+                own = settings.of_layer(index, len(self.layers))
+                self.layers[index] = self._make_layer(index, own, window)
+            elif type(layer) is DynamicSlidingWindowLayer and not sliding:
+                self.layers[index] = DynamicLayer()
+        self._before: dict[int, _Before] = {}
+        self._lost_states = False
+
+    def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
+        heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
+        return TqaiLayer(index, settings, sliding_window, heads, rope)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied half gets its own whole, and each forward pass has its own views."""
+        state = dict(vars(self))
+        state.pop("whole", None)
+        state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
+        return state
+
+    def check_model(self, geometry: Geometry) -> None:
+        """Raises ValueError where this is the cache of another model than the one described."""
+        if geometry != self.geometry:
+            other = geometry.describe()
+            if other == self.geometry.describe():
+                other = f"another {other}"
+            raise ValueError(
+                f"this cache was made for {self.geometry.describe()}, not for {other}; make one "
+                "with tqai.new_cache(model)"
+            )
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds tokens to a layer; see ``TqaiLayer.update``.
+
+        Raises:
+            ValueError: also for a layer that the cache's model does not have. As after any error
+                here, the layers that the forward pass has updated forget its tokens.
+        """
+        if layer_idx in self._before:  # a new forward pass
+            self._owner().end_pass()
+        self._check_states()
+        try:
+            if not 0 <= layer_idx < len(self.layers):
+                raise ValueError(
+                    f"layer {layer_idx} does not exist in this cache, which was made for "
+                    f"{self.geometry.describe()}; make one with tqai.new_cache(model)"
+                )
+            self._before[layer_idx] = _Before(self.layers[layer_idx])
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self.roll_back()
+            raise
+        if isinstance(keys, TqaiView):
+            keys.update.cache = self._owner()
+        return keys, values
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' cache does, for a layer with a recurrent state.
+
+        Raises:
+            RuntimeError: after a forward pass that failed; see ``restore_before``.
+        """
+        self._check_states()
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    def update_recurrent_state(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See ``update_conv_state``."""
+        self._check_states()
+        return super().update_recurrent_state(states, *args, **kwargs)
+
+    def _check_states(self) -> None:
+        if self._lost_states:
+            raise RuntimeError(
+                "a forward pass over this cache failed, and the recurrent states of "
+                f"{self.geometry.model} cannot be put back as they were before: reset() it, or "
+                "make another with tqai.new_cache(model), and read the text again"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens; a positive number is a length to keep.
+
+        Raises:
+            NotImplementedError: for a model with recurrent states, which cannot go back.
+            RuntimeError: see ``TqaiLayer.crop``.
+        """
+        for index, layer in enumerate(self.layers):
+            if is_linear(layer) and not (layer.is_croppable and layer.record_past):
+                raise NotImplementedError(
+                    f"layer {index} of {self.geometry.model} holds a recurrent state, which cannot "
+                    "go back to an earlier token: copy.deepcopy the cache before the tokens that "
+                    "are to be forgotten"
+                )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self._lost_states = False
+        self._before.clear()
+        super().reset()
+
+    def activate_past_recording(self) -> None:
+        """Makes sliding layers keep what ``crop`` may go back to; see ``TqaiLayer``."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def use_exact_arithmetic(self) -> None:
+        """Makes attention dequantise the codes and leave the rest to torch, from now on.
+
+        Slow: for measurements of what the kernels' integer arithmetic adds to the codes' own error.
+        """
+        for layer in self.layers:
+            if isinstance(layer, TqaiLayer):
+                layer.exact_arithmetic = True
+
+    def _owner(self) -> Owner:
+        """The cache that a forward pass takes."""
+        whole = self.whole() if self.whole is not None else None
+        return self if whole is None else whole
+
+    def end_pass(self) -> None:
+        """Makes what the forward passes so far have added lasting."""
+        self.forget_before()
+
+    def roll_back(self) -> None:
+        """Forgets what the forward pass that is under way has added, in both halves of a whole."""
+        owner = self._owner()
+        if owner is self:
+            self.restore_before()
+        else:
+            owner.roll_back()
+
+    def forget_before(self) -> None:
+        """Forgets how the layers were before the pass."""
+        self._before.clear()
+
+    def restore_before(self) -> None:
+        """Makes the layers as they were before the pass.
+
+        Recurrent states are not kept twice for that: those of an empty cache become empty again,
+        and otherwise the cache is of no use any more and says so when it is used.
+        """
+        for index, before in self._before.items():
+            before.restore(self.layers[index])
+        linear = [layer for layer in self.layers if is_linear(layer)]
+        if linear and any(before.length for before in self._before.values()):
+            self._lost_states = True
+        elif self._before:
+            for layer in linear:
+                layer.reset()
+        self._before.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds; ``memory_report()["total_bytes"]``."""
+        return self.memory_report()["total_bytes"]
+
+    def memory_report(self) -> dict[str, Any]:
+        """What the cache holds, as its allocators handed it out.
+
+        ``packed_bytes`` (codes and norms), ``exact_bytes`` (sinks, windows, tokens that wait to be
+        sealed, uncompressed layers), ``overhead_bytes`` (headers, lists, centres) and their sum
+        ``total_bytes``, and ``uncompressed_bytes``, that the same tokens would take, are sums over
+        the layers. ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over
+        all rows and without padding. ``layers`` has the same numbers layer by layer, ``centering``
+        counts the heads by what their keys are centred on, ``rotary`` the compressed layers by the
+        layout of their rotary embedding, "unrecognised" where keys get no rotary centre,
+        ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
+        """
+        layers = [_memory(layer) for layer in self.layers]
+        report: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _BYTES}
+        kept = sum(before.nbytes for before in self._before.values())
+        report["exact_bytes"] += kept
+        report["total_bytes"] += kept
+        for name in ("tokens", "packed_tokens"):
+            report[name] = max((layer[name] for layer in layers), default=0)
+        report["layers"] = layers
+        report["centering"] = dict(sum((_centerings(layer) for layer in self.layers), Counter()))
+        report["rotary"] = dict(
+            Counter(
+                layer.rope.layout if layer.rope else "unrecognised"
+                for layer in self.layers
+                if isinstance(layer, TqaiLayer)
+            )
+        )
+        report["settings"] = asdict(self.settings)
+        return report
+
+    def __repr__(self) -> str:
+        report = self.memory_report()
+        return (
+            f"TqaiCache({self.geometry.describe()}: {report['tokens']} tokens in "
+            f"{report['total_bytes']} bytes, uncompressed {report['uncompressed_bytes']})"
+        )
+
+
+class _Before:
+    """How a layer was before an update."""
+
+    def __init__(self, layer: Any) -> None:
+        self.length = int(layer.get_seq_length())
+        # A layer of transformers' own that forgets old tokens cannot be cropped back.
+        self.state = (
+            {name: vars(layer)[name] for name in ("keys", "values", "is_initialized")}
+            if type(layer) is DynamicSlidingWindowLayer
+            else {}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for no other reason."""
+        tensors = (self.state.get("keys"), self.state.get("values"))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def restore(self, layer: Any) -> None:
+        if isinstance(layer, TqaiLayer):
+            layer.truncate(self.length)
+        elif self.state:
+            vars(layer).update(self.state, cumulative_length=self.length)
+        elif layer.get_seq_length() > self.length:
+            layer.crop(self.length - layer.get_seq_length())
+
+
+def _memory(layer: Any) -> dict[str, int]:
+    """One layer's numbers; those of transformers' own layers count as exact."""
+    if isinstance(layer, TqaiLayer):
+        if layer.core is None:
+            return dict.fromkeys(COUNTS, 0)
+        memory = layer.core.memory()
+        return {name: memory[name] for name in COUNTS}
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    states = (
+        [*layer.conv_states.values(), *layer.recurrent_states.values()] if is_linear(layer) else ()
+    )
+    tensors = [tensor for tensor in (keys, values, *states) if tensor is not None]
+    size = sum(tensor.nbytes for tensor in tensors)
+    tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
+    sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
+    return {**dict.fromkeys(COUNTS, 0), **sizes, "tokens": tokens}
+
+
+def _centerings(layer: Any) -> Counter[str]:
+    core = layer.core if isinstance(layer, TqaiLayer) else None
+    if core is None:
+        return Counter()
+    kinds = (
+        core.centering(row, head) for row in range(core.batch) for head in range(core.kv_heads)
+    )
+    return Counter(kind or "undecided" for kind in kinds)

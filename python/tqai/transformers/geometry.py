@@ -1,0 +1,219 @@
+"""What a model looks like to a cache: its decoder, its attention layers and their heads."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tqai.settings import Settings
+from tqai.stores.rope import Rope
+from tqai.transformers.find_rope import find_ropes
+from tqai.transformers.layer import Heads, check_head_dim
+
+try:
+    from transformers.cache_utils import LinearAttentionLayer
+except ImportError:  # transformers 4
+    LinearAttentionLayer = None
+
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a model's cache, and which model it is."""
+
+    model: str = field(compare=False)
+    """Name of the model's class."""
+    config: Any = field(compare=False, repr=False)
+    """The decoder's configuration, that transformers builds its own cache from."""
+    heads: tuple[Heads | None, ...]
+    """Of each layer; None where the model's modules do not say."""
+    ropes: tuple[Rope | None, ...] = field(compare=False)
+    """The rotary embedding of each layer's keys; None where none was recognised."""
+    identity: str
+    """Tells weights apart, also in other processes; see ``_fingerprint``."""
+
+    def describe(self) -> str:
+        """As in "LlamaForCausalLM (4 layers, 2 key/value heads of 16)"."""
+        text = f"{len(self.heads)} layers"
+        known = [heads for heads in self.heads if heads is not None]
+        if known:
+            text += f", {known[0].count} key/value heads of {known[0].dim}"
+        return f"{self.model} ({text})"
+
+
+_geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
+
+
+def geometry_of(model: PreTrainedModel) -> Geometry:
+    """The geometry of `model`, or of the model that `model` is the decoder of."""
+    decoder = decoder_of(model)
+    if decoder not in _geometries:
+        config = config_of(model)
+        name = type(model).__name__
+        layers = len(_own_layers(name, config))
+        heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
+        _geometries[decoder] = Geometry(name, config, heads, ropes, _fingerprint(decoder))
+    return _geometries[decoder]
+
+
+def _fingerprint(decoder: torch.nn.Module) -> str:
+    """Names, shapes, dtypes and some of the numbers of the weights, as they are now.
+
+    The start of each tensor's middle row: training and other checkpoints change that, and reading
+    it costs milliseconds where all of the weights would cost seconds.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in decoder.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        if parameter.device.type == "meta":  # offloaded
+            continue
+        row = parameter.detach()
+        while row.ndim > 1:
+            row = row[row.shape[0] // 2]
+        digest.update(row[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The module whose forward takes the cache: the model without its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is not None and not takes_cache(decoder):
+        decoder = model.base_model  # some models call the layer before the vocabulary a decoder
+    if decoder is None or decoder is model:
+        return model
+    # The decoder of a composed model (EncoderDecoderModel) may have a head of its own.
+    return decoder_of(decoder) if is_encoder_decoder(model) else decoder
+
+
+def takes_cache(decoder: torch.nn.Module) -> bool:
+    """Whether the module's forward takes a cache by the usual name."""
+    return "past_key_values" in inspect.signature(decoder.forward).parameters
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """The configuration of the decoder, that its cache is built from."""
+    # That of a whole encoder-decoder model may count the encoder's layers.
+    owner = decoder_of(model) if is_encoder_decoder(model) else model
+    return owner.config.get_text_config(decoder=True)
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder reads an encoder's output, and caches that too."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def check_model(model: Any, settings: Settings) -> None:
+    """Raises ValueError or NotImplementedError where `model` cannot be patched."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"tqai.patch takes a transformers PreTrainedModel; got {type(model).__name__}"
+            f"{_advice(model)}"
+        )
+    name = type(model).__name__
+    decoder = decoder_of(model)
+    if not hasattr(decoder, "config"):
+        raise NotImplementedError(
+            f"{name}: its {type(decoder).__name__} has no configuration of its own, so tqai cannot "
+            "tell what cache it needs"
+        )
+    config = config_of(model)
+    if not _has_attention(model, decoder, config):
+        raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")
+    default_cache = getattr(type(model), "_supports_default_dynamic_cache", lambda: True)
+    if not takes_cache(decoder) or not default_cache():
+        raise NotImplementedError(
+            f"{name} keeps a cache of its own kind, which tqai cannot replace"
+        )
+    _check_layers(name, decoder, config, settings)
+
+
+def _advice(model: Any) -> str:
+    """What to do with something that is no model."""
+    if isinstance(model, str):
+        return f": load it first, AutoModelForCausalLM.from_pretrained({model!r})"
+    if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+        return ": patch the model before torch.compile"
+    if isinstance(getattr(model, "model", None), PreTrainedModel):
+        return ": patch its .model"
+    return ""
+
+
+def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:
+    if LinearAttentionLayer is None:
+        for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if kind not in _ATTENTION_TYPES:
+                raise NotImplementedError(
+                    f"layer {index} of {name} is of type {kind!r}, which tqai supports with "
+                    "transformers 5 or later only"
+                )
+    layers = _own_layers(name, config)
+    skipped = settings.skipped(len(layers))
+    for index, layer in enumerate(layers):
+        if index not in skipped and not (is_compressible(layer) or is_linear(layer)):
+            raise NotImplementedError(
+                f"layer {index} of {name} has a cache of type {type(layer).__name__}, which tqai "
+                f"cannot compress; leave it exact with skip_layers=[{index}]"
+            )
+    for index, heads in enumerate(_heads(decoder, len(layers))):
+        if heads is not None and index not in skipped:
+            check_head_dim(index, "keys", heads.dim)
+
+
+def _own_layers(name: str, config: Any) -> list[Any]:
+    """The layers of the cache that transformers would make for a model of this configuration."""
+    try:
+        return DynamicCache(config=config).layers
+    except KeyError as error:
+        raise NotImplementedError(
+            f"{name} has layers of type {error}, for which transformers has no dynamic cache"
+        ) from error
+
+
+def is_compressible(layer: Any) -> bool:
+    """Whether a layer of transformers' DynamicCache is one that ``TqaiLayer`` replaces."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer holds a recurrent state and no keys and values."""
+    return LinearAttentionLayer is not None and type(layer) is LinearAttentionLayer
+
+
+def _has_attention(model: PreTrainedModel, decoder: torch.nn.Module, config: Any) -> bool:
+    if not getattr(config, "num_attention_heads", None):
+        return False
+    if all(is_linear(layer) for layer in _own_layers(type(model).__name__, config)):
+        return False
+    causal = any(getattr(module, "is_causal", False) is True for module in decoder.modules())
+    return causal or model.can_generate()
+
+
+def _kinds(decoder: torch.nn.Module) -> str:
+    """The classes of the decoder's layers, as in "2 × MambaBlock"."""
+    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0]
+    longest = max(lists, key=len, default=decoder.children())
+    counts = Counter(type(layer).__name__ for layer in longest)
+    return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+
+
+def _heads(decoder: torch.nn.Module, layers: int) -> tuple[Heads | None, ...]:
+    """The key/value heads of each layer, read off attention modules of the usual make."""
+    found: dict[int, set[Heads | None]] = {}
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        dim = getattr(module, "head_dim", None)
+        width = getattr(getattr(module, "k_proj", None), "out_features", None)
+        if isinstance(index, int) and isinstance(dim, int) and isinstance(width, int):
+            whole = dim > 0 and width % dim == 0
+            found.setdefault(index, set()).add(Heads(width // dim, dim) if whole else None)
+    candidates = (found.get(index, set()) for index in range(layers))
+    return tuple(next(iter(heads)) if len(heads) == 1 else None for heads in candidates)

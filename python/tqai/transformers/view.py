@@ -1,0 +1,216 @@
+"""Storage-less stand-ins for the keys and values of a compressed layer.
+
+A cache layer hands these out in place of dense tensors, so that attention can find the layer behind
+them and read its packed bytes. Every other operation sees dequantised values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from tqai.settings import Settings
+from tqai.stores import Store
+
+_NAMES = ("keys", "values")
+
+
+class Layer(Protocol):
+    """What views, and attention over them, need of the layer behind: a ``TqaiLayer``."""
+
+    index: int
+    settings: Settings
+    sliding_window: int | None
+    core: Store | None
+    padding: list[int]
+    version: int
+    exact_arithmetic: bool
+
+    def is_packed(self) -> bool: ...
+    def gather(self, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def mark_padding(self, hidden: list[int], queries: int) -> None: ...
+    def settle(self, was_empty: bool) -> None: ...
+
+
+class Owner(Protocol):
+    """What forward passes are done with: the whole cache that a layer belongs to."""
+
+    def end_pass(self) -> None: ...
+    def roll_back(self) -> None: ...
+
+
+class Update:
+    """What one ``TqaiLayer.update`` handed out: a range of tokens of one layer at one moment.
+
+    Both views of the update share it.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        first: int,
+        length: int,
+        queries: int,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self.layer = layer
+        self.first = first
+        """Token that the views start at."""
+        self.length = length
+        """Tokens that the views span."""
+        self.queries = queries
+        """New tokens, the last of the span; 0 for an encoder's tokens, all of which all see."""
+        self.fresh = fresh
+        """The exact keys and values, where the update was the first of an empty layer."""
+        self.cache: Owner | None = None
+        """The cache that the layer belongs to, to undo a forward pass that fails."""
+        self.settled = False
+        """Whether attention ran and the layer has sealed what it could."""
+        self._version = layer.version
+        self._spare: dict[int, torch.Tensor] = {}
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether the tokens are an encoder's, and no queries among them."""
+        return self.queries == 0
+
+    def is_current(self) -> bool:
+        """Whether the layer is still as this update left it."""
+        return self._version == self.layer.version
+
+    def dense(self, which: int) -> torch.Tensor:
+        """The keys (0) or values (1), [batch, kv_heads, length, head_dim], in the cache's dtype.
+
+        Raises:
+            RuntimeError: when the layer was changed since.
+        """
+        if self.fresh is not None:
+            return self.fresh[which]
+        if not self.is_current():
+            raise RuntimeError(
+                f"the {_NAMES[which]} of layer {self.layer.index} are from before the cache was "
+                "changed; read them before the next update, crop or reorder"
+            )
+        # One gather writes both; most callers that ask for one ask for the other right after.
+        if which not in self._spare:
+            self._spare = dict(enumerate(self.layer.gather(self.first, self.length)))
+        return self._spare.pop(which)
+
+    def views(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[TqaiView, TqaiView]:
+        """Views in the dtype and with the heads of the new `keys` and `values`.
+
+        Where autograd records, gradients reach fresh keys and values, and a backward pass through
+        keys and values from the cache raises RuntimeError.
+        """
+        views = []
+        for which, tensor in enumerate((keys, values)):
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                views.append(_Tracked.apply(tensor, self, which))
+            else:
+                views.append(TqaiView(self, which, tensor))
+        return views[0], views[1]
+
+
+class TqaiView(torch.Tensor):
+    """The keys or values of one layer, [batch, kv_heads, length, head_dim], without storage.
+
+    Any operation works on the dequantised values and gives an ordinary tensor; writing into the
+    view raises NotImplementedError.
+    """
+
+    update: Update
+    which: int
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, update: Update, which: int, like: torch.Tensor) -> TqaiView:
+        batch, heads, _, head_dim = like.shape
+        shape = (batch, heads, update.length, head_dim)
+        view = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        view.update = update
+        view.which = which
+        return view
+
+    def __init__(self, update: Update, which: int, like: torch.Tensor) -> None:
+        pass
+
+    def dense(self) -> torch.Tensor:
+        """The dequantised values; see ``Update.dense``."""
+        return self.update.dense(self.which)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if isinstance(value, TqaiView) and _is_written(argument):
+                raise NotImplementedError(
+                    f"{func} writes into the {_NAMES[value.which]} of a compressed cache; "
+                    "clone() them first"
+                )
+        return func(*_dense(args), **_dense(kwargs))
+
+    def __repr__(self, **_: Any) -> str:
+        return (
+            f"TqaiView({_NAMES[self.which]} of layer {self.update.layer.index}, "
+            f"shape={tuple(self.shape)}, dtype={self.dtype})"
+        )
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, TqaiView):
+        return value.dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_dense, value))
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items()}
+    return value
+
+
+class _Tracked(torch.autograd.Function):
+    """A view that autograd knows as made from the new keys or values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, update: Update, which: int) -> torch.Tensor:
+        ctx.fresh = update.fresh is not None
+        return TqaiView(update, which, tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if not ctx.fresh:
+            raise RuntimeError(NOT_DIFFERENTIABLE)
+        return grads[0], None, None
+
+
+class Undifferentiable(torch.autograd.Function):
+    """Marks `output` as made from `query` by a computation that has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        raise RuntimeError(NOT_DIFFERENTIABLE)
+
+
+NOT_DIFFERENTIABLE = (
+    "attention over a compressed cache is not differentiable; run it under torch.no_grad(), "
+    "or train with use_cache=False or model.train()"
+)
+
+
+def update_of(key: torch.Tensor, value: torch.Tensor) -> Update | None:
+    """The update that `key` and `value` are the two views of, if they are."""
+    if isinstance(key, TqaiView) and isinstance(value, TqaiView):
+        if key.update is value.update and (key.which, value.which) == (0, 1):
+            return key.update
+    return None

@@ -1,0 +1,26 @@
+"""Caches that hold sealed tokens, and what is in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SEALING = {"residual_window": 16, "sink_tokens": 2}
+
+
+def filled(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """`cache`, after `model` has read `ids`."""
+    with torch.no_grad():
+        model(ids, past_key_values=cache, **options)
+    return cache
+
+
+def held(cache: Any) -> list[torch.Tensor]:
+    """All keys and values in a cache."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    for ours, theirs in zip(held(got), held(expected), strict=True):
+        assert torch.equal(ours, theirs)

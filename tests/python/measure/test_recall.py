@@ -1,0 +1,205 @@
+"""``tqai.needle``: what it asks, its numbers against slow ones of its own, and what it refuses."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import toy
+import tqai
+from conftest import make_model
+from tqai.measure.named_settings import parse_setting
+from tqai.measure.recall import CANDIDATES, _generate, _Trial, is_answer
+from tqai.measure.text import frame, prose
+from transformers import DynamicCache
+
+TEXT = "One more sentence of the text. " * 50
+CONTEXT = 500
+SETTING = "k2v2,sinks=2,window=32"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama")
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = toy.CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_trial(depth: float, seed: int = 0, tokenizer: Any = None) -> _Trial:
+    tokenizer = tokenizer or toy.tokenizer()
+    text = tokenizer(TEXT).input_ids
+    return _Trial(tokenizer, text, CONTEXT, depth, random.Random(f"{seed} 0"))
+
+
+def needle(model: Any, settings: list[Any], **options: Any) -> list[tqai.Recall]:
+    options = {"context": CONTEXT, "depths": (0.5,), "needles": 1, **options}
+    return tqai.needle(model, toy.tokenizer(), TEXT, settings, **options)
+
+
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompt(depth: float, chat: bool) -> None:
+    tokenizer = chat_tokenizer() if chat else toy.tokenizer()
+    trial = make_trial(depth, tokenizer=tokenizer)
+    assert trial.ids.shape[1] + len(trial.question) == CONTEXT
+    prompt = tokenizer.decode(trial.ids[0])
+    sentence = prompt[trial.first : trial.last + 1]
+    fact, code = sentence.rsplit(" ", 1)
+    assert fact.startswith(" The secret code of the ") and fact.endswith(" is")
+    assert code == f"{trial.codes[0]}."
+
+    head = "<user>" if chat else ""
+    before, after = prompt[len(head) : trial.first], prompt[trial.last + 1 :]
+    assert prompt.startswith(head) and before + after in TEXT
+    assert before == "" or before.endswith(".")
+    longest_sentence = 31
+    assert 0 <= depth * len(before + after) - len(before) < longest_sentence
+
+    asked = fact.removeprefix(" The").removesuffix(" is")
+    template = "\n\nWhat is the{0}?{1}The{0} is"
+    assert tokenizer.decode(trial.question) == template.format(asked, "<a>" if chat else " ")
+
+
+def test_frame_without_an_answer() -> None:
+    tokenizer = toy.tokenizer()
+    assert tokenizer.decode(frame(tokenizer, "Why?")[1]) == "\n\nWhy?"
+    assert [tokenizer.decode(ids) for ids in frame(chat_tokenizer(), "Why?")] == [
+        "<user>",
+        "\n\nWhy?<a>",
+    ]
+
+
+def test_codes_differ_by_needle_and_seed_but_not_by_depth() -> None:
+    codes = make_trial(0.1).codes
+    assert len(set(codes)) == CANDIDATES
+    assert all(len(code) == 5 for code in codes)
+    assert make_trial(0.9).codes == codes
+    assert make_trial(0.1, seed=1).codes != codes
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, trial: _Trial, options: dict[str, Any] | None) -> list[float]:
+    """Of each code after the question, with a cache filled anew for each."""
+    sums = []
+    for code in trial.codes:
+        cache = DynamicCache(config=model.config)
+        if options is not None:
+            cache = tqai.patch(model, **options)
+        ids = trial.tokenizer(f" {code}").input_ids
+        logits = []
+        for tokens in (trial.ids, torch.tensor([trial.question]), torch.tensor([ids])):
+            logits.append(model(tokens, past_key_values=cache, use_cache=True).logits[0])
+        if options is not None:
+            tqai.unpatch(model)
+        scores = torch.cat([logits[1][-1:], logits[2][:-1]]).double().log_softmax(-1)
+        sums.append(sum(scores[at, token].item() for at, token in enumerate(ids)))
+    return sums
+
+
+def test_numbers(model: Any) -> None:
+    steps = []
+    seeds = range(4)
+    ranks = set()
+    for seed in seeds:
+        plain, packed = needle(
+            model, [SETTING], seed=seed, progress=lambda *args: steps.append(args)
+        )
+        trial = make_trial(0.5, seed)
+        expected = log_probabilities(model, trial, None)
+        assert plain.setting == "uncompressed"
+        assert plain.log_probability == pytest.approx(expected[0], rel=1e-5)
+        assert plain.ranked_first == (max(expected) == expected[0])
+        ranks.add(plain.ranked_first)
+        quantised = log_probabilities(model, trial, parse_setting(SETTING))
+        assert packed.log_probability == pytest.approx(quantised[0], rel=1e-5)
+        assert abs(quantised[0] - expected[0]) > 1e-3  # the setting is one that shows
+        assert packed.ranked_first == (max(quantised) == quantised[0])
+        assert packed.tokens == trial.ids.shape[1]
+        assert packed.tokens_packed == (packed.tokens - 2 - 32) // 64 * 64
+        assert (plain.tokens_packed, plain.needles_packed) == (0, 0)
+        assert plain.depths == packed.depths == {0.5: 0}  # a random model finds nothing
+    assert ranks == {False, True}  # both were seen
+    assert steps[:2] == [(1, 2, "uncompressed"), (2, 2, SETTING)]
+
+
+def test_generation_is_greedy() -> None:
+    model = make_model("llama", seed=5)
+    ids = make_trial(0.5).ids
+    cache = tqai.patch(model, **parse_setting(SETTING))
+    with torch.inference_mode():
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        tokens = _generate(model, logits, cache, 8)
+    expected = model.generate(
+        ids, max_new_tokens=8, do_sample=False, eos_token_id=1000, pad_token_id=0
+    )
+    tqai.unpatch(model)
+    assert tokens == expected[0, ids.shape[1] :].tolist()
+    assert len(set(tokens)) > 1  # a model that does not repeat itself at once
+
+
+def test_needles_that_are_not_packed_are_not_counted_so(model: Any) -> None:
+    # One among the packed tokens, one in the window.
+    packed = needle(model, [SETTING], depths=(0.3, 1), needles=2)[1]
+    assert packed.needles == 4
+    assert packed.needles_packed == 2
+    assert packed.depths.keys() == {0.3, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"needles": 0}, "needles=0: expected at least 1"),
+        ({"depths": ()}, "depths=.*expected numbers from 0 to 1"),
+        ({"depths": (-0.1,)}, "depths=.*expected numbers from 0 to 1"),
+        ({"context": 1025}, "context=1025: the model was made for 1024 tokens"),
+        ({"context": 100}, r"context=100: expected \d+ to \d+ tokens, with a text of 1550"),
+        ({"settings": []}, "at least one"),
+        ({"settings": ["k4v4,window=480"]}, "no packed token was read"),
+        ({"depths": (1,)}, "no packed needle was read"),
+    ],
+)
+def test_refused(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        needle(model, options.pop("settings", [SETTING]), **options)
+    with pytest.raises(ValueError, match="not patched"):
+        tqai.unpatch(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 48213.", True),
+        (' "48213".', True),
+        (" 48213", True),
+        (" 482130", False),
+        (" 4821", False),
+        (" 1, not 48213", False),
+        (" unknown", False),
+    ],
+)
+def test_is_answer(text: str, right: bool) -> None:
+    assert is_answer(text, "48213") is right
+
+
+def test_smollm2_finds_it_unless_the_cache_is_spoilt(smollm2: Any) -> None:
+    spoilt = "k1v1,sinks=0,window=0,centering=none"
+    plain, packed, none = tqai.needle(
+        *smollm2,
+        prose(),
+        ["k8v8,window=32", spoilt],
+        context=300,
+        depths=(0.4,),
+        needles=1,
+    )
+    for result in (plain, packed):
+        assert (result.answered, result.ranked_first, result.depths) == (1, 1, {0.4: 1})
+    assert none.answered == 0
+    assert packed.needles_packed == none.needles_packed == 1
+    assert none.log_probability < packed.log_probability - 5
+    assert packed.log_probability == pytest.approx(plain.log_probability, abs=0.3)

