@@ -1,5 +1,3 @@
-#include <Eigen/Core>
-#include <Eigen/QR>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -7,6 +5,7 @@
 #include <tqai/error.hpp>
 #include <tqai/rotation.hpp>
 
+#include "haar.hpp"
 #include "random.hpp"
 #include "rotate-inl.hpp"
 
@@ -68,23 +67,15 @@ Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
     for (float& sign : signs_) sign = random.sign();
     return;
   }
-  using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic>;
-  Gaussian random(seed);
-  Matrix gaussian(head_dim, head_dim);
-  for (int i = 0; i < head_dim; ++i) {
-    for (int j = 0; j < head_dim; ++j) gaussian(i, j) = random.next();
-  }
-  const Eigen::HouseholderQR<Matrix> qr(gaussian);
-  Matrix q = qr.householderQ();
-  // Only with a positive diagonal is the decomposition unique, and Q uniform over the group
-  // (arXiv:math-ph/0609050, §5).
-  for (int j = 0; j < head_dim; ++j) {
-    if (qr.matrixQR()(j, j) < 0.0) q.col(j) = -q.col(j);
-  }
+  const std::vector<double> matrix = haar_matrix(head_dim, seed);
   matrix_.resize(dim * dim);
   transposed_.resize(dim * dim);
-  Eigen::Map<RowMatrix>(matrix_.data(), head_dim, head_dim) = q.cast<float>();
-  Eigen::Map<RowMatrix>(transposed_.data(), head_dim, head_dim) = q.transpose().cast<float>();
+  for (std::size_t i = 0; i < dim; ++i) {
+    for (std::size_t j = 0; j < dim; ++j) {
+      matrix_[i * dim + j] = static_cast<float>(matrix[i * dim + j]);
+      transposed_[j * dim + i] = matrix_[i * dim + j];
+    }
+  }
 }
 
 void Rotation::apply(const float* x, float* y, std::int64_t rows) const {

@@ -1,9 +1,27 @@
-// Appends, seals and attends through the public header alone; nonzero where the result is wrong.
+// Appends, seals and attends through the public header alone, beside an application's own use of
+// Eigen; nonzero where a result is wrong.
+#include <Eigen/QR>
 #include <cmath>
 #include <cstdio>
 #include <tqai/cache.hpp>
 
+// The application's own decomposition, built for its own processor: were the library to bring weak
+// symbols of Eigen along, the linker would merge the two, and memory be freed as it was not
+// allocated.
+static bool decomposes() {
+  const Eigen::MatrixXd matrix = Eigen::MatrixXd::Random(96, 96);
+  const Eigen::HouseholderQR<Eigen::MatrixXd> qr(matrix);
+  const Eigen::MatrixXd q = qr.householderQ();
+  const tqai::Rotation rotation(96, tqai::RotationKind::haar, 1);
+  const tqai::RowMatrix rows = tqai::RowMatrix::Identity(96, 96);
+  tqai::RowMatrix rotated(96, 96);
+  rotation.apply(rows, rotated);
+  return (q.transpose() * q - Eigen::MatrixXd::Identity(96, 96)).norm() < 1e-12 &&
+         (rotated * rotated.transpose() - tqai::RowMatrix::Identity(96, 96)).norm() < 1e-4F;
+}
+
 int main() {
+  if (!decomposes()) return 1;
   constexpr int kTokens = 200;
   constexpr int kDim = 64;
   tqai::CacheOptions options;

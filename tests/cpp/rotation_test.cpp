@@ -258,6 +258,35 @@ TEST(Rotation, SeedsArePinned) {
   }
 }
 
+// As Eigen's QR gave them, with which caches were written: files keep only the seed.
+TEST(Rotation, HaarIsWhatItWasInEarlierVersions) {
+  struct Pin {
+    int dim;
+    std::uint64_t seed;
+    float first_row[2];  // its first and last entry
+    float last_row[2];
+    double trace;
+  };
+  const Pin pins[] = {
+      {9, kSeed, {-0.0770749F, -0.46040037F}, {-0.2697861F, -0.49135002F}, -0.19721523},
+      {24, 1, {-0.23062493F, -0.036937345F}, {0.12085741F, -0.036445983F}, 0.21425484},
+      {80, 7, {-0.016596632F, -0.10054461F}, {-0.0015013291F, -0.11649322F}, -1.9069754},
+      {96, kSeed, {-0.024279501F, -0.014267299F}, {-0.10375134F, -0.069499336F}, -1.3216626},
+      {257, 3, {-0.03702116F, 0.059333365F}, {0.1048319F, 0.032594956F}, -0.44079191}};
+  for (const Pin& pin : pins) {
+    const Rotation rotation(pin.dim, RotationKind::haar, pin.seed);
+    const auto matrix = rotation.matrix();
+    const auto dim = static_cast<std::size_t>(pin.dim);
+    double trace = 0.0;
+    for (std::size_t i = 0; i < dim; ++i) trace += matrix[i * dim + i];
+    EXPECT_NEAR(matrix[0], pin.first_row[0], 1e-6) << pin.dim;
+    EXPECT_NEAR(matrix[dim - 1], pin.first_row[1], 1e-6) << pin.dim;
+    EXPECT_NEAR(matrix[(dim - 1) * dim], pin.last_row[0], 1e-6) << pin.dim;
+    EXPECT_NEAR(matrix[dim * dim - 1], pin.last_row[1], 1e-6) << pin.dim;
+    EXPECT_NEAR(trace, pin.trace, 1e-5) << pin.dim;
+  }
+}
+
 TEST(Rotation, SeedsDecide) {
   for (const RotationKind kind : {RotationKind::hadamard, RotationKind::haar}) {
     const Rotation rotation(64, kind, 5);
