@@ -78,6 +78,7 @@ def generate(
 
     import tqai
     from tqai.transformers.loading import load
+    from tqai.transformers.names import cache_argument, generate_name
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -103,10 +104,10 @@ def generate(
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             max_new_tokens=tokens,
             do_sample=False,
             stopping_criteria=[clock],
+            **{generate_name(): cache},
         )
         return out[0, ids.shape[1] :].tolist()
 
@@ -145,7 +146,7 @@ def generate(
         cache.crop(ids.shape[1] - 1)
         text = torch.tensor([[ids[0, -1].item(), *others[:-1]]])
         with torch.inference_mode():
-            chosen = model(text, past_key_values=cache).logits[0].argmax(-1)
+            chosen = model(text, **cache_argument(model, cache)).logits[0].argmax(-1)
         result["foreseen"] = int((chosen == torch.tensor(others)).sum())
     return result
 

@@ -50,6 +50,7 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
     import tqai
     from tqai import _core
     from tqai.transformers.loading import load
+    from tqai.transformers.names import cache_argument
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -66,7 +67,7 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
         chunks = [*ids[:, :-1].split(_CHUNK, dim=1), ids[:, -1:]]
         with tqdm(total=ids.shape[1], desc=what, unit="token") as bar:
             for chunk in chunks:
-                model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(chunk, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
                 bar.update(chunk.shape[1])
 
     # Everything that runs for the first time does so now.

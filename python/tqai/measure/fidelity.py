@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from tqai.measure.named_settings import NamedSetting, named_settings
 from tqai.measure.text import prose
 from tqai.transformers.cache import TqaiCache
+from tqai.transformers.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,10 +125,10 @@ def _decode(
 ) -> Iterator[tuple[bool, torch.Tensor]]:
     """For each chunk after the prefill: whether the cache held packed tokens before it, and
     log-probabilities [chunk, vocabulary] after its tokens. The last token is not fed."""
-    model(ids[:, :prefill], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids[:, :prefill], use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
     for tokens in ids[:, prefill:-1].split(chunk, 1):
         packed = isinstance(cache, TqaiCache) and cache.memory_report()["packed_tokens"] > 0
-        logits = model(tokens, past_key_values=cache, use_cache=True).logits[0]
+        logits = model(tokens, use_cache=True, **cache_argument(model, cache)).logits[0]
         yield packed, torch.log_softmax(logits.float(), -1)
 
 

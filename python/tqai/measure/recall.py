@@ -18,6 +18,7 @@ from tqai.measure.named_settings import NamedSetting, named_settings
 from tqai.measure.text import frame, prose
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,10 +195,14 @@ class _Count:
 
     @torch.inference_mode()
     def add(self, trial: _Trial, model: PreTrainedModel, cache: Any) -> None:
-        model(trial.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(trial.ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         self._look_at(trial, cache)
-        question = torch.tensor([trial.question])
-        logits = model(question, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            torch.tensor([trial.question]),
+            use_cache=True,
+            logits_to_keep=1,
+            **cache_argument(model, cache),
+        ).logits
         scores = [_log_probability(model, logits[0], cache, ids) for ids in trial.continuations]
         answer = _generate(model, logits, cache, len(trial.continuations[0]) + _EXTRA_TOKENS)
         self._needles += 1
@@ -263,7 +268,8 @@ def _log_probability(
     the first one."""
     if len(ids) > 1:
         branch = copy.deepcopy(cache)
-        more = model(torch.tensor([ids[:-1]]), past_key_values=branch, use_cache=True).logits[0]
+        read = torch.tensor([ids[:-1]])
+        more = model(read, use_cache=True, **cache_argument(model, branch)).logits[0]
         logits = torch.cat([logits, more])
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None]).sum().item()
 
@@ -272,6 +278,7 @@ def _generate(model: PreTrainedModel, logits: torch.Tensor, cache: Any, count: i
     """The likeliest tokens, one after the other; logits: [1, 1, vocabulary], of the first one."""
     tokens = [int(logits.argmax())]
     while len(tokens) < count:
-        logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True).logits
+        last = torch.tensor([tokens[-1:]])
+        logits = model(last, use_cache=True, **cache_argument(model, cache)).logits
         tokens.append(int(logits.argmax()))
     return tokens

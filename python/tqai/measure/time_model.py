@@ -21,6 +21,7 @@ from tqai.measure.text import prose
 from tqai.measure.timing import ratio
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.loading import default_model, load
+from tqai.transformers.names import cache_argument
 
 DYNAMIC = "DynamicCache"
 QUANTIZED = "QuantizedCache"
@@ -228,7 +229,7 @@ class _Decoder:
         """Keys and values of each layer; None of layers without."""
         # Without a configuration sliding layers, too, keep all tokens.
         cache = DynamicCache()
-        self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._model(ids, use_cache=True, logits_to_keep=1, **cache_argument(self._model, cache))
         return [
             (layer.keys, layer.values) if getattr(layer, "keys", None) is not None else None
             for layer in cache.layers
@@ -281,8 +282,9 @@ class _Decoder:
             at = self._at % self._next.shape[1]
             token = self._next[:, at : at + 1]
             self._at += 1
+            given = cache_argument(self._model, self._cache)
             start = time.perf_counter()
-            self._model(token, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._model(token, use_cache=True, logits_to_keep=1, **given)
             times.append(time.perf_counter() - start)
         return times
 

@@ -16,6 +16,7 @@ from tqai.measure.text import prose
 from tqai.measure.timing import ratio
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.loading import load
+from tqai.transformers.names import cache_argument
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _time_length(
 
 
 def _read(model: Any, ids: torch.Tensor, cache: Any) -> None:
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
 
 
 def _seal(cache: Any, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

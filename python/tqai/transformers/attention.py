@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from types import NoneType
 from typing import Any
 from weakref import ref as weak_ref
 
 import torch
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from tqai import stores
@@ -67,7 +69,7 @@ def attention_forward(
         RuntimeError: for views that are older than the cache, or a model that has the name of
             tqai's attention but is not patched.
     """
-    if kwargs.get("cache") is not None:
+    if not isinstance(kwargs.get("cache"), (Cache, NoneType)):  # a paged one
         raise NotImplementedError(CONTINUOUS_BATCHING)
     original = original_attention(implementation, module)
     update = update_of(key, value)

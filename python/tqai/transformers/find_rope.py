@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from tqai.stores.rope import LAYOUTS, Rope
 from tqai.transformers.devices import device_of
+from tqai.transformers.names import cache_argument
 
 POSITIONS = (0, 1, 2, 3, 5, 8, 13, 29, 64, 127, 300, 511)
 # Largest error of the turned keys, of their length. Keys in bf16 carry 0.4 % of rounding; a wrong
@@ -85,8 +86,8 @@ def _probe(decoder: torch.nn.Module, config: Any) -> list[torch.Tensor | None] |
             decoder(
                 input_ids=torch.full((len(positions), 1), token, device=device),
                 position_ids=torch.tensor(positions, device=device)[:, None],
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(decoder, cache),
             )
     except Exception:  # whatever a model's own code raises: it is not one that can be asked so
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from tqai.settings import Settings
 from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
 from tqai.transformers.layer import Heads, check_head_dim
+from tqai.transformers.names import cache_name
 
 try:
     from transformers.cache_utils import LinearAttentionLayer
@@ -86,17 +86,12 @@ def _fingerprint(decoder: torch.nn.Module) -> str:
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The module whose forward takes the cache: the model without its head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is not None and not takes_cache(decoder):
+    if decoder is not None and cache_name(decoder) is None:
         decoder = model.base_model  # some models call the layer before the vocabulary a decoder
     if decoder is None or decoder is model:
         return model
     # The decoder of a composed model (EncoderDecoderModel) may have a head of its own.
     return decoder_of(decoder) if is_encoder_decoder(model) else decoder
-
-
-def takes_cache(decoder: torch.nn.Module) -> bool:
-    """Whether the module's forward takes a cache by the usual name."""
-    return "past_key_values" in inspect.signature(decoder.forward).parameters
 
 
 def config_of(model: PreTrainedModel) -> Any:
@@ -129,7 +124,7 @@ def check_model(model: Any, settings: Settings) -> None:
     if not _has_attention(model, decoder, config):
         raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")
     default_cache = getattr(type(model), "_supports_default_dynamic_cache", lambda: True)
-    if not takes_cache(decoder) or not default_cache():
+    if cache_name(decoder) is None or not default_cache():
         raise NotImplementedError(
             f"{name} keeps a cache of its own kind, which tqai cannot replace"
         )

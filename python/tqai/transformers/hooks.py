@@ -12,18 +12,16 @@ serialised with the config.
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tqai.settings import Settings
-from tqai.transformers import attention
+from tqai.transformers import attention, names
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.geometry import check_model, decoder_of, geometry_of, is_encoder_decoder
@@ -162,9 +160,8 @@ class _CacheHook:
     def __call__(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        names = _parameters(type(decoder))
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        given = names.given(decoder, args, kwargs)
+        cache = given.get(str(names.cache_name(decoder)))
         cross = given.get("encoder_hidden_states") is not None
         if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.check_model(geometry_of(decoder))
@@ -178,16 +175,7 @@ class _CacheHook:
             return None
         kind = TqaiEncoderDecoderCache if cross else TqaiCache
         fresh = kind(geometry_of(decoder), self.settings)
-        position = names.index("past_key_values")
-        if position < len(args):
-            return (*args[:position], fresh, *args[position + 1 :]), kwargs
-        return args, {**kwargs, "past_key_values": fresh}
-
-
-@lru_cache(maxsize=256)
-def _parameters(decoder: type[torch.nn.Module]) -> list[str]:
-    """Names of the arguments of the forward call."""
-    return list(inspect.signature(decoder.forward).parameters)[1:]
+        return names.with_cache(decoder, args, kwargs, fresh)
 
 
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
@@ -198,16 +186,18 @@ def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
 def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Replaces the DynamicCache that transformers makes, unless the user passed or chose one."""
     method = type(self)._prepare_cache_for_generation
-    arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
-    model_kwargs = arguments["model_kwargs"]
-    given = model_kwargs.get("past_key_values")
+    arguments = (*args, *kwargs.values())
+    config = next(value for value in arguments if isinstance(value, GenerationConfig))
+    model_kwargs = next(value for value in arguments if isinstance(value, dict))
+    name = names.generate_name()
+    given = model_kwargs.get(name)
     if given is not None:
-        _check_given(self, given, arguments)
+        _check_given(self, given, config, model_kwargs)
     if isinstance(given, TqaiEncoderDecoderCache):
         # Some models' own methods replace the half that is the encoder's.
         method = GenerationMixin._prepare_cache_for_generation
     result = method(self, *args, **kwargs)
-    made = model_kwargs.get("past_key_values")
+    made = model_kwargs.get(name)
     if given is not None:
         return result
     kind: type[TqaiCache] | type[TqaiEncoderDecoderCache] = TqaiCache
@@ -216,29 +206,29 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
     if type(made) is DynamicCache and not made.offloading:
         # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
         cache = kind(geometry_of(self), _require_state(self).settings, bool(made.layers))
-        if getattr(arguments["generation_config"], "is_assistant", False):
+        if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[name] = cache
     return result
 
 
-def _check_given(model: PreTrainedModel, cache: Any, arguments: dict[str, Any]) -> None:
-    """Raises ValueError for what cannot go on as `model`'s cache.
-
-    arguments: of ``_prepare_cache_for_generation``.
-    """
+def _check_given(
+    model: PreTrainedModel, cache: Any, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Raises ValueError for what cannot go on as `model`'s cache."""
     if not isinstance(cache, (Cache, tuple)):
         given = cache.__name__ if isinstance(cache, type) else repr(cache)
         raise ValueError(
-            f"past_key_values={given}: expected a cache, as tqai.new_cache(model) makes them"
+            f"{names.generate_name()}={given}: expected a cache, as tqai.new_cache(model) makes "
+            "them"
         )
     if not isinstance(cache, TqaiCache) or is_encoder_decoder(model):
         return
     # The ids are not at hand here; their mask is as long, or its length is known where all is seen.
-    mask = arguments["model_kwargs"].get("attention_mask")
-    known = getattr(arguments["generation_config"], "_mask_length", None)
+    mask = model_kwargs.get("attention_mask")
+    known = getattr(config, "_mask_length", None)
     length = mask.shape[-1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else known
-    embeds = arguments["model_kwargs"].get("inputs_embeds")
+    embeds = model_kwargs.get("inputs_embeds")
     if embeds is None and length is not None and 0 < length <= cache.get_seq_length():
         raise ValueError(
             f"the cache has read {cache.get_seq_length()} tokens and generate() got {length}: it "

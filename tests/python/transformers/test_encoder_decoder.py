@@ -17,6 +17,7 @@ from conftest import TRANSFORMERS_4, VOCABULARY, make_ids, make_model
 from test_patch import traces
 from tqai import _core
 from tqai.transformers import attention
+from tqai.transformers.names import cache_name
 from transformers import DynamicCache, EncoderDecoderCache
 
 SEALING = {"residual_window": 16, "sink_tokens": 2, "bits_k": 4, "bits_v": 4}
@@ -181,8 +182,9 @@ def test_with_nothing_sealed_it_is_as_without_tqai(
 def test_what_generate_makes_is_compressed(model: Any, greedy: dict[str, Any]) -> None:
     tqai.patch(model, **SEALING)
     made = []
-    hook = model.get_decoder().register_forward_hook(
-        lambda _, args, kwargs, output: made.append(kwargs["past_key_values"]), with_kwargs=True
+    decoder = model.get_decoder()
+    hook = decoder.register_forward_hook(
+        lambda _, args, kwargs, output: made.append(kwargs[cache_name(decoder)]), with_kwargs=True
     )
     model.generate(**encoded(model, tokens=150), **greedy)
     hook.remove()

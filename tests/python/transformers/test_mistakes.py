@@ -13,6 +13,7 @@ import tqai
 import transformers
 from caches import SEALING, filled
 from conftest import Models, make_ids, make_model
+from tqai.transformers.names import generate_name
 from transformers import DynamicCache
 
 
@@ -114,9 +115,8 @@ def test_something_that_is_no_cache(given: Any, models: Models, greedy: dict[str
     tqai.patch(model)
     with pytest.raises(ValueError) as error:
         model.generate(make_ids(), past_key_values=given, **greedy)
-    says(
-        error, "past_key_values=", getattr(given, "__name__", repr(given)), "tqai.new_cache(model)"
-    )
+    name = getattr(given, "__name__", repr(given))
+    says(error, f"{generate_name()}={name}", "tqai.new_cache(model)")
 
 
 def test_a_cache_made_by_hand(models: Models) -> None:

@@ -11,6 +11,7 @@ import tqai
 import transformers
 from conftest import SMALL, TRANSFORMERS_4, Models, make_ids, make_model
 from tqai import _core
+from tqai.transformers.names import generate_name
 from transformers import DynamicCache, StaticCache
 
 
@@ -134,13 +135,13 @@ def test_an_offloaded_cache_stays(models: Models, monkeypatch: pytest.MonkeyPatc
     offloaded.offloading = True  # making one takes an accelerator
 
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        model_kwargs["past_key_values"] = offloaded
+        model_kwargs[generate_name()] = offloaded
 
     monkeypatch.setattr(type(model), "_prepare_cache_for_generation", prepare)
     tqai.patch(model)
     kwargs: dict[str, Any] = {}
-    model._prepare_cache_for_generation(None, kwargs)
-    assert kwargs["past_key_values"] is offloaded
+    model._prepare_cache_for_generation(model.generation_config, kwargs)
+    assert kwargs[generate_name()] is offloaded
 
 
 def test_assisted_generation(greedy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
