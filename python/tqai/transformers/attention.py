@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from types import NoneType
 from typing import Any
-from weakref import ref as weak_ref
 
 import torch
 from transformers import AttentionInterface
@@ -254,30 +253,25 @@ def _fits(mask: torch.Tensor, update: Update, query: torch.Tensor) -> bool:
     )
 
 
-_hidden: dict[tuple[int, int], tuple[Any, list[int]]] = {}
-
-
 def _leading_hidden(mask: torch.Tensor, update: Update, batch: int) -> list[int] | None:
     """[batch]: how many of the update's new tokens, from the first on, no query sees.
 
-    None where the mask is of an unusual shape. All layers of a forward pass get the same masks, so
-    the answer is kept for as long as the mask lives.
+    None where the mask is of an unusual shape. Asked again in each layer, for a mask may be written
+    to in between; without padding that costs a look at its diagonal.
     """
     queries, length = update.queries, update.length
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (queries, length):
         return None
-    key = id(mask), batch
-    if key in _hidden and _hidden[key][0]() is mask:
-        return _hidden[key][1]
     new = mask[..., length - queries :]
-    visible = new if mask.dtype == torch.bool else new > torch.finfo(mask.dtype).min / 2
     # A padded token does not see itself: that bounds the columns to look at.
-    itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
+    itself = _visible(new.diagonal(dim1=-2, dim2=-1)).any(1)
     candidates = int((itself.cumsum(-1) == 0).sum(-1).max())
-    seen = visible[..., :candidates].any(-2).any(1)
-    hidden = (seen.cumsum(-1) == 0).sum(-1).expand(batch).tolist()
-    _hidden[key] = weak_ref(mask, lambda _: _hidden.pop(key, None)), hidden
-    return hidden
+    seen = _visible(new[..., :candidates]).any(-2).any(1)
+    return (seen.cumsum(-1) == 0).sum(-1).expand(batch).tolist()
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _mask(implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:

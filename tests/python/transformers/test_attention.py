@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import tqai
+from caches import filled
 from conftest import TRANSFORMERS_4, Models, make_ids, make_model
 from tqai.transformers import attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -299,3 +300,18 @@ def test_inference_mode_and_autocast(greedy: dict[str, Any], checker: Checker) -
         model.generate(ids, attention_mask=mask, **greedy)
     assert checker.packed == 2 * 2 * 15 and checker.dense == 0
     assert 0 < checker.worst < BOUND[torch.bfloat16]
+
+
+def test_a_mask_may_be_written_to_between_passes(models: Models) -> None:
+    model, ids = models(), make_ids(tokens=40)
+    tqai.patch(model, residual_window=16)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    for mask_of_pass in (mask, torch.zeros(1, 1, 40, 40).masked_fill(~mask, float("-inf"))):
+        buffer = mask_of_pass.clone()
+        buffer[..., :10] = torch.finfo().min if buffer.is_floating_point() else False
+        padding = []
+        for _ in range(2):
+            cache = filled(model, tqai.new_cache(model), ids, attention_mask=buffer)
+            padding.append([layer.padding for layer in cache.layers])
+            buffer.copy_(mask_of_pass)
+        assert padding == [[[10], [10]], [[0], [0]]]
