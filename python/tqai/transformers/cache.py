@@ -55,11 +55,13 @@ class TqaiCache(DynamicCache):
         self.geometry = geometry
         self.settings = settings
         self.sliding = sliding
-        skipped = settings.skipped(len(self.layers))
+        # Assisted decoding by early exit asks for a cache of the first layers only.
+        count = max(len(self.layers), len(geometry.heads))
+        skipped = settings.skipped(count)
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
-                own = settings.of_layer(index, len(self.layers))
+                own = settings.of_layer(index, count)
                 self.layers[index] = self._make_layer(index, own, window)
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
@@ -76,6 +78,19 @@ class TqaiCache(DynamicCache):
         state.pop("whole", None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
         return state
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether all layers with keys and values hold some, as DynamicCache's says.
+
+        transformers counts the layers that can be set up early, which ours need not be.
+        """
+        layers = [
+            layer
+            for layer in self.layers
+            if isinstance(layer, TqaiLayer) or getattr(layer, "supports_early_init", True)
+        ]
+        return bool(layers) and all(layer.is_initialized for layer in layers)
 
     def check_model(self, geometry: Geometry) -> None:
         """Raises ValueError where this is the cache of another model than the one described."""

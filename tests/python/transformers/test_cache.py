@@ -333,3 +333,19 @@ def test_models_in_several_threads(greedy: dict[str, Any]) -> None:
     with ThreadPoolExecutor(2) as pool:
         got = list(pool.map(lambda prompt: model.generate(prompt, **greedy), prompts))
     assert all(map(torch.equal, got, expected))
+
+
+def test_a_cache_says_when_it_is_filled(models: Models) -> None:
+    """Some models take a cache that is not for the sign of a first pass."""
+    for family in ("llama", "mistral"):
+        model = models(family)
+        cache = tqai.patch(model)
+        plain = DynamicCache(config=model.config)
+        assert cache.is_initialized is False
+        for one in (cache, plain):
+            filled(model, one, make_ids(tokens=40))
+        assert cache.is_initialized is plain.is_initialized is True
+        assert cache.is_sliding == plain.is_sliding
+        assert cache.is_compileable == plain.is_compileable
+        cache.reset()
+        assert cache.is_initialized is False
