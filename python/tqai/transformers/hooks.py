@@ -1,19 +1,24 @@
 """What ``patch`` puts on a model, and how ``unpatch`` takes it off again.
 
-- each distinct config of the model gets tqai's attention implementation;
-- the model's ``_prepare_cache_for_generation`` makes a compressed cache in place of DynamicCache;
 - a pre-hook on the decoder gives a compressed cache to a plain forward call, and refuses another
-  model's;
+  model's; it has the settings, and so is what makes a model a patched one;
+- each distinct config of the decoder gets tqai's attention implementation, at ``patch`` and, where
+  the model or its user has chosen another since, before each pass;
+- the model's ``_prepare_cache_for_generation`` makes a compressed cache in place of DynamicCache;
 - ``init_continuous_batching`` says that it does not go with a compressed cache.
 
-All of it lives on the instance, in a way that ``copy.deepcopy(model)`` copies rightly; nothing is
-serialised with the config.
+A model and the model inside it that is its decoder have one patch: either may be patched, patched
+again with other settings, and unpatched. ``generate`` makes compressed caches once the model that
+has it is patched.
+
+All of it lives on the instance, in a way that ``copy.deepcopy(model)`` and ``pickle`` copy rightly;
+nothing is serialised with the config.
 """
 
 from __future__ import annotations
 
-from types import MethodType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -25,20 +30,12 @@ from tqai.transformers import attention, names
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.geometry import check_model, decoder_of, geometry_of, is_encoder_decoder
-from tqai.transformers.original_attention import original_name, patched_name
+from tqai.transformers.original_attention import PatchedName, original_name, patched_name
 
-_STATE = "_tqai_patch"
-_patched: WeakSet[PreTrainedModel] = WeakSet()
-
-
-class _Patch(NamedTuple):
-    """What a patched model carries."""
-
-    settings: Settings
-    configs: list[Any]
-    """The configs whose attention implementation was changed."""
-    overrides: list[str]
-    """Methods that the instance shadows."""
+_patched: WeakSet[torch.nn.Module] = WeakSet()
+"""The decoders that have a hook."""
+_overridden: WeakSet[PreTrainedModel] = WeakSet()
+"""The models that have methods of ours."""
 
 
 def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncoderDecoderCache:
@@ -48,48 +45,38 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
         ValueError, NotImplementedError: see ``tqai.patch``; the model is as before.
     """
     check_model(model, settings)
-    configs = _configs(model)
-    names = [patched_name(config._attn_implementation) for config in configs]
+    decoder = decoder_of(model)
+    configs = _configs(decoder)
+    for config in configs:
+        patched_name(config._attn_implementation)  # raises
     cache = make_cache(model, settings)
 
-    if _state(model) is not None:
-        remove(model)
-    attention.register()
-    for config, name in zip(configs, names, strict=True):
-        config._attn_implementation_internal = name
-    decoder_of(model).register_forward_pre_hook(_CacheHook(settings), with_kwargs=True)
-    overrides = {
-        "_prepare_cache_for_generation": _prepare_cache_for_generation,
-        "init_continuous_batching": _refuse_continuous_batching,
-    }
-    overrides = {name: f for name, f in overrides.items() if hasattr(type(model), name)}
-    for name, function in overrides.items():
-        model.__dict__[name] = MethodType(function, model)
-    model.__dict__[_STATE] = _Patch(settings, configs, list(overrides))
-    _patched.add(model)
+    before = _hook_of(decoder)
+    if before is not None:
+        before.remove()
+    hook = _CacheHook(settings, configs, decoder)
+    hook.install()
+    hook.set_names()
+    for name, function in _OVERRIDES.items():
+        if hasattr(type(model), name):
+            model.__dict__[name] = _Override(function, model)
     return cache
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Undoes ``install``.
+    """Undoes ``install``, of `model` and of any model around the same decoder.
 
     Raises:
         ValueError: when `model` is not patched.
     """
-    state = _require_state(model)
-    _patched.discard(model)
-    for name in state.overrides:
-        del model.__dict__[name]
-    hooks = decoder_of(model)._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _CacheHook)]:
-        del hooks[key]
-        decoder_of(model)._forward_pre_hooks_with_kwargs.pop(key, None)
-    # A config may serve several models; it stays tqai's while one of them is patched.
-    others = [config for other in _patched for config in other.__dict__[_STATE].configs]
-    for config in state.configs:
-        if not any(config is other for other in others):
-            config._attn_implementation_internal = original_name(config._attn_implementation)
-    del model.__dict__[_STATE]
+    hook = _require_hook(model)
+    for other in list(_overridden):
+        if decoder_of(other) is hook.decoder:
+            for name in _OVERRIDES:
+                if isinstance(vars(other).get(name), _Override):
+                    del vars(other)[name]
+            _overridden.discard(other)
+    hook.remove()
 
 
 def fresh_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
@@ -115,36 +102,38 @@ def settings_of(model: PreTrainedModel) -> Settings:
     Raises:
         ValueError: when `model` is not patched.
     """
-    return _require_state(model).settings
+    return _require_hook(model).settings
 
 
-def _state(model: Any) -> _Patch | None:
-    return getattr(model, "__dict__", {}).get(_STATE)
+def _hook_of(decoder: torch.nn.Module) -> _CacheHook | None:
+    hooks = decoder._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, _CacheHook)), None)
 
 
-def _require_state(model: Any) -> _Patch:
-    state = _state(model)
-    if state is None and not isinstance(model, PreTrainedModel):
+def _require_hook(model: Any) -> _CacheHook:
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"expected the transformers model that was patched; got {type(model).__name__}"
         )
-    if state is None:
+    hook = _hook_of(decoder_of(model))
+    if hook is None:
         raise ValueError(
             f"this {type(model).__name__} is not patched; call tqai.patch(model) first"
         )
-    return state
+    return hook
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """The distinct configs of the model's parts whose attention implementation can be chosen.
+def _configs(decoder: torch.nn.Module) -> list[Any]:
+    """The distinct configs of the decoder's parts whose attention implementation can be chosen.
 
     Models whose attention does not go through the interface are left alone; there the views are
     dequantised.
     """
-    if not type(model)._can_set_attn_implementation():
+    can_set = getattr(type(decoder), "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
         return []
     configs = {}
-    for module in model.modules():
+    for module in decoder.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) is not None:
             configs[id(config)] = config
@@ -154,12 +143,57 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 class _CacheHook:
     """Forward pre-hook of a decoder: gives it a compressed cache where it would make its own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, configs: list[Any], decoder: torch.nn.Module) -> None:
         self.settings = settings
+        self.configs = configs
+        """Those whose attention implementation is tqai's."""
+        self.decoder = decoder
+
+    def install(self) -> None:
+        self.decoder.register_forward_pre_hook(self, with_kwargs=True)
+        self._make_known()
+
+    def remove(self) -> None:
+        """Takes the hook off, and puts the configs back as they were."""
+        _patched.discard(self.decoder)
+        hooks = self.decoder._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+            self.decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+        # A config may serve several models; it stays tqai's while one of them is patched.
+        hooked = (_hook_of(decoder) for decoder in _patched)
+        others = [config for hook in hooked if hook is not None for config in hook.configs]
+        for config in self.configs:
+            if not any(config is other for other in others):
+                name = original_name(config._attn_implementation)
+                config._attn_implementation_internal = name
+
+    def set_names(self) -> None:
+        """Makes tqai stand before the attention that the configs ask for.
+
+        Raises:
+            NotImplementedError: where that is one that tqai does not stand before.
+        """
+        for config in self.configs:
+            name = config._attn_implementation
+            if type(name) is not PatchedName:
+                if str(name).startswith("paged|"):
+                    raise NotImplementedError(attention.CONTINUOUS_BATCHING)
+                config._attn_implementation_internal = patched_name(name)
+
+    def _make_known(self) -> None:
+        attention.register()
+        _patched.add(self.decoder)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copied model, and for one that comes from another process."""
+        vars(self).update(state)
+        self._make_known()
 
     def __call__(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.set_names()
         given = names.given(decoder, args, kwargs)
         cache = given.get(str(names.cache_name(decoder)))
         cross = given.get("encoder_hidden_states") is not None
@@ -181,6 +215,25 @@ class _CacheHook:
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+class _Override:
+    """A function in the place of a method of one model.
+
+    Unlike a bound method it can be pickled: those are found by name in their model's class.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: PreTrainedModel) -> None:
+        self.function = function
+        self.model = model
+        _overridden.add(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.model, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _overridden.add(self.model)
 
 
 def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +258,7 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
         kind, made = TqaiEncoderDecoderCache, made.self_attention_cache
     if type(made) is DynamicCache and not made.offloading:
         # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
-        cache = kind(geometry_of(self), _require_state(self).settings, bool(made.layers))
+        cache = kind(geometry_of(self), settings_of(self), bool(made.layers))
         if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs[name] = cache
@@ -239,3 +292,9 @@ def _check_given(
 
 def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise NotImplementedError(attention.CONTINUOUS_BATCHING)
+
+
+_OVERRIDES: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "init_continuous_batching": _refuse_continuous_batching,
+}

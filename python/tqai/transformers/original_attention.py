@@ -1,7 +1,8 @@
 """The attention that a patched model had before: which it was, and what it computes.
 
-The name in a patched config says which implementation tqai stands before, so that nothing has to be
-remembered beside the config, and a copied model stays right.
+The name in a patched config is still that of the implementation that tqai stands before, so that
+models that ask for it go on as before, nothing has to be remembered beside the config, and a copied
+model stays right.
 """
 
 from __future__ import annotations
@@ -16,14 +17,32 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
-"""Attention implementation of a config → the name that stands for tqai before it."""
+"""Attention implementation → the name that tqai's, standing before it, is registered under."""
 
 
 class PatchedName(str):
-    """A name as ``tqai.patch`` puts it into a config.
+    """The name of an attention implementation, as ``tqai.patch`` puts it into a config.
 
-    A plain string there was given as ``attn_implementation``, to a model that is not patched.
+    Its text is the original implementation's, "sdpa" or "eager": models compare it to choose masks
+    and formulas that go with it, configs are checked and printed with it. In a dictionary it finds
+    what is registered for tqai, by a hash of its own: that is how transformers looks up functions.
     """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(PATCHED_NAMES[str(self)])
+
+    def __eq__(self, other: object) -> bool:
+        # A dictionary compares the keys of its own that have the same hash.
+        text = str(self)
+        return isinstance(other, str) and str.__str__(other) in (text, PATCHED_NAMES[text])
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
 
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -34,26 +53,26 @@ _UNDERSTOOD = frozenset(
 )
 
 
-def patched_name(implementation: str) -> str:
-    """The name for tqai before `implementation`.
+def patched_name(implementation: str) -> PatchedName:
+    """The name for tqai before `implementation`, which may be a name for tqai already.
 
     Raises:
         NotImplementedError: for an implementation that tqai does not stand before.
     """
-    if implementation in PATCHED_NAMES.values():
-        return PatchedName(implementation)
-    if implementation not in PATCHED_NAMES:
+    original = original_name(implementation)
+    if original not in PATCHED_NAMES:
         raise NotImplementedError(
             f"the model's attention implementation is {implementation!r}; tqai works with "
             f"{' and '.join(map(repr, PATCHED_NAMES))}: model.set_attn_implementation('sdpa') first"
         )
-    return PatchedName(PATCHED_NAMES[implementation])
+    return PatchedName(original)
 
 
 def original_name(implementation: str) -> str:
     """The implementation that `implementation`, perhaps one of tqai's names, stands before."""
     names = {patched: name for name, patched in PATCHED_NAMES.items()}
-    return names.get(implementation, implementation)
+    text = str(implementation)
+    return names.get(text, text)
 
 
 def original_attention(implementation: str, module: torch.nn.Module) -> Attention:
@@ -119,9 +138,16 @@ def formula_of(
     if key not in _formulas:
         try:
             _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks, device)
-        except Exception:  # whatever it needs, it is not what the kernel does
-            _formulas[key] = None
+        except Exception as error:
+            if _lacks_memory(error):
+                return None  # says nothing of the function: the next call tries again
+            _formulas[key] = None  # whatever it needs, it is not what the kernel does
     return _formulas[key]
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # torch's CPU allocator raises a RuntimeError that only its words tell from others.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
 
 
 @torch.no_grad()

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from conftest import Models
 from tqai.transformers.original_attention import (
+    PATCHED_NAMES,
     Formula,
+    PatchedName,
     formula_of,
     original_attention,
     original_name,
@@ -23,10 +28,25 @@ def attention_of(model: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_name_is_the_originals_but_in_dictionaries(name: str) -> None:
+    patched = patched_name(name)
+    own = PATCHED_NAMES[name]
+    assert patched == name and name == patched and patched in ("sdpa", "eager")
+    assert patched != "flash_attention_2" and patched not in ("flash_attention_2", None)
+    assert f"{patched}" == name and json.dumps({"name": patched}) == json.dumps({"name": name})
+    assert {name: 1, own: 2}[patched] == 2 and {own: 2, name: 1}[patched] == 2
+    assert {name: 1}.get(patched) is None
+    assert patched in [own] and patched in {own}
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_names_go_there_and_back(name: str) -> None:
-    assert patched_name(name) != name
-    assert patched_name(patched_name(name)) == patched_name(name)
-    assert original_name(patched_name(name)) == original_name(name) == name
+    patched = patched_name(name)
+    for given in (patched, PATCHED_NAMES[name]):
+        assert type(patched_name(given)) is PatchedName and patched_name(given) == name
+        assert type(original_name(given)) is str and original_name(given) == name
+    for copied in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert type(copied) is str and copied == name
 
 
 def test_the_eager_function_is_that_of_the_models_own_file(models: Models) -> None:
@@ -73,6 +93,32 @@ def test_probing_leaves_the_random_numbers_alone(models: Models) -> None:
     torch.manual_seed(0)
     assert formula_of(fails, module, SHAPE, None, None, CPU) is None
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_a_probe_that_was_interrupted_is_tried_again(error: BaseException, models: Models) -> None:
+    module = attention_of(models())
+    function = original_attention("sdpa", module)
+    errors = [error]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return function(*arguments, **options)
+
+    try:
+        assert formula_of(interrupted, module, SHAPE, None, None, CPU) is None
+    except KeyboardInterrupt:
+        pass
+    assert formula_of(interrupted, module, SHAPE, None, None, CPU) == Formula(False, False)
 
 
 def test_only_named_arguments_with_a_value_are_unknown() -> None:

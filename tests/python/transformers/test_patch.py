@@ -12,6 +12,7 @@ import transformers
 from conftest import SMALL, TRANSFORMERS_4, Models, make_ids, make_model
 from tqai import _core
 from tqai.transformers.names import generate_name
+from tqai.transformers.original_attention import PatchedName
 from transformers import DynamicCache, StaticCache
 
 
@@ -23,7 +24,8 @@ def traces(model: Any) -> dict[str, Any]:
         "attributes": [sorted(vars(module)) for module in modules],
         "hooks": [list(module._forward_pre_hooks.items()) for module in modules],
         "hooks with keywords": [list(module._forward_pre_hooks_with_kwargs) for module in modules],
-        "implementations": [config._attn_implementation for config in configs],
+        "implementations": [repr(config._attn_implementation) for config in configs],
+        "kinds of names": [type(config._attn_implementation) for config in configs],
         "configs": [sorted(vars(config)) for config in configs],
         "saved": model.config.to_json_string(use_diff=False),
     }
@@ -248,11 +250,12 @@ def test_models_that_share_a_config_are_unpatched_one_by_one(greedy: dict[str, A
     tqai.patch(first)
     tqai.patch(second)
     tqai.unpatch(first)
-    assert config._attn_implementation != implementation
+    assert type(config._attn_implementation) is PatchedName
     result = second.generate(make_ids(), return_dict_in_generate=True, **greedy)
     assert type(result.past_key_values) is tqai.TqaiCache
     first.generate(make_ids(), **greedy)
     tqai.unpatch(second)
+    assert type(config._attn_implementation) is str
     assert config._attn_implementation == implementation
 
 
