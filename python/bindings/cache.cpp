@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings.hpp"
+#include "locked.hpp"
 
 namespace tqai::python {
 namespace {
@@ -46,11 +48,13 @@ ElementType type_of(DType dtype) {
                                : ElementType::bfloat16;
 }
 
-KvCache make_cache(int batch, int kv_heads, int head_dim, int value_head_dim, ElementType dtype,
-                   int bits_k, int bits_v, int sink_tokens, int residual_window,
-                   const std::string& rotation, const std::string& centering,
-                   const std::optional<RopeArguments>& rope, std::uint64_t seed,
-                   const std::optional<std::string>& level) {
+using CachePointer = std::unique_ptr<LockedCache>;
+
+CachePointer make_cache(int batch, int kv_heads, int head_dim, int value_head_dim,
+                        ElementType dtype, int bits_k, int bits_v, int sink_tokens,
+                        int residual_window, const std::string& rotation,
+                        const std::string& centering, const std::optional<RopeArguments>& rope,
+                        std::uint64_t seed, const std::optional<std::string>& level) {
   CacheOptions options;
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
@@ -71,10 +75,10 @@ KvCache make_cache(int batch, int kv_heads, int head_dim, int value_head_dim, El
   options.seed = seed;
   if (level) options.level = level_from_name(*level);
   const py::gil_scoped_release release;  // codebooks and rotations take a while the first time
-  return KvCache(options, batch);
+  return std::make_unique<LockedCache>(KvCache(options, batch));
 }
 
-void attend(const KvCache& cache, const py::tuple& queries, const py::tuple& output,
+void attend(const LockedCache& cache, const py::tuple& queries, const py::tuple& output,
             std::optional<float> scale, float soft_cap, bool causal, std::int64_t window,
             std::int64_t first_token, const std::optional<py::tuple>& mask,
             std::uintptr_t sink_scores) {
@@ -88,12 +92,11 @@ void attend(const KvCache& cache, const py::tuple& queries, const py::tuple& out
   options.sink_scores = reinterpret_cast<const float*>(sink_scores);
   const ConstTensor query = reference_of(queries, "queries").constant("queries");
   const Tensor out = reference_of(output, "output").writable("output");
-  const py::gil_scoped_release release;
-  cache.attend(query, out, options);
+  cache.read([&](const KvCache& held) { held.attend(query, out, options); });
 }
 
-py::dict memory(const KvCache& cache) {
-  const MemoryReport report = cache.memory();
+py::dict memory(const LockedCache& cache) {
+  const MemoryReport report = cache.read([](const KvCache& held) { return held.memory(); });
   py::dict result;
   result["tokens"] = report.tokens;
   result["packed_tokens"] = report.packed_tokens;
@@ -116,16 +119,13 @@ py::array_t<float> matrix_of(const Rotation& rotation) {
   return matrix;
 }
 
-py::bytes serialize(const KvCache& cache) {
-  std::vector<std::byte> bytes;
-  {
-    const py::gil_scoped_release release;
-    bytes = cache.serialize();
-  }
+py::bytes serialize(const LockedCache& cache) {
+  const std::vector<std::byte> bytes =
+      cache.read([](const KvCache& held) { return held.serialize(); });
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-KvCache deserialize(const py::buffer& data, const std::optional<std::string>& level) {
+CachePointer deserialize(const py::buffer& data, const std::optional<std::string>& level) {
   const py::buffer_info info = data.request();
   if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
     throw ValueError("data is not a contiguous one-dimensional buffer of bytes");
@@ -135,17 +135,29 @@ KvCache deserialize(const py::buffer& data, const std::optional<std::string>& le
   std::optional<Level> chosen;
   if (level) chosen = level_from_name(*level);
   const py::gil_scoped_release release;
-  return KvCache::deserialize(bytes, chosen);
+  return std::make_unique<LockedCache>(KvCache::deserialize(bytes, chosen));
 }
 
 // At the level it had where this machine has it, else at the best one; results are the same.
-KvCache unpickle(const py::tuple& state) {
+CachePointer unpickle(const py::tuple& state) {
   if (state.size() != 2) throw ValueError("not the state of a pickled KvCache");
   const auto level = state[1].cast<std::string>();
   for (const Level available : available_levels()) {
     if (name_of(available) == level) return deserialize(state[0].cast<py::buffer>(), level);
   }
   return deserialize(state[0].cast<py::buffer>(), std::nullopt);
+}
+
+CachePointer copy(const LockedCache& cache) {
+  return std::make_unique<LockedCache>(cache.read([](const KvCache& held) { return held; }));
+}
+
+// A property or method that reads a number.
+template <typename Result>
+auto peek(Result (KvCache::*member)() const) {
+  return [member](const LockedCache& cache) {
+    return cache.peek([member](const KvCache& held) { return (held.*member)(); });
+  };
 }
 
 }  // namespace
@@ -163,10 +175,11 @@ void bind_cache(py::module_& module) {
 
   using py::arg;
   using py::kw_only;
-  py::class_<KvCache>(module, "KvCache", R"(Compressed keys and values of one attention layer.
+  py::class_<LockedCache>(module, "KvCache", R"(Compressed keys and values of one attention layer.
 
 Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride
-1; the caller keeps them alive during the call. The GIL is released while numbers are moved. All or
+1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
+thread may call any method at any time: those that change the cache wait for the others. All or
 nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
 "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
@@ -174,38 +187,45 @@ nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
            arg("rotation") = "auto", arg("centering") = "auto", arg("rope") = py::none(),
            arg("seed") = CacheOptions{}.seed, arg("level") = py::none())
-      .def_property_readonly("batch", &KvCache::batch)
-      .def_property_readonly("kv_heads", [](const KvCache& c) { return c.options().kv_heads; })
-      .def_property_readonly("head_dim", [](const KvCache& c) { return c.options().head_dim; })
+      .def_property_readonly("batch", peek(&KvCache::batch))
+      .def_property_readonly("kv_heads", [](const LockedCache& c) { return c.options().kv_heads; })
+      .def_property_readonly("head_dim", [](const LockedCache& c) { return c.options().head_dim; })
       .def_property_readonly("value_head_dim",
-                             [](const KvCache& c) { return c.options().value_head_dim; })
-      .def_property_readonly("dtype", [](const KvCache& c) { return type_of(c.options().dtype); })
+                             [](const LockedCache& c) { return c.options().value_head_dim; })
+      .def_property_readonly("dtype",
+                             [](const LockedCache& c) { return type_of(c.options().dtype); })
       .def_property_readonly(
-          "level", [](const KvCache& c) { return std::string(name_of(*c.options().level)); })
-      .def_property_readonly("tokens", &KvCache::tokens,
+          "level", [](const LockedCache& c) { return std::string(name_of(*c.options().level)); })
+      .def_property_readonly("tokens", peek(&KvCache::tokens),
                              "Tokens appended and not cropped, the same for each row.")
-      .def_property_readonly("first_token", &KvCache::first_token,
+      .def_property_readonly("first_token", peek(&KvCache::first_token),
                              "First token that some row still holds.")
-      .def("packed_tokens", &KvCache::packed_tokens, arg("row"), "Tokens of a row held as codes.")
+      .def(
+          "packed_tokens",
+          [](const LockedCache& cache, int row) {
+            return cache.peek([row](const KvCache& held) { return held.packed_tokens(row); });
+          },
+          arg("row"), "Tokens of a row held as codes.")
       .def(
           "centering",
-          [](const KvCache& cache, int row, int head) -> std::optional<std::string> {
-            const auto kind = cache.centering(row, head);
+          [](const LockedCache& cache, int row, int head) -> std::optional<std::string> {
+            const auto kind =
+                cache.peek([&](const KvCache& held) { return held.centering(row, head); });
             return kind ? std::optional<std::string>(name_of(*kind)) : std::nullopt;
           },
           arg("row"), arg("head"), "What the keys are centred on; None before anything was sealed.")
       .def(
           "append",
-          [](KvCache& cache, const py::tuple& keys, const py::tuple& values) {
+          [](LockedCache& cache, const py::tuple& keys, const py::tuple& values) {
             const ConstTensor k = reference_of(keys, "keys").constant("keys");
             const ConstTensor v = reference_of(values, "values").constant("values");
-            const py::gil_scoped_release release;
-            cache.append(k, v);
+            cache.change([&](KvCache& held) { held.append(k, v); });
           },
           arg("keys"), arg("values"),
           "Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].")
-      .def("seal", &KvCache::seal, py::call_guard<py::gil_scoped_release>(),
-           "Compresses what has left the residual window.")
+      .def(
+          "seal", [](LockedCache& cache) { cache.change([](KvCache& held) { held.seal(); }); },
+          "Compresses what has left the residual window.")
       .def("attend", &attend, arg("queries"), arg("output"), kw_only(), arg("scale") = py::none(),
            arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
            arg("mask") = py::none(), arg("sink_scores") = 0,
@@ -214,32 +234,42 @@ output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads o
 tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0.)")
       .def(
           "gather",
-          [](const KvCache& cache, std::int64_t first, const py::tuple& keys,
+          [](const LockedCache& cache, std::int64_t first, const py::tuple& keys,
              const py::tuple& values) {
             const Tensor k = reference_of(keys, "keys").writable("keys");
             const Tensor v = reference_of(values, "values").writable("values");
-            const py::gil_scoped_release release;
-            cache.gather(first, k, v);
+            cache.read([&](const KvCache& held) { held.gather(first, k, v); });
           },
           arg("first"), arg("keys"), arg("values"),
           "Decompresses the tokens from `first` on; padding and discarded ones become zeros.")
-      .def("crop", &KvCache::crop, arg("tokens"), "Forgets all tokens from `tokens` on.")
+      .def(
+          "crop",
+          [](LockedCache& cache, std::int64_t tokens) {
+            cache.change([tokens](KvCache& held) { held.crop(tokens); });
+          },
+          arg("tokens"), "Forgets all tokens from `tokens` on.")
       .def(
           "select",
-          [](KvCache& cache, const std::vector<std::int64_t>& rows) { cache.select(rows); },
+          [](LockedCache& cache, const std::vector<std::int64_t>& rows) {
+            cache.change([&](KvCache& held) { held.select(rows); });
+          },
           arg("rows"), "Row i becomes a copy of row rows[i]; tiles are shared.")
       .def(
           "set_padding",
-          [](KvCache& cache, const std::vector<std::int64_t>& counts) {
-            cache.set_padding(counts);
+          [](LockedCache& cache, const std::vector<std::int64_t>& counts) {
+            cache.change([&](KvCache& held) { held.set_padding(counts); });
           },
           arg("counts"), "The first counts[row] tokens of each row are padding.")
-      .def("discard_before", &KvCache::discard_before, arg("token"),
-           "Frees what only tokens before `token` need.")
+      .def(
+          "discard_before",
+          [](LockedCache& cache, std::int64_t token) {
+            cache.change([token](KvCache& held) { held.discard_before(token); });
+          },
+          arg("token"), "Frees what only tokens before `token` need.")
       .def("memory", &memory, "Bytes held, by part.")
       .def_property_readonly(
           "rotations",
-          [](const KvCache& c) {
+          [](const LockedCache& c) {
             return py::make_tuple(matrix_of(c.key_rotation()), matrix_of(c.value_rotation()));
           },
           "Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.")
@@ -248,16 +278,14 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
       .def_static("deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
                   "The cache that serialize() wrote; ValueError for bytes that it did not write.")
       .def(py::pickle(
-          [](const KvCache& cache) {
+          [](const LockedCache& cache) {
             return py::make_tuple(serialize(cache), std::string(name_of(*cache.options().level)));
           },
           &unpickle))
+      .def("copy", &copy, "A copy that shares the tiles.")
+      .def("__copy__", &copy)
       .def(
-          "copy", [](const KvCache& cache) { return KvCache(cache); },
-          "A copy that shares the tiles.")
-      .def("__copy__", [](const KvCache& cache) { return KvCache(cache); })
-      .def(
-          "__deepcopy__", [](const KvCache& cache, const py::dict&) { return KvCache(cache); },
+          "__deepcopy__", [](const LockedCache& cache, const py::dict&) { return copy(cache); },
           arg("memo"));
 }
 

@@ -25,7 +25,8 @@ class KvCache:
     Compressed keys and values of one attention layer.
     
     Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride
-    1; the caller keeps them alive during the call. The GIL is released while numbers are moved. All or
+    1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
+    thread may call any method at any time: those that change the cache wait for the others. All or
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
     "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.
     """
