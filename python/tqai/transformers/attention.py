@@ -100,10 +100,14 @@ def _attend_update(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if _pays_for_prefill(update):
-        result = _attend_in_steps(original, module, query, update, mask, kwargs), None
-    else:
+    if not _pays_for_prefill(update):
         result = _attend_once(original, module, query, update, mask, kwargs)
+    elif _is_of_others(update, query, mask):
+        update.layer.settle(update.fresh is not None)
+        update.fresh = None
+        result = _attend_once(original, module, query, update, mask, kwargs)
+    else:
+        result = _attend_in_steps(original, module, query, update, mask, kwargs), None
     if not update.settled and update.is_current():
         if mask is not None and update.queries > 1:
             hidden = _leading_hidden(mask, update, query.shape[0])
@@ -139,6 +143,17 @@ def _pays_for_prefill(update: Update) -> bool:
     return wanted and not update.settled and update.is_current()
 
 
+def _is_of_others(update: Update, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether an update's tokens are an image's or the like, and the queries a text's."""
+    count = query.shape[-2]
+    return (
+        count != update.queries
+        and mask is not None
+        and mask.ndim == 4
+        and tuple(mask.shape[2:]) == (count, update.length)
+    )
+
+
 def _attend_in_steps(
     original: Attention,
     module: torch.nn.Module,
@@ -161,7 +176,7 @@ def _attend_in_steps(
         )
     hidden = None if mask is None else _leading_hidden(mask, update, query.shape[0])
     outputs = []
-    for at, step in steps(update, hidden):
+    for at, step in steps(update, hidden, mask):
         if mask is None:
             part = causal_mask(step, update.layer.sliding_window)
         else:
@@ -206,7 +221,7 @@ def _kernel_arguments(
         return None
     if takes_unknown(original, kwargs) or kwargs.get("dropout"):
         return None
-    if not update.is_cross and queries != update.queries:
+    if mask is None and not update.is_cross and queries != update.queries:
         return None
     if _wants_weights(module, kwargs) and original is not original_attention("sdpa", module):
         return None

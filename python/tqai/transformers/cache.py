@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 from weakref import ReferenceType
+from weakref import ref as weak_ref
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -67,6 +68,13 @@ class TqaiCache(DynamicCache):
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, _Before] = {}
         self._lost_states = False
+        self.attach(self)
+
+    def attach(self, owner: Owner) -> None:
+        """Tells the layers what to undo where attention over what they hold fails."""
+        for layer in self.layers:
+            if isinstance(layer, TqaiLayer):
+                layer.owner = weak_ref(owner)
 
     def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
         heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
@@ -78,6 +86,10 @@ class TqaiCache(DynamicCache):
         state.pop("whole", None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.attach(self)
 
     @property
     def is_initialized(self) -> bool:

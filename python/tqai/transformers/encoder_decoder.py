@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from weakref import ReferenceType
 from weakref import ref as weak_ref
 
 import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
-from tqai import stores
 from tqai.settings import Settings
 from tqai.transformers.cache import COUNTS, TqaiCache
 from tqai.transformers.geometry import Geometry
@@ -27,10 +25,6 @@ class CrossLayer(TqaiLayer):
 
     All queries see all tokens. Of these the first and the last are kept exact as in any layer.
     """
-
-    whole: ReferenceType[TqaiEncoderDecoderCache] | None = None
-    """The cache that the layer belongs to, to undo a forward pass that fails."""
-    _reading: ReferenceType[Update] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,40 +48,19 @@ class CrossLayer(TqaiLayer):
         return keys, values
 
     def _visible(self, which: int) -> torch.Tensor | None:
-        """A view, so that attention can find the layer when the model passes it on."""
-        if self.core is None or self.dtypes is None:
-            return None
-        update = self._reading() if self._reading is not None else None
-        if update is None or not update.is_current():
-            # Families outside the attention interface never say that the first pass is over.
-            self.core.seal()
-            update = Update(self, 0, self.core.tokens, 0, None)
-            update.settled = True
-            update.cache = None if self.whole is None else self.whole()
-            self._reading = weak_ref(update)  # the layer must not keep what keeps the layer
+        view = super()._visible(which)
+        if view is None or not torch.is_grad_enabled():
+            return view
+        assert isinstance(view, TqaiView) and self.core is not None
         # Where autograd records, a backward pass that comes here raises.
-        like = (
-            torch.empty(
-                self.core.batch,
-                self.core.kv_heads,
-                0,
-                dim,
-                dtype=dtype,
-                device=stores.device_of(self.core),
-                requires_grad=True,
-            )
-            for dim, dtype in zip(
-                (self.core.head_dim, self.core.value_head_dim), self.dtypes, strict=True
-            )
-        )
-        return update.views(*like)[which]
+        like = self._like(view.shape[-1], view.dtype).requires_grad_()
+        return view.update.views(like, like)[which]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """References to what is around the layer are the new owner's to make."""
-        state = dict(vars(self))
-        state.pop("whole", None)
-        state.pop("_reading", None)
-        return state
+    def _read(self) -> Update:
+        assert self.core is not None
+        # Families outside the attention interface never say that the first pass is over.
+        self.core.seal()
+        return super()._read()
 
 
 class CrossCache(TqaiCache):
@@ -125,9 +98,7 @@ class TqaiEncoderDecoderCache(EncoderDecoderCache):
     def _attach(self) -> None:
         for half in self.halves:
             half.whole = weak_ref(self)
-        for layer in self.cross_attention_cache.layers:
-            if isinstance(layer, CrossLayer):
-                layer.whole = weak_ref(self)
+            half.attach(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import ReferenceType
+from weakref import ref as weak_ref
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -14,7 +16,7 @@ from tqai.settings import Settings
 from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
-from tqai.transformers.view import TqaiView, Update
+from tqai.transformers.view import Owner, TqaiView, Update
 
 MIN_HEAD_DIM = 8
 MAX_HEAD_DIM = 512
@@ -40,6 +42,11 @@ class TqaiLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+
+    owner: ReferenceType[Owner] | None = None
+    """The cache that the layer belongs to, to undo a forward pass that fails."""
+    _reading: ReferenceType[Update] | None = None
+    """What ``keys`` and ``values`` last handed out, while somebody has it."""
 
     def __init__(
         self,
@@ -95,12 +102,17 @@ class TqaiLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Dequantised keys, [batch, kv_heads, tokens, head_dim]; None before the first update."""
+        """Keys, [batch, kv_heads, tokens, head_dim]; None before the first update.
+
+        A view, dequantised when it is read: some models update a layer once, as with an image that
+        all later tokens look at, and pass its keys on to attention from then on. What is read keeps
+        its tokens when the layer changes.
+        """
         return self._visible(0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Dequantised values, [batch, kv_heads, tokens, value_head_dim]."""
+        """Values, [batch, kv_heads, tokens, value_head_dim]; see ``keys``."""
         return self._visible(1)
 
     def lazy_initialization(
@@ -128,6 +140,7 @@ class TqaiLayer(CacheLayerMixin):
         was_empty = self.get_seq_length() == 0
         length, first = self.get_mask_sizes(keys.shape[-2])
         dtype = torch.promote_types(keys.dtype, values.dtype)
+        self._keep_reading()
         with self._named_errors():
             core = self._store_for(keys, values, dtype)
             stores.append(core, keys.to(dtype), values.to(dtype))
@@ -187,6 +200,7 @@ class TqaiLayer(CacheLayerMixin):
             self.core.discard_before(self._first_visible(target))
 
     def reset(self) -> None:
+        self._keep_reading()
         self.core = self.dtypes = None
         self.padding = []
         self.version += 1
@@ -242,6 +256,7 @@ class TqaiLayer(CacheLayerMixin):
         ]
         if counts == self.padding or self.is_packed() or self._first_visible(start) > 0:
             return
+        self._keep_reading()
         with self._named_errors():
             core.set_padding(counts)
         self.padding = counts
@@ -249,6 +264,7 @@ class TqaiLayer(CacheLayerMixin):
     def settle(self, was_empty: bool) -> None:
         """Seals what has left the residual window; called when attention over an update is done."""
         assert self.core is not None
+        self._keep_reading()
         if was_empty and self.is_sliding and not self.record_past:
             self.core.discard_before(self._first_visible(self.core.tokens))
         with self._named_errors():
@@ -258,6 +274,7 @@ class TqaiLayer(CacheLayerMixin):
         """Forgets all tokens from `tokens` on."""
         if self.core is None or tokens >= self.core.tokens:
             return
+        self._keep_reading()
         self.version += 1
         if tokens == 0:
             self.reset()
@@ -276,14 +293,50 @@ class TqaiLayer(CacheLayerMixin):
         return 0 if first <= min(self.padding, default=0) else first
 
     def _visible(self, which: int) -> torch.Tensor | None:
-        if self.core is None:
+        """A view, so that attention can find the layer when a model passes it on."""
+        if self.core is None or self.dtypes is None:
             return None
+        update = self._reading() if self._reading is not None else None
+        if update is None or not update.is_current():
+            update = self._read()
+            self._reading = weak_ref(update)  # the layer must not keep what keeps the layer
+        dim = (self.core.head_dim, self.core.value_head_dim)[which]
+        return TqaiView(update, which, self._like(dim, self.dtypes[which]))
+
+    def _read(self) -> Update:
+        """Stands for all tokens that a next query would see."""
+        assert self.core is not None
         first = self._first_visible(self.core.tokens)
-        return self.gather(first, self.core.tokens - first)[which]
+        update = Update(self, first, self.core.tokens - first, 0, None)
+        update.settled = True
+        update.cache = None if self.owner is None else self.owner()
+        return update
+
+    def _like(self, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor with the layer's rows and heads, where its store is."""
+        assert self.core is not None
+        rows, heads = self.core.batch, self.core.kv_heads
+        device = stores.device_of(self.core)
+        return torch.empty(rows, heads, 0, dim, dtype=dtype, device=device)
+
+    def _keep_reading(self) -> None:
+        """Called before the layer changes: dequantises what somebody has read of it and holds."""
+        update = self._reading() if self._reading is not None else None
+        if update is not None and update.fresh is None and update.is_current():
+            update.fresh = self.gather(update.first, update.length)
+        self._reading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """References to what is around the layer are the new owner's to make."""
+        state = dict(vars(self))
+        state.pop("owner", None)
+        state.pop("_reading", None)
+        return state
 
     def _select(self, rows: list[int]) -> None:
         if self.core is None:
             return
+        self._keep_reading()
         self.core.select(rows)
         self.padding = [self.padding[row] for row in rows]
         self.version += 1

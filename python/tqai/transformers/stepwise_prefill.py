@@ -18,11 +18,18 @@ STEP = 64
 """Tokens at a time: as many as are sealed together."""
 
 
-def steps(update: Update, hidden: list[int] | None) -> Iterator[tuple[int, Update]]:
-    """Adds the tokens of `update` to its layer once more, ``STEP`` at a time.
+def steps(
+    update: Update, hidden: list[int] | None, mask: torch.Tensor | None
+) -> Iterator[tuple[int, Update]]:
+    """Adds the tokens of `update` to its layer once more, ``STEP`` at a time or a few more.
 
     After each step, before anything of it is sealed, yields its first query and an update that
-    stands for it. hidden: [batch], padding at the start of each row, where the layer was empty.
+    stands for it.
+
+    Args:
+        hidden: [batch], padding at the start of each row, where the layer was empty.
+        mask: as attention takes it, [batch or 1, heads or 1, queries, length]. Tokens that it lets
+            look ahead, as those of an image, go in one step with what they see.
     """
     layer = update.layer
     core = layer.core
@@ -32,14 +39,36 @@ def steps(update: Update, hidden: list[int] | None) -> Iterator[tuple[int, Updat
     dtype = torch.promote_types(states[0].dtype, states[1].dtype)
     keys, values = (tensor.to(dtype) for tensor in states)
     core.crop(start)
-    for at in range(0, update.queries, STEP):
-        count = min(STEP, update.queries - at)
+    at = 0
+    for end in _ends(update, mask):
+        count = end - at
         stores.append(core, *(rows[:, :, at : at + count] for rows in (keys, values)))
         if hidden is not None and start == 0:
             _drop_padding(layer, [min(tokens, at + count) for tokens in hidden])
         length = start + at + count - update.first
         yield at, Update(layer, update.first, length, count, None)
         core.seal()
+        at = end
+
+
+def _ends(update: Update, mask: torch.Tensor | None) -> list[int]:
+    """Where steps end: at least ``STEP`` tokens from each other, and nothing before sees beyond."""
+    count = update.queries
+    ahead = list(range(1, count + 1))
+    if mask is not None and count > STEP:
+        new = mask[..., update.length - count :]
+        visible = new if mask.dtype == torch.bool else new > torch.finfo(mask.dtype).min / 2
+        columns = visible.any(1).any(0) * torch.arange(1, count + 1, device=mask.device)
+        ahead = columns.amax(-1).cummax(-1)[0].tolist()
+    ends = []
+    end = STEP
+    while end < count:
+        if ahead[end - 1] > end:
+            end = ahead[end - 1]
+        else:
+            ends.append(end)
+            end += STEP
+    return [*ends, count]
 
 
 def _drop_padding(layer: Layer, counts: list[int]) -> None:

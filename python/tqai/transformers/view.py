@@ -154,6 +154,32 @@ class TqaiView(torch.Tensor):
                 )
         return func(*_dense(args), **_dense(kwargs))
 
+    # What torch does not send through the dispatcher, but reads from memory that a view lacks.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> list[Any]:
+        return self.dense().tolist()
+
+    def share_memory_(self) -> torch.Tensor:
+        raise NotImplementedError(f"{self} has no memory to share: clone() it first")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dense().__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.dense().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().clone().__reduce_ex__(protocol)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError(
+            f"{self} cannot be written into, its tokens are compressed; clone() it for a tensor of "
+            "your own"
+        )
+
     def __repr__(self, **_: Any) -> str:
         return (
             f"TqaiView({_NAMES[self.which]} of layer {self.update.layer.index}, "

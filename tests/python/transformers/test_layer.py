@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,39 @@ def test_copies_do_not_see_each_other_and_share_tiles() -> None:
     twin.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(layer.keys, before)
     assert torch.equal(twin.keys[:, :, :2000], before[[1, 0]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.update(*states(3, seed=1)),
+        lambda layer: layer.crop(-150),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.reset(),
+        lambda layer: layer.settle(was_empty=True),
+    ],
+)
+def test_keys_that_were_read_stay_as_they_were(change: Any) -> None:
+    layer = TqaiLayer(0, PACKING)
+    layer.update(*states(200))
+    keys, values = layer.keys, layer.values
+    change(layer)
+    expected = states(200)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+def test_keys_are_dequantised_when_they_are_read_not_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = layer_with(200, PACKING)
+    calls: list[int] = []
+    gather = layer.gather
+    monkeypatch.setattr(layer, "gather", lambda *span: calls.append(1) or gather(*span))
+    assert layer.keys.shape == (2, HEADS, 200, DIM) and layer.values.numel() > 0
+    layer.update(*states(3))
+    assert not calls
+    assert (layer.keys + layer.values).shape[2] == 203
+    assert len(calls) == 1
 
 
 def test_a_sliding_layer_frees_what_no_query_sees_again() -> None:

@@ -87,6 +87,21 @@ def test_a_second_turn_pays_for_its_own_tokens(models: Models) -> None:
     assert distance(got, expected) < ROUNDING
 
 
+def test_tokens_that_see_each_other_are_read_together(models: Models) -> None:
+    """As those of an image, which may lie across the end of a tile."""
+    model = models("llama")
+    ids = make_ids(1, 200)
+    mask = torch.ones(200, 200, dtype=torch.bool).tril()
+    mask[40:100, 40:100] = True
+    mask = mask[None, None]
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    for settings in ({}, {**SEALING, "bits_k": 8, "bits_v": 8}):
+        cache = tqai.patch(model, exact_prefill=False, **settings)
+        got = logits(model, ids, cache, attention_mask=mask)
+        assert float((got - expected).norm() / expected.norm()) < ROUNDING
+
+
 def test_generate_works(models: Models, greedy: dict[str, Any]) -> None:
     model = models("llama")
     cache = tqai.patch(model, exact_prefill=False, **SETTINGS)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import SMALL
@@ -65,6 +68,34 @@ def test_writing_into_a_view_raises(write: object) -> None:
     _, keys = filled_layer(200)
     with pytest.raises(NotImplementedError, match="clone"):
         write(keys)
+
+
+def test_writing_by_an_index_raises() -> None:
+    _, keys = filled_layer(200)
+    with pytest.raises(NotImplementedError, match="keys of layer 3.*clone"):
+        keys[:, :, 0] = 0
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: torch.from_numpy(x.numpy()),
+        lambda x: torch.tensor(x.tolist()),
+        lambda x: torch.from_dlpack(x),
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+    ],
+)
+def test_what_reads_memory_gets_the_dequantised_values(operation: object) -> None:
+    _, keys = filled_layer(200, residual_window=16)
+    result = operation(keys)
+    assert type(result) is torch.Tensor and torch.equal(result, keys)
+
+
+def test_a_view_has_no_memory_to_share() -> None:
+    _, keys = filled_layer(5)
+    with pytest.raises(NotImplementedError, match="clone"):
+        keys.share_memory_()
 
 
 def test_writing_with_out_raises() -> None:
