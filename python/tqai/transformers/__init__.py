@@ -1,7 +1,8 @@
 """The seam into Hugging Face transformers: what ``tqai.patch`` puts under a PreTrainedModel.
 
 - ``hooks`` puts it on a model and takes it off; ``geometry`` says what a model looks like to a
-  cache, with ``find_rope`` for the rotary embedding of its keys and ``devices`` for where it is;
+  cache, with ``find_rope`` for the rotary embedding of its keys, which tries it out on a
+  ``shadow`` of the model, and ``devices`` for where it is;
 - ``cache``, ``encoder_decoder`` and ``layer`` are the caches as transformers wants them, ``view``
   what they hand out, ``attention`` what reads it, before ``original_attention`` and with
   ``stepwise_prefill``;

@@ -1,4 +1,4 @@
-"""Where a model computes."""
+"""Where a model computes, and whether there was room."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def layer_device(decoder: torch.nn.Module, index: int) -> torch.device:
         if numbered and int(numbered[1]) == index and parameter.device.type != "meta":
             return parameter.device
     return device_of(decoder)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether `error` says that memory could not be had, and nothing else."""
+    # torch's CPU allocator raises a RuntimeError that only its words tell from others.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)

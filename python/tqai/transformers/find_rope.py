@@ -14,8 +14,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from tqai.stores.rope import LAYOUTS, Rope
-from tqai.transformers.devices import device_of
+from tqai.transformers.devices import device_of, lacks_memory
 from tqai.transformers.names import cache_argument
+from tqai.transformers.shadow import shadow_of
 
 POSITIONS = (0, 1, 2, 3, 5, 8, 13, 29, 64, 127, 300, 511)
 # Largest error of the turned keys, of their length. Keys in bf16 carry 0.4 % of rounding; a wrong
@@ -28,8 +29,11 @@ CHANGING = ("dynamic", "longrope")
 def find_ropes(decoder: torch.nn.Module, config: Any, layers: int) -> tuple[Rope | None, ...]:
     """The rotary embedding of each of the decoder's cache layers; None where none is recognised.
 
-    Costs one forward pass of a dozen single tokens. The decoder must be as the user loaded it, not
-    patched.
+    Costs one forward pass of a dozen single tokens, by a shadow of the decoder: nothing is done to
+    the decoder itself, and weights that are not in memory are not read.
+
+    Raises:
+        MemoryError, RuntimeError: where there is no memory for that.
     """
     none = (None,) * layers
     frequencies = _frequencies(decoder)
@@ -76,23 +80,22 @@ def _probe(decoder: torch.nn.Module, config: Any) -> list[torch.Tensor | None] |
     if len(positions) < 4:
         return None
     cache = DynamicCache(config=config)
-    was_training = decoder.training
     # Another token than the usual special ones, which some models treat apart.
     token = min(11, (getattr(config, "vocab_size", None) or 2) - 1)
     device = device_of(decoder)
+    numbered = [device] if device.type == "cuda" else []
     try:
-        decoder.eval()
-        with torch.no_grad():
-            decoder(
+        with torch.no_grad(), torch.random.fork_rng(numbered):
+            shadow_of(decoder)(
                 input_ids=torch.full((len(positions), 1), token, device=device),
                 position_ids=torch.tensor(positions, device=device)[:, None],
                 use_cache=True,
                 **cache_argument(decoder, cache),
             )
-    except Exception:  # whatever a model's own code raises: it is not one that can be asked so
+    except Exception as error:  # whatever a model's own code raises: it cannot be asked so
+        if lacks_memory(error):
+            raise
         return None
-    finally:
-        decoder.train(was_training)
     return [_keys(layer, len(positions)) for layer in cache.layers]
 
 

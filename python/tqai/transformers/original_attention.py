@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tqai.transformers.devices import lacks_memory
+
 PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
 """Attention implementation → the name that tqai's, standing before it, is registered under."""
 
@@ -139,15 +141,10 @@ def formula_of(
         try:
             _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks, device)
         except Exception as error:
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 return None  # says nothing of the function: the next call tries again
             _formulas[key] = None  # whatever it needs, it is not what the kernel does
     return _formulas[key]
-
-
-def _lacks_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a RuntimeError that only its words tell from others.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
 
 
 @torch.no_grad()
