@@ -6,11 +6,13 @@ A map of the package, from what users call down to the bits; a room imports only
 
 - ``cli``: the command line, a module a verb;
 - ``measure``: what a setting costs in fidelity and brings in memory and speed;
-- ``api``: ``patch``, ``unpatch`` and ``new_cache``, for the framework that a model belongs to;
+- ``api``: ``patch``, ``unpatch`` and what goes with them, for the framework that a model belongs
+  to;
 - ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
 - ``stores``: what holds a layer's tokens, whatever the framework: the C++ cache on the CPU,
   ``stores.torch_ops`` on other devices;
-- ``settings``: the knobs, checked;
+- ``settings``: the knobs, checked, and all names and defaults;
+- ``requirements``: says what is not installed;
 - ``_core``: the compiled module, bits and attention.
 
 ``_moved`` lets modules be imported by the names that they had before they were put into rooms.
@@ -24,7 +26,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from tqai import _moved, api
-from tqai.api import new_cache, patch, unpatch
+from tqai.api import is_patched, new_cache, patch, patched, unpatch
+from tqai.requirements import needs_transformers
+from tqai.settings import PRESETS, Settings
 
 if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
@@ -37,17 +41,21 @@ if TYPE_CHECKING:
 __all__ = [
     "Codebook",
     "Fidelity",
+    "PRESETS",
     "ProdQuantizer",
     "Quantizer",
     "Recall",
+    "Settings",
     "TqaiCache",
     "TqaiEncoderDecoderCache",
     "__version__",
     "evaluate",
+    "is_patched",
     "load_cache",
     "needle",
     "new_cache",
     "patch",
+    "patched",
     "save_cache",
     "unpatch",
 ]
@@ -76,13 +84,17 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imports the exports that need torch or the compiled module when they are first asked for."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'tqai' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        """Imports the exports that need torch or the compiled module when they are asked for."""
+        if name not in _LAZY:
+            raise AttributeError(f"module 'tqai' has no attribute {name!r}")
+        if _LAZY[name] != "tqai._core":
+            needs_transformers()
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

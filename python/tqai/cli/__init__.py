@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import tqai
 from tqai.cli import bench, demo, evaluate, info, memory, reproduce
+from tqai.requirements import MissingPackage, needs_transformers
 
 VERBS = (demo, info, evaluate, memory, bench, reproduce)
 
@@ -29,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Read by the OpenMP runtimes when they are loaded, also in child processes.
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     try:
+        if options.models:
+            needs_transformers()
         options.run(options)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MissingPackage) as error:
         message = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"tqai: {message}", file=sys.stderr)
         return 2

@@ -14,8 +14,7 @@ from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
 from tqai.cli.process import fresh_process
-from tqai.settings import LEVELS, Settings
-from tqai.transformers.loading import DTYPES, require
+from tqai.settings import DTYPES, LEVELS, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +134,6 @@ def _figure(options: argparse.Namespace) -> Figure | None:
 
 
 def _run_kernels(options: argparse.Namespace) -> None:
-    require("torch", "transformers", extra="torch")
     import torch
 
     from tqai.measure.time_kernels import Shape, time_kernels
@@ -286,7 +284,6 @@ def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
 
 
 def _run_model(options: argparse.Namespace) -> None:
-    require("torch", "transformers", extra="torch")
     from tqai.measure.time_model import time_model
 
     figure = _figure(options)
@@ -303,6 +300,7 @@ def _run_model(options: argparse.Namespace) -> None:
                 prefill=options.prefill,
                 tokens=options.tokens,
                 threads=options.threads,
+                device=options.device,
                 progress=progress,
             )
         )

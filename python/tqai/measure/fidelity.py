@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from tqai.measure.named_settings import NamedSetting, named_settings
 from tqai.measure.text import prose
 from tqai.transformers.cache import TqaiCache
+from tqai.transformers.devices import device_of
 from tqai.transformers.names import cache_argument
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def evaluate(
     alike.
 
     Args:
-        model: not patched; patched in between, and as it was in the end.
+        model: on any device, not patched; patched in between, and as it was in the end.
         text: by default ``tqai.text.prose()``.
         settings: arguments of ``tqai.patch``, and arithmetic="exact" for attention by torch over
             the dequantised codes; or their names (``tqai.named.parse_setting``).
@@ -90,9 +91,12 @@ def evaluate(
     measures = [_Measure(setting) for setting in named_settings(model, settings)]
     for measure in measures:
         measure.check_chunk(chunk)
-    stretches = _stretches(
-        tokenizer, prose() if text is None else text, prefill + read, samples, bos
-    )
+    stretches = [
+        ids.to(device_of(model))
+        for ids in _stretches(
+            tokenizer, prose() if text is None else text, prefill + read, samples, bos
+        )
+    ]
 
     total = samples * read * (1 + len(measures))
     done = 0
@@ -149,7 +153,7 @@ def _stretches(
         raise ValueError(f"the text has {len(tokens)} tokens: expected at least {taken}")
     stride = (len(tokens) - taken) // max(samples - 1, 1)
     return [
-        torch.tensor([start + tokens[sample * stride : sample * stride + taken]])
+        torch.tensor([start + tokens[sample * stride : sample * stride + taken]], device="cpu")
         for sample in range(samples)
     ]
 
@@ -179,7 +183,8 @@ class _Measure:
         """Counts tokens, given both log-probabilities [tokens, vocabulary] of the next ones, and
         whether the tokens read packed ones."""
         # The terms cancel almost wholly, so they are summed in double precision.
-        divergences = torch.sum(p.double().exp() * (p.double() - q.double()), -1).tolist()
+        p, q = (_most_precise(logs) for logs in (p, q))
+        divergences = torch.sum(p.exp() * (p - q), -1).tolist()
         if not all(map(math.isfinite, divergences)):
             raise ValueError(f"setting {self.setting.name!r}: the model's logits are not finite")
         self._divergences += divergences
@@ -201,7 +206,7 @@ class _Measure:
                 "window"
             )
         read = len(self._divergences)
-        divergences = torch.tensor(self._divergences, dtype=torch.float64)
+        divergences = torch.tensor(self._divergences, dtype=torch.float64, device="cpu")
         return Fidelity(
             setting=self.setting.name,
             kl_mean=divergences.mean().item(),
@@ -219,6 +224,11 @@ class _Measure:
             tokens_read_packed=self._read_packed,
             packed_share=self._report["packed_tokens"] / self._report["tokens"],
         )
+
+
+def _most_precise(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, which some devices (MPS) do not have."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def _packed_bits(report: dict[str, Any], item_size: int) -> float:

@@ -1,4 +1,4 @@
-"""Settings by name, such as ``k4v2,window=32``, as measurements take them."""
+"""Settings by name, such as ``k4v2,residual_window=32``, as measurements take them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 
 ARITHMETICS = ("kernel", "exact")
 
-# What a setting's name may say after its bits, and the option that it stands for.
-SETTING_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "sinks": ("sink_tokens", int),
-    "window": ("residual_window", int),
-    "rotation": ("rotation", str),
-    "centering": ("centering", str),
-    "seed": ("seed", int),
-    "backend": ("backend", str),
-    "level": ("level", str),
-    "skip": ("skip_layers", lambda layers: tuple(int(layer) for layer in layers.split("+"))),
-    "arithmetic": ("arithmetic", str),
+# What a setting's name may say after its bits.
+SETTING_KEYS: dict[str, Callable[[str], Any]] = {
+    "sink_tokens": int,
+    "residual_window": int,
+    "rotation": str,
+    "centering": str,
+    "seed": int,
+    "backend": str,
+    "level": str,
+    "skip_layers": lambda layers: tuple(int(layer) for layer in layers.split("+")),
+    "arithmetic": str,
 }
+_SHORT = {"sinks": "sink_tokens", "window": "residual_window", "skip": "skip_layers"}
 
 
 def parse_setting(name: str) -> dict[str, Any]:
-    """Options from a name such as ``k4v2``, ``k4v4,window=32,sinks=0`` or ``small,skip=0+1``.
+    """Options from a name such as ``k4v2``, ``k4v4,residual_window=32,sink_tokens=0`` or
+    ``small,skip_layers=0+1``.
 
-    The keys are sinks, window, rotation, centering, seed, backend, level and skip, whose layers are
-    joined by plus signs, for arguments of ``tqai.patch``, and arithmetic; see ``NamedSetting``.
+    The keys are arguments of ``tqai.patch``, layers being joined by plus signs, and arithmetic; see
+    ``NamedSetting``. For short, window, sinks and skip are understood too.
 
     Raises:
         ValueError: for a name of another form.
@@ -54,12 +56,12 @@ def parse_setting(name: str) -> dict[str, Any]:
         options = {"bits_k": int(match[1]), "bits_v": int(match[2])}
     for item in rest:
         key, _, value = item.partition("=")
+        key = _SHORT.get(key, key)
         if key not in SETTING_KEYS:
             allowed = ", ".join(f"{key}=" for key in SETTING_KEYS)
             raise ValueError(f"setting {name!r}: {item!r} starts with none of {allowed}")
-        option, convert = SETTING_KEYS[key]
         try:
-            options[option] = convert(value)
+            options[key] = SETTING_KEYS[key](value)
         except ValueError:
             raise ValueError(f"setting {name!r}: {key}={value!r} is not a number") from None
     return options

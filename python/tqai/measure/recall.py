@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from tqai.measure.named_settings import NamedSetting, named_settings
 from tqai.measure.text import frame, prose
 from tqai.transformers.cache import TqaiCache
+from tqai.transformers.devices import device_of
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.names import cache_argument
 
@@ -77,7 +78,7 @@ def needle(
     find the code.
 
     Args:
-        model: not patched; patched in between, and as it was in the end.
+        model: on any device, not patched; patched in between, and as it was in the end.
         text: by default ``tqai.text.prose()``; each needle gets another stretch of it.
         settings: as for ``tqai.evaluate``.
         context: tokens of the whole prompt.
@@ -154,7 +155,7 @@ class _Trial:
         self.first = len(head) + place
         self.last = self.first + len(sentence) - 1
         """Places of the needle in `ids`."""
-        self.ids = torch.tensor([head + body[:place] + sentence + body[place:]])
+        self.ids = torch.tensor([head + body[:place] + sentence + body[place:]], device="cpu")
         """[1, tokens]: the prompt up to the question."""
 
     @cached_property
@@ -195,10 +196,11 @@ class _Count:
 
     @torch.inference_mode()
     def add(self, trial: _Trial, model: PreTrainedModel, cache: Any) -> None:
-        model(trial.ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+        ids = trial.ids.to(device_of(model))
+        model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         self._look_at(trial, cache)
         logits = model(
-            torch.tensor([trial.question]),
+            _on_device(model, trial.question),
             use_cache=True,
             logits_to_keep=1,
             **cache_argument(model, cache),
@@ -261,6 +263,11 @@ def _packs(layer: TqaiLayer, first: int, last: int) -> bool:
     return start <= first and last < start + core.packed_tokens(0)
 
 
+def _on_device(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """[1, tokens] where the model takes them."""
+    return torch.tensor([ids], device=device_of(model))
+
+
 def _log_probability(
     model: PreTrainedModel, logits: torch.Tensor, cache: Any, ids: list[int]
 ) -> float:
@@ -268,17 +275,18 @@ def _log_probability(
     the first one."""
     if len(ids) > 1:
         branch = copy.deepcopy(cache)
-        read = torch.tensor([ids[:-1]])
+        read = _on_device(model, ids[:-1])
         more = model(read, use_cache=True, **cache_argument(model, branch)).logits[0]
         logits = torch.cat([logits, more])
-    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+    index = torch.tensor(ids, device=logits.device)[:, None]
+    return torch.log_softmax(logits.float(), -1).gather(1, index).sum().item()
 
 
 def _generate(model: PreTrainedModel, logits: torch.Tensor, cache: Any, count: int) -> list[int]:
     """The likeliest tokens, one after the other; logits: [1, 1, vocabulary], of the first one."""
     tokens = [int(logits.argmax())]
     while len(tokens) < count:
-        last = torch.tensor([tokens[-1:]])
+        last = _on_device(model, tokens[-1:])
         logits = model(last, use_cache=True, **cache_argument(model, cache)).logits
         tokens.append(int(logits.argmax()))
     return tokens

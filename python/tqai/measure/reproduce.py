@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from tqai import _core
-
-ROTATIONS = ("auto", "hadamard", "haar")
+from tqai.settings import ROTATIONS, Rotation
 
 # What the paper prints beside Theorems 1 and 2 for 1 to 4 bits; the latter times the dimension.
 _PAPER_ERROR = (0.36, 0.117, 0.03, 0.009)
@@ -115,7 +114,7 @@ def reproduce(
     vectors: int = 32768,
     queries: int = 64,
     projections: int = 128,
-    rotation: str = "auto",
+    rotation: Rotation = "auto",
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Reproduction:

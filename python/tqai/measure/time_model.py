@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from tqai import api
 from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
 from tqai.measure.text import prose
-from tqai.measure.timing import ratio
+from tqai.measure.timing import ratio, wait_for
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.loading import default_model, load
 from tqai.transformers.names import cache_argument
@@ -99,6 +99,7 @@ def time_model(
     prefill: int = 1024,
     tokens: int = 16,
     threads: int | None = None,
+    device: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[list[ModelTime]]:
     """Times the decoding of `tokens` tokens at each context: one result per variant.
@@ -108,6 +109,7 @@ def time_model(
     the context is filled with their keys and values, over and over if need be.
 
     Args:
+        model, device: as for ``tqai.transformers.loading.load``.
         start: a process as a context manager; it gives a function that calls functions there.
         progress: called after every turn with tokens decoded, all that will be, and by what.
 
@@ -136,7 +138,7 @@ def time_model(
         # Nothing is timed yet, so as many at once as there are processors.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for opening in [
-                pool.submit(call, _open, index, variant, model, prefill, longest, threads)
+                pool.submit(call, _open, index, variant, model, prefill, longest, threads, device)
                 for index, (variant, call) in enumerate(zip(variants, calls, strict=True))
             ]:
                 opening.result()
@@ -204,18 +206,20 @@ class _Decoder:
         prefill: int,
         longest: int,
         threads: int | None,
+        device: str | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._variant = variant
         self._name = default_model().name if model is None else model
-        self._model, tokenizer = load(model, variant.dtype)
+        self._model, tokenizer = load(model, variant.dtype, device)
         _check_length(self._model.config, longest)
         ids = tokenizer(prose(), verbose=False).input_ids
         if not prefill < len(ids):
             raise ValueError(f"prefill={prefill}: expected at most {len(ids) - 1}")
-        self._next = torch.tensor([ids[prefill:]])
-        self._read = self._prefill(torch.tensor([ids[:prefill]]))
+        where = self._model.device
+        self._next = torch.tensor([ids[prefill:]], device=where)
+        self._read = self._prefill(torch.tensor([ids[:prefill]], device=where))
         if variant.kind == COMPRESSED:
             api.patch(self._model, **variant.options)
         self.fill(min(_WARM_UP_TOKENS, prefill))
@@ -283,8 +287,10 @@ class _Decoder:
             token = self._next[:, at : at + 1]
             self._at += 1
             given = cache_argument(self._model, self._cache)
+            wait_for(token.device)
             start = time.perf_counter()
             self._model(token, use_cache=True, logits_to_keep=1, **given)
+            wait_for(token.device)
             times.append(time.perf_counter() - start)
         return times
 

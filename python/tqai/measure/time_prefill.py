@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from tqai import api
 from tqai.measure.text import prose
-from tqai.measure.timing import ratio
+from tqai.measure.timing import ratio, wait_for
+from tqai.settings import Dtype
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.loading import load
 from tqai.transformers.names import cache_argument
@@ -43,17 +44,18 @@ class PrefillTime:
 
 def time_prefill(
     model: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     tokens: Iterable[int] = (1024, 2048),
     options: dict[str, Any] | None = None,
     *,
     rounds: int = 5,
+    device: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[PrefillTime]:
     """Times prompts of real text of each length, with torch's threads.
 
     Args:
-        model, dtype: as for ``tqai.transformers.loading.load``.
+        model, dtype, device: as for ``tqai.transformers.loading.load``.
         options: arguments of ``tqai.patch``.
         rounds: each has one prefill with each cache, and one sealing alone; a first is not
             counted.
@@ -66,8 +68,8 @@ def time_prefill(
     for name, numbers in (("tokens", lengths), ("rounds", [rounds])):
         if any(number < 1 for number in numbers):
             raise ValueError(f"{name}={numbers}: expected at least 1")
-    loaded, tokenizer = load(model, dtype)
-    ids = torch.tensor([tokenizer(prose(), verbose=False).input_ids])
+    loaded, tokenizer = load(model, dtype, device)
+    ids = torch.tensor([tokenizer(prose(), verbose=False).input_ids], device=loaded.device)
     if max(lengths, default=1) > ids.shape[1]:
         raise ValueError(f"tokens={max(lengths)}: expected at most {ids.shape[1]}, the text's")
     for length in lengths:
@@ -90,11 +92,11 @@ def _time_length(
 
     def read_plain() -> float:
         cache = DynamicCache()
-        seconds = _seconds(lambda: _read(model, ids, cache))
+        seconds = _seconds(lambda: _read(model, ids, cache), ids.device)
         states = [(layer.keys, layer.values) for layer in cache.layers]
         api.patch(model, **options)
         try:
-            sealing_times.append(_seconds(lambda: _seal(api.new_cache(model), states)))
+            sealing_times.append(_seconds(lambda: _seal(api.new_cache(model), states), ids.device))
         finally:
             api.unpatch(model)
         return seconds
@@ -104,7 +106,7 @@ def _time_length(
         try:
             _read(model, ids[:, :1], api.new_cache(model))  # finds the rotary embedding, once
             cache = api.new_cache(model)
-            seconds = _seconds(lambda: _read(model, ids, cache))
+            seconds = _seconds(lambda: _read(model, ids, cache), ids.device)
             report.update(cache.memory_report())
         finally:
             api.unpatch(model)
@@ -153,7 +155,9 @@ def _seal(cache: Any, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             layer.settle(True)
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    wait_for(device)
     start = time.perf_counter()
     call()
+    wait_for(device)
     return time.perf_counter() - start

@@ -57,6 +57,12 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns when `device` has done what it was given; the CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def memory_reader() -> Callable[[], Any]:
     """A call that reads ``BUFFER_BYTES`` once, with torch's threads: a sum."""
     buffer = torch.ones(BUFFER_BYTES // 4)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from tqai import _core
+from tqai import _core, settings
 
 Ref = tuple[int, "_core.DType", tuple[int, ...], tuple[int, ...]]
 
 DTYPES: dict[torch.dtype, _core.DType] = {
-    torch.float32: _core.DType.float32,
-    torch.float16: _core.DType.float16,
-    torch.bfloat16: _core.DType.bfloat16,
+    getattr(torch, name): _core.DType[name] for name in settings.DTYPES
 }
+"""Of keys and values, in the order of tqai::DType."""
 _MASK_DTYPES = {**DTYPES, torch.bool: _core.DType.bool}
 
 

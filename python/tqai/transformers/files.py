@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tqai import _core, stores
 from tqai.settings import Settings
 from tqai.stores.rope import Rope
+from tqai.stores.tensor_refs import DTYPES
 from tqai.transformers import hooks
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.devices import layer_device
@@ -45,7 +46,7 @@ _KINDS = {
     DynamicLayer: "exact",
     DynamicSlidingWindowLayer: "sliding",
 }
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 
 def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str]) -> None:

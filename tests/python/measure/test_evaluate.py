@@ -222,3 +222,21 @@ def test_parse_setting() -> None:
 def test_parse_setting_refuses(name: str) -> None:
     with pytest.raises(ValueError, match="setting"):
         parse_setting(name)
+
+
+@pytest.mark.parametrize("measure", [tqai.evaluate, tqai.needle])
+def test_tokens_are_made_where_the_model_is(measure: Any, model: Any) -> None:
+    """Tensors that are made nowhere in particular come on a device that holds no numbers here."""
+    options: dict[str, Any] = {"prefill": PREFILL, "read": 2}
+    if measure is tqai.needle:
+        options = {"context": 500, "depths": [0.5], "needles": 1}
+    tokenizer = toy.tokenizer()
+    expected = measure(model, tokenizer, settings=[SETTING], **options)
+    with torch.device("meta"):
+        assert measure(model, tokenizer, settings=[SETTING], **options) == expected
+
+
+def test_the_shorter_names_in_settings() -> None:
+    short = parse_setting("k4v2,window=32,sinks=0,skip=0+1")
+    assert short == parse_setting("k4v2,residual_window=32,sink_tokens=0,skip_layers=0+1")
+    assert short["skip_layers"] == (0, 1)

