@@ -1,4 +1,5 @@
 #include <array>
+#include <cstddef>
 #include <cstdlib>
 #include <tqai/cpu.hpp>
 #include <tqai/error.hpp>
@@ -9,6 +10,8 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace tqai {
@@ -54,7 +57,12 @@ bool runs(Level level) {
 
 #elif defined(__aarch64__) && defined(__APPLE__)
 
-bool runs(Level level) { return level == Level::neon; }  // every Apple processor with macOS
+bool runs(Level level) {
+  int has = 0;
+  std::size_t size = sizeof has;
+  return level == Level::neon &&
+         sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+}
 
 #else
 

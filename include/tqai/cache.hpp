@@ -4,7 +4,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -48,7 +47,7 @@ struct ConstTensor {
   std::array<std::int64_t, 4> strides{};
 };
 
-/// As ConstTensor, to be written.
+/// As ConstTensor, to be written: no two elements at one address.
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -67,13 +66,13 @@ struct Mask {
 };
 
 struct AttendOptions {
-  /// Multiplies q·k; NaN: 1/√head_dim.
-  float scale = std::numeric_limits<float>::quiet_NaN();
-  /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask.
+  /// Multiplies q·k; finite. Nothing: 1/√head_dim.
+  std::optional<float> scale;
+  /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask. Finite and normal.
   float soft_cap = 0.0F;
   /// The last query stands at the last token, and none sees later tokens than its own.
   bool causal = true;
-  /// > 0: a query at token p sees tokens p − window + 1 … p only.
+  /// > 0: a query at token p sees tokens p − window + 1 … p only, whatever `causal` says.
   std::int64_t window = 0;
   /// Tokens before this one are not seen; the mask's first column.
   std::int64_t first_token = 0;
@@ -107,9 +106,8 @@ TQAI_API std::size_t allocated_bytes() noexcept;
 /// costs a few pointers a tile, and no copy sees another's later changes.
 ///
 /// All or nothing: a member that throws leaves the cache as it was. Const members may run
-/// concurrently on one cache; anything else needs a lock. `append`, `attend`, `seal` and `gather`
-/// use OpenMP threads where the work is worth it; results do not depend on their number, nor on
-/// the level.
+/// concurrently on one cache; anything else needs a lock. `append`, `attend` and `seal` use OpenMP
+/// threads where the work is worth it; results do not depend on their number, nor on the level.
 class TQAI_API KvCache {
  public:
   /// Throws ValueError for options out of range, UnsupportedError for a level this machine lacks.

@@ -83,7 +83,7 @@ void attend(const LockedCache& cache, const py::tuple& queries, const py::tuple&
             std::int64_t first_token, const std::optional<py::tuple>& mask,
             std::uintptr_t sink_scores) {
   AttendOptions options;
-  if (scale) options.scale = *scale;
+  options.scale = scale;
   options.soft_cap = soft_cap;
   options.causal = causal;
   options.window = window;

@@ -4,10 +4,7 @@
 #include <memory>
 
 #include "attention.hpp"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.hpp"
 
 namespace tqai::detail {
 namespace {
@@ -20,7 +17,7 @@ constexpr std::int64_t kMostBlocksTogether = 2;
 // In how many shares a thread's last item is split; they still read some heads in order.
 constexpr int kShares = 4;
 // Below this many multiplications a second thread costs more than it brings.
-[[maybe_unused]] constexpr double kWorthThreads = 2e6;
+constexpr double kWorthThreads = 2e6;
 // Units are prepared and finished in batches, to bound what lies between.
 constexpr std::int64_t kBatchFloats = std::int64_t{1} << 23;
 
@@ -81,10 +78,7 @@ void Attention::run() {
   const std::unique_ptr<PartState[]> states(new PartState[count_of(parts_)]);
   const std::unique_ptr<CentreScores[]> centres(new CentreScores[count_of(1)]);
   const std::unique_ptr<bool[]> finite(new bool[count_of(kMaxRows)]);
-  int threads = 1;
-#ifdef _OPENMP
-  if (multiplications() > kWorthThreads) threads = omp_get_max_threads();
-#endif
+  const int threads = multiplications() > kWorthThreads ? usable_threads() : 1;
   for (std::int64_t first = 0; first < units_; first += size) {
     const Batch batch{first,
                       std::min(size, units_ - first),
@@ -103,6 +97,7 @@ void Attention::run() {
     if (threads > 1) {
 #pragma omp parallel
       {
+        const SubnormalNumbers counted;
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < batch.count; ++i) prepare_unit(i);
 #pragma omp for schedule(dynamic)
@@ -123,6 +118,7 @@ void Attention::run() {
 void attend(const Context& context, std::span<const Row> rows, std::int64_t tokens,
             const ConstTensor& queries, const Tensor& output, const AttendOptions& options) {
   if (queries.shape[0] == 0 || queries.shape[1] == 0 || queries.shape[2] == 0) return;
+  const SubnormalNumbers counted;
   Attention(context, rows, tokens, queries, output, options).run();
 }
 

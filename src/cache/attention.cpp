@@ -25,10 +25,9 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
       queries_(queries),
       output_(output),
       options_(options),
-      query_factor_((std::isnan(options.scale)
-                         ? 1.0F / std::sqrt(static_cast<float>(context.options.head_dim))
-                         : options.scale) *
-                    (options.soft_cap > 0.0F ? 1.0F / options.soft_cap : kLog2E)),
+      query_factor_(
+          options.scale.value_or(1.0F / std::sqrt(static_cast<float>(context.options.head_dim))) *
+          (options.soft_cap > 0.0F ? 1.0F / options.soft_cap : kLog2E)),
       query_count_(queries.shape[2]),
       group_(queries.shape[1] / context.options.kv_heads),
       blocks_(divide_up(group_ * query_count_, kMaxRows)),
@@ -154,7 +153,7 @@ void Attention::set_range(const Unit& unit, const Work& work, std::int64_t start
     std::int64_t from = options_.first_token;
     if (options_.window > 0) from = std::max(from, position - options_.window + 1);
     first[r] = from - start;
-    end[r] = (options_.causal ? position + 1 : tokens_) - start;
+    end[r] = (options_.causal || options_.window > 0 ? position + 1 : tokens_) - start;
   }
   softmax.first = first;
   softmax.end = end;

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <set>
 #include <string>
 #include <tqai/cache.hpp>
@@ -8,6 +10,7 @@
 #include "check.hpp"
 #include "row.hpp"
 #include "serialize.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 
@@ -92,9 +95,10 @@ void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
   }
   const auto count = static_cast<std::int64_t>(jobs.size());
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (count >= 8)
+#pragma omp parallel for schedule(static) if (count >= 8 && usable_threads() > 1)
 #endif
   for (std::int64_t i = 0; i < count; ++i) {
+    const SubnormalNumbers counted;
     const Job& job = jobs[static_cast<std::size_t>(i)];
     detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head);
   }
@@ -155,6 +159,7 @@ std::optional<Centering> KvCache::centering(int row, int head) const {
 }
 
 void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
+  const SubnormalNumbers counted;
   State& state = *state_;
   const Context& context = state.context;
   detail::check_shape("keys", keys.shape,
@@ -179,6 +184,7 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
 }
 
 void KvCache::seal() {
+  const SubnormalNumbers counted;
   for (const Row& row : state_->rows) {
     if (detail::sealable(state_->context, row) > 0) {
       seal_rows(state_->context, state_->rows);
@@ -208,10 +214,15 @@ void KvCache::attend(const ConstTensor& queries, const Tensor& output,
                       {batch, queries.shape[2], queries.shape[1], geometry.value_head_dim},
                       "batch, queries, query_heads, value_head_dim");
   detail::check_layout("queries", queries.data, queries.shape, queries.strides);
-  detail::check_layout("output", output.data, output.shape, output.strides);
-  if (!(options.soft_cap >= 0.0F)) {
-    throw ValueError("soft_cap = " + std::to_string(options.soft_cap) +
-                     "; allowed: 0 for none, or more");
+  detail::check_written("output", output);
+  if (options.scale && !std::isfinite(*options.scale)) {
+    throw ValueError("scale = " + std::to_string(*options.scale) +
+                     "; allowed: finite numbers, or nothing for 1/√head_dim");
+  }
+  if (options.soft_cap != 0.0F && !(options.soft_cap > 0.0F && std::isnormal(options.soft_cap))) {
+    throw ValueError("soft_cap = " + detail::number_text(options.soft_cap) +
+                     "; allowed: 0 for none, or a finite number from " +
+                     detail::number_text(std::numeric_limits<float>::min()) + " up");
   }
   if (options.first_token < 0 || options.first_token > state.tokens || options.window < 0) {
     throw ValueError("first_token = " + std::to_string(options.first_token) +
@@ -223,6 +234,7 @@ void KvCache::attend(const ConstTensor& queries, const Tensor& output,
 }
 
 void KvCache::gather(std::int64_t first, const Tensor& keys, const Tensor& values) const {
+  const SubnormalNumbers counted;
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
   detail::check_shape("keys", keys.shape,
@@ -231,8 +243,8 @@ void KvCache::gather(std::int64_t first, const Tensor& keys, const Tensor& value
       "values", values.shape,
       shape_of(state.context, state.rows.size(), keys.shape[2], geometry.value_head_dim),
       kValueAxes);
-  detail::check_layout("keys", keys.data, keys.shape, keys.strides);
-  detail::check_layout("values", values.data, values.shape, values.strides);
+  detail::check_written("keys", keys);
+  detail::check_written("values", values);
   if (first < 0 || first > state.tokens - keys.shape[2]) {
     throw IndexError("tokens " + std::to_string(first) + "…" +
                      std::to_string(first + keys.shape[2]) + " of a cache of " +

@@ -1,6 +1,9 @@
 #include "check.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 namespace tqai::detail {
@@ -82,6 +85,35 @@ void check_layout(const char* name, const void* data, const std::array<std::int6
     throw ValueError(std::string(name) + " has stride " + std::to_string(strides[3]) +
                      " in its last dimension; 1 is needed: make it contiguous");
   }
+}
+
+void check_written(const char* name, const Tensor& tensor) {
+  check_layout(name, tensor.data, tensor.shape, tensor.strides);
+  // From the innermost dimension outwards, each step must lead beyond all that the inner ones
+  // reach.
+  std::array<std::size_t, 4> order = {0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return std::abs(tensor.strides[a]) < std::abs(tensor.strides[b]);
+  });
+  std::int64_t reach = 0;
+  for (const std::size_t axis : order) {
+    if (tensor.shape[axis] == 0) return;
+    if (tensor.shape[axis] == 1) continue;
+    const std::int64_t step = std::abs(tensor.strides[axis]);
+    if (step <= reach) {
+      throw ValueError(std::string(name) + " of shape " + shape_text(tensor.shape) +
+                       " has strides " + shape_text(tensor.strides) +
+                       ", by which several elements lie at one address; needed: memory of its own "
+                       "for each");
+    }
+    reach += step * (tensor.shape[axis] - 1);
+  }
+}
+
+std::string number_text(float value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+  return text;
 }
 
 void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor) {

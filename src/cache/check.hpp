@@ -22,6 +22,12 @@ void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
 void check_layout(const char* name, const void* data, const std::array<std::int64_t, 4>& shape,
                   const std::array<std::int64_t, 4>& strides);
 
+/// As check_layout, and no two elements at one address: threads may write any of them.
+void check_written(const char* name, const Tensor& tensor);
+
+/// Also of what std::to_string would print as 0.000000.
+std::string number_text(float value);
+
 /// Every vector finite and no longer than KvCache::kMaxNorm.
 void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor);
 

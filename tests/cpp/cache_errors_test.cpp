@@ -74,6 +74,34 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   options.mask = Mask{queries.data.data(), Mask::Kind::f32, {1, 1, 1, 149}, {0, 0, 0, 1}};
   const Array good({1, 2, 1, 64}, engine_);
   EXPECT_TRUE(contains(message_of([&] { attend(cache, good, options); }), "[1, 1, 1, 149]"));
+  const auto refused = [&](auto change) {
+    AttendOptions changed;
+    change(changed);
+    return message_of([&] { attend(cache, good, changed); });
+  };
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float kNan = std::numeric_limits<float>::quiet_NaN();
+  for (const float scale : {kNan, kInfinity, -kInfinity}) {
+    EXPECT_TRUE(contains(refused([&](auto& o) { o.scale = scale; }), "scale = ")) << scale;
+  }
+  for (const float cap : {kNan, kInfinity, -1.0F, 1e-39F}) {
+    EXPECT_TRUE(contains(refused([&](auto& o) { o.soft_cap = cap; }), "soft_cap = ")) << cap;
+  }
+  // Outputs whose elements share addresses: threads would write the same bytes.
+  std::vector<float> output(2 * 64);
+  const auto overlapping = [&](std::array<std::int64_t, 4> strides) {
+    return message_of(
+        [&] { cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, strides}); });
+  };
+  EXPECT_TRUE(contains(overlapping({0, 0, 0, 1}), "at one address"));
+  EXPECT_TRUE(contains(overlapping({128, 128, 63, 1}), "at one address"));
+  cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, {0, 0, 64, 1}});  // strides of 1s
+  EXPECT_TRUE(contains(message_of([&] {
+                         const Tensor all_one{
+                             output.data(), DType::f32, {1, 2, 2, 64}, {0, 64, 0, 1}};
+                         cache.gather(0, all_one, all_one);
+                       }),
+                       "at one address"));
   EXPECT_TRUE(contains(message_of([&] { cache.crop(151); }), "0…150"));
   EXPECT_TRUE(contains(message_of([&] { cache.select({}); }), "1 or more"));
   EXPECT_THROW(cache.select(std::vector<std::int64_t>{0, 1}), IndexError);

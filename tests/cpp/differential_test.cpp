@@ -173,7 +173,7 @@ TEST(Differential, LevelsAgreeAndAreWithinTheBoundOfDouble) {
       expected = output;
       packed += cache.packed_tokens(0) > 0 ? 1 : 0;
       test::ReferenceOptions reference;
-      if (!std::isnan(all.attend.scale)) reference.scale = static_cast<double>(all.attend.scale);
+      if (all.attend.scale) reference.scale = static_cast<double>(*all.attend.scale);
       reference.soft_cap = static_cast<double>(all.attend.soft_cap);
       reference.causal = all.attend.causal;
       reference.window = all.attend.window;

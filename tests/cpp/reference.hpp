@@ -98,7 +98,8 @@ inline std::vector<double> attention(const float* query, const Matrix& keys, con
   double largest = options.sink_score;
   for (std::size_t t = 0; t < tokens; ++t) {
     const auto token = static_cast<std::int64_t>(t);
-    if (token < options.first_token || (options.causal && token > position) ||
+    if (token < options.first_token ||
+        ((options.causal || options.window > 0) && token > position) ||
         (options.window > 0 && token <= position - options.window) ||
         (!hidden.empty() && hidden[t])) {
       continue;

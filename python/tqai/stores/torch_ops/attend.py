@@ -53,7 +53,7 @@ class Query:
                 bias = torch.where(bias, 0.0, -torch.inf)
             bias = torch.nn.functional.pad(bias.float(), (end - start - bias.shape[-1], 0))
         before = start < self.first_token
-        after = self.causal and end - 1 > oldest
+        after = (self.causal or self.window > 0) and end - 1 > oldest
         left = self.window > 0 and start <= self.tokens - 1 - self.window
         if not (before or after or left):
             return bias

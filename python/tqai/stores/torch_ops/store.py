@@ -123,10 +123,11 @@ class TorchStore:
         Args:
             queries: [batch, query_heads, n, head_dim]; query head h reads key/value head
                 h // (query_heads // kv_heads).
-            scale: of the scores; None: 1 / √head_dim.
+            scale: of the scores, finite; None: 1 / √head_dim.
             soft_cap: c of c · tanh(score / c); 0: none.
             causal: whether a query sees no later token than its own.
-            window: how many tokens a query sees at most, its own the last; 0: all.
+            window: how many tokens a query sees at most, its own the last, whatever `causal`
+                says; 0: all.
             first_token: tokens before it are not seen.
             mask: [batch or 1, query_heads or 1, n, tokens − first_token], bool, or added.
             sinks: [query_heads], scores that count in the softmax's sum and bring no value.

@@ -1,0 +1,26 @@
+// What a call needs of the process and the thread that it runs in.
+#pragma once
+
+namespace tqai {
+
+/// How many OpenMP threads a parallel region may have: 1 without OpenMP, and in a forked child of a
+/// process that has used them, where a second thread would wait for ever for those that the fork
+/// did not copy. Call it right before a region. Thread-safe.
+int usable_threads() noexcept;
+
+/// Subnormal numbers count, and results are subnormal where they are that small, as long as this
+/// lives: applications (audio, torch.set_flush_denormal) may have told the processor otherwise, and
+/// vectors of small norms would come out otherwise than elsewhere. For the calling thread; it puts
+/// back what was.
+class SubnormalNumbers {
+ public:
+  SubnormalNumbers() noexcept;
+  ~SubnormalNumbers();
+  SubnormalNumbers(const SubnormalNumbers&) = delete;
+  SubnormalNumbers& operator=(const SubnormalNumbers&) = delete;
+
+ private:
+  unsigned long long saved_ = 0;
+};
+
+}  // namespace tqai
