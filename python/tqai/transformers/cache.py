@@ -15,6 +15,7 @@ from tqai.settings import Settings
 from tqai.transformers.geometry import Geometry, is_compressible, is_linear
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.view import Owner, TqaiView
+from tqai.transformers.weights import State
 
 _BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
 COUNTS = ("tokens", "packed_tokens", *_BYTES)
@@ -34,6 +35,8 @@ class TqaiCache(DynamicCache):
 
     whole: ReferenceType[Owner] | None = None
     """The cache of an encoder-decoder model that this is one half of."""
+    weights: State | None = None
+    """Those that its text was read with, by which other ones are noticed; None before that."""
 
     def __init__(
         self,
@@ -85,6 +88,8 @@ class TqaiCache(DynamicCache):
         state = dict(vars(self))
         state.pop("whole", None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
+        if self.is_empty():
+            state.pop("weights", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,15 +110,45 @@ class TqaiCache(DynamicCache):
         return bool(layers) and all(layer.is_initialized for layer in layers)
 
     def check_model(self, geometry: Geometry) -> None:
-        """Raises ValueError where this is the cache of another model than the one described."""
-        if geometry != self.geometry:
-            other = geometry.describe()
-            if other == self.geometry.describe():
-                other = f"another {other}"
+        """Looks whether this cache goes with the model described, as it is now.
+
+        Raises:
+            ValueError: where it does not: it is another model's, or has read its text with other
+                weights than the model now has.
+        """
+        own = self.geometry.describe()
+        if geometry is not self.geometry and geometry != self.geometry:
             raise ValueError(
-                f"this cache was made for {self.geometry.describe()}, not for {other}; make one "
-                "with tqai.new_cache(model)"
+                f"this cache was made for {own}, not for {geometry.describe()}; make one with "
+                "tqai.new_cache(model)"
             )
+        now = geometry.weights()
+        if now is self.weights:
+            return
+        # Of the model that it was made for, an empty cache takes whatever weights it has.
+        others = geometry is not self.geometry and self.weights is None and self.geometry.is_alive()
+        read_with = self.geometry.weights() if others else self.weights
+        if (others or not self.is_empty()) and read_with and not now.is_same_as(read_with):
+            if geometry is self.geometry:
+                change = "trained, loaded, another adapter, or one switched off or merged"
+                if read_with.dtypes() != now.dtypes():
+                    change = f"of {read_with.dtypes()} then, of {now.dtypes()} now"
+                raise ValueError(
+                    f"the weights of {own} have changed since this cache read its text ({change}): "
+                    "put them back as they were, or make a cache with tqai.new_cache(model) and "
+                    "read the text again"
+                )
+            raise ValueError(
+                f"this cache was made for {own}, not for another {own} with other weights; make "
+                "one with tqai.new_cache(model)"
+            )
+        self.weights = now
+
+    def is_empty(self) -> bool:
+        """Whether it has read nothing."""
+        return not any(
+            int(layer.get_seq_length()) > 0 for layer in self.layers if not is_linear(layer)
+        )
 
     def update(
         self,

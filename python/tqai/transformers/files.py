@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -31,11 +32,14 @@ from tqai.transformers.devices import layer_device
 from tqai.transformers.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
 from tqai.transformers.geometry import Geometry, decoder_of, geometry_of
 from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.weights import State, sampled_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
+WEIGHTS = "every tensor"
+"""How files tell weights apart; those without a kind do so by ``sampled_fingerprint``."""
 _LOCAL = ("backend", "level")
 """Settings that are the machine's, not the file's."""
 # Frequencies are computed by the loading machine again; another rounding is no other embedding.
@@ -65,6 +69,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
             f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
+    weights = _weights(cache)
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
     for part, half in _parts(cache).items():
@@ -78,7 +83,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
         {
             "model": cache.geometry.describe(),
             "heads": cache.geometry.heads,
-            "weights": cache.geometry.identity,
+            "weights": weights,
             "settings": _of_any_machine(cache.settings),
             "sliding": cache.sliding,
             **described,
@@ -113,20 +118,19 @@ def load_cache(
             f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
         )
     here = hooks.settings_of(model)
-    geometry = geometry_of(model)
+    geometry, decoder = geometry_of(model), decoder_of(model)
     path = Path(path)
     with path.open("rb"):  # safetensors' own errors do not tell a missing file from a damaged one
         pass
     try:
         with safe_open(path, "pt") as file:
             header = _header(path, file.metadata() or {})
-            _check_model(path, header, geometry)
+            state = _check_model(path, header, geometry, decoder)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
             raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
         settings = _settings(header["settings"], here)
         cache = hooks.make_cache(model, settings, header["sliding"])
-        decoder = decoder_of(model)
         for part, half in _parts(cache).items():
             if len(half.layers) != len(header[part]):
                 raise ValueError(f"{path} has {len(header[part])} layers; expected one a layer")
@@ -138,6 +142,7 @@ def load_cache(
                     if name.startswith(prefix)
                 }
                 _restore(path, index, layer, described, held, layer_device(decoder, index))
+            half.weights = state
         if isinstance(cache, TqaiEncoderDecoderCache):
             cache.mark_updated()
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
@@ -225,18 +230,78 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return json.loads(header)
 
 
-def _check_model(path: Path, header: dict[str, Any], geometry: Geometry) -> None:
+def _weights(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, Any] | None:
+    """What the header says of the weights that a cache has read its text with; None: no text."""
+    parts = _parts(cache)
+    state = next((half.weights for half in parts.values() if not half.is_empty()), None)
+    if state is None:
+        state = cache.geometry.weights()
+    try:
+        identity = state.identity(afresh=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; a file says which weights its cache goes with, and cannot say so any more: "
+            "save caches before the model changes"
+        ) from error
+    return {
+        "kind": WEIGHTS,
+        "structure": identity.structure,
+        "tensors": identity.tensors,
+    }
+
+
+def _check_model(
+    path: Path, header: dict[str, Any], geometry: Geometry, decoder: torch.nn.Module
+) -> State:
+    """The state of the weights of `decoder`, where they are those of the file."""
     heads = [None if heads is None else list(heads) for heads in geometry.heads]
     if header["heads"] != heads:
         raise ValueError(
             f"{path} was made for {header['model']}, not for {geometry.describe()}; a cache goes "
             "with one model"
         )
-    if header["weights"] != geometry.identity:
+    saved, state = header["weights"], geometry.weights()
+    if isinstance(saved, str):  # before there was "kind"
+        if saved != sampled_fingerprint(decoder):
+            raise _other_weights(path, header)
+        return state
+    if saved["kind"] != WEIGHTS:
         raise ValueError(
-            f"{path} was made by a {header['model']} with other weights or of another dtype; read "
-            "the prompt again with this one"
+            f"{path} tells weights apart by {saved['kind']!r}; this tqai knows {WEIGHTS!r}: save "
+            "the cache again, or use the tqai that wrote it"
         )
+    identity = state.identity(afresh=True)
+    if saved["structure"] != identity.structure or len(saved["tensors"]) != len(identity.names):
+        raise _other_weights(path, header)
+    differing = identity.differing(saved["tensors"])
+    if differing:
+        raise _other_weights(path, header, f" ({_some(differing)})")
+    unread = [
+        name
+        for name, ours, theirs in zip(
+            identity.names, identity.tensors, saved["tensors"], strict=True
+        )
+        if ours is None or theirs is None
+    ]
+    if unread:
+        warnings.warn(
+            f"{path}: {len(unread)} of {len(identity.names)} weights ({_some(unread)}) could not "
+            "be compared with those that the cache was made with, as their values are out of reach "
+            "(on the device 'meta'), then or now; only names, shapes and dtypes were compared",
+            stacklevel=3,
+        )
+    return state
+
+
+def _other_weights(path: Path, header: dict[str, Any], which: str = "") -> ValueError:
+    return ValueError(
+        f"{path} was made by a {header['model']} with other weights{which}, of another dtype or "
+        "with other adapters; put them back, or read the prompt again with this one"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _same_rope(saved: dict[str, Any] | None, rope: Rope | None) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
 from tqai.transformers.layer import Heads, check_head_dim
 from tqai.transformers.names import cache_name
+from tqai.transformers.weights import State, watch_of
 
 try:
     from transformers.cache_utils import LinearAttentionLayer
@@ -28,7 +28,7 @@ _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a model's cache, and which model it is."""
+    """The shape of a model's cache; equal for models whose caches have the same shape."""
 
     model: str = field(compare=False)
     """Name of the model's class."""
@@ -38,8 +38,35 @@ class Geometry:
     """Of each layer; None where the model's modules do not say."""
     ropes: tuple[Rope | None, ...] = field(compare=False)
     """The rotary embedding of each layer's keys; None where none was recognised."""
-    identity: str
-    """Tells weights apart, also in other processes; see ``_fingerprint``."""
+    decoder: ref[torch.nn.Module] | None = field(default=None, compare=False, repr=False)
+    """The module that it is the geometry of; None in what was pickled."""
+
+    @property
+    def identity(self) -> str:
+        """Tells weights apart, also in other processes: a digest of all that the model has now.
+
+        Raises:
+            ValueError: where the model is gone.
+        """
+        return self.weights().identity(afresh=True).digest()
+
+    def weights(self) -> State:
+        """The weights that the model has now.
+
+        Raises:
+            ValueError: where the model is gone.
+        """
+        decoder = None if self.decoder is None else self.decoder()
+        if decoder is None:
+            raise ValueError(f"the {self.describe()} that this cache was made for is gone")
+        return watch_of(decoder).now()
+
+    def is_alive(self) -> bool:
+        """Whether the model is there still."""
+        return self.decoder is not None and self.decoder() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "decoder": None}
 
     def describe(self) -> str:
         """As in "LlamaForCausalLM (4 layers, 2 key/value heads of 16)"."""
@@ -61,26 +88,8 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         name = type(model).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, _fingerprint(decoder))
+        _geometries[decoder] = Geometry(name, config, heads, ropes, ref(decoder))
     return _geometries[decoder]
-
-
-def _fingerprint(decoder: torch.nn.Module) -> str:
-    """Names, shapes, dtypes and some of the numbers of the weights, as they are now.
-
-    The start of each tensor's middle row: training and other checkpoints change that, and reading
-    it costs milliseconds where all of the weights would cost seconds.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in decoder.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if parameter.device.type == "meta":  # offloaded
-            continue
-        row = parameter.detach()
-        while row.ndim > 1:
-            row = row[row.shape[0] // 2]
-        digest.update(row[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ import toy
 import tqai
 from caches import SEALING, assert_equal, filled
 from conftest import TRANSFORMERS_4, Models, make_ids, make_model
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqai.transformers import files
+from tqai.transformers.weights import sampled_fingerprint
 from transformers import DynamicCache
 
 FAMILIES = ["llama", "qwen2", "mistral", "mistral_wide", "gemma2", "gpt_oss", "gpt_neox"]
@@ -169,6 +174,30 @@ def test_a_cache_goes_with_one_model(models: Models, saved: Path) -> None:
     tqai.patch(other)
     with pytest.raises(ValueError, match="was made for LlamaForCausalLM .* not for Qwen3"):
         tqai.load_cache(saved, other)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the header of a file, so that its checksum fits."""
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata["header"])
+    change(header)
+    metadata["header"] = json.dumps(header)
+    metadata["checksum"] = str(zlib.crc32(metadata["header"].encode()))
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_files_that_sampled_the_weights_still_load(models: Models, saved: Path) -> None:
+    model = models("llama")
+    sample = sampled_fingerprint(model.model)
+    rewritten(saved, lambda header: header.update(weights=sample))
+    assert tqai.load_cache(saved, model).get_seq_length() == 150
+    rewritten(saved, lambda header: header.update(weights=sample[::-1]))
+    with pytest.raises(ValueError, match="other weights"):
+        tqai.load_cache(saved, model)
+    rewritten(saved, lambda header: header.update(weights={"kind": "smell"}))
+    with pytest.raises(ValueError, match="tells weights apart by 'smell'"):
+        tqai.load_cache(saved, model)
 
 
 def test_another_rotary_embedding_is_refused(saved: Path) -> None:

@@ -25,7 +25,10 @@ def test_models_of_one_shape_differ() -> None:
     twin = copy.deepcopy(model)
     assert geometry_of(twin).heads == geometry_of(model).heads
     assert geometry_of(twin) == geometry_of(model) == geometry_of(model)
-    assert geometry_of(make_model(seed=2)) != geometry_of(model)
+    assert geometry_of(twin).identity == geometry_of(model).identity
+    other = make_model(seed=2)
+    assert geometry_of(other) == geometry_of(model)
+    assert geometry_of(other).identity != geometry_of(model).identity
 
 
 def test_heads_that_the_modules_do_not_tell_are_unknown(models: Models) -> None:

@@ -172,7 +172,7 @@ def test_another_dtype() -> None:
     cache = filled(model, tqai.patch(model, **SEALING), make_ids(2, 100))
     with pytest.raises(ValueError) as error:
         filled(model.to(torch.bfloat16), cache, make_ids(2, 1))
-    says(error, "torch.bfloat16", "holds torch.float32", "tqai.new_cache(model)")
+    says(error, "of torch.float32 then, of torch.bfloat16 now", "tqai.new_cache(model)")
     with pytest.raises(ValueError) as error:
         filled(model.to(torch.float64), tqai.new_cache(model), make_ids(2, 1))
     says(error, "torch.float64", "float32, float16 or bfloat16", "model.to(torch.float32)")
