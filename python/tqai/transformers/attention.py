@@ -65,15 +65,15 @@ def attention_forward(
 
     Raises:
         NotImplementedError: under continuous batching.
-        RuntimeError: for views that are older than the cache, or a model that has the name of
-            tqai's attention but is not patched.
+        RuntimeError: for views that are older than the cache, or another's cache in a model that
+            has the name of tqai's attention but is not patched.
     """
     if not isinstance(kwargs.get("cache"), (Cache, NoneType)):  # a paged one
         raise NotImplementedError(CONTINUOUS_BATCHING)
     original = original_attention(implementation, module)
     update = update_of(key, value)
     if update is None:
-        _check_patched(module)
+        _check_compressed(module, query, key)
         return original(module, query, key, value, attention_mask, **kwargs)
     try:
         return _attend_update(original, module, query, update, attention_mask, kwargs)
@@ -83,12 +83,20 @@ def attention_forward(
         raise
 
 
-def _check_patched(module: torch.nn.Module) -> None:
+def _check_compressed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises RuntimeError where a model that was given tqai's attention by its name, and is not
+    patched, reads a past that somebody else keeps.
+
+    A pass without a past, as in training, is all right: there is nothing to compress in it.
+    """
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if type(name) is str and name in PATCHED_NAMES.values():
+    if type(name) is not str or name not in PATCHED_NAMES.values():
+        return
+    if getattr(module, "is_causal", True) and key.shape[-2] > query.shape[-2]:
         raise RuntimeError(
-            f"the model was loaded with attn_implementation={name!r}, which alone compresses "
-            "nothing: call tqai.patch(model), or load it without attn_implementation"
+            f"the model has attn_implementation={name!r}, which alone compresses nothing, and "
+            "reads a cache that is not tqai's: pass it a tqai.TqaiCache(model), or call "
+            "tqai.patch(model), or choose another attention"
         )
 
 

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType
 from weakref import ref as weak_ref
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai.settings import Settings
-from tqai.transformers.geometry import Geometry, is_compressible, is_linear
+from tqai.settings import Options, Settings, signature_with_options
+from tqai.transformers import attention
+from tqai.transformers.geometry import (
+    Geometry,
+    check_model,
+    geometry_of,
+    is_compressible,
+    is_encoder_decoder,
+    is_linear,
+)
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.view import Owner, TqaiView
 from tqai.transformers.weights import State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Unpack
+
+# So that whoever has this module can name tqai's attention to a model before it has a cache.
+attention.register()
 
 _BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
 COUNTS = ("tokens", "packed_tokens", *_BYTES)
 
 
 class TqaiCache(DynamicCache):
-    """Keys and values of a patched model, compressed. Made by ``tqai.patch`` and ``new_cache``.
+    """Keys and values of a model, compressed, as ``tqai.patch(model)`` and ``new_cache`` make them.
 
-    Pass it as ``past_key_values``; it belongs to the model that it was made for. ``copy.deepcopy``
+    Pass it as ``past_key_values``; it belongs to the model that it was made for. Made by hand,
+    ``TqaiCache(model, bits_k=4)`` goes with a model that is not patched: after
+    ``model.set_attn_implementation("tqai")`` (or "tqai_eager", before the eager attention) it is
+    read from its packed bytes, and with any other attention decompressed for it. ``copy.deepcopy``
     is cheap: copies share what is packed, and neither sees later changes of the other. ``pickle``
     works, also into a process with the same weights; ``tqai.save_cache`` writes files. Layers in
     ``skip_layers`` and layers without keys and values are transformers' own.
@@ -38,23 +56,28 @@ class TqaiCache(DynamicCache):
     weights: State | None = None
     """Those that its text was read with, by which other ones are noticed; None before that."""
 
+    @overload
+    def __init__(self, model: PreTrainedModel, **options: Unpack[Options]) -> None: ...
+    @overload
+    def __init__(self, model: Geometry, settings: Settings, sliding: bool = True) -> None: ...
     def __init__(
         self,
-        geometry: Geometry | None = None,
+        model: PreTrainedModel | Geometry,
         settings: Settings | None = None,
         sliding: bool = True,
-        **unknown: Any,
+        **options: Unpack[Options],
     ) -> None:
-        """`sliding`: whether layers with a sliding window forget the tokens that have left it.
+        """An empty cache for `model`; the options are those of ``tqai.patch``.
+
+        Or for what is known of a model, with settings; `sliding`: whether layers with a sliding
+        window forget the tokens that have left it.
 
         Raises:
-            TypeError: for what others make caches of, as ``DynamicCache(config=...)``.
+            TypeError: for an option that ``tqai.patch`` does not have.
+            ValueError: for one out of range, and for an encoder-decoder model.
+            NotImplementedError: for a model, layer or level that is not supported.
         """
-        if not isinstance(geometry, Geometry) or settings is None or unknown:
-            raise TypeError(
-                f"a {type(self).__name__} is not made by hand: tqai.patch(model) returns one, and "
-                "tqai.new_cache(model) makes more"
-            )
+        geometry, settings = described(type(self), model, settings, options)
         super().__init__(config=geometry.config)
         self.geometry = geometry
         self.settings = settings
@@ -322,6 +345,30 @@ class TqaiCache(DynamicCache):
         )
 
 
+def described(
+    kind: type, model: PreTrainedModel | Geometry, settings: Settings | None, options: Options
+) -> tuple[Geometry, Settings]:
+    """What a cache of this kind is made from, from what its constructor was given."""
+    if isinstance(model, Geometry) and settings is not None and not options:
+        return model, settings
+    name = f"tqai.{kind.__name__}"
+    if settings is not None:
+        raise TypeError(f"{name}() takes a model, and options by their names, as tqai.patch does")
+    settings = Settings.of_options(name, options)
+    check_model(model, settings)
+    assert not isinstance(model, Geometry)
+    if issubclass(kind, TqaiCache) == is_encoder_decoder(model):
+        other, what = (
+            ("TqaiEncoderDecoderCache", "is")
+            if is_encoder_decoder(model)
+            else ("TqaiCache", "is not")
+        )
+        raise ValueError(
+            f"{type(model).__name__} {what} an encoder-decoder model: make a tqai.{other}(model)"
+        )
+    return geometry_of(model), settings
+
+
 class _Before:
     """How a layer was before an update."""
 
@@ -375,3 +422,6 @@ def _centerings(layer: Any) -> Counter[str]:
         core.centering(row, head) for row in range(core.batch) for head in range(core.kv_heads)
     )
     return Counter(kind or "undecided" for kind in kinds)
+
+
+vars(TqaiCache.__init__)["__signature__"] = signature_with_options(TqaiCache.__init__)

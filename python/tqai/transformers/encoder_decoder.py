@@ -7,17 +7,21 @@ later one without another ``update``: the model asks the layer for its ``keys`` 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 from weakref import ref as weak_ref
 
 import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
-from tqai.settings import Settings
-from tqai.transformers.cache import COUNTS, TqaiCache
+from tqai.settings import Options, Settings, signature_with_options
+from tqai.transformers.cache import COUNTS, TqaiCache, described
 from tqai.transformers.geometry import Geometry
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.view import TqaiView, Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
 
 class CrossLayer(TqaiLayer):
@@ -79,7 +83,7 @@ class CrossCache(TqaiCache):
 
 
 class TqaiEncoderDecoderCache(EncoderDecoderCache):
-    """The compressed cache of a patched encoder-decoder model, as ``TqaiCache`` is of a decoder.
+    """The compressed cache of an encoder-decoder model, as ``TqaiCache`` is of a decoder.
 
     ``self_attention_cache`` and ``cross_attention_cache`` are its two halves; the same settings
     hold for both, ``skip_layers`` too. It goes with one encoder input. ``copy.deepcopy``,
@@ -90,8 +94,19 @@ class TqaiEncoderDecoderCache(EncoderDecoderCache):
     self_attention_cache: TqaiCache
     cross_attention_cache: CrossCache
 
-    def __init__(self, geometry: Geometry, settings: Settings, sliding: bool = True) -> None:
-        """`sliding`: whether layers with a sliding window forget the tokens that have left it."""
+    @overload
+    def __init__(self, model: PreTrainedModel, **options: Unpack[Options]) -> None: ...
+    @overload
+    def __init__(self, model: Geometry, settings: Settings, sliding: bool = True) -> None: ...
+    def __init__(
+        self,
+        model: PreTrainedModel | Geometry,
+        settings: Settings | None = None,
+        sliding: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        """See ``TqaiCache``; a ValueError for a model that is no encoder-decoder one."""
+        geometry, settings = described(type(self), model, settings, options)
         super().__init__(TqaiCache(geometry, settings, sliding), CrossCache(geometry, settings))
         self._attach()
 
@@ -178,3 +193,8 @@ class TqaiEncoderDecoderCache(EncoderDecoderCache):
             f"decoder and encoder in {report['total_bytes']} bytes, uncompressed "
             f"{report['uncompressed_bytes']})"
         )
+
+
+vars(TqaiEncoderDecoderCache.__init__)["__signature__"] = signature_with_options(
+    TqaiEncoderDecoderCache.__init__
+)

@@ -119,8 +119,7 @@ def check_model(model: Any, settings: Settings) -> None:
     """Raises ValueError or NotImplementedError where `model` cannot be patched."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"tqai.patch takes a transformers PreTrainedModel; got {type(model).__name__}"
-            f"{_advice(model)}"
+            f"tqai takes a transformers PreTrainedModel; got {type(model).__name__}{_advice(model)}"
         )
     name = type(model).__name__
     decoder = decoder_of(model)

@@ -121,15 +121,23 @@ def test_something_that_is_no_cache(given: Any, models: Models, greedy: dict[str
 
 def test_a_cache_made_by_hand(models: Models) -> None:
     model = models()
-    for make in (
-        lambda: tqai.TqaiCache(),
-        lambda: tqai.TqaiCache(model),
-        lambda: tqai.TqaiCache(config=model.config),
-        lambda: tqai.TqaiEncoderDecoderCache(model, None),
-    ):
-        with pytest.raises(TypeError) as error:
+    cases: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
+        (lambda: tqai.TqaiCache(), TypeError, ["'model'"]),  # type: ignore[call-overload]
+        (lambda: tqai.TqaiCache(model, tqai.Settings()), TypeError, ["options by their names"]),
+        (lambda: tqai.TqaiCache(model, config=1), TypeError, ["tqai.TqaiCache()", "'config'"]),
+        (lambda: tqai.TqaiCache(model, bit_v=1), TypeError, ["did you mean 'bits_v'?"]),
+        (lambda: tqai.TqaiCache(model, bits_v=9), ValueError, ["bits_v=9", "from 1 to 8"]),
+        (lambda: tqai.TqaiCache(model.config), ValueError, ["PreTrainedModel", "LlamaConfig"]),
+        (
+            lambda: tqai.TqaiEncoderDecoderCache(model),
+            ValueError,
+            ["is not an encoder-decoder model", "tqai.TqaiCache(model)"],
+        ),
+    ]
+    for make, kind, parts in cases:
+        with pytest.raises(kind) as error:
             make()
-        says(error, "not made by hand", "tqai.patch(model)", "tqai.new_cache(model)")
+        says(error, *parts)
 
 
 def test_the_cache_of_another_model(models: Models, greedy: dict[str, Any]) -> None:

@@ -22,6 +22,9 @@ def mistakes(model: PreTrainedModel) -> None:
     tqai.patch("Qwen/Qwen2.5-0.5B")  # wrong: a name is no model
     tqai.patch()  # wrong: no model
     tqai.patched(model, window=32)  # wrong: residual_window
+    tqai.TqaiCache(model, bit_k=4)  # wrong: bits_k
+    tqai.TqaiCache()  # wrong: no model
+    tqai.TqaiCache("Qwen/Qwen2.5-0.5B")  # wrong: a name is no model
     tqai.Settings(bits_k=4, rotation="random")  # wrong: auto, hadamard or haar
     tqai.Settings.named("smal")  # wrong: small
     tqai.patch(model).memory_repport()  # wrong: memory_report

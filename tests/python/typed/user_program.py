@@ -38,6 +38,12 @@ def decoder_only(path: Path) -> int:
     return cache.nbytes + branch.get_seq_length()
 
 
+def by_hand(model: PreTrainedModel, translator: T5ForConditionalGeneration) -> tqai.TqaiCache:
+    model.set_attn_implementation("tqai")
+    tqai.TqaiEncoderDecoderCache(translator, bits_k=3)
+    return tqai.TqaiCache(model, preset="quality", residual_window=64, backend="torch-ops")
+
+
 def bits_layer_by_layer(model: PreTrainedModel) -> None:
     given: list[int] = [4, 4, 3, 2]
     some: dict[int, int] = {0: 8, -1: 8}
