@@ -17,6 +17,7 @@ from tqai.transformers.geometry import (
     Geometry,
     check_model,
     geometry_of,
+    holds_nothing,
     is_compressible,
     is_encoder_decoder,
     is_linear,
@@ -103,11 +104,8 @@ class TqaiCache(DynamicCache):
                 layer.owner = weak_ref(owner)
 
     def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
-        geometry = self.geometry
-        heads, rope, latents = (
-            known[index] for known in (geometry.heads, geometry.ropes, geometry.latents)
-        )
-        return TqaiLayer(index, settings, sliding_window, heads, rope, latents)
+        heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
+        return TqaiLayer(index, settings, sliding_window, heads, rope)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied half gets its own whole, and each forward pass has its own views."""
@@ -173,7 +171,9 @@ class TqaiCache(DynamicCache):
     def is_empty(self) -> bool:
         """Whether it has read nothing."""
         return not any(
-            int(layer.get_seq_length()) > 0 for layer in self.layers if not is_linear(layer)
+            int(layer.get_seq_length()) > 0
+            for layer in self.layers
+            if not (is_linear(layer) or holds_nothing(layer))
         )
 
     def update(

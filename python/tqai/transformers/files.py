@@ -30,7 +30,7 @@ from tqai.transformers import hooks
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.devices import layer_device
 from tqai.transformers.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
-from tqai.transformers.geometry import Geometry, decoder_of, geometry_of
+from tqai.transformers.geometry import Geometry, decoder_of, geometry_of, holds_nothing
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.weights import State, sampled_fingerprint
 
@@ -61,7 +61,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
     Raises:
         ValueError: for something else than a cache of tqai's.
         NotImplementedError: for a layer that is neither compressed nor keys and values (the
-            recurrent state of a hybrid model), naming it.
+            recurrent state of a hybrid model), naming it, and for layers beyond the model's.
         OSError: where the file cannot be written; what was there before is still there.
     """
     if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
@@ -73,6 +73,12 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
     for part, half in _parts(cache).items():
+        if len(half.layers) != len(cache.geometry.heads):
+            raise NotImplementedError(
+                f"the cache has {len(half.layers)} layers, {len(cache.geometry.heads)} of which "
+                f"{cache.geometry.model}'s configuration knows; the rest are copies that the model "
+                "has added, and no file holds those"
+            )
         described[part] = []
         for index, layer in enumerate(half.layers):
             description, held = _describe(index, layer)
@@ -161,7 +167,7 @@ def _parts(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, TqaiCache]:
 
 def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What the header says of a layer, and its tensors."""
-    kind = _KINDS.get(type(layer))
+    kind = _kind(layer)
     if kind is None:
         raise NotImplementedError(
             f"layer {index} is a {type(layer).__name__}; tqai saves layers of keys and values only"
@@ -174,11 +180,18 @@ def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.T
         described["dtypes"] = [str(dtype) for dtype in layer.dtypes]
         packed = torch.frombuffer(bytearray(layer.core.serialize()), dtype=torch.uint8)
         return described, {"packed": packed}
+    if holds_nothing(layer):
+        return {"kind": kind}, {}
     described = {"kind": kind, "length": int(layer.get_seq_length())}
     if not layer.is_initialized:
         return described, {}
     states = {"keys": layer.keys, "values": layer.values}
     return described, {name: tensor.contiguous().cpu() for name, tensor in states.items()}
+
+
+def _kind(layer: Any) -> str | None:
+    """The layer's kind in a file; None for those that are not written into files."""
+    return "nothing" if holds_nothing(layer) else _KINDS.get(type(layer))
 
 
 def _restore(
@@ -190,7 +203,7 @@ def _restore(
     device: torch.device,
 ) -> None:
     """Gives a fresh layer what a file holds of it."""
-    if described["kind"] != _KINDS.get(type(layer)):
+    if described["kind"] != _kind(layer):
         raise ValueError(
             f"{path}: layer {index} is of kind {described['kind']!r}, the model's is a "
             f"{type(layer).__name__}; load it with the transformers version that it was saved with"

@@ -14,15 +14,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from tqai.settings import Settings
 from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
-from tqai.transformers.layer import Heads, Latents, check_head_dim
-from tqai.transformers.names import cache_name, takes
-from tqai.transformers.parts import check_parts, keeper_of
+from tqai.transformers.layer import Heads, check_head_dim
+from tqai.transformers.names import cache_name
 from tqai.transformers.weights import State, watch_of
 
 try:
     from transformers.cache_utils import LinearAttentionLayer
 except ImportError:  # transformers 4
     LinearAttentionLayer = None
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # before 5.24
+    DummyLayer = None
 
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -39,8 +42,6 @@ class Geometry:
     """Of each layer; None where the model's modules do not say."""
     ropes: tuple[Rope | None, ...] = field(compare=False)
     """The rotary embedding of each layer's keys; None where none was recognised."""
-    latents: tuple[Latents, ...] = field(compare=False)
-    """What each layer would cache if it cached latents."""
     decoder: ref[torch.nn.Module] | None = field(default=None, compare=False, repr=False)
     """The module that it is the geometry of; None in what was pickled."""
 
@@ -88,29 +89,26 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     decoder = decoder_of(model)
     if decoder not in _geometries:
         config = config_of(model)
-        name = type(keeper_of(model)).__name__
+        name = type(model).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
-        latents = _latents(decoder, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, latents, ref(decoder))
+        _geometries[decoder] = Geometry(name, config, heads, ropes, ref(decoder))
     return _geometries[decoder]
 
 
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     """The module whose forward takes the cache: the model without its head."""
-    model = keeper_of(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is not None and cache_name(decoder) is None:
         decoder = model.base_model  # some models call the layer before the vocabulary a decoder
     if decoder is None or decoder is model:
         return model
-    # The decoder of a composed model (EncoderDecoderModel) may have a head of its own.
+    # What a composed model calls its decoder may be a whole model, with a head of its own.
     return decoder_of(decoder)
 
 
 def config_of(model: PreTrainedModel) -> Any:
     """The configuration of the decoder, that its cache is built from."""
-    model = keeper_of(model)
     # That of a whole encoder-decoder model may count the encoder's layers.
     owner = decoder_of(model) if is_encoder_decoder(model) else model
     return owner.config.get_text_config(decoder=True)
@@ -118,16 +116,7 @@ def config_of(model: PreTrainedModel) -> Any:
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Whether the model's decoder reads an encoder's output, and caches that too."""
-    config = getattr(keeper_of(model), "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
-
-
-def reads_encoder(decoder: torch.nn.Module) -> bool:
-    """Whether the decoder has layers for an encoder's output, and takes it in its forward call."""
-    if not takes(decoder, "encoder_hidden_states"):
-        return False
-    names = (name.rpartition(".")[2] for name, _ in decoder.named_modules())
-    return any(name in ("crossattention", "cross_attn", "encoder_attn") for name in names)
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_model(model: Any, settings: Settings) -> None:
@@ -136,8 +125,7 @@ def check_model(model: Any, settings: Settings) -> None:
         raise ValueError(
             f"tqai takes a transformers PreTrainedModel; got {type(model).__name__}{_advice(model)}"
         )
-    check_parts(model)
-    name = type(keeper_of(model)).__name__
+    name = type(model).__name__
     decoder = decoder_of(model)
     if not hasattr(decoder, "config"):
         raise NotImplementedError(
@@ -161,17 +149,9 @@ def _advice(model: Any) -> str:
         return f": load it first, AutoModelForCausalLM.from_pretrained({model!r})"
     if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
         return ": patch the model before torch.compile"
-    if isinstance(_base_model(model), PreTrainedModel):
-        return ": patch the model inside, tqai.patch(model.get_base_model())"
-    for name, value in {**getattr(model, "_modules", {}), **getattr(model, "__dict__", {})}.items():
-        if isinstance(value, PreTrainedModel):
-            return f": patch its .{name}"
+    if isinstance(getattr(model, "model", None), PreTrainedModel):
+        return ": patch its .model"
     return ""
-
-
-def _base_model(model: Any) -> Any:
-    """What a PeftModel of any kind is around; its attributes depend on the kind."""
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else None
 
 
 def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:
@@ -185,7 +165,8 @@ def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Se
     layers = _own_layers(name, config)
     skipped = settings.skipped(len(layers))
     for index, layer in enumerate(layers):
-        if index not in skipped and not (is_compressible(layer) or is_linear(layer)):
+        known = is_compressible(layer) or is_linear(layer) or holds_nothing(layer)
+        if index not in skipped and not known:
             raise NotImplementedError(
                 f"layer {index} of {name} has a cache of type {type(layer).__name__}, which tqai "
                 f"cannot compress; leave it exact with skip_layers=[{index}]"
@@ -215,10 +196,19 @@ def is_linear(layer: Any) -> bool:
     return LinearAttentionLayer is not None and type(layer) is LinearAttentionLayer
 
 
+def holds_nothing(layer: Any) -> bool:
+    """Whether a layer only stands for one of the model's that has no cache of its own.
+
+    Layers of experts alone are such, and those that read the keys and values of another layer.
+    """
+    return DummyLayer is not None and type(layer) is DummyLayer
+
+
 def _has_attention(model: PreTrainedModel, decoder: torch.nn.Module, config: Any) -> bool:
     if not getattr(config, "num_attention_heads", None):
         return False
-    if all(is_linear(layer) for layer in _own_layers(type(model).__name__, config)):
+    layers = _own_layers(type(model).__name__, config)
+    if all(is_linear(layer) or holds_nothing(layer) for layer in layers):
         return False
     causal = any(getattr(module, "is_causal", False) is True for module in decoder.modules())
     return causal or model.can_generate()
@@ -244,29 +234,3 @@ def _heads(decoder: torch.nn.Module, layers: int) -> tuple[Heads | None, ...]:
             found.setdefault(index, set()).add(Heads(width // dim, dim) if whole else None)
     candidates = (found.get(index, set()) for index in range(layers))
     return tuple(next(iter(heads)) if len(heads) == 1 else None for heads in candidates)
-
-
-def _latents(decoder: torch.nn.Module, layers: int) -> tuple[Latents, ...]:
-    """Widths of the latent and the rotary key that each layer may cache.
-
-    Such a layer has one projection that makes both, and another that makes keys and values of the
-    latent. Which pair of its projections that is, if any, the shapes of what it caches will tell.
-    """
-    outputs: list[set[int]] = [set() for _ in range(layers)]
-    inputs: list[set[int]] = [set() for _ in range(layers)]
-    for module in decoder.modules():
-        index = getattr(module, "layer_idx", None)
-        if type(index) is not int or not 0 <= index < layers:
-            continue
-        for child in module.children():
-            width, latent = (
-                getattr(child, "out_features", None),
-                getattr(child, "in_features", None),
-            )
-            if isinstance(width, int) and isinstance(latent, int):
-                outputs[index].add(width)
-                inputs[index].add(latent)
-    return tuple(
-        frozenset((latent, width - latent) for width in wide for latent in narrow if latent < width)
-        for wide, narrow in zip(outputs, inputs, strict=True)
-    )

@@ -234,6 +234,14 @@ def test_other_files_are_refused(models: Models, tmp_path: Path) -> None:
         tqai.save_cache(DynamicCache(), tmp_path / "f")
 
 
+def test_layers_that_a_model_has_added_are_not_saved(models: Models, tmp_path: Path) -> None:
+    model = models("llama")
+    cache = filled(model, tqai.patch(model), make_ids(1, 30))
+    cache.layers.append(copy.deepcopy(cache.layers[0]))  # as models do that run layers in a loop
+    with pytest.raises(NotImplementedError, match="the cache has 3 layers, 2 of which"):
+        tqai.save_cache(cache, tmp_path / "f")
+
+
 def test_a_failed_save_leaves_the_old_file(
     models: Models, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,54 @@
+"""All model types that a generic small config can build; see sweep.py.
+
+A sample of them here, all with ``TQAI_SWEEP=all``, a line for each (``scripts/test --full``).
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import sweep
+import tiny
+
+ALL = os.environ.get("TQAI_SWEEP") == "all"
+# What the matrix of families has nothing like.
+SAMPLE = (
+    "aya_vision",
+    "deepseek_v3",
+    "florence2",
+    "gemma4_text",
+    "git",
+    "mamba",
+    "mllama",
+    "mpt",
+    "nemotron_h_omni",
+    "qwen2_5_vl",
+    "t5",
+    "whisper",
+)
+TYPES = [entry for entry in tiny.types() if ALL or entry[0] in SAMPLE]
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> dict[tuple[str, str], Future[sweep.Outcome]]:
+    """Of the types that this run of pytest tests, several at a time."""
+    selected = {item.callspec.params["entry"]: None for item in request.session.items
+                if item.path == Path(__file__) and hasattr(item, "callspec")}  # fmt: skip
+    return sweep.start(selected)
+
+
+@pytest.mark.parametrize("entry", TYPES, ids=lambda entry: f"{entry[0]}-{entry[1]}")
+def test_a_type_works_or_is_refused(
+    entry: tuple[str, str],
+    outcomes: dict[tuple[str, str], Future[sweep.Outcome]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = outcomes[entry].result()
+    if ALL:
+        with capsys.disabled():
+            print(f"\n{outcome.line()}", end="", flush=True)
+    assert outcome.status != "failed", outcome.why
+    assert ALL or outcome.status != "unbuildable", outcome.why
