@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import tqai
-from tqai.cli import bench, demo, evaluate, info, memory, reproduce
+from tqai.cli import bench, demo, evaluate, info, memory, reproduce, run
 from tqai.requirements import MissingPackage, needs_transformers
 
-VERBS = (demo, info, evaluate, memory, bench, reproduce)
+VERBS = (run, demo, info, evaluate, memory, bench, reproduce)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

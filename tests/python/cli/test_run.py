@@ -1,0 +1,237 @@
+"""``tqai run``: answers, conversations and kept prompts of a small model."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from conftest import VOCABULARY
+from tqai.cli import kept_prompt, main
+from tqai.cli.run import _Conversation
+
+LONG = "The quick brown fox jumps over the lazy dog. " * 8
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    never = VOCABULARY + 1
+    return str(toy.folder(tmp_path_factory.mktemp("toy"), chat=True, eos_token_id=never))
+
+
+@pytest.fixture(autouse=True)
+def _nobody_at_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["run", *arguments, *GREEDY, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_answer(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    given = ("--residual-window", "32", "--preset", "small")
+    read = result(capsys, folder, LONG, *given)
+    # The template puts <user> before and <a> behind.
+    assert read["prompt_tokens"] == len(f"<user>{LONG}<a>")
+    assert len(read["tokens"]) == 6 and read["reused_tokens"] == 0
+    assert read["settings"]["bits_k"] == 2 and read["settings"]["residual_window"] == 32
+    assert read["packed_tokens"] >= 256
+    assert read["cache_bytes"] < read["uncompressed_bytes"] / 2
+    assert main(["run", folder, LONG, *given, *GREEDY]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == read["text"] + "\n"
+    assert f"[{read['prompt_tokens']} tokens read in" in printed.err
+    assert "6 written" in printed.err and "tokens/s; cache" in printed.err
+
+
+def test_where_the_prompt_comes_from(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "text"
+    file.write_text(LONG)
+    whole = result(capsys, folder, f"{LONG}\n\nWhy?")
+    assert result(capsys, folder, "Why?", "--file", str(file))["tokens"] == whole["tokens"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{LONG}\n\nWhy?"))
+    assert result(capsys, folder)["tokens"] == whole["tokens"]
+    raw = result(capsys, folder, "--file", str(file), "--raw")
+    assert raw["prompt_tokens"] == len(LONG)
+
+
+def test_a_kept_prompt(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    kept = tmp_path / "kept"
+    once = (folder, LONG + "Who?", "--cache", str(kept), "--residual-window", "32")
+    cold = result(capsys, *once)
+    assert cold["reused_tokens"] == 0
+    again = result(capsys, *once)
+    assert again["tokens"] == cold["tokens"]
+    assert again["reused_tokens"] == cold["prompt_tokens"] - 1
+    other = (folder, LONG + "When?", *once[2:])
+    warm = result(capsys, *other)
+    assert warm["reused_tokens"] == len("<user>" + LONG + "Wh")
+
+    def read_again(*arguments: str) -> str:
+        assert main(["run", *arguments, *GREEDY]) == 0
+        error = capsys.readouterr().err
+        assert f"kept: {len('<user>' + LONG + 'When?<a>') - 1} tokens in {kept}" in error
+        return error
+
+    assert "kept with other settings" in read_again(*other, "--bits-v", "4")
+    with kept.open("ab") as file:
+        file.write(b"x")
+    assert "was changed after it was kept" in read_again(*other)
+    assert main(["run", folder, "Something else", *once[2:], *GREEDY]) == 0
+    assert f"from {kept}: {len('<user>')} of" in capsys.readouterr().err
+    kept_prompt.beside(kept).unlink()
+    before = kept.read_bytes()
+    assert main(["run", *other]) == 2
+    assert "not a prompt that tqai run has kept" in capsys.readouterr().err
+    assert kept.read_bytes() == before
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is typed, line by line."""
+    typed: list[str] = []
+
+    def line(prompt: str = "") -> str:
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(builtins, "input", line)
+    yield typed
+
+
+def test_a_conversation(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    lines: list[str],
+    tmp_path: Path,
+) -> None:
+    lines += ["One?", "", "Two?", "Three?"]
+    asked: list[tuple[str, dict[str, Any]]] = []
+    answer = _Conversation.answer
+
+    def note(self: _Conversation, text: str) -> dict[str, Any]:
+        if text == "Two?" and len(asked) == 1:
+            asked.append((text, {}))
+            answer(self, text)
+            raise KeyboardInterrupt  # while it writes
+        asked.append((text, answer(self, text)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(_Conversation, "answer", note)
+    file = tmp_path / "text"
+    file.write_text(LONG)
+    verb = ["run", folder, "--file", str(file), "--residual-window", "32", *GREEDY]
+    assert main(verb) == 0
+    printed = capsys.readouterr()
+    assert "Ctrl-D ends the conversation" in printed.err
+    assert [text for text, _ in asked] == [f"{LONG}\n\nOne?", "Two?", "Three?"]
+    (_, first), _, (_, third) = asked
+    assert first["reused_tokens"] == 0
+    # What was said before is read once, but for the last token of an answer.
+    said = len(f"<user>{LONG}\n\nOne?<a>") + len(first["tokens"])
+    assert third["prompt_tokens"] > said
+    assert third["reused_tokens"] >= len(f"<user>{LONG}\n\nOne?<a>") - 3
+
+
+def test_an_interrupted_answer_is_not_said(folder: str, lines: list[str]) -> None:
+    from tqai import patch
+    from tqai.transformers.loading import load
+
+    model, tokenizer = load(folder)
+    patch(model, residual_window=32)
+    sampling = {"max_new_tokens": 6, "do_sample": False}
+
+    def talk() -> _Conversation:
+        return _Conversation(model, tokenizer, False, sampling, None, True)
+
+    plain, interrupted = talk(), talk()
+    for one in (plain, interrupted):
+        one.answer(LONG)
+    generate = model.generate
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        generate(*args, **{**kwargs, "max_new_tokens": 3})
+        raise KeyboardInterrupt
+
+    model.generate = stop
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.answer("Two?")
+    interrupted.forget_answer()
+    del model.generate
+    expected = plain.answer("Three?")
+    got = interrupted.answer("Three?")
+    for name in ("prompt_tokens", "tokens"):
+        assert got[name] == expected[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens 0: expected at least 1"),
+        (["x", "--temperature", "-1"], "--temperature -1.0: expected at least 0"),
+        (["x", "--top-p", "2"], "--top-p 2.0: expected a share"),
+        (["x", "--top-k", "0"], "--top-k 0: expected at least 1"),
+        (["x", "--temperature", "0", "--top-k", "3"], "choose nothing at --temperature 0"),
+        (["x" * 1000, "--max-new-tokens", "100"], "the model was made for 1024"),
+        (["x", "--bits-k", "9"], "bits_k=9: expected an integer from 1 to 8"),
+        (["x", "--file", "/nonexistent/text"], "No such file"),
+        (["x", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        ([], "the prompt is empty"),
+    ],
+)
+def test_user_errors(
+    capsys: pytest.CaptureFixture[str], folder: str, arguments: list[str], message: str
+) -> None:
+    assert main(["run", folder, *arguments]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tqai: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_json_is_one_result(
+    capsys: pytest.CaptureFixture[str], folder: str, lines: list[str]
+) -> None:
+    assert main(["run", folder, "--json"]) == 2
+    assert "--json needs a prompt or --file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
+def test_ctrl_c_in_a_process(folder: str) -> None:
+    command = [sys.executable, "-m", "tqai", "run", folder, LONG, "--max-new-tokens", "600"]
+    with subprocess.Popen(
+        [*command, "--temperature", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)  # it writes
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "Traceback" not in process.stderr.read()
