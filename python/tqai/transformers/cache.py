@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, overload
@@ -17,12 +18,18 @@ from tqai.transformers.geometry import (
     Geometry,
     check_model,
     geometry_of,
-    holds_nothing,
     is_compressible,
     is_encoder_decoder,
-    is_linear,
 )
 from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.other_layers import (
+    WRONG_AFTER_CROP,
+    can_go_back,
+    forgets_its_past,
+    holds_nothing,
+    is_recurrent,
+    tensors_of,
+)
 from tqai.transformers.view import Owner, TqaiView
 from tqai.transformers.weights import State
 
@@ -173,7 +180,7 @@ class TqaiCache(DynamicCache):
         return not any(
             int(layer.get_seq_length()) > 0
             for layer in self.layers
-            if not (is_linear(layer) or holds_nothing(layer))
+            if not (is_recurrent(layer) or holds_nothing(layer))
         )
 
     def update(
@@ -234,16 +241,19 @@ class TqaiCache(DynamicCache):
         """Forgets the last ``-tokens_to_remove`` tokens; a positive number is a length to keep.
 
         Raises:
-            NotImplementedError: for a model with recurrent states, which cannot go back.
+            NotImplementedError: for a model with recurrent states, which cannot go back. Before
+                transformers 5.14 those of convolutions stay as they are, with a warning.
             RuntimeError: see ``TqaiLayer.crop``.
         """
         for index, layer in enumerate(self.layers):
-            if is_linear(layer) and not (layer.is_croppable and layer.record_past):
+            if is_recurrent(layer) and not can_go_back(layer):
                 raise NotImplementedError(
                     f"layer {index} of {self.geometry.model} holds a recurrent state, which cannot "
                     "go back to an earlier token: copy.deepcopy the cache before the tokens that "
                     "are to be forgotten"
                 )
+        if any(forgets_its_past(layer) for layer in self.layers):
+            warnings.warn(WRONG_AFTER_CROP, stacklevel=2)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -296,7 +306,7 @@ class TqaiCache(DynamicCache):
         """
         for index, before in self._before.items():
             before.restore(self.layers[index])
-        linear = [layer for layer in self.layers if is_linear(layer)]
+        linear = [layer for layer in self.layers if is_recurrent(layer)]
         if linear and any(before.length for before in self._before.values()):
             self._lost_states = True
         elif self._before:
@@ -406,12 +416,8 @@ def _memory(layer: Any) -> dict[str, int]:
             return dict.fromkeys(COUNTS, 0)
         memory = layer.core.memory()
         return {name: memory[name] for name in COUNTS}
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    states = (
-        [*layer.conv_states.values(), *layer.recurrent_states.values()] if is_linear(layer) else ()
-    )
-    tensors = [tensor for tensor in (keys, values, *states) if tensor is not None]
-    size = sum(tensor.nbytes for tensor in tensors)
+    keys = getattr(layer, "keys", None)
+    size = sum(tensor.nbytes for tensor in tensors_of(layer))
     tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
     sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
     return {**dict.fromkeys(COUNTS, 0), **sizes, "tokens": tokens}

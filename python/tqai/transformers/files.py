@@ -30,8 +30,9 @@ from tqai.transformers import hooks
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.devices import layer_device
 from tqai.transformers.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
-from tqai.transformers.geometry import Geometry, decoder_of, geometry_of, holds_nothing
+from tqai.transformers.geometry import Geometry, decoder_of, geometry_of
 from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.other_layers import holds_nothing
 from tqai.transformers.weights import State, sampled_fingerprint
 
 if TYPE_CHECKING:

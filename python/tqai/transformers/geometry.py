@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -16,16 +17,8 @@ from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
 from tqai.transformers.layer import Heads, check_head_dim
 from tqai.transformers.names import cache_name
+from tqai.transformers.other_layers import HYBRIDS, holds_nothing, is_recurrent
 from tqai.transformers.weights import State, watch_of
-
-try:
-    from transformers.cache_utils import LinearAttentionLayer
-except ImportError:  # transformers 4
-    LinearAttentionLayer = None
-try:
-    from transformers.cache_utils import DummyLayer
-except ImportError:  # before 5.24
-    DummyLayer = None
 
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -136,11 +129,23 @@ def check_model(model: Any, settings: Settings) -> None:
     if not _has_attention(model, decoder, config):
         raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")
     default_cache = getattr(type(model), "_supports_default_dynamic_cache", lambda: True)
-    if cache_name(decoder) is None or not default_cache():
+    if cache_name(decoder) is None or not default_cache() or _is_early_hybrid(config):
+        advice = ""
+        if not HYBRIDS:
+            advice = (
+                f" with transformers {transformers.__version__}; those with recurrent layers have "
+                "one that it can from transformers 5.5 on: pip install -U transformers"
+            )
         raise NotImplementedError(
-            f"{name} keeps a cache of its own kind, which tqai cannot replace"
+            f"{name} keeps a cache of its own kind, which tqai cannot replace{advice}"
         )
     _check_layers(name, decoder, config, settings)
+
+
+def _is_early_hybrid(config: Any) -> bool:
+    """Whether there are recurrent layers, and the version of transformers has no cache for them."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return not HYBRIDS and any(kind not in _ATTENTION_TYPES for kind in kinds)
 
 
 def _advice(model: Any) -> str:
@@ -155,17 +160,10 @@ def _advice(model: Any) -> str:
 
 
 def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:
-    if LinearAttentionLayer is None:
-        for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-            if kind not in _ATTENTION_TYPES:
-                raise NotImplementedError(
-                    f"layer {index} of {name} is of type {kind!r}, which tqai supports with "
-                    "transformers 5 or later only"
-                )
     layers = _own_layers(name, config)
     skipped = settings.skipped(len(layers))
     for index, layer in enumerate(layers):
-        known = is_compressible(layer) or is_linear(layer) or holds_nothing(layer)
+        known = is_compressible(layer) or is_recurrent(layer) or holds_nothing(layer)
         if index not in skipped and not known:
             raise NotImplementedError(
                 f"layer {index} of {name} has a cache of type {type(layer).__name__}, which tqai "
@@ -191,24 +189,11 @@ def is_compressible(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def is_linear(layer: Any) -> bool:
-    """Whether a layer holds a recurrent state and no keys and values."""
-    return LinearAttentionLayer is not None and type(layer) is LinearAttentionLayer
-
-
-def holds_nothing(layer: Any) -> bool:
-    """Whether a layer only stands for one of the model's that has no cache of its own.
-
-    Layers of experts alone are such, and those that read the keys and values of another layer.
-    """
-    return DummyLayer is not None and type(layer) is DummyLayer
-
-
 def _has_attention(model: PreTrainedModel, decoder: torch.nn.Module, config: Any) -> bool:
     if not getattr(config, "num_attention_heads", None):
         return False
     layers = _own_layers(type(model).__name__, config)
-    if all(is_linear(layer) or holds_nothing(layer) for layer in layers):
+    if all(is_recurrent(layer) or holds_nothing(layer) for layer in layers):
         return False
     causal = any(getattr(module, "is_causal", False) is True for module in decoder.modules())
     return causal or model.can_generate()

@@ -22,6 +22,12 @@ PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
 """Attention implementation → the name that tqai's, standing before it, is registered under."""
 
 
+_EAGER = "eager_attention_forward"
+"""The name of the eager attention function in each model's file."""
+_LOOKS_UP = hasattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface")
+"""Whether models look up what a name stands for, whatever the name is."""
+
+
 class PatchedName(str):
     """The name of an attention implementation, as ``tqai.patch`` puts it into a config.
 
@@ -41,6 +47,10 @@ class PatchedName(str):
         return isinstance(other, str) and str.__str__(other) in (text, PATCHED_NAMES[text])
 
     def __ne__(self, other: object) -> bool:
+        # Up to transformers 5.0 attention modules have no other way to tqai's function than a name
+        # that is not "eager"; whoever else compares, as the config does, is told the name.
+        if other == "eager" and not _LOOKS_UP and _EAGER in sys._getframe(1).f_globals:
+            return True
         return not self == other
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -90,8 +100,8 @@ def _eager_attention(module: type) -> Attention:
     forward = inspect.unwrap(module.forward)
     scopes = (getattr(forward, "__globals__", {}), vars(sys.modules[module.__module__]))
     for scope in scopes:
-        if "eager_attention_forward" in scope:
-            return scope["eager_attention_forward"]
+        if _EAGER in scope:
+            return scope[_EAGER]
     raise NotImplementedError(
         f"{module.__name__} has no eager attention function that tqai can find; "
         "use attn_implementation='sdpa'"

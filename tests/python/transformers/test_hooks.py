@@ -123,7 +123,10 @@ EACH_LAYER = [{"bits_k": (8, 4, 4, 4)}, {"skip_layers": [3]}, {"bits_v": {3: 8}}
 )
 def test_early_exit_with_settings_for_each_layer(own: dict[str, Any], greedy: Any) -> None:
     model, ids = make_model(num_hidden_layers=4), make_ids(tokens=60)
-    expected = model.generate(ids, assistant_early_exit=2, **greedy)
+    try:
+        expected = model.generate(ids, assistant_early_exit=2, **greedy)
+    except TypeError as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot, without tqai: {error}")
     tqai.patch(model, **own)
     assert torch.equal(model.generate(ids, assistant_early_exit=2, **greedy), expected)
     assert model.config.num_hidden_layers == 4

@@ -29,7 +29,7 @@ from features import (
     sampled,
     turns,
 )
-from tqai.transformers import attention
+from tqai.transformers import attention, other_layers
 
 MOE = {
     "num_experts": 4,
@@ -227,7 +227,7 @@ Not supported, each with an error that says so: continuous batching (`generate_b
 `transformers serve --continuous-batching`), `attn_implementation="tqai"` without `tqai.patch`,
 models that keep a cache of a kind of their own (Mamba, RWKV, FSMT), layers with attention and a
 recurrent state at once (Falcon-H1, Zamba 2) and those with heads narrower than 8 or wider than 512
-(`skip_layers` leaves them exact), hybrid models with transformers 4.
+(`skip_layers` leaves them exact), hybrid models before transformers 5.5.
 
 Models on other devices than the CPU are served by torch operations ([devices.md](devices.md)); the
 whole matrix is run a second time with those, on the CPU.
@@ -251,10 +251,10 @@ def family(request: pytest.FixtureRequest) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08)
-    if TRANSFORMERS_4 and request.param in HYBRIDS:
-        with pytest.raises(NotImplementedError, match="keeps a cache of its own kind"):
+    if not other_layers.HYBRIDS and request.param in HYBRIDS:
+        with pytest.raises(NotImplementedError, match="own kind.*from transformers 5.5 on"):
             tqai.patch(model)
-        pytest.skip("transformers 4 has no common cache for hybrid models: tqai.patch says so")
+        pytest.skip("no common cache for hybrid models before transformers 5.5: tqai.patch says so")
     model.family = request.param
     yield model
     if hasattr(model, "_tqai_patch"):
