@@ -11,6 +11,7 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
 - ``stores``: what holds a layer's tokens, whatever the framework: the C++ cache on the CPU,
   ``stores.torch_ops`` on other devices;
+- ``container``: the file that a cache lies in;
 - ``settings``: the knobs, checked, and all names and defaults;
 - ``requirements``: says what is not installed;
 - ``_core``: the compiled module, bits and attention.

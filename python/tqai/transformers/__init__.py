@@ -8,5 +8,6 @@
 - ``cache``, ``encoder_decoder`` and ``layer`` are the caches as transformers wants them, ``view``
   what they hand out, ``attention`` what reads it, before ``original_attention`` and with
   ``stepwise_prefill``;
-- ``files`` saves and loads caches, ``loading`` loads models for the command line.
+- ``files`` saves and loads caches, with ``file_checks``; ``loading`` loads models for the command
+  line.
 """

@@ -7,44 +7,35 @@ executes nothing, and every length, checksum and number is checked before it is 
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import warnings
-import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai import _core, stores
+from tqai import _core, container, stores
 from tqai.settings import Settings
-from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
-from tqai.transformers import hooks
+from tqai.transformers import file_checks, hooks
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.devices import layer_device
 from tqai.transformers.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
+from tqai.transformers.file_checks import WEIGHTS
 from tqai.transformers.geometry import Geometry, decoder_of, geometry_of
-from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.layer import Heads, TqaiLayer
 from tqai.transformers.other_layers import holds_nothing
 from tqai.transformers.weights import State, sampled_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
-WEIGHTS = "every tensor"
-"""How files tell weights apart; those without a kind do so by ``sampled_fingerprint``."""
+_TENSORS = ("packed", "keys", "values")
 _LOCAL = ("backend", "level")
 """Settings that are the machine's, not the file's."""
-# Frequencies are computed by the loading machine again; another rounding is no other embedding.
-ROPE_TOLERANCE = 1e-5
 _KINDS = {
     TqaiLayer: "tqai",
     CrossLayer: "cross",
@@ -60,7 +51,9 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
     The file takes about ``cache.nbytes`` bytes, and writing it as many more of memory.
 
     Raises:
-        ValueError: for something else than a cache of tqai's.
+        ValueError: for something else than a cache of tqai's; for layers that have not read the
+            same tokens, as after a forward pass that was interrupted; where the model's weights are
+            no more those that the cache has read its text with.
         NotImplementedError: for a layer that is neither compressed nor keys and values (the
             recurrent state of a hybrid model), naming it, and for layers beyond the model's.
         OSError: where the file cannot be written; what was there before is still there.
@@ -70,7 +63,6 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
             f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
-    weights = _weights(cache)
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
     for part, half in _parts(cache).items():
@@ -86,24 +78,18 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             for name, tensor in held.items():
                 tensors[f"{part}.{index}.{name}"] = tensor
             described[part].append(description)
-    header = json.dumps(
-        {
-            "model": cache.geometry.describe(),
-            "heads": cache.geometry.heads,
-            "weights": weights,
-            "settings": _of_any_machine(cache.settings),
-            "sliding": cache.sliding,
-            **described,
-            "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
-        }
-    )
-    metadata = {
-        "format": "tqai-cache",
-        "version": str(VERSION),
-        "header": header,
-        "checksum": str(zlib.crc32(header.encode())),
+    file_checks.check_layers("this cache cannot be saved", _parts(cache))
+    header = {
+        "model": cache.geometry.describe(),
+        "heads": cache.geometry.heads,
+        "weights": _weights(cache),
+        "settings": _of_any_machine(cache.settings),
+        "sliding": cache.sliding,
+        **described,
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
-    _write_whole(tensors, metadata, Path(path))
+    metadata = container.metadata_of(header)
+    container.write_whole(Path(path), lambda to: save_file(tensors, to, metadata=metadata))
 
 
 def load_cache(
@@ -127,35 +113,39 @@ def load_cache(
     here = hooks.settings_of(model)
     geometry, decoder = geometry_of(model), decoder_of(model)
     path = Path(path)
-    with path.open("rb"):  # safetensors' own errors do not tell a missing file from a damaged one
-        pass
+    with container.opened(path, "pt") as file:
+        header = container.header_of(path, file.metadata() or {})
+        file_checks.check_header(path, header)
+        state = _check_model(path, header, geometry, decoder)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
+        raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
     try:
-        with safe_open(path, "pt") as file:
-            header = _header(path, file.metadata() or {})
-            state = _check_model(path, header, geometry, decoder)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
-            raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
         settings = _settings(header["settings"], here)
         cache = hooks.make_cache(model, settings, header["sliding"])
-        for part, half in _parts(cache).items():
-            if len(half.layers) != len(header[part]):
-                raise ValueError(f"{path} has {len(header[part])} layers; expected one a layer")
-            for index, (layer, described) in enumerate(zip(half.layers, header[part], strict=True)):
-                prefix = f"{part}.{index}."
-                held = {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(prefix)
-                }
-                _restore(path, index, layer, described, held, layer_device(decoder, index))
-            half.weights = state
-        if isinstance(cache, TqaiEncoderDecoderCache):
-            cache.mark_updated()
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is no file of tqai.save_cache, or damaged ({error}); save the cache again"
+            f"{path}: its settings are none of a cache of this model: {error}"
         ) from error
+    for part, half in _parts(cache).items():
+        layers = header.get(part, ())
+        if len(half.layers) != len(layers):
+            raise ValueError(f"{path} has {len(layers)} {part}; the model has {len(half.layers)}")
+        for index, (layer, described) in enumerate(zip(half.layers, layers, strict=True)):
+            held = {
+                name: tensors.pop(f"{part}.{index}.{name}")
+                for name in _TENSORS
+                if f"{part}.{index}.{name}" in tensors
+            }
+            device = layer_device(decoder, index)
+            heads = geometry.heads[index]
+            _restore(path, index, heads, layer, described, held, device)
+        half.weights = state
+    if tensors:
+        raise ValueError(f"{path} has {next(iter(tensors))!r}, which is no part of a cache")
+    file_checks.check_layers(str(path), _parts(cache))
+    if isinstance(cache, TqaiEncoderDecoderCache):
+        cache.mark_updated()
     return cache
 
 
@@ -198,6 +188,7 @@ def _kind(layer: Any) -> str | None:
 def _restore(
     path: Path,
     index: int,
+    heads: Heads | None,
     layer: Any,
     described: dict[str, Any],
     held: dict[str, torch.Tensor],
@@ -209,39 +200,55 @@ def _restore(
             f"{path}: layer {index} is of kind {described['kind']!r}, the model's is a "
             f"{type(layer).__name__}; load it with the transformers version that it was saved with"
         )
+    expected = ("keys", "values") if not isinstance(layer, TqaiLayer) else ("packed",)
+    if held and tuple(held) != expected:
+        raise ValueError(f"{path}: layer {index} has {', '.join(held)}; expected {expected}")
+    if not isinstance(layer, TqaiLayer):
+        if held:
+            _restore_exact(path, index, heads, layer, described["length"], held, device)
+        return
+    file_checks.check_rope(path, index, described["rope"], layer.rope)
     if not held:
         return
-    if not isinstance(layer, TqaiLayer):
-        keys, values = (held[name].to(device) for name in ("keys", "values"))
-        layer.update(keys, values)
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.cumulative_length = described["length"]
-        return
-    if not _same_rope(described["rope"], layer.rope):
+    data = held["packed"]
+    if data.dtype != torch.uint8 or data.ndim != 1 or described["dtypes"] is None:
+        raise ValueError(f"{path}: layer {index} holds {data.dtype} {tuple(data.shape)} as bytes")
+    unknown = [name for name in described["dtypes"] if name not in _DTYPES]
+    if unknown:
         raise ValueError(
-            f"{path}: the keys of layer {index} went through another rotary embedding than the "
-            "model's; load it with the configuration that it was saved with"
+            f"{path}: layer {index} is of {unknown[0]!r}; allowed are {', '.join(_DTYPES)}"
         )
-    core = _core.KvCache.deserialize(held["packed"].numpy(), level=layer.settings.level)
-    if layer.heads is not None and (core.kv_heads, core.head_dim) != tuple(layer.heads):
-        raise ValueError(f"{path}: layer {index} has other heads than the model")
+    dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
+    try:
+        core = _core.KvCache.deserialize(data.numpy(), level=layer.settings.level)
+    except ValueError as error:
+        raise ValueError(f"{path}: layer {index}: {error}") from error
+    file_checks.check_store(path, layer, data.numpy().data, core, dtypes)
     layer.core = stores.moved(core, layer.settings, device)
-    layer.dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
-    layer.padding = [int(count) for count in described["padding"]]
+    layer.dtypes = dtypes
+    layer.padding = described["padding"]
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if metadata.get("format") != "tqai-cache":
-        raise ValueError(f"{path} is a safetensors file, but not one of tqai.save_cache")
-    if metadata["version"] != str(VERSION):
+def _restore_exact(
+    path: Path,
+    index: int,
+    heads: Heads | None,
+    layer: Any,
+    length: int,
+    held: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    file_checks.check_exact(path, index, heads, held)
+    keys, values = (held[name].to(device) for name in ("keys", "values"))
+    kept = layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else length
+    if not min(length, kept) <= keys.shape[2] <= length:
         raise ValueError(
-            f"{path} is of format version {metadata['version']}; this tqai reads version "
-            f"{VERSION}: save the cache again, or use the tqai that wrote it"
+            f"{path}: layer {index} holds {keys.shape[2]} tokens; its header says that it has read "
+            f"{length}"
         )
-    header = metadata["header"]
-    if str(zlib.crc32(header.encode())) != metadata["checksum"]:
-        raise ValueError(f"{path} is damaged: its header's checksum does not fit; save it again")
-    return json.loads(header)
+    layer.update(keys, values)
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.cumulative_length = length
 
 
 def _weights(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, Any] | None:
@@ -318,19 +325,6 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _same_rope(saved: dict[str, Any] | None, rope: Rope | None) -> bool:
-    if saved is None or rope is None:
-        return saved is None and rope is None
-    frequencies = [
-        torch.tensor(given, dtype=torch.float64) for given in (saved["inv_freq"], rope.inv_freq)
-    ]
-    return (
-        saved["layout"] == rope.layout
-        and frequencies[0].shape == frequencies[1].shape
-        and torch.allclose(*frequencies, rtol=ROPE_TOLERANCE, atol=0.0)
-    )
-
-
 def _of_any_machine(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
 
@@ -347,18 +341,4 @@ def _settings(saved: dict[str, Any], here: Settings) -> Settings:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def _write_whole(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Writes beside `path`, to the disk, and then takes its place."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    return container.checksum(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -116,6 +116,11 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
     return options, tokens, held
 
 
+def options_in(data: bytes) -> Options:
+    """What a store was made with, as its bytes say; they are ones that ``read`` reads."""
+    return _read_options(_Reader(data))
+
+
 def _write_options(options: Options, writer: _Writer) -> None:
     writer.put("<u4", _MAGIC, _VERSION)
     writer.put("<i4", options.kv_heads, options.head_dim, options.value_head_dim)
