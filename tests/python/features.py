@@ -51,7 +51,7 @@ def prompt_lookup(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def turns(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
-    patched = hasattr(model, "_tqai_patch")
+    patched = tqai.is_patched(model)
     cache = tqai.new_cache(model) if patched else DynamicCache(config=model.config)
     ids, outputs = make_ids(), []
     for turn in range(3):
@@ -77,7 +77,7 @@ def assisted(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
     """With another model that guesses ahead, compressed where `model` is."""
     if not _assistants:
         _assistants.append(make_model(num_hidden_layers=1))
-    if hasattr(model, "_tqai_patch"):
+    if tqai.is_patched(model):
         tqai.patch(_assistants[0])
     return [model.generate(make_ids(), assistant_model=_assistants[0], **options)]
 
@@ -98,7 +98,7 @@ def embedded(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
 def returned(model: Any, options: dict[str, Any]) -> list[torch.Tensor]:
     """The cache that ``generate`` gives back goes into the next call."""
     first = model.generate(make_ids(2), return_dict_in_generate=True, **options)
-    assert isinstance(first.past_key_values, tqai.TqaiCache) == hasattr(model, "_tqai_patch")
+    assert isinstance(first.past_key_values, tqai.TqaiCache) == tqai.is_patched(model)
     ids = torch.cat([first.sequences, make_ids(2, 5)], 1)
     second = model.generate(ids, past_key_values=first.past_key_values, **LOGITS, **options)
     return [first.sequences, second.sequences, *second.logits]

@@ -257,7 +257,7 @@ def family(request: pytest.FixtureRequest) -> Any:
         pytest.skip("no common cache for hybrid models before transformers 5.5: tqai.patch says so")
     model.family = request.param
     yield model
-    if hasattr(model, "_tqai_patch"):
+    if tqai.is_patched(model):
         tqai.unpatch(model)
 
 
@@ -269,7 +269,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_with_nothing_sealed_it_is_as_without_tqai(
     family: Any, feature: str, greedy: dict[str, Any]
 ) -> None:
-    if hasattr(family, "_tqai_patch"):
+    if tqai.is_patched(family):
         tqai.unpatch(family)
     try:
         expected = FEATURES[feature](family, greedy)
