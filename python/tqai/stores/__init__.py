@@ -102,6 +102,11 @@ def gather(
     return keys, values
 
 
+def snapshot(store: Store) -> Store:
+    """What `store` holds now, to go back to: of the two only one may be changed from now on."""
+    return store.snapshot() if isinstance(store, TorchStore) else store.copy()
+
+
 def device_of(store: Store) -> torch.device:
     """Where the store's tensors are."""
     return store.device if isinstance(store, TorchStore) else torch.device("cpu")

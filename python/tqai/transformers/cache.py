@@ -26,11 +26,13 @@ from tqai.transformers.other_layers import (
     WRONG_AFTER_CROP,
     can_go_back,
     forgets_its_past,
+    has_states,
     holds_nothing,
     is_recurrent,
     tensors_of,
 )
-from tqai.transformers.view import Owner, TqaiView
+from tqai.transformers.passes import Before, Passes, copy_of
+from tqai.transformers.view import TqaiView
 from tqai.transformers.weights import State
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ _BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncom
 COUNTS = ("tokens", "packed_tokens", *_BYTES)
 
 
-class TqaiCache(DynamicCache):
+class TqaiCache(Passes, DynamicCache):
     """Keys and values of a model, compressed, as ``tqai.patch(model)`` and ``new_cache`` make them.
 
     Pass it as ``past_key_values``; it belongs to the model that it was made for. Made by hand,
@@ -55,11 +57,13 @@ class TqaiCache(DynamicCache):
     works, also into a process with the same weights; ``tqai.save_cache`` writes files. Layers in
     ``skip_layers`` and layers without keys and values are transformers' own.
 
-    A forward pass that fails inside a layer's update or attention leaves the cache as it was before
-    the pass, unless there are recurrent states in it (hybrid models), which are lost then.
+    A forward pass that does not end, because of Ctrl-C or of any error, leaves the cache as it was
+    before the pass, unless there are recurrent states in it (hybrid models), which are lost then.
+    While one thread generates, others may ask for ``memory_report()``, copy the cache and save it:
+    copies and files have the tokens of the passes that have ended.
     """
 
-    whole: ReferenceType[Owner] | None = None
+    whole: ReferenceType[Passes] | None = None
     """The cache of an encoder-decoder model that this is one half of."""
     weights: State | None = None
     """Those that its text was read with, by which other ones are noticed; None before that."""
@@ -100,11 +104,13 @@ class TqaiCache(DynamicCache):
                 self.layers[index] = self._make_layer(index, own, window)
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
-        self._before: dict[int, _Before] = {}
+        self._before: dict[int, Before] = {}
+        self._changed_states = False
         self._lost_states = False
+        self._make_lock()
         self.attach(self)
 
-    def attach(self, owner: Owner) -> None:
+    def attach(self, owner: Passes) -> None:
         """Tells the layers what to undo where attention over what they hold fails."""
         for layer in self.layers:
             if isinstance(layer, TqaiLayer):
@@ -116,16 +122,42 @@ class TqaiCache(DynamicCache):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied half gets its own whole, and each forward pass has its own views."""
+        layers = self.snapshot()
         state = dict(vars(self))
-        state.pop("whole", None)
+        for name in ("whole", "lock", "_call"):
+            state.pop(name, None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
         if self.is_empty():
             state.pop("weights", None)
-        return state
+        return {**state, "layers": layers, "_before": {}, "_changed_states": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._make_lock()
         self.attach(self)
+
+    def snapshot(self) -> list[Any]:
+        """Copies of the layers as they were before a forward pass that is under way.
+
+        Cheap; they share what is packed, and see no later changes.
+
+        Raises:
+            RuntimeError: where that pass has changed recurrent states, which are not kept twice.
+        """
+        owner = self._owner()
+        owner.undo_unfinished()
+        with self.lock:
+            before = self._before if owner.is_tracked() else {}
+            if owner.is_tracked() and self._changed_states:
+                raise RuntimeError(
+                    "a forward pass over this cache is under way, and the recurrent states of "
+                    f"{self.geometry.model} are not held as they were before it: copy or save the "
+                    "cache between two passes"
+                )
+            return [
+                before[index].copy_of(layer) if index in before else copy_of(layer)
+                for index, layer in enumerate(self.layers)
+            ]
 
     @property
     def is_initialized(self) -> bool:
@@ -197,45 +229,63 @@ class TqaiCache(DynamicCache):
             ValueError: also for a layer that the cache's model does not have. As after any error
                 here, the layers that the forward pass has updated forget its tokens.
         """
-        if layer_idx in self._before:  # a new forward pass
-            self._owner().end_pass()
-        self._check_states()
-        try:
-            if not 0 <= layer_idx < len(self.layers):
-                raise ValueError(
-                    f"layer {layer_idx} does not exist in this cache, which was made for "
-                    f"{self.geometry.describe()}; make one with tqai.new_cache(model)"
-                )
-            self._before[layer_idx] = _Before(self.layers[layer_idx])
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except BaseException:
-            self.roll_back()
-            raise
+        owner = self._owner()
+        with self.lock:
+            if layer_idx in self._before and not owner.is_tracked():  # a new forward pass
+                owner.end_pass()
+            self._check_states()
+            try:
+                if not 0 <= layer_idx < len(self.layers):
+                    raise ValueError(
+                        f"layer {layer_idx} does not exist in this cache, which was made for "
+                        f"{self.geometry.describe()}; make one with tqai.new_cache(model)"
+                    )
+                layer = self.layers[layer_idx]
+                if layer_idx not in self._before:
+                    tokens = key_states.shape[2] if key_states.ndim == 4 else 0
+                    self._before[layer_idx] = Before(layer, tokens)
+                self._changed_states |= has_states(layer)
+                keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            except BaseException:
+                self.roll_back()
+                raise
         if isinstance(keys, TqaiView):
-            keys.update.cache = self._owner()
+            keys.update.cache = owner
         return keys, values
 
     def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As transformers' cache does, for a layer with a recurrent state.
 
         Raises:
-            RuntimeError: after a forward pass that failed; see ``restore_before``.
+            RuntimeError: after a forward pass that did not end; see ``restore_before``.
         """
         self._check_states()
+        self._changed_states = True
         return super().update_conv_state(conv_states, *args, **kwargs)
 
     def update_recurrent_state(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """See ``update_conv_state``."""
         self._check_states()
+        self._changed_states = True
         return super().update_recurrent_state(states, *args, **kwargs)
 
     def _check_states(self) -> None:
         if self._lost_states:
             raise RuntimeError(
-                "a forward pass over this cache failed, and the recurrent states of "
+                "a forward pass over this cache did not end, and the recurrent states of "
                 f"{self.geometry.model} cannot be put back as they were before: reset() it, or "
                 "make another with tqai.new_cache(model), and read the text again"
             )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer holds."""
+        self.undo_unfinished()
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """See ``TqaiLayer.get_mask_sizes``."""
+        self.undo_unfinished()
+        return super().get_mask_sizes(*args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens; a positive number is a length to keep.
@@ -254,13 +304,26 @@ class TqaiCache(DynamicCache):
                 )
         if any(forgets_its_past(layer) for layer in self.layers):
             warnings.warn(WRONG_AFTER_CROP, stacklevel=2)
-        super().crop(tokens_to_remove)
+        self._change_all(super().crop, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes row i what row beam_idx[i] was."""
+        self._change_all(super().reorder_cache, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        self._change_all(super().batch_repeat_interleave, repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices`."""
+        self._change_all(super().batch_select_indices, indices)
 
     def reset(self) -> None:
         """Empties the cache."""
+        self._lost_states = any(map(has_states, self.layers))  # these are emptied in place
+        self._change_all(super().reset)
+        self.forget_before()
         self._lost_states = False
-        self._before.clear()
-        super().reset()
 
     def activate_past_recording(self) -> None:
         """Makes sliding layers keep what ``crop`` may go back to; see ``TqaiLayer``."""
@@ -277,26 +340,44 @@ class TqaiCache(DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.exact_arithmetic = True
 
-    def _owner(self) -> Owner:
+    def _owner(self) -> Passes:
         """The cache that a forward pass takes."""
         whole = self.whole() if self.whole is not None else None
         return self if whole is None else whole
 
-    def end_pass(self) -> None:
-        """Makes what the forward passes so far have added lasting."""
-        self.forget_before()
+    def _parts(self) -> tuple[TqaiCache, ...]:
+        return (self,)
 
     def roll_back(self) -> None:
         """Forgets what the forward pass that is under way has added, in both halves of a whole."""
         owner = self._owner()
         if owner is self:
-            self.restore_before()
+            super().roll_back()
         else:
             owner.roll_back()
+
+    def undo_unfinished(self) -> None:
+        """Forgets what a forward pass that never ended has added, in both halves of a whole."""
+        owner = self._owner()
+        if owner is self:
+            super().undo_unfinished()
+        else:
+            owner.undo_unfinished()
+
+    def seal(self) -> None:
+        """Compresses what has left the residual windows."""
+        for layer in self.layers:
+            if isinstance(layer, TqaiLayer):
+                layer.seal()
+
+    def expect_states(self) -> None:
+        """Says that recurrent states are about to change: some models do that on their own."""
+        self._changed_states = any(map(has_states, self.layers))
 
     def forget_before(self) -> None:
         """Forgets how the layers were before the pass."""
         self._before.clear()
+        self._changed_states = False
 
     def restore_before(self) -> None:
         """Makes the layers as they were before the pass.
@@ -304,15 +385,26 @@ class TqaiCache(DynamicCache):
         Recurrent states are not kept twice for that: those of an empty cache become empty again,
         and otherwise the cache is of no use any more and says so when it is used.
         """
-        for index, before in self._before.items():
-            before.restore(self.layers[index])
-        linear = [layer for layer in self.layers if is_recurrent(layer)]
-        if linear and any(before.length for before in self._before.values()):
-            self._lost_states = True
-        elif self._before:
-            for layer in linear:
-                layer.reset()
-        self._before.clear()
+        if self._changed_states:
+            if self._holds_tokens_before():
+                self._lost_states = True
+            else:
+                for layer in filter(has_states, self.layers):
+                    layer.reset()
+            self._changed_states = False
+        for index in list(self._before):
+            if not has_states(self.layers[index]):
+                self._before[index].restore(self.layers[index])
+            del self._before[index]
+
+    def _holds_tokens_before(self) -> bool:
+        """Whether there were tokens before the pass."""
+        before = self._before
+        return any(
+            before[index].length if index in before else int(layer.get_seq_length())
+            for index, layer in enumerate(self.layers)
+            if not (is_recurrent(layer) or holds_nothing(layer))
+        )
 
     @property
     def nbytes(self) -> int:
@@ -331,9 +423,10 @@ class TqaiCache(DynamicCache):
         layout of their rotary embedding, "unrecognised" where keys get no rotary centre,
         ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
         """
+        self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]
         report: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _BYTES}
-        kept = sum(before.nbytes for before in self._before.values())
+        kept = sum(before.nbytes for before in list(self._before.values()))
         report["exact_bytes"] += kept
         report["total_bytes"] += kept
         for name in ("tokens", "packed_tokens"):
@@ -382,39 +475,13 @@ def described(
     return geometry_of(model), settings
 
 
-class _Before:
-    """How a layer was before an update."""
-
-    def __init__(self, layer: Any) -> None:
-        self.length = int(layer.get_seq_length())
-        # A layer of transformers' own that forgets old tokens cannot be cropped back.
-        self.state = (
-            {name: vars(layer)[name] for name in ("keys", "values", "is_initialized")}
-            if type(layer) is DynamicSlidingWindowLayer
-            else {}
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are held for no other reason."""
-        tensors = (self.state.get("keys"), self.state.get("values"))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def restore(self, layer: Any) -> None:
-        if isinstance(layer, TqaiLayer):
-            layer.truncate(self.length)
-        elif self.state:
-            vars(layer).update(self.state, cumulative_length=self.length)
-        elif layer.get_seq_length() > self.length:
-            layer.crop(self.length - layer.get_seq_length())
-
-
 def _memory(layer: Any) -> dict[str, int]:
     """One layer's numbers; those of transformers' own layers count as exact."""
     if isinstance(layer, TqaiLayer):
-        if layer.core is None:
+        core = layer.core
+        if core is None:
             return dict.fromkeys(COUNTS, 0)
-        memory = layer.core.memory()
+        memory = core.memory()
         return {name: memory[name] for name in COUNTS}
     keys = getattr(layer, "keys", None)
     size = sum(tensor.nbytes for tensor in tensors_of(layer))

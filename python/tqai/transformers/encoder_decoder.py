@@ -6,6 +6,7 @@ later one without another ``update``: the model asks the layer for its ``keys`` 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ref as weak_ref
@@ -17,6 +18,7 @@ from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.cache import COUNTS, TqaiCache, described
 from tqai.transformers.geometry import Geometry
 from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.passes import Passes
 from tqai.transformers.view import TqaiView, Update
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class CrossCache(TqaiCache):
         return CrossLayer(index, settings, None, self.geometry.heads[index])
 
 
-class TqaiEncoderDecoderCache(EncoderDecoderCache):
+class TqaiEncoderDecoderCache(Passes, EncoderDecoderCache):
     """The compressed cache of an encoder-decoder model, as ``TqaiCache`` is of a decoder.
 
     ``self_attention_cache`` and ``cross_attention_cache`` are its two halves; the same settings
@@ -111,13 +113,27 @@ class TqaiEncoderDecoderCache(EncoderDecoderCache):
         self._attach()
 
     def _attach(self) -> None:
+        self._make_lock()
         for half in self.halves:
             half.whole = weak_ref(self)
             half.attach(self)
+            half.lock = self.lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.undo_unfinished()
+        with self.lock:
+            state = dict(vars(self))
+            for name in ("lock", "_call"):
+                state.pop(name, None)
+            # Both of one moment.
+            halves = ("self_attention_cache", "cross_attention_cache")
+            copies = {name: copy.copy(state[name]) for name in halves}
+            return {**state, **copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._attach()
+        self.mark_updated()
 
     @property
     def halves(self) -> tuple[TqaiCache, CrossCache]:
@@ -148,16 +164,25 @@ class TqaiEncoderDecoderCache(EncoderDecoderCache):
         for half in self.halves:
             half.use_exact_arithmetic()
 
-    def end_pass(self) -> None:
-        """Makes what the forward passes so far have added lasting."""
-        for half in self.halves:
-            half.forget_before()
+    def _parts(self) -> tuple[TqaiCache, ...]:
+        return self.halves
 
     def roll_back(self) -> None:
         """Forgets what the forward pass that is under way has added."""
-        for half in self.halves:
-            half.restore_before()
+        super().roll_back()
         self.mark_updated()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes row i what row beam_idx[i] was."""
+        self._change_all(super().reorder_cache, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        self._change_all(super().batch_repeat_interleave, repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices`."""
+        self._change_all(super().batch_select_indices, indices)
 
     def mark_updated(self) -> None:
         """Tells the model which layers have read the encoder's output."""

@@ -156,6 +156,7 @@ class _CacheHook:
 
     def install(self) -> None:
         self.decoder.register_forward_pre_hook(self, with_kwargs=True)
+        self.decoder.register_forward_hook(_end_pass, prepend=True, with_kwargs=True)
         self._make_known()
 
     def remove(self) -> None:
@@ -165,6 +166,10 @@ class _CacheHook:
         for key in [key for key, hook in hooks.items() if hook is self]:
             del hooks[key]
             self.decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+        after = self.decoder._forward_hooks
+        for key in [key for key, hook in after.items() if hook is _end_pass]:
+            del after[key]
+            self.decoder._forward_hooks_with_kwargs.pop(key, None)
         # A config may serve several models; it stays tqai's while one of them is patched.
         hooked = (_hook_of(decoder) for decoder in _patched)
         others = [config for hook in hooked if hook is not None for config in hook.configs]
@@ -210,11 +215,23 @@ class _CacheHook:
                 "for it: pass a tqai.TqaiEncoderDecoderCache, as tqai.new_cache(model) makes for "
                 "an encoder-decoder model, or no cache"
             )
+        if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+            cache.begin_pass(decoder)
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
         kind = TqaiEncoderDecoderCache if cross else TqaiCache
         fresh = kind(geometry_of(decoder), self.settings)
+        fresh.begin_pass(decoder)
         return names.with_cache(decoder, args, kwargs, fresh)
+
+
+def _end_pass(
+    decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of a decoder: tells the cache that the pass has ended."""
+    cache = names.given(decoder, args, kwargs).get(str(names.cache_name(decoder)))
+    if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+        cache.end_pass()
 
 
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from tqai.settings import Settings
 from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
+from tqai.stores.torch_ops import TILE_TOKENS
 from tqai.transformers.view import Owner, TqaiView, Update
 
 MIN_HEAD_DIM = 8
@@ -86,6 +87,7 @@ class TqaiLayer(CacheLayerMixin):
         """Counts changes, so that a view can tell whether it is out of date."""
         self.padding: list[int] = []
         """Tokens at the start of each row that are padding."""
+        self._seals_later = False
 
     # What transformers asks of a layer.
 
@@ -149,6 +151,7 @@ class TqaiLayer(CacheLayerMixin):
             self.padding = [0] * core.batch
         self.core = core
         self.version += 1
+        self._seals_later = not was_empty and not self.seals_at_once(keys.shape[2])
         if self.is_sliding and not was_empty and not self.record_past:
             core.discard_before(first)
         fresh = None
@@ -261,14 +264,37 @@ class TqaiLayer(CacheLayerMixin):
             core.set_padding(counts)
         self.padding = counts
 
+    def seals_at_once(self, tokens: int) -> bool:
+        """Whether what so many more tokens push out of the window is sealed after attention.
+
+        Else it stays exact until the forward pass ends, and if it never does; for many tokens that
+        would take too much memory in all layers together.
+        """
+        return tokens > TILE_TOKENS or (tokens > 1 and not self.settings.exact_prefill)
+
     def settle(self, was_empty: bool) -> None:
-        """Seals what has left the residual window; called when attention over an update is done."""
+        """Called when attention over an update is done: seals what has left the residual window,
+        if that is not to wait for the end of the forward pass."""
         assert self.core is not None
-        self._keep_reading()
         if was_empty and self.is_sliding and not self.record_past:
+            self._keep_reading()
             self.core.discard_before(self._first_visible(self.core.tokens))
-        with self._named_errors():
-            self.core.seal()
+        if not self._seals_later:
+            self.seal()
+
+    def seal(self) -> None:
+        """Compresses what has left the residual window."""
+        if self.core is not None:
+            self._keep_reading()
+            with self._named_errors():
+                self.core.seal()
+
+    def put_back(self, store: Store, padding: list[int]) -> None:
+        """Makes the layer hold what `store` does."""
+        self._keep_reading()
+        self.version += 1
+        self.core = store
+        self.padding = padding
 
     def truncate(self, tokens: int) -> None:
         """Forgets all tokens from `tokens` on."""

@@ -40,6 +40,11 @@ def holds_nothing(layer: Any) -> bool:
     return _Empty is not None and type(layer) is _Empty
 
 
+def has_states(layer: Any) -> bool:
+    """Whether a layer holds recurrent states, be it beside keys and values."""
+    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+
+
 def can_go_back(layer: Any) -> bool:
     """Whether a recurrent layer can be cropped: its states are a convolution's last inputs.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from tqai.stores.torch_ops.attend import Query, attend
 from tqai.stores.torch_ops.codec import Options, codec_of
 from tqai.stores.torch_ops.phasors import phasors_of
 from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_vectors
+
+
+@dataclass(frozen=True)
+class Held:
+    """All that a store holds. A change puts another in its place, in one step."""
+
+    rows: Sequence[Rows]
+    tokens: int
+    batch: int
+
+    def find(self, row: int) -> tuple[Rows, int]:
+        """The rows that `row` is held in, and which of them it is."""
+        for rows in self.rows:
+            if row in rows.places:
+                return rows, rows.places.index(row)
+        raise IndexError(f"row {row} of a batch of {self.batch}")
 
 
 class TorchStore:
@@ -26,7 +43,8 @@ class TorchStore:
     on another device than the CPU when it is to be sealed, as looking at each would make the device
     wait.
 
-    Not thread-safe. A method that raises leaves the store as it was. Copies share sealed tiles.
+    One thread at a time may change it, while others read. A method that raises, or is interrupted,
+    leaves the store as it was. Copies share sealed tiles.
     """
 
     def __init__(self, options: Options, batch: int, device: torch.device) -> None:
@@ -39,9 +57,16 @@ class TorchStore:
         with self._plain():
             self._context = _context_of(options, device)
             exact = self._empty(batch)
-            self._rows = [Rows(tuple(range(batch)), exact, exact)]
-        self.batch = batch
-        self.tokens = 0
+            self._held = Held([Rows(tuple(range(batch)), exact, exact)], 0, batch)
+
+    @property
+    def batch(self) -> int:
+        return self._held.batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens appended and not cropped, the same for each row."""
+        return self._held.tokens
 
     @property
     def options(self) -> Options:
@@ -62,20 +87,20 @@ class TorchStore:
     @property
     def first_token(self) -> int:
         """First token that some row still holds."""
-        return min(rows.first for rows in self._rows)
+        return min(rows.first for rows in self._held.rows)
 
     @property
     def rows(self) -> Sequence[Rows]:
         """What is held, rows with the same history together."""
-        return tuple(self._rows)
+        return tuple(self._held.rows)
 
     def packed_tokens(self, row: int) -> int:
         """Tokens of a row held as codes."""
-        return self._rows_of(row)[0].sealed_tokens
+        return self._held.find(row)[0].sealed_tokens
 
     def centering(self, row: int, head: int) -> str | None:
         """What the keys are centred on; None before anything was sealed."""
-        rows, at = self._rows_of(row)
+        rows, at = self._held.find(row)
         return None if rows.centres is None else rows.centres.kinds[at][head]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -90,12 +115,12 @@ class TorchStore:
         with self._plain():
             if keys.shape[2] > 1 or self.device.type == "cpu":
                 check_vectors(keys, values, self.tokens)
-            sealed = [rows.sealed(self._context) for rows in self._rows]
-            self._rows = [
+            sealed = [rows.sealed(self._context) for rows in self._held.rows]
+            appended = [
                 rows.appended(self._context, *(_choose(states, rows) for states in (keys, values)))
                 for rows in sealed
             ]
-        self.tokens += keys.shape[2]
+        self._held = Held(appended, self.tokens + keys.shape[2], self.batch)
 
     def seal(self) -> None:
         """Compresses what has left the residual window.
@@ -103,8 +128,7 @@ class TorchStore:
         Raises:
             ValueError: for vectors that cannot be sealed; see the class.
         """
-        with self._plain():
-            self._rows = [rows.sealed(self._context) for rows in self._rows]
+        self._change(lambda rows: rows.sealed(self._context))
 
     def attend(
         self,
@@ -147,10 +171,11 @@ class TorchStore:
             if sinks is not None:
                 sinks = sinks.float().reshape(shape)
             output = queries.new_empty(batch, n, heads, self.value_head_dim)
-            for rows in self._rows:
+            held = self._held
+            for rows in held.rows:
                 query = Query(
                     _choose(states, rows),
-                    self.tokens,
+                    held.tokens,
                     soft_cap,
                     causal,
                     window,
@@ -159,7 +184,7 @@ class TorchStore:
                 )
                 part = attend(self._context, rows, query, sinks)
                 part = part.flatten(1, 2).transpose(1, 2).to(output.dtype)
-                if len(self._rows) == 1:
+                if len(held.rows) == 1:
                     output = part.contiguous()
                 else:
                     output[rows.index] = part
@@ -174,13 +199,14 @@ class TorchStore:
         discarded.
         """
         with self._plain():
+            held = self._held
             dims = self.head_dim, self.value_head_dim
-            shape = self.batch, self.kv_heads, length
+            shape = held.batch, self.kv_heads, length
             keys, values = (
                 torch.zeros(*shape, dim, dtype=dtype, device=self.device)
                 for dim, dtype in zip(dims, dtypes, strict=True)
             )
-            for rows in self._rows:
+            for rows in held.rows:
                 for start, key, value in _parts(self._context, rows, first, first + length):
                     at = slice(start - first, start - first + key.shape[2])
                     keys[rows.index, :, at] = key.to(keys.dtype)
@@ -205,8 +231,7 @@ class TorchStore:
                 return Rows(rows.places, exact, exact)
             return rows.truncated(max(tokens - rows.first, 0)).starting(min(rows.first, tokens))
 
-        self._change(cropped)
-        self.tokens = tokens
+        self._change(cropped, tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of row rows[i]; tiles are shared.
@@ -222,13 +247,12 @@ class TorchStore:
                 raise IndexError(f"row {row} of a batch of {self.batch}")
         with self._plain():
             chosen = []
-            for held in self._rows:
+            for held in self._held.rows:
                 at = {place: i for i, place in enumerate(held.places)}
                 places = tuple(i for i, row in enumerate(rows) if row in at)
                 if places:
                     chosen.append(held.select([at[rows[i]] for i in places], places))
-            self._rows = chosen
-        self.batch = len(rows)
+        self._held = Held(chosen, self.tokens, len(rows))
 
     def set_padding(self, counts: Sequence[int]) -> None:
         """The first counts[row] tokens of each row are padding: they are dropped and never seen.
@@ -241,7 +265,7 @@ class TorchStore:
             raise ValueError(f"{len(counts)} padding counts for a batch of {self.batch}")
         with self._plain():
             changed = []
-            for rows in self._rows:
+            for rows in self._held.rows:
                 for count in dict.fromkeys(counts[place] for place in rows.places):
                     if not rows.first <= count <= self.tokens:
                         raise ValueError(
@@ -254,7 +278,7 @@ class TorchStore:
                     at = [i for i, place in enumerate(rows.places) if counts[place] == count]
                     part = rows.select(at, tuple(rows.places[i] for i in at))
                     changed.append(part.without_padding(count - rows.first))
-            self._rows = changed
+        self._held = replace(self._held, rows=changed)
 
     def discard_before(self, token: int) -> None:
         """Frees what only tokens before `token` need."""
@@ -271,7 +295,7 @@ class TorchStore:
     def memory(self) -> dict[str, int]:
         """Bytes held, by part; see ``TqaiCache.memory_report``."""
         packed = exact = overhead = tokens = packed_tokens = 0
-        for rows in self._rows:
+        for rows in self._held.rows:
             packed += sum(page.tiles.nbytes for page in rows.pages)
             exact += rows.sinks.nbytes + rows.tail.nbytes
             overhead += 0 if rows.centres is None else rows.centres.nbytes
@@ -290,21 +314,27 @@ class TorchStore:
 
     def copy(self) -> TorchStore:
         """A copy that shares the tiles."""
-        other = object.__new__(TorchStore)
-        vars(other).update(vars(self))
+        other, held = self.snapshot(), self._held
         with self._plain():
-            other._rows = [rows.copy() for rows in self._rows]
+            other._held = replace(held, rows=[rows.copy() for rows in held.rows])
         return other
 
     __copy__ = copy
+
+    def snapshot(self) -> TorchStore:
+        """A copy that shares everything: of the two only one may be changed from now on."""
+        other = object.__new__(TorchStore)
+        vars(other).update(vars(self))
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchStore:
         return self.copy()
 
     def serialize(self) -> bytes:
         """The store as bytes, the same as ``_core.KvCache.serialize`` gives; each reads both."""
+        held = self._held
         with self._plain():
-            return serialize.write(self.options, self.tokens, self.batch, self._rows)
+            return serialize.write(self.options, held.tokens, held.batch, held.rows)
 
     @classmethod
     def deserialize(cls, data: bytes, device: torch.device) -> TorchStore:
@@ -323,9 +353,9 @@ class TorchStore:
     def __setstate__(self, state: tuple[bytes, torch.device]) -> None:
         data, self.device = state
         with self._plain():
-            options, self.tokens, self._rows = serialize.read(data, self.device)
+            options, tokens, rows = serialize.read(data, self.device)
             self._context = _context_of(options, self.device)
-        self.batch = sum(len(rows.places) for rows in self._rows)
+        self._held = Held(rows, tokens, sum(len(each.places) for each in rows))
 
     def _empty(self, batch: int) -> Exact:
         options = self._context.options
@@ -348,16 +378,11 @@ class TorchStore:
                     "tokens, head_dim]"
                 )
 
-    def _rows_of(self, row: int) -> tuple[Rows, int]:
-        """The rows that `row` is held in, and which of them it is."""
-        for rows in self._rows:
-            if row in rows.places:
-                return rows, rows.places.index(row)
-        raise IndexError(f"row {row} of a batch of {self.batch}")
-
-    def _change(self, change: Callable[[Rows], Rows]) -> None:
+    def _change(self, change: Callable[[Rows], Rows], tokens: int | None = None) -> None:
+        held = self._held
         with self._plain():
-            self._rows = [change(rows) for rows in self._rows]
+            rows = [change(rows) for rows in held.rows]
+        self._held = replace(held, rows=rows, tokens=held.tokens if tokens is None else tokens)
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
