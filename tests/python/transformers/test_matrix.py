@@ -224,7 +224,7 @@ tests/python/transformers/test_features.py. `model.train()` is left alone. After
 operations a cache is what it would be had it read its tokens from the start (test_rebuilt.py).
 
 Not supported, each with an error that says so: continuous batching (`generate_batch`,
-`transformers serve --continuous-batching`), `attn_implementation="tqai"` without `tqai.patch`,
+`transformers serve --continuous-batching`), `attn_implementation="tqai"` with another's cache,
 models that keep a cache of a kind of their own (Mamba, RWKV, FSMT), layers with attention and a
 recurrent state at once (Falcon-H1, Zamba 2) and those with heads narrower than 8 or wider than 512
 (`skip_layers` leaves them exact), hybrid models before transformers 5.5.
