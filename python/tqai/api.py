@@ -78,7 +78,8 @@ def patch(
         bits_k: bits per key coordinate, 1…8, by default 4: of every layer, a sequence with one
             number a layer, or a mapping {layer: bits}, the other layers having the default's.
             Negative layers count from the end.
-        bits_v: bits per value coordinate, as `bits_k`; by default 2.
+        bits_v: bits per value coordinate, as `bits_k`; by default 2. Layers that cache latents
+            (DeepSeek) have bits of their own; see docs/transformers.md.
         sink_tokens: first tokens of each row, kept exact for ever. Layers with a sliding window
             keep none.
         residual_window: last tokens of each row, kept exact.

@@ -249,6 +249,17 @@ class Settings:
         }
         return replace(self, **bits)
 
+    def of_latents(self) -> Settings:
+        """The settings of a layer that caches latents and rotary keys, with bits of its own.
+
+        A latent becomes keys and values of all heads: it gets the better of both bits, in the
+        place of keys. A rotary key, in the place of values, enters the scores of all heads and is
+        short: it gets twice the keys' bits, at most 8.
+        """
+        assert isinstance(self.bits_k, int) and isinstance(self.bits_v, int)
+        latent, rotary = max(self.bits_k, self.bits_v), min(2 * self.bits_k, 8)
+        return replace(self, bits_k=latent, bits_v=rotary)
+
     def skipped(self, layers: int) -> frozenset[int]:
         """The layers to leave uncompressed, as numbers from 0, of a model with `layers` layers.
 

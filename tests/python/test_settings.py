@@ -97,6 +97,15 @@ def test_bits_by_layer_are_checked(bits: object) -> None:
         Settings(bits_k=bits)
 
 
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [((4, 2), (4, 8)), ((2, 2), (2, 4)), ((2, 6), (6, 4)), ((8, 8), (8, 8)), ((1, 1), (1, 2))],
+)
+def test_bits_of_latents(bits: tuple[int, int], expected: tuple[int, int]) -> None:
+    settings = Settings(bits_k=bits[0], bits_v=bits[1], seed=3).of_latents()
+    assert settings == Settings(bits_k=expected[0], bits_v=expected[1], seed=3)
+
+
 def test_presets_and_what_is_given_beside_them() -> None:
     assert Settings.named(None) == Settings.named("balanced") == Settings()
     small = Settings.named("small", bits_k=3)

@@ -117,8 +117,11 @@ class TqaiCache(Passes, DynamicCache):
                 layer.owner = weak_ref(owner)
 
     def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
-        heads, rope = self.geometry.heads[index], self.geometry.ropes[index]
-        return TqaiLayer(index, settings, sliding_window, heads, rope)
+        geometry = self.geometry
+        heads, rope, latents = (
+            known[index] for known in (geometry.heads, geometry.ropes, geometry.latents)
+        )
+        return TqaiLayer(index, settings, sliding_window, heads, rope, latents)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied half gets its own whole, and each forward pass has its own views."""

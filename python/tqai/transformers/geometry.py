@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from tqai.settings import Settings
 from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
-from tqai.transformers.layer import Heads, check_head_dim
+from tqai.transformers.layer import Heads, Latents, check_head_dim
 from tqai.transformers.names import cache_name
 from tqai.transformers.other_layers import HYBRIDS, holds_nothing, is_recurrent
 from tqai.transformers.weights import State, watch_of
@@ -35,6 +35,8 @@ class Geometry:
     """Of each layer; None where the model's modules do not say."""
     ropes: tuple[Rope | None, ...] = field(compare=False)
     """The rotary embedding of each layer's keys; None where none was recognised."""
+    latents: tuple[Latents, ...] = field(compare=False)
+    """What each layer would cache if it cached latents."""
     decoder: ref[torch.nn.Module] | None = field(default=None, compare=False, repr=False)
     """The module that it is the geometry of; None in what was pickled."""
 
@@ -85,7 +87,8 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         name = type(model).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, ref(decoder))
+        latents = _latents(decoder, layers)
+        _geometries[decoder] = Geometry(name, config, heads, ropes, latents, ref(decoder))
     return _geometries[decoder]
 
 
@@ -219,3 +222,29 @@ def _heads(decoder: torch.nn.Module, layers: int) -> tuple[Heads | None, ...]:
             found.setdefault(index, set()).add(Heads(width // dim, dim) if whole else None)
     candidates = (found.get(index, set()) for index in range(layers))
     return tuple(next(iter(heads)) if len(heads) == 1 else None for heads in candidates)
+
+
+def _latents(decoder: torch.nn.Module, layers: int) -> tuple[Latents, ...]:
+    """Widths of the latent and the rotary key that each layer may cache.
+
+    Such a layer has one projection that makes both, and another that makes keys and values of the
+    latent. Which pair of its projections that is, if any, the shapes of what it caches will tell.
+    """
+    outputs: list[set[int]] = [set() for _ in range(layers)]
+    inputs: list[set[int]] = [set() for _ in range(layers)]
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if type(index) is not int or not 0 <= index < layers:
+            continue
+        for child in module.children():
+            width, latent = (
+                getattr(child, "out_features", None),
+                getattr(child, "in_features", None),
+            )
+            if isinstance(width, int) and isinstance(latent, int):
+                outputs[index].add(width)
+                inputs[index].add(latent)
+    return tuple(
+        frozenset((latent, width - latent) for width in wide for latent in narrow if latent < width)
+        for wide, narrow in zip(outputs, inputs, strict=True)
+    )

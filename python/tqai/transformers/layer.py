@@ -30,6 +30,12 @@ class Heads(NamedTuple):
     dim: int
 
 
+Latents = frozenset[tuple[int, int]]
+"""Pairs of widths: where a layer's single head of "keys" and "values" has these, they are a latent,
+of which the model makes the keys and values of all heads, and a rotary key that all heads share
+(multi-head latent attention)."""
+
+
 class TqaiLayer(CacheLayerMixin):
     """Keys and values of one layer, compressed as they leave the residual window.
 
@@ -56,10 +62,12 @@ class TqaiLayer(CacheLayerMixin):
         sliding_window: int | None = None,
         heads: Heads | None = None,
         rope: Rope | None = None,
+        latents: Latents = frozenset(),
     ) -> None:
         """`heads` is what the model's configuration says, checked at each update; None: unknown.
 
-        `rope` is what the keys have gone through; None: unknown, or nothing.
+        `rope` is what the keys have gone through; None: unknown, or nothing. `latents` says which
+        tensors would not be keys and values.
 
         Raises:
             ValueError: for centering="rope" without one.
@@ -76,6 +84,7 @@ class TqaiLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.heads = heads
         self.rope = rope
+        self.latents = latents
         self.record_past = False
         self.exact_arithmetic = False
         """Whether attention reads the codes dequantised, with torch's arithmetic; see
@@ -372,8 +381,11 @@ class TqaiLayer(CacheLayerMixin):
         if self.core is not None:
             return stores.moved(self.core, self.settings, keys.device)
         # A sink that has left a sliding window is never seen again.
+        settings = self.settings
+        if keys.shape[1] == 1 and (keys.shape[3], values.shape[3]) in self.latents:
+            settings = settings.of_latents()
         return stores.make_store(
-            self.settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
+            settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
         )
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import tqai
 import transformers
-from conftest import SMALL, Models, make_ids, make_model
+from caches import SEALING, filled
+from conftest import FAMILIES, SMALL, Models, make_ids, make_model
 from tqai.transformers.geometry import decoder_of, geometry_of
 from tqai.transformers.layer import Heads, TqaiLayer
 from tqai.transformers.other_layers import HYBRIDS
@@ -72,3 +74,73 @@ def test_layers_without_keys_stay_those_of_transformers() -> None:
     assert [isinstance(layer, TqaiLayer) for layer in cache.layers] == [False, True]
     assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
     assert cache.memory_report()["tokens"] == 207
+
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def packed_bytes(cache: object) -> list[float]:
+    """Of each token and layer."""
+    return [
+        layer["packed_bytes"] / layer["packed_tokens"] for layer in cache.memory_report()["layers"]
+    ]
+
+
+def latent_model() -> object:
+    """A model with multi-head latent attention, whose cache holds latents and rotary keys."""
+    if TRANSFORMERS_4:
+        pytest.skip("this transformers caches keys and values of such a model")
+    config = transformers.DeepseekV3Config(**{**SMALL, **LATENT})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    own = transformers.DynamicCache(config=config)
+    filled(model, own, make_ids(tokens=3))
+    if own.layers[0].keys.shape[1] != 1:
+        pytest.skip("this transformers caches keys and values of such a model")
+    return model
+
+
+def test_a_rotary_key_beside_a_latent_gets_more_bits_than_values(tmp_path: Path) -> None:
+    model = latent_model()
+    assert all((32, 16) in latents for latents in geometry_of(model).latents)
+
+    def read(cache: object) -> object:
+        # Attention that is not given the layers' own views leaves sealing to the next update.
+        return filled(model, filled(model, cache, make_ids(tokens=200)), make_ids(tokens=1))
+
+    cache = read(tqai.patch(model, bits_k=4, bits_v=2, **SEALING))
+    of_a_latent = 32 * 4 / 8 + 2
+    assert packed_bytes(cache) == [of_a_latent + 16 * 8 / 8 + 2] * 2
+    keys, values = cache.layers[1].keys, cache.layers[1].values
+    path = tmp_path / "cache.safetensors"
+    tqai.save_cache(cache, path)
+    for other in (tqai.load_cache(path, model), copy.deepcopy(cache)):
+        assert torch.equal(other.layers[1].keys, keys)
+        assert torch.equal(other.layers[1].values, values)
+        assert packed_bytes(other) == packed_bytes(cache)
+
+    bits = {"bits_k": [2, 3], "bits_v": [4, 2]}
+    cache = read(tqai.patch(model, **bits, **SEALING))
+    assert packed_bytes(cache) == [32 * 4 / 8 + 2 + 16 * 4 / 8 + 2, 32 * 3 / 8 + 2 + 16 * 6 / 8 + 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_not_taken_for_latents(models: Models, family: str) -> None:
+    model = models(family)
+    own = filled(model, transformers.DynamicCache(config=model.config), make_ids(tokens=3))
+    for layer, latents in zip(own.layers, geometry_of(model).latents, strict=True):
+        assert (layer.keys.shape[3], layer.values.shape[3]) not in latents
