@@ -16,8 +16,9 @@ from tqai.settings import Settings
 from tqai.stores.rope import Rope
 from tqai.transformers.find_rope import find_ropes
 from tqai.transformers.layer import Heads, Latents, check_head_dim
-from tqai.transformers.names import cache_name
+from tqai.transformers.names import cache_name, takes
 from tqai.transformers.other_layers import HYBRIDS, holds_nothing, is_recurrent
+from tqai.transformers.parts import check_parts, keeper_of
 from tqai.transformers.weights import State, watch_of
 
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -84,7 +85,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     decoder = decoder_of(model)
     if decoder not in _geometries:
         config = config_of(model)
-        name = type(model).__name__
+        name = type(keeper_of(model)).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
         latents = _latents(decoder, layers)
@@ -94,6 +95,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     """The module whose forward takes the cache: the model without its head."""
+    model = keeper_of(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is not None and cache_name(decoder) is None:
         decoder = model.base_model  # some models call the layer before the vocabulary a decoder
@@ -105,6 +107,7 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
 
 def config_of(model: PreTrainedModel) -> Any:
     """The configuration of the decoder, that its cache is built from."""
+    model = keeper_of(model)
     # That of a whole encoder-decoder model may count the encoder's layers.
     owner = decoder_of(model) if is_encoder_decoder(model) else model
     return owner.config.get_text_config(decoder=True)
@@ -112,7 +115,16 @@ def config_of(model: PreTrainedModel) -> Any:
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Whether the model's decoder reads an encoder's output, and caches that too."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    config = getattr(keeper_of(model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def reads_encoder(decoder: torch.nn.Module) -> bool:
+    """Whether the decoder has layers for an encoder's output, and takes it in its forward call."""
+    if not takes(decoder, "encoder_hidden_states"):
+        return False
+    names = (name.rpartition(".")[2] for name, _ in decoder.named_modules())
+    return any(name in ("crossattention", "cross_attn", "encoder_attn") for name in names)
 
 
 def check_model(model: Any, settings: Settings) -> None:
@@ -121,7 +133,8 @@ def check_model(model: Any, settings: Settings) -> None:
         raise ValueError(
             f"tqai takes a transformers PreTrainedModel; got {type(model).__name__}{_advice(model)}"
         )
-    name = type(model).__name__
+    check_parts(model)
+    name = type(keeper_of(model)).__name__
     decoder = decoder_of(model)
     if not hasattr(decoder, "config"):
         raise NotImplementedError(
@@ -157,9 +170,17 @@ def _advice(model: Any) -> str:
         return f": load it first, AutoModelForCausalLM.from_pretrained({model!r})"
     if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
         return ": patch the model before torch.compile"
-    if isinstance(getattr(model, "model", None), PreTrainedModel):
-        return ": patch its .model"
+    if isinstance(_base_model(model), PreTrainedModel):
+        return ": patch the model inside, tqai.patch(model.get_base_model())"
+    for name, value in {**getattr(model, "_modules", {}), **getattr(model, "__dict__", {})}.items():
+        if isinstance(value, PreTrainedModel):
+            return f": patch its .{name}"
     return ""
+
+
+def _base_model(model: Any) -> Any:
+    """What a PeftModel of any kind is around; its attributes depend on the kind."""
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else None
 
 
 def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:

@@ -9,7 +9,7 @@
 
 A model and the model inside it that is its decoder have one patch: either may be patched, patched
 again with other settings, and unpatched. ``generate`` makes compressed caches once the model that
-has it is patched.
+has it is patched; where it calls an inner model's (``parts``), that one is patched.
 
 All of it lives on the instance, in a way that ``copy.deepcopy(model)`` and ``pickle`` copy rightly;
 nothing is serialised with the config.
@@ -29,8 +29,16 @@ from tqai.settings import Settings
 from tqai.transformers import attention, names
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
-from tqai.transformers.geometry import check_model, decoder_of, geometry_of, is_encoder_decoder
+from tqai.transformers.geometry import (
+    check_model,
+    decoder_of,
+    geometry_of,
+    is_encoder_decoder,
+    reads_encoder,
+)
 from tqai.transformers.original_attention import PatchedName, original_name, patched_name
+from tqai.transformers.parts import parts_of
+from tqai.transformers.remarks import remark_on
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()
 """The decoders that have a hook."""
@@ -44,13 +52,19 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
     Raises:
         ValueError, NotImplementedError: see ``tqai.patch``; the model is as before.
     """
+    parts = parts_of(model)
+    for part in parts[1:]:
+        check_model(part, settings)
     check_model(model, settings)
-    decoder = decoder_of(model)
-    configs = _configs(decoder)
-    for config in configs:
-        patched_name(config._attn_implementation)  # raises
-    cache = make_cache(model, settings)
+    caches = [make_cache(part, settings) for part in parts]
+    configs = [_configs(decoder_of(part)) for part in parts]  # raises for what has no kernel
+    for part, own in zip(parts, configs, strict=True):
+        _install(part, settings, own)
+    return caches[0]
 
+
+def _install(model: PreTrainedModel, settings: Settings, configs: list[Any]) -> None:
+    decoder = decoder_of(model)
     before = _hook_of(decoder)
     if before is not None:
         before.remove()
@@ -60,7 +74,6 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
     for name, function in _OVERRIDES.items():
         if hasattr(type(model), name):
             model.__dict__[name] = _Override(function, model)
-    return cache
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -69,13 +82,20 @@ def remove(model: PreTrainedModel) -> None:
     Raises:
         ValueError: when `model` is not patched.
     """
-    hook = _require_hook(model)
-    for other in list(_overridden):
-        if decoder_of(other) is hook.decoder:
+    _require_hook(model)
+    for part in parts_of(model):
+        hook = _hook_of(decoder_of(part))
+        if hook is not None:
+            _remove(hook)
+
+
+def _remove(hook: _CacheHook) -> None:
+    for model in list(_overridden):
+        if decoder_of(model) is hook.decoder:
             for name in _OVERRIDES:
-                if isinstance(vars(other).get(name), _Override):
-                    del vars(other)[name]
-            _overridden.discard(other)
+                if isinstance(vars(model).get(name), _Override):
+                    del vars(model)[name]
+            _overridden.discard(model)
     hook.remove()
 
 
@@ -92,7 +112,8 @@ def make_cache(
     model: PreTrainedModel, settings: Settings, sliding: bool = True
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """An empty cache of the kind that `model` takes, patched or not."""
-    kind = TqaiEncoderDecoderCache if is_encoder_decoder(model) else TqaiCache
+    cross = is_encoder_decoder(model) or reads_encoder(decoder_of(model))
+    kind = TqaiEncoderDecoderCache if cross else TqaiCache
     return kind(geometry_of(model), settings, sliding)
 
 
@@ -133,6 +154,9 @@ def _configs(decoder: torch.nn.Module) -> list[Any]:
 
     Models whose attention does not go through the interface are left alone; there the views are
     dequantised.
+
+    Raises:
+        NotImplementedError: for an implementation that tqai does not stand before.
     """
     can_set = getattr(type(decoder), "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
@@ -141,6 +165,7 @@ def _configs(decoder: torch.nn.Module) -> list[Any]:
     for module in decoder.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) is not None:
+            patched_name(config._attn_implementation)
             configs[id(config)] = config
     return list(configs.values())
 
@@ -217,6 +242,14 @@ class _CacheHook:
             )
         if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.begin_pass(decoder)
+        if cache is not None and not decoder.training and not _is_compressed(cache):
+            remark_on(
+                cache,
+                f"{type(decoder).__name__} was given a {type(cache).__name__}",
+                f"Leave {names.cache_name(decoder)} out, or pass tqai.new_cache(model). Where "
+                "generate() of a model around this one made it, patch that model; prefix tuning "
+                "always brings a cache of its own.",
+            )
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
         kind = TqaiEncoderDecoderCache if cross else TqaiCache
@@ -232,6 +265,11 @@ def _end_pass(
     cache = names.given(decoder, args, kwargs).get(str(names.cache_name(decoder)))
     if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
         cache.end_pass()
+
+
+def _is_compressed(cache: Any) -> bool:
+    # The user may have put a compressed one into transformers' pair.
+    return isinstance(getattr(cache, "self_attention_cache", cache), TqaiCache)
 
 
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
@@ -274,16 +312,28 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
     result = method(self, *args, **kwargs)
     made = model_kwargs.get(name)
     if given is not None:
+        if not _is_compressed(given):
+            advice = f"Leave {name} out, or pass tqai.new_cache(model)."
+            remark_on(given, f"generate() was given a {type(given).__name__}", advice)
         return result
     kind: type[TqaiCache] | type[TqaiEncoderDecoderCache] = TqaiCache
     if type(made) is EncoderDecoderCache:
         kind, made = TqaiEncoderDecoderCache, made.self_attention_cache
+    elif model_kwargs.get("encoder_hidden_states") is not None:
+        kind = TqaiEncoderDecoderCache
     if type(made) is DynamicCache and not made.offloading:
         # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
         cache = kind(geometry_of(self), settings_of(self), bool(made.layers))
         if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs[name] = cache
+    elif made is not None:
+        chosen = getattr(config, "cache_implementation", None)
+        what, advice = f"generate() made a {type(made).__name__}", "Pass tqai.new_cache(model)."
+        if chosen is not None:
+            what += f" for cache_implementation={chosen!r}"
+            advice = "Leave that out, in the call and in model.generation_config."
+        remark_on(model_kwargs[name], what, advice)
     return result
 
 

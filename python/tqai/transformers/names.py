@@ -44,6 +44,11 @@ def cache_argument(module: torch.nn.Module, cache: Any) -> dict[str, Any]:
     return {cache_name(module) or generate_name(): cache}
 
 
+def takes(module: torch.nn.Module, name: str) -> bool:
+    """Whether the module's forward has a parameter of that name."""
+    return name in _parameters(module)
+
+
 def given(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the module, by the names that its forward has for them."""
     arguments = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}

@@ -8,7 +8,7 @@ import torch
 import tqai
 import transformers
 from caches import SEALING, filled
-from conftest import FAMILIES, SMALL, Models, make_ids, make_model
+from conftest import FAMILIES, SMALL, TRANSFORMERS_4, Models, make_ids, make_model
 from tqai.transformers.geometry import decoder_of, geometry_of
 from tqai.transformers.layer import Heads, TqaiLayer
 from tqai.transformers.other_layers import HYBRIDS

@@ -1,0 +1,39 @@
+"""What a patched model says when it is used without a compressed cache."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+_known: WeakSet[Any] = WeakSet()
+"""Caches that have been remarked on."""
+_OTHERS = ("tqai", "transformers", "torch", "peft", "accelerate")
+
+
+def remark_on(cache: Any, what: str, advice: str) -> None:
+    """Warns, once a cache, that nothing in `cache` is compressed.
+
+    what: how it came into use. advice: how to have a compressed one.
+    """
+    try:
+        if cache in _known:
+            return
+        _known.add(cache)
+    except TypeError:  # a tuple, as old versions take: Python warns once a line
+        pass
+    warnings.warn(
+        f"{what}, which is used as it is: nothing in it is compressed. {advice}",
+        stacklevel=_level_of_the_caller(),
+    )
+
+
+def _level_of_the_caller() -> int:
+    """The stack level, for ``warnings.warn``, of the first code that is nobody's library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _OTHERS:
+            return level
+        frame, level = frame.f_back, level + 1
+    return level
