@@ -167,14 +167,15 @@ class Watch:
     def _digest(self, value: Any, before: dict[int, _Read], pool: ThreadPoolExecutor) -> str | None:
         if not isinstance(value, torch.Tensor):
             return digests.digest(value, pool)
-        read = self._read.get(id(value))
-        if read is None:
-            leaves = [_Leaf.of(leaf) for leaf in leaves_of(value)]
-            read = before.get(id(value))
-            if read is None or not read.is_still(leaves):
-                looks = _looks(leaves)
-                read = _Read(leaves, looks, digests.digest(value, pool))
-            self._read[id(value)] = read
+        leaves = [_Leaf.of(leaf) for leaf in leaves_of(value)]
+        # Some are made for this call alone, and the next one may have the same address.
+        for known in (self._read, before):
+            read = known.get(id(value))
+            if read is not None and read.is_still(leaves):
+                break
+        else:
+            read = _Read(leaves, _looks(leaves), digests.digest(value, pool))
+        self._read[id(value)] = read
         return read.digest
 
 
