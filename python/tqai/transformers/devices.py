@@ -19,9 +19,23 @@ def layer_device(decoder: torch.nn.Module, index: int) -> torch.device:
     """Where layer `index` of a decoder computes, whose layers may be on several devices."""
     for name, parameter in decoder.named_parameters():
         numbered = _LAYER.search(name)
-        if numbered and int(numbered[1]) == index and parameter.device.type != "meta":
-            return parameter.device
+        if numbered and int(numbered[1]) == index:
+            if parameter.device.type != "meta":
+                return parameter.device
+            device = _execution_device(decoder.get_submodule(name.rpartition(".")[0]))
+            if device is not None:
+                return device
     return device_of(decoder)
+
+
+def _execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate brings the module's offloaded weights when it is run; None: it does not."""
+    hook = vars(module).get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        device = getattr(each, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 def lacks_memory(error: Exception) -> bool:

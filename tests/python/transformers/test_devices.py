@@ -44,6 +44,17 @@ def test_each_layer_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [layer_device(decoder, index) for index in (0, 1, 10)] == [wanted, CPU, CPU]
 
 
+def test_an_offloaded_layer_is_where_it_is_run() -> None:
+    """Another device is not to be had here; nothing is run."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    decoder = Decoder(CPU, META, META)
+    hook = hooks.AlignDevicesHook(execution_device=torch.device("cuda", 1), offload=True)
+    decoder.layers[1]._hf_hook = hook
+    decoder.layers[2]._hf_hook = hooks.SequentialHook(hooks.ModelHook(), hook)
+    devices = [layer_device(decoder, index) for index in range(3)]
+    assert devices == [CPU, torch.device("cuda", 1), torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch-ops"])
 def test_a_model_on_the_disk(backend: str, models: Models, tmp_path: Path) -> None:
     """accelerate reads each layer's weights when it is run."""
