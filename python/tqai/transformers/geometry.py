@@ -186,13 +186,24 @@ def _base_model(model: Any) -> Any:
 def _check_layers(name: str, decoder: torch.nn.Module, config: Any, settings: Settings) -> None:
     layers = _own_layers(name, config)
     skipped = settings.skipped(len(layers))
-    for index, layer in enumerate(layers):
-        known = is_compressible(layer) or is_recurrent(layer) or holds_nothing(layer)
-        if index not in skipped and not known:
-            raise NotImplementedError(
-                f"layer {index} of {name} has a cache of type {type(layer).__name__}, which tqai "
-                f"cannot compress; leave it exact with skip_layers=[{index}]"
-            )
+    unknown = [
+        index
+        for index, layer in enumerate(layers)
+        if index not in skipped
+        and not (is_compressible(layer) or is_recurrent(layer) or holds_nothing(layer))
+    ]
+    if unknown:
+        kind = type(layers[unknown[0]]).__name__
+        skip = sorted(skipped.union(unknown))
+        rest = [index for index, layer in enumerate(layers) if is_compressible(layer)]
+        if set(rest) <= skipped:
+            advice = ", nor any other layer of it"
+        else:
+            advice = f": leave such layers exact with skip_layers={skip}"
+        raise NotImplementedError(
+            f"layer {unknown[0]} of {name} has a cache of type {kind}, which tqai cannot compress"
+            f"{advice}"
+        )
     for index, heads in enumerate(_heads(decoder, len(layers))):
         if heads is not None and index not in skipped:
             check_head_dim(index, "keys", heads.dim)

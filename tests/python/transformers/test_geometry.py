@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,72 @@ def test_keys_and_values_are_not_taken_for_latents(models: Models, family: str) 
     own = filled(model, transformers.DynamicCache(config=model.config), make_ids(tokens=3))
     for layer, latents in zip(own.layers, geometry_of(model).latents, strict=True):
         assert (layer.keys.shape[3], layer.values.shape[3]) not in latents
+
+
+SPARSE = {
+    **SMALL,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_topk": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "head_dim": 16,
+}
+"""For attention to a few tokens, which an index chooses where the attention's name is known."""
+
+
+def sparse(name: str, **fields: Any) -> Any:
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
+    config = getattr(transformers, f"{name}Config")(**{**SPARSE, **fields})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08)
+    return model
+
+
+def logits(model: Any, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(make_ids(tokens=120), **options).logits
+
+
+def test_layers_that_tqai_does_not_know_are_refused_without_advice_that_breaks_them() -> None:
+    model = sparse("DeepseekV32", num_key_value_heads=4)
+    expected = logits(model)
+    with pytest.raises(NotImplementedError, match="DynamicIndexedLayer.*nor any other layer") as no:
+        tqai.patch(model)
+    assert "skip_layers" not in str(no.value)
+    tqai.patch(model, skip_layers=range(3))  # nevertheless: its attention stays sparse
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model, use_cache=False), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("DeepseekV4", ["heavily_compressed_attention", "compressed_sparse_attention"]),
+        ("MiniMaxM3VLText", ["minimax_m3_sparse"] * 2),
+    ],
+)
+def test_the_layers_to_leave_exact_are_all_named(name: str, kinds: list[str]) -> None:
+    first = "sliding_attention" if name == "DeepseekV4" else "full_attention"
+    heads = 1 if name == "DeepseekV4" else 4
+    model = sparse(name, layer_types=[first, *kinds], num_key_value_heads=heads)
+    expected = logits(model)
+    with pytest.raises(NotImplementedError, match=r"layer 1 .* skip_layers=\[1, 2\]"):
+        tqai.patch(model)
+    tqai.patch(model, skip_layers=[1, 2])
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model, use_cache=False), expected)
