@@ -100,7 +100,11 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     if decoder is not None and cache_name(decoder) is None:
         decoder = model.base_model  # some models call the layer before the vocabulary a decoder
     if decoder is None or decoder is model:
-        return model
+        # SpeechT5 calls what is inside a wrapper by itself.
+        inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        if len(inside) != 1 or cache_name(inside[0]) is None:
+            return model
+        decoder = inside[0]
     # What a composed model calls its decoder may be a whole model, with a head of its own.
     return decoder_of(decoder)
 

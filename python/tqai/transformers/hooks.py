@@ -17,6 +17,7 @@ nothing is serialised with the config.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -59,16 +60,17 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
     caches = [make_cache(part, settings) for part in parts]
     configs = [_configs(decoder_of(part)) for part in parts]  # raises for what has no kernel
     for part, own in zip(parts, configs, strict=True):
-        _install(part, settings, own)
+        _install(part, settings, own, inner=part is not model)
     return caches[0]
 
 
-def _install(model: PreTrainedModel, settings: Settings, configs: list[Any]) -> None:
+def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inner: bool) -> None:
     decoder = decoder_of(model)
     before = _hook_of(decoder)
     if before is not None:
         before.remove()
     hook = _CacheHook(settings, configs, decoder)
+    hook.said = set() if inner else None
     hook.install()
     hook.set_names()
     for name, function in _OVERRIDES.items():
@@ -178,6 +180,9 @@ class _CacheHook:
         self.configs = configs
         """Those whose attention implementation is tqai's."""
         self.decoder = decoder
+        self.said: set[str] | None = None
+        """Kinds of caches remarked on, where each is once enough: a model around this one may call
+        its ``generate`` for each token."""
 
     def install(self) -> None:
         self.decoder.register_forward_pre_hook(self, with_kwargs=True)
@@ -249,6 +254,7 @@ class _CacheHook:
                 f"Leave {names.cache_name(decoder)} out, or pass tqai.new_cache(model). Where "
                 "generate() of a model around this one made it, patch that model; prefix tuning "
                 "always brings a cache of its own.",
+                self.said,
             )
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
@@ -333,7 +339,8 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
         if chosen is not None:
             what += f" for cache_implementation={chosen!r}"
             advice = "Leave that out, in the call and in model.generation_config."
-        remark_on(model_kwargs[name], what, advice)
+        hook = _hook_of(decoder_of(self))
+        remark_on(model_kwargs[name], what, advice, None if hook is None else hook.said)
     return result
 
 
@@ -366,7 +373,20 @@ def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any
     raise NotImplementedError(attention.CONTINUOUS_BATCHING)
 
 
+def _reorder_cache(self: PreTrainedModel, cache: Any, beam_idx: torch.Tensor) -> Any:
+    """Reorders a compressed cache where a model's own method would make another of its tensors."""
+    if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+        method = inspect.getattr_static(type(self), "_reorder_cache").__get__(self, type(self))
+        return method(cache, beam_idx)
+    # RAG has as many rows of a beam as documents.
+    rows = getattr(cache, "self_attention_cache", cache).batch_size // len(beam_idx)
+    within = torch.arange(rows, device=beam_idx.device)
+    cache.reorder_cache((beam_idx[:, None] * rows + within).flatten())
+    return cache
+
+
 _OVERRIDES: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "init_continuous_batching": _refuse_continuous_batching,
+    "_reorder_cache": _reorder_cache,
 }

@@ -12,10 +12,11 @@ _known: WeakSet[Any] = WeakSet()
 _OTHERS = ("tqai", "transformers", "torch", "peft", "accelerate")
 
 
-def remark_on(cache: Any, what: str, advice: str) -> None:
+def remark_on(cache: Any, what: str, advice: str, said: set[str] | None = None) -> None:
     """Warns, once a cache, that nothing in `cache` is compressed.
 
-    what: how it came into use. advice: how to have a compressed one.
+    what: how it came into use. advice: how to have a compressed one. said: kinds of caches that
+    were remarked on, where each is to be once; this one is added.
     """
     try:
         if cache in _known:
@@ -23,6 +24,11 @@ def remark_on(cache: Any, what: str, advice: str) -> None:
         _known.add(cache)
     except TypeError:  # a tuple, as old versions take: Python warns once a line
         pass
+    if said is not None:
+        kind = type(cache).__name__
+        if kind in said:
+            return
+        said.add(kind)
     warnings.warn(
         f"{what}, which is used as it is: nothing in it is compressed. {advice}",
         stacklevel=_level_of_the_caller(),

@@ -150,3 +150,64 @@ def test_models_that_generate_by_themselves_have_one_part() -> None:
     assert parts.parts_of(model) == [model]
     assert parts.parts_of(model.model) == [model.model]
     assert parts.parts_of(torch.nn.Linear(1, 1))
+
+
+def test_a_decoder_that_is_called_past_its_wrapper_is_found(filled_caches: Any) -> None:
+    """SpeechT5 generates speech without ``generate``'s own loop, by what its decoder wraps."""
+    layers = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    layers |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    sizes = {"num_mel_bins": 8, "speech_decoder_prenet_units": 16, "speaker_embedding_dim": 8}
+    config = hf.SpeechT5Config(
+        vocab_size=128,
+        hidden_size=32,
+        speech_decoder_postnet_units=16,
+        speech_decoder_postnet_layers=1,
+        speech_decoder_prenet_dropout=0.0,
+        **layers,
+        **sizes,
+    )
+    torch.manual_seed(1)
+    model = randomised(hf.SpeechT5ForTextToSpeech(config))
+    inputs = {"input_ids": make_ids(tokens=80), "speaker_embeddings": torch.zeros(1, 8)}
+    options = {"threshold": 2.0, "maxlenratio": 0.5}
+
+    def generate() -> torch.Tensor:
+        torch.manual_seed(0)  # its dropout is on in generation too
+        return model.generate(**inputs, **options)
+
+    expected = generate()
+    tqai.patch(model)
+    assert torch.equal(generate(), expected)
+    assert {type(cache) for cache in filled_caches()} >= {tqai.TqaiCache}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_of_documents_go_along_with_their_beam(beams: int, filled_caches: Any) -> None:
+    """RAG reorders rows in groups, by a method of its own that takes caches apart."""
+    question = hf.DPRConfig(vocab_size=128, **VISION)
+    layers = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96}
+    layers |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+    special = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
+    special["decoder_start_token_id"] = 2
+    bart = hf.BartConfig(vocab_size=128, d_model=64, forced_eos_token_id=None, **layers, **special)
+    config = hf.RagConfig.from_question_encoder_generator_configs(
+        question, bart, n_docs=2, vocab_size=128, **special
+    )
+    torch.manual_seed(1)
+    model = randomised(hf.RagTokenForGeneration(config))
+    documents = make_ids(2, 100)
+    inputs = {
+        "context_input_ids": documents,
+        "context_attention_mask": torch.ones_like(documents),
+        "doc_scores": torch.tensor([[1.0, 0.5]]),
+        "n_docs": 2,
+        "num_beams": beams,
+        "max_new_tokens": 16,
+        "do_sample": False,
+    }
+    expected = model.generate(**inputs)
+    tqai.patch(model)
+    assert torch.equal(model.generate(**inputs), expected)
+    assert filled_caches()
+    tqai.unpatch(model)
+    assert torch.equal(model.generate(**inputs), expected)
