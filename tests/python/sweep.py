@@ -2,7 +2,8 @@
 
     python tests/python/sweep.py                 all types, a line for each
     python tests/python/sweep.py llama gemma3    these
-    python tests/python/sweep.py --write-docs    all, and their table in docs/transformers.md
+
+transformers/test_sweep.py makes tests of them, and the tables in docs/transformers.md.
 
 Of each type that ``tiny`` can build: with everything in the exact window the logits of
 ``generate`` are the plain cache's, bit for bit; with sealed tokens they are near them, and the
@@ -16,6 +17,7 @@ import argparse
 import copy
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import page
 import tiny
 import torch
 import tqai
@@ -43,8 +46,11 @@ from tqai.transformers.names import cache_argument, generate_name
 SHORT, LONG, NEW = 23, 220, 6
 SEALING = {"residual_window": 16, "sink_tokens": 2}
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
-# Relative errors of the next logits, at 8 bits and at 4 for keys and values.
-BOUNDS = {8: 0.05, 4: 0.5}
+# Relative errors of the next logits, at 8 bits and at 4 for keys and values. Attention that does
+# not scale its scores down is sharper, and carries more of an error on.
+BOUNDS = {8: 0.03, 4: 0.2}
+UNSCALED = re.compile(r"gemma3n.*|gemma4.*|gpt_neo|.*t5|umt5|longt5|switch_transformers|udop")
+WIDER = 3
 SECONDS = 120
 """Time for one type."""
 
@@ -144,6 +150,7 @@ def _check_model(model: Any, short: dict[str, Any], plain: Any, outcome: Outcome
             raise Wrong(f"{name}, with everything in the window: other tokens")
         outcome.features[name] = "="
 
+    wider = WIDER if UNSCALED.fullmatch(outcome.kind) else 1
     for bits, bound in BOUNDS.items():
         with _watched() as seen:
             _tqai(tqai.patch, model, bits_k=bits, bits_v=bits, **SEALING)
@@ -151,7 +158,7 @@ def _check_model(model: Any, short: dict[str, Any], plain: Any, outcome: Outcome
         if not any(cache.memory_report()["packed_tokens"] for cache in seen.caches):
             raise Wrong(f"{bits} bits: no token is sealed")
         outcome.errors[bits] = error = _error(got, target)
-        if not error < bound:
+        if not error < bound * wider:
             raise Wrong(f"{bits} bits: the logits are {error:.3f} off")
         outcome.attention = seen.attention()
         if bits == 8 and goes_on and isinstance(_cache(got), tuple(_KINDS)):
@@ -408,18 +415,50 @@ def _send(pipe: Any, kind: str, name: str) -> None:
     pipe.send(outcome)
 
 
-def summary(outcomes: list[Outcome]) -> str:
+COUNTED = {
+    "works": "equal with all in the window, near with sealed tokens",
+    "refused": "refused",
+    "unbuildable": "not built",
+    "failed": "failed",
+}
+
+
+def summary(outcomes: Iterable[Outcome]) -> str:
     """A line that closes a sweep."""
     counts = Counter(outcome.status for outcome in outcomes)
-    return f"transformers {transformers.__version__}, {len(outcomes)} model types: " + ", ".join(
-        f"{counts[status]} {text}"
-        for status, text in (
-            ("works", "equal with all in the window and near with sealed tokens"),
-            ("refused", "refused"),
-            ("unbuildable", "not buildable"),
-            ("failed", "failed"),
-        )
+    return f"{sum(counts.values())} model types: " + ", ".join(
+        f"{counts[status]} {text}" for status, text in COUNTED.items() if counts[status]
     )
+
+
+def row(outcome: Outcome) -> list[str]:
+    """The type's line in a table of the documentation; numbers differ between machines."""
+    name = f"{outcome.kind} ({outcome.name})"
+    if outcome.status != "works":
+        return [name, outcome.why[:240]]
+    said: dict[str, list[str]] = {}
+    for feature, text in outcome.features.items():
+        said.setdefault(text.partition(":")[0], []).append(feature)
+    no = [f"no {feature}" for feature in said.get("no", ())]
+    refused = [f"{' and '.join(said['refused'])} refused"] if "refused" in said else []
+    return [name, outcome.inputs, outcome.attention, "; ".join(no + refused)]
+
+
+def tables(outcomes: Iterable[Outcome]) -> str:
+    """All that the documentation says of the types."""
+    by_status: dict[str, list[list[str]]] = {status: [] for status in COUNTED}
+    for outcome in outcomes:
+        by_status[outcome.status].append(row(outcome))
+    columns = [
+        "type",
+        "tried with",
+        "attention over sealed tokens",
+        "otherwise than the plain cache",
+    ]
+    parts = [page.table(columns, by_status["works"])]
+    for status, title in (("refused", "what tqai says"), ("unbuildable", "why there is no model")):
+        parts.append(page.table([f"{COUNTED[status]}", title], by_status[status]))
+    return "\n\n".join(parts)
 
 
 def _outcomes(types: list[tuple[str, str]], here: bool) -> Iterator[Outcome]:
@@ -441,7 +480,7 @@ def main() -> int:
     for outcome in _outcomes(types, arguments.here):
         print(outcome.line(), flush=True)
         outcomes.append(outcome)
-    print(summary(outcomes))
+    print(f"transformers {transformers.__version__}, {summary(outcomes)}")
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 

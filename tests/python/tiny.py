@@ -26,7 +26,7 @@ MAPPINGS = {
 VOCABULARY = 128
 TEXT = 40
 """Tokens from here to the end of the vocabulary mean nothing special."""
-LARGEST = 12_000_000
+LARGEST = 16_000_000
 """Parameters of the largest model that is still small."""
 
 # The first pattern that matches a whole field's name decides. `n` is the default.
@@ -94,6 +94,7 @@ SIZES: list[tuple[str, int | Shrink]] = [
     # images and sound
     (r"max_source_positions", 100),
     (r"mm_tokens_per_image", 4),
+    (r"base_channels", 32),
     (
         r"(num_)?(latents|query_tokens|resampler_n_latents|resampler_num_latents|latent_query_num)",
         4,
@@ -146,7 +147,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {**_GEMMA, "global_head_dim": 64, "intermediate_size": 96},
     "fun_asr_nano_adaptor": {"intermediate_size": 32},
     "wavtokenizer": {"codebook_dim": 128},
-    "zamba2": {"n_mamba_heads": 8, "attention_head_dim": 64, "attention_hidden_size": 256},
+    "zamba2": {
+        "n_mamba_heads": 8,
+        "attention_head_dim": 64,
+        "attention_hidden_size": 256,
+        "hybrid_layer_ids": [1],
+    },
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 1},
     "dory": {
         "num_hidden_layers": 6,
@@ -175,6 +181,30 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "video_llama_3_vision": {"num_channels": 3},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 48,
+        "swa_qk_nope_head_dim": 32,
+        "swa_v_head_dim": 32,
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500000.0,
+            "mrope_section": [6, 6, 4],
+        },
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "glm5_next": {"num_key_value_heads": 4},

@@ -1,24 +1,24 @@
 """Model families × features of ``generate``: with nothing sealed as without tqai, to the bit; with
 sealed tokens as torch's attention over the same codes, dequantised.
 
-docs/transformers.md is made here, by this file's tests with ``TQAI_WRITE_DOCS=1``.
+The matrix in docs/transformers.md is made here, by this file's tests with ``TQAI_WRITE_DOCS=1``.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import features
+import page
 import pytest
 import torch
 import tqai
 import transformers
 from caches import SEALING, assert_equal
-from conftest import HALF_SLIDING, SMALL, TRANSFORMERS_4, make_ids
+from conftest import HALF_SLIDING, SMALL, make_ids
 from features import (
     beams,
     chunked,
@@ -187,51 +187,7 @@ SEALED = "sealed tokens"
 BRANCHES = "copies"
 FILES = "files"
 COLUMNS = [*FEATURES, SEALED, BRANCHES, FILES]
-DOCS = Path(__file__).parents[3] / "docs" / "transformers.md"
-TEXT = """# What works with which model
-
-Made by tests/python/transformers/test_matrix.py, with transformers {version}: each cell was run on
-a small random model of the family.
-
-- **=**: the outputs of `generate` (or of the model) are the plain cache's, bit for bit, while
-  everything is in the exact window. "several turns" keeps a cache over calls, "forward" calls the
-  model with `use_cache`, "returned cache" passes the cache that `generate` returned on to the next
-  call, "own masks" gives the model 4-dimensional ones. **no**: transformers itself raises an error,
-  with or without tqai.
-- **kernel**: attention over sealed tokens is computed from their packed bytes, within the kernels'
-  error of torch's attention over the same codes, dequantised. **dequantised**: the family's
-  attention is its own, so sealed tokens are decompressed for it, layer by layer: memory falls,
-  time does not.
-- **shared**: `copy.deepcopy` and `crop` of a cache with sealed tokens; branches do not see each
-  other. **same**: `tqai.save_cache` and `load_cache` give the same next logits, bit for bit.
-  **error**: recurrent states cannot go back to an earlier token (`copy.deepcopy` works), and are
-  not written into files: tqai raises an error that says so.
-
-{table}
-
-Encoder-decoder models (T5, BART, Marian, M2M-100, Whisper, T5Gemma …; tests in
-tests/python/test_encoder_decoder.py): both halves of the cache are compressed with the same
-settings: the decoder's own tokens, and the encoder's, which the decoder reads at each step. The
-last `residual_window` tokens of the encoder stay exact too, and each layer in `skip_layers` stays
-exact in both halves; `memory_report()` has both. T5's attention adds a bias by position, so its
-sealed tokens are decompressed; what compression costs was measured on decoder-only models. While
-Whisper writes, its cache is compressed; the one that its own `generate` gives back with
-`return_dict_in_generate` is transformers' own, made of the decompressed tokens.
-
-Beside `generate`: pipelines, streamers, the single requests of `transformers serve`, and
-`torch.compile` (the graph breaks at the cache and at attention; outputs are the same) are tested in
-tests/python/transformers/test_features.py. `model.train()` is left alone. After any of these
-operations a cache is what it would be had it read its tokens from the start (test_rebuilt.py).
-
-Not supported, each with an error that says so: continuous batching (`generate_batch`,
-`transformers serve --continuous-batching`), `attn_implementation="tqai"` with another's cache,
-models that keep a cache of a kind of their own (Mamba, RWKV, FSMT), layers with attention and a
-recurrent state at once (Falcon-H1, Zamba 2) and those with heads narrower than 8 or wider than 512
-(`skip_layers` leaves them exact), hybrid models before transformers 5.5.
-
-Models on other devices than the CPU are served by torch operations ([devices.md](devices.md)); the
-whole matrix is run a second time with those, on the CPU.
-"""
+VERSION = f"With transformers {transformers.__version__}"
 _cells: dict[tuple[str, str], str] = {}
 # Of the logits' length. The kernels' own error is 1e-2 of an output (docs/kernels.md); random
 # weights of two layers carry it on undiminished.
@@ -351,12 +307,11 @@ def test_a_file_gives_the_same_cache(family: Any, tmp_path: Path) -> None:
 
 
 def test_the_page_of_the_documentation_has_this_matrix() -> None:
-    if TRANSFORMERS_4 or len(_cells) < len(FAMILIES) * len(COLUMNS):
+    if len(_cells) < len(FAMILIES) * len(COLUMNS) or not page.is_to_say("matrix", VERSION):
         pytest.skip("needs the whole matrix, with the version that the page is made with")
-    lines = [["family", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
-    lines += [[name, *(_cells[name, column] for column in COLUMNS)] for name in FAMILIES]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    page = TEXT.format(version=transformers.__version__, table=table)
-    if os.environ.get("TQAI_WRITE_DOCS"):
-        DOCS.write_text(page, encoding="utf-8")
-    assert DOCS.read_text(encoding="utf-8") == page
+    rows = [[name, *(_cells[name, column] for column in COLUMNS)] for name in FAMILIES]
+    text = (
+        f"{VERSION}, by tests/python/transformers/test_matrix.py: each cell was run on a small\n"
+        "random model of the family.\n\n"
+    )
+    page.check("matrix", text + page.table(["family", *COLUMNS], rows))

@@ -9,9 +9,11 @@ import os
 from concurrent.futures import Future
 from pathlib import Path
 
+import page
 import pytest
 import sweep
 import tiny
+import transformers
 
 ALL = os.environ.get("TQAI_SWEEP") == "all"
 # What the matrix of families has nothing like.
@@ -52,3 +54,21 @@ def test_a_type_works_or_is_refused(
             print(f"\n{outcome.line()}", end="", flush=True)
     assert outcome.status != "failed", outcome.why
     assert ALL or outcome.status != "unbuildable", outcome.why
+
+
+def test_the_page_of_the_documentation_has_these_types(
+    outcomes: dict[tuple[str, str], Future[sweep.Outcome]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = [outcome.result() for outcome in outcomes.values()]
+    text = f"With transformers {transformers.__version__}, {sweep.summary(done)}"
+    if ALL:
+        with capsys.disabled():
+            print(f"\n{text}")
+    if not page.is_to_say("types", f"With transformers {transformers.__version__},"):
+        pytest.skip("needs the version that the page is made with")
+    if ALL and len(done) == len(TYPES):
+        text += ", by tests/python/transformers/test_sweep.py.\n\n"
+        page.check("types", text + sweep.tables(done))
+        return
+    for outcome in done:
+        assert page.table([], [sweep.row(outcome)]).splitlines()[-1] in page.made("types")
