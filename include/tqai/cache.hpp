@@ -55,6 +55,14 @@ struct Tensor {
   std::array<std::int64_t, 4> strides{};
 };
 
+/// Positions of tokens, [batch or 1, sections, tokens]; sections: 1 for positions that hold in all
+/// of the embedding's, else as many as it has (`Rope::section_count`). Any strides, also 0.
+struct PositionTensor {
+  const std::int64_t* data = nullptr;
+  std::array<std::int64_t, 3> shape{};
+  std::array<std::int64_t, 3> strides{};
+};
+
 /// An attention mask, [batch or 1, query_heads or 1, queries, columns]; column j is token
 /// `AttendOptions::first_token` + j. Any strides, also for the last dimension.
 struct Mask {
@@ -127,14 +135,23 @@ class TQAI_API KvCache {
   std::int64_t first_token() const noexcept;
   /// Tokens of row `row` that are held as codes. Throws IndexError.
   std::int64_t packed_tokens(int row) const;
-  /// What the keys of `row` and `head` are centred on; nothing before the first sealing.
+  /// What the keys of `row` and `head` that were sealed last are centred on; nothing before the
+  /// first sealing. Throws IndexError.
   std::optional<Centering> centering(int row, int head) const;
+  /// Sets of centres that the tiles of `row` refer to. Throws IndexError.
+  int centre_sets(int row) const;
 
   /// Adds tokens at the end. keys: [batch, kv_heads, n, head_dim], values: [batch, kv_heads, n,
   /// value_head_dim], both of the cache's dtype. Tokens that had left the window before this call
-  /// are sealed first. Throws ValueError for a wrong shape or dtype, for NaN or infinity, and for a
-  /// vector longer than kMaxNorm.
-  void append(const ConstTensor& keys, const ConstTensor& values);
+  /// are sealed first. `positions` is what the keys have been turned by; without it, each token is
+  /// one further than the one before in its row, and the first stands at its index. Positions bear
+  /// on how well keys are compressed; what a query sees goes by the order of the tokens. Throws
+  /// ValueError for a wrong shape or dtype, for NaN or infinity, for a vector longer than kMaxNorm,
+  /// and for positions beyond ± kMaxPosition.
+  void append(const ConstTensor& keys, const ConstTensor& values,
+              const std::optional<PositionTensor>& positions = {});
+
+  static constexpr std::int64_t kMaxPosition = (std::int64_t{1} << 30) - 1;
 
   /// Largest norm of a key or value: what FP16 holds with room for centring and norm correction.
   static constexpr float kMaxNorm = 16376.0F;

@@ -32,6 +32,9 @@ struct TensorReference {
 /// Throws ValueError where the tuple is not such a reference.
 TensorReference reference_of(const py::tuple& tuple, const char* name);
 
+/// Of (address of int64, shape, strides in elements), each of 3 numbers; throws ValueError.
+PositionTensor positions_of(const py::tuple& tuple);
+
 RotationKind rotation_from_name(const std::string& name);
 const char* name_of(RotationKind kind);
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "bindings.hpp"
@@ -31,15 +32,30 @@ const char* name_of(Centering centering) {
   }
 }
 
-using RopeArguments = std::tuple<std::vector<float>, std::string, int>;
+// Frequencies, layout, rotary_dim, and the section of each frequency where there are several.
+using RopeOfSections = std::tuple<std::vector<float>, std::string, int, std::vector<int>>;
+using RopeArguments =
+    std::variant<RopeOfSections, std::tuple<std::vector<float>, std::string, int>>;
 
 Rope make_rope(const RopeArguments& arguments) {
-  const auto& [inv_freq, layout, rotary_dim] = arguments;
+  const auto* whole = std::get_if<RopeOfSections>(&arguments);
+  const auto& [inv_freq, layout, rotary_dim, sections] =
+      whole != nullptr ? *whole
+                       : std::tuple_cat(std::get<1>(arguments), std::tuple(std::vector<int>{}));
   if (layout != "half_split" && layout != "interleaved") {
     throw ValueError("rope layout = \"" + layout + "\"; allowed: half_split, interleaved");
   }
-  return {inv_freq, layout == "interleaved" ? Rope::Layout::interleaved : Rope::Layout::half_split,
-          rotary_dim};
+  Rope rope{inv_freq,
+            layout == "interleaved" ? Rope::Layout::interleaved : Rope::Layout::half_split,
+            rotary_dim};
+  for (const int section : sections) {
+    if (section < 0 || section >= Rope::kMaxSections) {
+      throw ValueError("rope section = " + std::to_string(section) + "; allowed: 0…" +
+                       std::to_string(Rope::kMaxSections - 1));
+    }
+    rope.sections.push_back(static_cast<std::uint8_t>(section));
+  }
+  return rope;
 }
 
 ElementType type_of(DType dtype) {
@@ -181,7 +197,8 @@ Tensors are passed as (address, DType, shape, strides in elements), 4-dimensiona
 1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
 thread may call any method at any time: those that change the cache wait for the others. All or
 nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
-"interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.)")
+"interleaved", rotary_dim) that the keys have gone through, and the section of each frequency. See
+include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
            arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
@@ -213,16 +230,28 @@ nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half
                 cache.peek([&](const KvCache& held) { return held.centering(row, head); });
             return kind ? std::optional<std::string>(name_of(*kind)) : std::nullopt;
           },
-          arg("row"), arg("head"), "What the keys are centred on; None before anything was sealed.")
+          arg("row"), arg("head"),
+          "What the keys sealed last are centred on; None before anything was sealed.")
+      .def(
+          "centre_sets",
+          [](const LockedCache& cache, int row) {
+            return cache.peek([row](const KvCache& held) { return held.centre_sets(row); });
+          },
+          arg("row"), "Sets of centres that the tiles of a row refer to.")
       .def(
           "append",
-          [](LockedCache& cache, const py::tuple& keys, const py::tuple& values) {
+          [](LockedCache& cache, const py::tuple& keys, const py::tuple& values,
+             const std::optional<py::tuple>& positions) {
             const ConstTensor k = reference_of(keys, "keys").constant("keys");
             const ConstTensor v = reference_of(values, "values").constant("values");
-            cache.change([&](KvCache& held) { held.append(k, v); });
+            std::optional<PositionTensor> p;
+            if (positions) p = positions_of(*positions);
+            cache.change([&](KvCache& held) { held.append(k, v, p); });
           },
-          arg("keys"), arg("values"),
-          "Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].")
+          arg("keys"), arg("values"), arg("positions") = py::none(),
+          R"(Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim]. positions:
+(address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
+None: each token is one further than the one before.)")
       .def(
           "seal", [](LockedCache& cache) { cache.change([](KvCache& held) { held.seal(); }); },
           "Compresses what has left the residual window.")

@@ -12,16 +12,17 @@ DType dtype_of(ElementType type, const char* name) {
   }
 }
 
-std::array<std::int64_t, 4> four(const py::handle& object, const char* name) {
+template <std::size_t kCount>
+std::array<std::int64_t, kCount> numbers(const py::handle& object, const char* name) {
   const auto sequence = py::reinterpret_borrow<py::sequence>(object);
-  if (!PySequence_Check(object.ptr()) || py::len(sequence) != 4) {
+  if (!PySequence_Check(object.ptr()) || py::len(sequence) != kCount) {
     throw ValueError(
         std::string(name) + " has " +
         (PySequence_Check(object.ptr()) ? std::to_string(py::len(sequence)) : std::string("no")) +
-        " dimensions; 4 are needed");
+        " dimensions; " + std::to_string(kCount) + " are needed");
   }
-  std::array<std::int64_t, 4> values{};
-  for (std::size_t i = 0; i < 4; ++i) values[i] = sequence[i].cast<std::int64_t>();
+  std::array<std::int64_t, kCount> values{};
+  for (std::size_t i = 0; i < kCount; ++i) values[i] = sequence[i].cast<std::int64_t>();
   return values;
 }
 
@@ -33,7 +34,16 @@ TensorReference reference_of(const py::tuple& tuple, const char* name) {
                      "; (address, dtype, shape, strides) is needed");
   }
   return {reinterpret_cast<void*>(tuple[0].cast<std::uintptr_t>()), tuple[1].cast<ElementType>(),
-          four(tuple[2], name), four(tuple[3], name)};
+          numbers<4>(tuple[2], name), numbers<4>(tuple[3], name)};
+}
+
+PositionTensor positions_of(const py::tuple& tuple) {
+  if (tuple.size() != 3) {
+    throw ValueError("positions are a tuple of " + std::to_string(tuple.size()) +
+                     "; (address, shape, strides) is needed");
+  }
+  return {reinterpret_cast<const std::int64_t*>(tuple[0].cast<std::uintptr_t>()),
+          numbers<3>(tuple[1], "positions"), numbers<3>(tuple[2], "positions")};
 }
 
 ConstTensor TensorReference::constant(const char* name) const {

@@ -28,7 +28,8 @@ class KvCache:
     1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
     thread may call any method at any time: those that change the cache wait for the others. All or
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
-    "interleaved", rotary_dim) that the keys have gone through. See include/tqai/cache.hpp.
+    "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency. See
+    include/tqai/cache.hpp.
     """
     max_norm: typing.ClassVar[float] = 16376.0
     @staticmethod
@@ -42,13 +43,15 @@ class KvCache:
         ...
     def __getstate__(self) -> tuple[bytes, str]:
         ...
-    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None) -> None:
+    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None) -> None:
         ...
     def __setstate__(self, arg0: tuple) -> None:
         ...
-    def append(self, keys: tuple, values: tuple) -> None:
+    def append(self, keys: tuple, values: tuple, positions: tuple | None = None) -> None:
         """
-        Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].
+        Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim]. positions:
+        (address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
+        None: each token is one further than the one before.
         """
     def attend(self, queries: tuple, output: tuple, *, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
@@ -58,7 +61,11 @@ class KvCache:
         """
     def centering(self, row: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> str | None:
         """
-        What the keys are centred on; None before anything was sealed.
+        What the keys sealed last are centred on; None before anything was sealed.
+        """
+    def centre_sets(self, row: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Sets of centres that the tiles of a row refer to.
         """
     def copy(self) -> KvCache:
         """

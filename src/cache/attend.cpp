@@ -76,7 +76,7 @@ void Attention::run() {
   // Left as it is: zeroing would take as long as a short call's attention.
   const std::unique_ptr<Line[]> lines(new Line[count_of(unit_floats_ / kLineFloats)]);
   const std::unique_ptr<PartState[]> states(new PartState[count_of(parts_)]);
-  const std::unique_ptr<CentreScores[]> centres(new CentreScores[count_of(1)]);
+  const std::unique_ptr<CentreScores[]> centres(new CentreScores[count_of(sets_)]);
   const std::unique_ptr<bool[]> finite(new bool[count_of(kMaxRows)]);
   const int threads = multiplications() > kWorthThreads ? usable_threads() : 1;
   for (std::int64_t first = 0; first < units_; first += size) {

@@ -43,17 +43,22 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
   }
   if (options.mask) mask_columns_ = tokens - mask_first_;
   mask_stride_ = round_up(mask_columns_, kLineFloats);
-  if (std::any_of(rows.begin(), rows.end(), [&context](const Row& row) {
-        return CentreScores::has_rope(context, row.centres);
-      })) {
+  bool has_rope = false;
+  for (const Row& row : rows) {
+    sets_ = std::max(sets_, std::ssize(row.centre_sets));
+    for (const Centres& centres : row.centre_sets) {
+      has_rope = has_rope || CentreScores::has_rope(context, centres);
+    }
+  }
+  if (has_rope) {
     factor_floats_ = CentreScores::factor_floats(context);
-    rope_tiles_ = context.rope->tiles(tokens / kTileTokens + 1);
+    phasors_ = context.rope->phasors();
   }
   prepared_floats_ = static_cast<std::int64_t>(
       context.kernels->prepared_bytes(context.codec->plan().keys, static_cast<int>(row_capacity_)) /
       sizeof(float));
   unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ + parts_ * value_padded_) +
-                 factor_floats_ + prepared_floats_;
+                 sets_ * factor_floats_ + prepared_floats_;
 }
 
 Attention::Unit Attention::unit(std::int64_t index) const noexcept {
@@ -68,12 +73,12 @@ Attention::Work Attention::work(const Batch& batch, std::int64_t i) const noexce
   Work work{};
   work.plain = batch.floats + i * unit_floats_;
   work.factors = work.plain + row_capacity_ * key_padded_;
-  work.mask = work.factors + factor_floats_;
+  work.mask = work.factors + sets_ * factor_floats_;
   work.outputs = work.mask + row_capacity_ * mask_stride_;
   work.prepared =
       reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
   work.states = batch.states + i * parts_;
-  work.centre = batch.centres + i;
+  work.centres = batch.centres + i * sets_;
   work.finite = batch.finite + i * kMaxRows;
   return work;
 }
@@ -105,8 +110,11 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
                              rotated + static_cast<std::ptrdiff_t>(r) * key_padded_);
   }
   context_.kernels->prepare_queries(keys, rotated, unit.rows, work.prepared);
-  std::construct_at(work.centre, context_, row.centres, unit.kv_head, work.plain, key_padded_,
-                    unit.rows, rope_tiles_ ? rope_tiles_->data() : nullptr, work.factors);
+  for (std::size_t set = 0; set < row.centre_sets.size(); ++set) {
+    std::construct_at(work.centres + set, context_, row.centre_sets[set], unit.kv_head, work.plain,
+                      key_padded_, unit.rows, phasors_.get(),
+                      work.factors + static_cast<std::ptrdiff_t>(set) * factor_floats_);
+  }
 }
 
 // A mask that adds NaN or +inf gives NaN, as in exact attention.
@@ -178,12 +186,20 @@ kernels::Softmax Attention::begin(const Unit& unit, const Work& work,
 }
 
 void Attention::attend_item(const Batch& batch, const Item& item) const noexcept {
+  if (item.part == 0) {
+    for (int u = 0; u < item.count; ++u) {
+      const Unit each = unit(batch.first + item.first + u);
+      const Work memory = work(batch, item.first + u);
+      attend_exact(each, memory, begin(each, memory, 0));
+    }
+    return;
+  }
   kernels::HeadRows heads[kMaxHeads];
   std::int64_t first[kMaxHeads][kMaxRows];
   std::int64_t end[kMaxHeads][kMaxRows];
   const Row& row = rows_[static_cast<std::size_t>(unit(batch.first + item.first).batch_row)];
-  const std::size_t first_block =
-      item.part == 0 ? 0 : static_cast<std::size_t>(item.part - 1) * kPartBlocks;
+  const std::size_t first_block = static_cast<std::size_t>(item.part - 1) * kPartBlocks;
+  const std::size_t end_block = std::min(first_block + kPartBlocks, row.sealed.size());
   std::int64_t start = row.first + row.sink_tokens();
   for (std::size_t i = 0; i < first_block; ++i) {
     start += row.sealed[i].tokens;
@@ -191,17 +207,30 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
   for (int u = 0; u < item.count; ++u) {
     const Unit each = unit(batch.first + item.first + u);
     const Work memory = work(batch, item.first + u);
-    kernels::Softmax softmax = begin(each, memory, item.part);
-    if (item.part == 0) {
-      attend_exact(each, memory, softmax);
-    } else {
-      set_range(each, memory, start, first[u], end[u], softmax);
-      heads[u] = {each.kv_head, memory.prepared, memory.centre->constants(), memory.centre->rope(),
-                  softmax};
-    }
+    heads[u].head = each.kv_head;
+    heads[u].queries = memory.prepared;
+    heads[u].softmax = begin(each, memory, item.part);
   }
-  if (item.part == 0) return;
-  attend_sealed(row, first_block, {heads, static_cast<std::size_t>(item.count)});
+  // Blocks with the same centres together: mostly all of them.
+  for (std::size_t block = first_block; block < end_block;) {
+    const std::int32_t set = row.sealed[block].set;
+    std::int64_t run_tokens = 0;
+    std::size_t run_end = block;
+    for (; run_end < end_block && row.sealed[run_end].set == set; ++run_end) {
+      run_tokens += row.sealed[run_end].tokens;
+    }
+    for (int u = 0; u < item.count; ++u) {
+      const Unit each = unit(batch.first + item.first + u);
+      const Work memory = work(batch, item.first + u);
+      const CentreScores& centre = memory.centres[set];
+      set_range(each, memory, start, first[u], end[u], heads[u].softmax);
+      heads[u].centre_scores = centre.constants();
+      heads[u].rope = centre.rope();
+    }
+    attend_sealed(row, block, run_end, {heads, static_cast<std::size_t>(item.count)});
+    block = run_end;
+    start += run_tokens;
+  }
 }
 
 void Attention::attend_exact(const Unit& unit, const Work& work,
@@ -221,14 +250,14 @@ void Attention::attend_exact(const Unit& unit, const Work& work,
   attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);
 }
 
-void Attention::attend_sealed(const Row& row, std::size_t first_block,
+void Attention::attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
                               std::span<const kernels::HeadRows> heads) const noexcept {
-  const std::size_t count = std::min(kPartBlocks, row.sealed.size() - first_block);
+  const std::size_t count = end_block - first_block;
   kernels::TileSpan spans[kPartBlocks];
   for (std::size_t i = 0; i < count; ++i) {
     const BlockView& view = row.sealed[first_block + i];
     spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.payload()), view.tokens,
-                view.block.header().first_token};
+                positions_of(view)};
   }
   context_.kernels->attend_tiles({&context_.codec->plan(), spans, static_cast<std::int64_t>(count),
                                   heads.data(), static_cast<int>(heads.size())});

@@ -55,14 +55,14 @@ class Attention {
   };
   // Working memory of a unit in a batch; what floats point to is 64-byte aligned.
   struct Work {
-    float* plain;          // [row_capacity_, padded key dim]
-    float* factors;        // of `centre`
-    float* mask;           // [row_capacity_, mask_stride_], where there is one
-    float* outputs;        // of parts: [parts_, row_capacity_, padded value dim]
-    std::byte* prepared;   // Kernels::prepare_queries, 64-byte aligned too
-    PartState* states;     // of parts: [parts_]
-    CentreScores* centre;  // one
-    bool* finite;          // [kMaxRows]
+    float* plain;           // [row_capacity_, padded key dim]
+    float* factors;         // of `centres`
+    float* mask;            // [row_capacity_, mask_stride_], where there is one
+    float* outputs;         // of parts: [parts_, row_capacity_, padded value dim]
+    std::byte* prepared;    // Kernels::prepare_queries, 64-byte aligned too
+    PartState* states;      // of parts: [parts_]
+    CentreScores* centres;  // of the batch row's sets: [sets_]
+    bool* finite;           // [kMaxRows]
   };
   // Units first … first + count − 1, and their working memory.
   struct Batch {
@@ -103,7 +103,8 @@ class Attention {
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
   void attend_item(const Batch& batch, const Item& item) const noexcept;
   void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax) const noexcept;
-  void attend_sealed(const Row& row, std::size_t first_block,
+  // Blocks of one part and one centre set.
+  void attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
                      std::span<const kernels::HeadRows> heads) const noexcept;
   // The state of a part, nothing seen so far.
   kernels::Softmax begin(const Unit& unit, const Work& work, std::int64_t part) const noexcept;
@@ -130,10 +131,11 @@ class Attention {
   std::int64_t mask_stride_ = 0;
   int key_padded_;
   int value_padded_;
-  std::int64_t factor_floats_ = 0;
+  std::int64_t sets_ = 1;           // centre sets of the batch row that has most
+  std::int64_t factor_floats_ = 0;  // of one
   std::int64_t prepared_floats_ = 0;
   std::int64_t unit_floats_ = 0;
-  std::shared_ptr<const std::vector<float>> rope_tiles_;
+  std::shared_ptr<const PositionPhasors> phasors_;
 };
 
 }  // namespace tqai::detail

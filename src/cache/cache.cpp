@@ -39,6 +39,11 @@ void check_dtype(const char* name, DType given, DType needed) {
                    name_of(needed) + ": convert them, or make a cache of that dtype");
 }
 
+void check_row(std::int64_t row, int batch) {
+  if (row >= 0 && row < batch) return;
+  throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch));
+}
+
 void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t columns) {
   const std::array<std::int64_t, 4> full = {queries.shape[0], queries.shape[1], queries.shape[2],
                                             columns};
@@ -73,6 +78,24 @@ void copy_in(const Context& context, Row& row, const ConstTensor& keys, const Co
     copy(values, exact_values(context, row.tail, head), head, context.value_bytes());
   }
   row.tail.header().tokens += tokens;
+}
+
+// Where a row's tail stands, and what comes next, once tokens are added to it.
+struct Stand {
+  detail::Positions tail;
+  std::int64_t next = 0;
+};
+
+Stand stand(const Context& context, const Row& row, const std::optional<PositionTensor>& given,
+            std::int64_t batch_row, std::int64_t tokens) {
+  detail::Positions positions;
+  if (given && context.uses_positions()) {
+    positions = detail::read_positions(*given, batch_row, context.sections());
+  } else {
+    positions = detail::Positions::consecutive(row.next_position, tokens);
+    detail::check_position(row.next_position + tokens - 1);
+  }
+  return {row.tail_positions.joined(positions), positions.next()};
 }
 
 void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
@@ -141,9 +164,7 @@ std::int64_t KvCache::first_token() const noexcept {
 }
 
 std::int64_t KvCache::packed_tokens(int row) const {
-  if (row < 0 || row >= batch()) {
-    throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch()));
-  }
+  check_row(row, batch());
   return state_->rows[static_cast<std::size_t>(row)].sealed_tokens;
 }
 
@@ -154,11 +175,18 @@ std::optional<Centering> KvCache::centering(int row, int head) const {
                      std::to_string(options().kv_heads) + " kv heads");
   }
   const Row& held = state_->rows[static_cast<std::size_t>(row)];
-  if (!held.centres) return std::nullopt;
-  return held.centres.kind(head);
+  if (held.centre_sets.empty()) return std::nullopt;
+  const std::int32_t set = held.sealed.empty() ? 0 : held.sealed.back().set;
+  return held.centre_sets[static_cast<std::size_t>(set)].kind(head);
 }
 
-void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
+int KvCache::centre_sets(int row) const {
+  check_row(row, batch());
+  return static_cast<int>(state_->rows[static_cast<std::size_t>(row)].centre_sets.size());
+}
+
+void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
+                     const std::optional<PositionTensor>& positions) {
   const SubnormalNumbers counted;
   State& state = *state_;
   const Context& context = state.context;
@@ -172,13 +200,29 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values) {
   check_dtype("values", values.dtype, context.options.dtype);
   detail::check_layout("keys", keys.data, keys.shape, keys.strides);
   detail::check_layout("values", values.data, values.shape, values.strides);
+  if (positions) {
+    // Without an embedding there are none to go by; they are of no use then.
+    const std::int64_t sections =
+        context.rope ? context.sections()
+                     : std::clamp<std::int64_t>(positions->shape[1], 1, Rope::kMaxSections);
+    detail::check_positions(*positions, static_cast<std::int64_t>(state.rows.size()), tokens,
+                            static_cast<int>(sections));
+  }
   if (tokens == 0) return;
   detail::check_vectors(*context.kernels, "keys", keys);
   detail::check_vectors(*context.kernels, "values", values);
   seal();
+  std::vector<Stand> stands;
+  stands.reserve(state.rows.size());
+  for (std::size_t b = 0; b < state.rows.size(); ++b) {
+    stands.push_back(
+        stand(context, state.rows[b], positions, static_cast<std::int64_t>(b), tokens));
+  }
   for (Row& row : state.rows) detail::reserve_tail(context, row, tokens);
   for (std::size_t b = 0; b < state.rows.size(); ++b) {
     copy_in(context, state.rows[b], keys, values, static_cast<std::int64_t>(b));
+    state.rows[b].tail_positions = std::move(stands[b].tail);
+    state.rows[b].next_position = stands[b].next;
   }
   state.tokens += tokens;
 }
@@ -274,6 +318,7 @@ void KvCache::crop(std::int64_t tokens) {
     }
     detail::truncate(state.context, row, std::max<std::int64_t>(tokens - row.first, 0));
     row.first = std::min(row.first, tokens);
+    if (row.held() == 0) row.next_position = tokens;
   }
   state.rows = std::move(rows);
   state.tokens = tokens;
@@ -282,11 +327,7 @@ void KvCache::crop(std::int64_t tokens) {
 void KvCache::select(std::span<const std::int64_t> rows) {
   State& state = *state_;
   if (rows.empty()) throw ValueError("no rows were chosen; a batch needs 1 or more");
-  for (const std::int64_t row : rows) {
-    if (row < 0 || row >= batch()) {
-      throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch()));
-    }
-  }
+  for (const std::int64_t row : rows) check_row(row, batch());
   detail::CountedVector<Row> chosen;
   chosen.reserve(rows.size());
   for (const std::int64_t row : rows) chosen.push_back(state.rows[static_cast<std::size_t>(row)]);
@@ -306,7 +347,7 @@ void KvCache::set_padding(std::span<const std::int64_t> counts) {
                        " tokens of padding; allowed: " + std::to_string(row.first) + "…" +
                        std::to_string(state.tokens));
     }
-    if (counts[b] > row.first && row.centres) {
+    if (counts[b] > row.first && !row.centre_sets.empty()) {
       throw ValueError("row " + std::to_string(b) +
                        " has sealed tokens already; padding must be said before");
     }
@@ -345,8 +386,15 @@ MemoryReport KvCache::memory() const {
     report.overhead_bytes += row.sealed.capacity() * sizeof(detail::BlockView);
     add(row.sinks, report.exact_bytes);
     add(row.tail, report.exact_bytes);
-    add(row.centres.memory(), report.overhead_bytes);
-    for (const detail::BlockView& view : row.sealed) add(view.block, report.packed_bytes);
+    report.overhead_bytes += row.centre_sets.capacity() * sizeof(detail::Centres) +
+                             row.sink_positions.bytes() + row.tail_positions.bytes();
+    for (const detail::Centres& centres : row.centre_sets) {
+      add(centres.memory(), report.overhead_bytes);
+    }
+    for (const detail::BlockView& view : row.sealed) {
+      add(view.block, report.packed_bytes);
+      add(view.block.header().places, report.overhead_bytes);
+    }
   }
   report.uncompressed_bytes = static_cast<std::size_t>(report.tokens) * state.context.token_bytes();
   return report;
@@ -365,10 +413,10 @@ std::vector<std::byte> KvCache::serialize() const {
 
 KvCache KvCache::deserialize(std::span<const std::byte> bytes, std::optional<Level> level) {
   detail::Reader reader(bytes);
-  CacheOptions options = detail::read_options(reader);
-  options.level = level;
-  KvCache cache(options);
-  detail::Contents contents = detail::read_contents(cache.state_->context, reader);
+  detail::Header header = detail::read_header(reader);
+  header.options.level = level;
+  KvCache cache(header.options);
+  detail::Contents contents = detail::read_contents(cache.state_->context, header.version, reader);
   cache.state_->tokens = contents.tokens;
   cache.state_->rows = std::move(contents.rows);
   return cache;

@@ -18,97 +18,6 @@ constexpr double kClearlyLess = 0.9;
 // energy that is quantised, and with it the error's, by no more than this.
 constexpr double kNegligible = 0.01;
 
-struct Complex {
-  float real;
-  float imaginary;
-};
-
-Complex multiply(Complex a, Complex b) noexcept {
-  return {a.real * b.real - a.imaginary * b.imaginary, a.real * b.imaginary + a.imaginary * b.real};
-}
-
-// e^(i (first_token + 31.5) ω_f).
-Complex middle_phasor(const RopeTables& tables, const std::vector<float>& tiles,
-                      std::int64_t first_token, int f) noexcept {
-  const auto pairs = static_cast<std::size_t>(tables.pair_count());
-  const float* tile =
-      tiles.data() + static_cast<std::size_t>(first_token / kTileTokens) * 2 * pairs;
-  const float* offset =
-      tables.offsets() + static_cast<std::size_t>(first_token % kTileTokens) * 2 * pairs;
-  return multiply({tile[f], tile[pairs + static_cast<std::size_t>(f)]},
-                  {offset[f], offset[pairs + static_cast<std::size_t>(f)]});
-}
-
-// e^(i (t − 31.5) ω_f) of a tile's token t.
-Complex distance_phasor(const RopeTables& tables, int f, int t) noexcept {
-  const float* cosines = tables.half() + static_cast<std::ptrdiff_t>(f) * kTileTokens;
-  const float* sines = cosines + kTileTokens / 2;
-  return t >= 32 ? Complex{cosines[t - 32], sines[t - 32]}
-                 : Complex{cosines[31 - t], -sines[31 - t]};
-}
-
-// Sums over a head's tokens, in double.
-struct Moments {
-  std::vector<double> sum;   // [head_dim]
-  std::vector<double> real;  // [pairs], of k · e^(−i p ω)
-  std::vector<double> imaginary;
-  double energy = 0.0;
-};
-
-Moments find_moments(const Context& context, const HeadKeys& keys) {
-  const auto dim = static_cast<std::size_t>(context.options.head_dim);
-  const RopeTables* tables = context.rope.get();
-  const auto pairs = tables != nullptr ? static_cast<std::size_t>(tables->pair_count()) : 0;
-  Moments moments{std::vector<double>(dim), std::vector<double>(pairs), std::vector<double>(pairs)};
-  std::vector<double> energy(dim);
-  std::vector<float> rows(dim * kTileTokens);
-  std::shared_ptr<const std::vector<float>> phasors;
-  if (pairs > 0) phasors = tables->tiles((keys.first_token + keys.tokens) / kTileTokens + 1);
-  for (std::int64_t start = 0; start < keys.tokens; start += kTileTokens) {
-    convert_to_float(keys.data + static_cast<std::size_t>(start) * context.key_bytes(),
-                     context.options.dtype, rows.size(), rows.data());
-    for (std::size_t t = 0; t < kTileTokens; ++t) {
-      const float* row = rows.data() + t * dim;
-      for (std::size_t c = 0; c < dim; ++c) {
-        const auto value = static_cast<double>(row[c]);
-        moments.sum[c] += value;
-        energy[c] += value * value;
-      }
-    }
-    for (std::size_t f = 0; f < pairs; ++f) {
-      const int pair = static_cast<int>(f);
-      const Complex middle = middle_phasor(*tables, *phasors, keys.first_token + start, pair);
-      // Σ (a + i b) · conj(e^(i distance ω)), by pairs of distances ± (j + 1/2), then turned back
-      // to the middle. Four sums, or each addition would wait for the last.
-      const float* cosines = tables->half() + static_cast<std::ptrdiff_t>(f) * kTileTokens;
-      const float* sines = cosines + kTileTokens / 2;
-      const float* first = rows.data() + tables->first_of(pair);
-      const float* second = rows.data() + tables->second_of(pair);
-      float sums[4] = {};
-      for (std::size_t j = 0; j < kTileTokens / 2; ++j) {
-        const std::size_t after = (kTileTokens / 2 + j) * dim;
-        const std::size_t before = (kTileTokens / 2 - 1 - j) * dim;
-        sums[0] += (first[after] + first[before]) * cosines[j];
-        sums[1] += (second[after] - second[before]) * sines[j];
-        sums[2] += (second[after] + second[before]) * cosines[j];
-        sums[3] += (first[after] - first[before]) * sines[j];
-      }
-      const auto real = static_cast<double>(sums[0] + sums[1]);
-      const auto imaginary = static_cast<double>(sums[2] - sums[3]);
-      const auto turn_real = static_cast<double>(middle.real);
-      const auto turn_imaginary = static_cast<double>(middle.imaginary);
-      moments.real[f] += real * turn_real + imaginary * turn_imaginary;
-      moments.imaginary[f] += imaginary * turn_real - real * turn_imaginary;
-    }
-  }
-  const auto count = static_cast<double>(keys.tokens);
-  for (double& value : moments.sum) value /= count;
-  for (double& value : moments.real) value /= count;
-  for (double& value : moments.imaginary) value /= count;
-  moments.energy = std::accumulate(energy.begin(), energy.end(), 0.0) / count;
-  return moments;
-}
-
 double squared(const std::vector<double>& values) {
   return std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
 }
@@ -132,7 +41,7 @@ float inner_product(const float* a, const float* b, int count) {
 Centres::Centres(const CentreShape& shape)
     : memory_(shape,
               static_cast<std::size_t>(shape.kv_heads) *
-                  (static_cast<std::size_t>(shape.head_dim + 2 * shape.pairs) * sizeof(float) +
+                  (static_cast<std::size_t>(shape.head_dim + 2 * shape.pairs + 1) * sizeof(float) +
                    sizeof(Centering))) {
   std::fill_n(memory_.payload(), memory_.payload_bytes(), std::byte{0});
   for (int head = 0; head < shape.kv_heads; ++head) kind(head) = Centering::none;
@@ -144,10 +53,14 @@ std::size_t Centres::means_offset() const noexcept {
          sizeof(float);
 }
 
-std::size_t Centres::kinds_offset() const noexcept {
+std::size_t Centres::left_offset() const noexcept {
   const CentreShape& shape = memory_.header();
   return means_offset() + static_cast<std::size_t>(shape.kv_heads) * 2 *
                               static_cast<std::size_t>(shape.pairs) * sizeof(float);
+}
+
+std::size_t Centres::kinds_offset() const noexcept {
+  return left_offset() + static_cast<std::size_t>(memory_.header().kv_heads) * sizeof(float);
 }
 
 const float* Centres::constant(int head) const noexcept {
@@ -158,6 +71,10 @@ const float* Centres::constant(int head) const noexcept {
 const float* Centres::means(int head) const noexcept {
   return reinterpret_cast<const float*>(memory_.payload() + means_offset()) +
          static_cast<std::ptrdiff_t>(2 * head) * memory_.header().pairs;
+}
+
+float Centres::left(int head) const noexcept {
+  return reinterpret_cast<const float*>(memory_.payload() + left_offset())[head];
 }
 
 Centering Centres::kind(int head) const noexcept {
@@ -172,32 +89,52 @@ float* Centres::means(int head) noexcept {
   return const_cast<float*>(std::as_const(*this).means(head));
 }
 
+float& Centres::left(int head) noexcept {
+  return reinterpret_cast<float*>(memory_.payload() + left_offset())[head];
+}
+
 Centering& Centres::kind(int head) noexcept {
   return reinterpret_cast<Centering*>(memory_.payload() + kinds_offset())[head];
 }
 
-void choose_centre(const Context& context, const HeadKeys& keys, int head, Centres& centres) {
-  const Centering wanted = context.options.centering;
-  if (wanted == Centering::none) return;
-  const bool automatic = wanted == Centering::automatic;
-  const Moments moments = find_moments(context, keys);
-  const auto count = static_cast<double>(keys.tokens);
+namespace {
 
-  // What each centre takes away of the energy per token.
-  const double mean_energy = squared(moments.sum);
+// What each centre takes away of the energy per token.
+struct Taken {
+  double mean = 0.0;
+  double rope = 0.0;
+  std::vector<double> strengths;  // [pairs], of the rope
+};
+
+Taken taken(const Context& context, const Moments& moments) {
+  Taken taken;
   const RopeTables* tables = context.rope.get();
-  std::vector<double> strengths(moments.real.size());
-  double constant_energy = mean_energy;  // of the coordinates that do not turn
-  for (std::size_t f = 0; f < strengths.size(); ++f) {
-    strengths[f] = moments.real[f] * moments.real[f] + moments.imaginary[f] * moments.imaginary[f];
+  taken.mean = squared(moments.mean);
+  taken.strengths.resize(moments.real.size());
+  double constant = taken.mean;  // of the coordinates that do not turn
+  for (std::size_t f = 0; f < taken.strengths.size(); ++f) {
+    taken.strengths[f] =
+        moments.real[f] * moments.real[f] + moments.imaginary[f] * moments.imaginary[f];
     const int pair = static_cast<int>(f);
     for (const int c : {tables->first_of(pair), tables->second_of(pair)}) {
-      constant_energy -=
-          moments.sum[static_cast<std::size_t>(c)] * moments.sum[static_cast<std::size_t>(c)];
+      constant -=
+          moments.mean[static_cast<std::size_t>(c)] * moments.mean[static_cast<std::size_t>(c)];
     }
   }
-  const double rope_energy =
-      constant_energy + std::accumulate(strengths.begin(), strengths.end(), 0.0);
+  taken.rope = constant + std::accumulate(taken.strengths.begin(), taken.strengths.end(), 0.0);
+  return taken;
+}
+
+}  // namespace
+
+void choose_centre(const Context& context, const Moments& moments, int head, Centres& centres) {
+  const Centering wanted = context.options.centering;
+  centres.left(head) = static_cast<float>(moments.energy);
+  if (wanted == Centering::none) return;
+  const bool automatic = wanted == Centering::automatic;
+  const double count = moments.tokens;
+  const RopeTables* tables = context.rope.get();
+  const auto [mean_energy, rope_energy, strengths] = taken(context, moments);
   const double mean_left = moments.energy - mean_energy;
   const double rope_left = moments.energy - rope_energy;
   const bool use_rope = tables != nullptr && (wanted == Centering::rope ||
@@ -208,16 +145,17 @@ void choose_centre(const Context& context, const HeadKeys& keys, int head, Centr
   if (!use_rope && !use_mean) return;
 
   float* constant = centres.constant(head);
-  for (std::size_t c = 0; c < moments.sum.size(); ++c) {
-    constant[c] = static_cast<float>(moments.sum[c]);
+  for (std::size_t c = 0; c < moments.mean.size(); ++c) {
+    constant[c] = static_cast<float>(moments.mean[c]);
   }
   centres.kind(head) = use_rope ? Centering::rope : Centering::mean;
+  centres.left(head) = static_cast<float>(std::max(use_rope ? rope_left : mean_left, 0.0));
   if (!use_rope) return;
 
   std::vector<std::size_t> weakest(strengths.size());
   std::iota(weakest.begin(), weakest.end(), std::size_t{0});
   std::sort(weakest.begin(), weakest.end(),
-            [&](std::size_t a, std::size_t b) { return strengths[a] < strengths[b]; });
+            [&strong = strengths](std::size_t a, std::size_t b) { return strong[a] < strong[b]; });
   double spare = kNegligible * std::max(rope_left, 0.0);
   float* means = centres.means(head);
   for (const std::size_t f : weakest) {
@@ -231,8 +169,47 @@ void choose_centre(const Context& context, const HeadKeys& keys, int head, Centr
   }
 }
 
-void add_centre(const Context& context, const Centres& centres, int head, std::int64_t first_token,
-                float factor, float* rows) {
+double least_left(const Context& context, const Moments& moments) {
+  const auto [mean_energy, rope_energy, strengths] = taken(context, moments);
+  double most = 0.0;
+  switch (context.options.centering) {
+    case Centering::none: break;
+    case Centering::mean: most = mean_energy; break;
+    case Centering::rope: most = rope_energy; break;
+    case Centering::automatic: most = std::max(mean_energy, rope_energy); break;
+  }
+  return std::max(moments.energy - most, 0.0);
+}
+
+double left_by(const Centres& centres, int head, const Moments& moments) noexcept {
+  // |k − c|² of the mean token, c turning as the keys do.
+  double left = moments.energy;
+  const float* constant = centres.constant(head);
+  for (std::size_t c = 0; c < moments.mean.size(); ++c) {
+    const auto value = static_cast<double>(constant[c]);
+    left += value * (value - 2.0 * moments.mean[c]);
+  }
+  const float* means = centres.means(head);
+  const std::size_t pairs = moments.real.size();
+  for (std::size_t f = 0; f < pairs; ++f) {
+    const auto real = static_cast<double>(means[f]);
+    const auto imaginary = static_cast<double>(means[pairs + f]);
+    left += real * (real - 2.0 * moments.real[f]) +
+            imaginary * (imaginary - 2.0 * moments.imaginary[f]);
+  }
+  return std::max(left, 0.0);
+}
+
+void copy_centre(const Centres& from, int head, Centres& to) noexcept {
+  const CentreShape& shape = from.memory().header();
+  std::copy_n(from.constant(head), shape.head_dim, to.constant(head));
+  std::copy_n(from.means(head), 2 * shape.pairs, to.means(head));
+  to.left(head) = from.left(head);
+  to.kind(head) = from.kind(head);
+}
+
+void add_centre(const Context& context, const Centres& centres, int head,
+                const kernels::TilePositions& positions, float factor, float* rows) {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const int dim = context.options.head_dim;
@@ -242,22 +219,32 @@ void add_centre(const Context& context, const Centres& centres, int head, std::i
   }
   if (kind != Centering::rope) return;
   const RopeTables& tables = *context.rope;
-  const auto phasors = tables.tiles(first_token / kTileTokens + 1);
+  const auto phasors = tables.phasors();
   const float* means = centres.means(head);
   for (int f = 0; f < tables.pair_count(); ++f) {
     const Complex mean{means[f], means[tables.pair_count() + f]};
     if (mean.real == 0.0F && mean.imaginary == 0.0F) continue;
-    const Complex middle = multiply(mean, middle_phasor(tables, *phasors, first_token, f));
-    for (int t = 0; t < kTileTokens; ++t) {
-      const Complex turned = multiply(middle, distance_phasor(tables, f, t));
+    const auto add = [&](int t, Complex turned) {
       rows[t * dim + tables.first_of(f)] += factor * turned.real;
       rows[t * dim + tables.second_of(f)] += factor * turned.imaginary;
+    };
+    if (positions.each != nullptr) {
+      const Complex start = multiply(mean, distance_phasor(tables, f, 0));
+      for (int t = 0; t < kTileTokens; ++t) {
+        const std::int64_t position = position_of(positions, tables, f, t);
+        add(t, multiply(start, middle_phasor(tables, *phasors, position, f)));
+      }
+      continue;
+    }
+    const Complex middle = multiply(mean, middle_phasor(tables, *phasors, positions.first, f));
+    for (int t = 0; t < kTileTokens; ++t) {
+      add(t, multiply(middle, distance_phasor(tables, f, t)));
     }
   }
 }
 
 bool CentreScores::has_rope(const Context& context, const Centres& centres) noexcept {
-  for (int head = 0; centres && head < context.options.kv_heads; ++head) {
+  for (int head = 0; head < context.options.kv_heads; ++head) {
     if (centres.kind(head) == Centering::rope) return true;
   }
   return false;
@@ -269,7 +256,7 @@ std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
 
 CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
                            const float* queries, std::ptrdiff_t stride, int rows,
-                           const float* tiles, float* factors) noexcept {
+                           const PositionPhasors* phasors, float* factors) noexcept {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const float* constant = centres.constant(head);
@@ -311,8 +298,10 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   rope_.pair_count = pairs;
   rope_.half = tables.half();
   rope_.terms = tables.terms();
-  rope_.tiles = tiles;
+  rope_.tiles = phasors->tiles.data();
   rope_.offsets = tables.offsets();
+  rope_.far = phasors->far_middle();
+  rope_.sections = tables.sections();
 }
 
 kernels::RopeBias CentreScores::rope() const noexcept {

@@ -6,6 +6,7 @@
 
 #include "kernels/kernels.hpp"
 #include "memory.hpp"
+#include "moments.hpp"
 #include "rope_tables.hpp"
 
 namespace tqai::detail {
@@ -14,7 +15,8 @@ struct Context;
 
 /// The centre of head h at position p is constant[h] + Σ_f mean[h, f] · e^(i p ω_f), the latter on
 /// the coordinates of pair f. Payload: constants [kv_heads, head_dim] fp32, means [kv_heads, 2,
-/// pairs] fp32 (real, imaginary), kinds [kv_heads] of Centering. Chosen once, then immutable.
+/// pairs] fp32 (real, imaginary), left [kv_heads] fp32, the energy per token that it left of the
+/// keys it was chosen from, kinds [kv_heads] of Centering. Chosen once, then immutable.
 struct CentreShape {
   int kv_heads = 0;
   int head_dim = 0;
@@ -34,41 +36,45 @@ class Centres {
   const float* constant(int head) const noexcept;
   float* means(int head) noexcept;
   const float* means(int head) const noexcept;
+  float& left(int head) noexcept;
+  float left(int head) const noexcept;
   Centering& kind(int head) noexcept;
   Centering kind(int head) const noexcept;
 
  private:
   std::size_t means_offset() const noexcept;
+  std::size_t left_offset() const noexcept;
   std::size_t kinds_offset() const noexcept;
 
   Shared<CentreShape> memory_;
 };
 
-/// Keys of one head, contiguous [tokens, head_dim] in the context's dtype, the first of which is
-/// token `first_token` of its row.
-struct HeadKeys {
-  const std::byte* data;
-  std::int64_t first_token;
-  std::int64_t tokens;  // a multiple of 64
-};
+/// Chooses head `head`'s centre for keys with these moments, as the context's options say.
+void choose_centre(const Context& context, const Moments& moments, int head, Centres& centres);
 
-/// Chooses head `head`'s centre from its keys as the context's options say.
-void choose_centre(const Context& context, const HeadKeys& keys, int head, Centres& centres);
+/// The least energy per token that a choice for these very keys could leave.
+double least_left(const Context& context, const Moments& moments);
 
-/// rows[t] += factor · centre at position first_token + t. rows: [64, head_dim] fp32.
-void add_centre(const Context& context, const Centres& centres, int head, std::int64_t first_token,
-                float factor, float* rows);
+/// The energy per token that a centre leaves of keys with these moments.
+double left_by(const Centres& centres, int head, const Moments& moments) noexcept;
+
+void copy_centre(const Centres& from, int head, Centres& to) noexcept;
+
+/// rows[t] += factor · centre at the position of token t. rows: [64, head_dim] fp32.
+void add_centre(const Context& context, const Centres& centres, int head,
+                const kernels::TilePositions& positions, float factor, float* rows);
 
 /// What the centre adds to the scores of query rows: constants, and the arguments of the kernel.
 class CentreScores {
  public:
   CentreScores() = default;  // nothing
 
-  /// queries: [rows, stride] fp32. tiles: RopeTables::tiles of all that will be asked for; factors:
-  /// factor_floats of 64-byte aligned memory, the caller's; both unused where no head is centred by
-  /// position.
+  /// queries: [rows, stride] fp32. phasors: of all positions that will be asked for; factors:
+  /// factor_floats of 64-byte aligned memory; both the caller's, and unused where no head is
+  /// centred by position.
   CentreScores(const Context& context, const Centres& centres, int head, const float* queries,
-               std::ptrdiff_t stride, int rows, const float* tiles, float* factors) noexcept;
+               std::ptrdiff_t stride, int rows, const PositionPhasors* phasors,
+               float* factors) noexcept;
 
   /// Whether any head is centred by position.
   static bool has_rope(const Context& context, const Centres& centres) noexcept;

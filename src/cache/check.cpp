@@ -27,6 +27,12 @@ void check_rope(const Rope& rope, int head_dim) {
                      " frequencies for rotary_dim " + std::to_string(rope.rotary_dim) +
                      "; needed: an even rotary_dim and half as many frequencies");
   }
+  if (!rope.sections.empty() && rope.sections.size() != rope.inv_freq.size()) {
+    throw ValueError("rope has sections for " + std::to_string(rope.sections.size()) +
+                     " frequencies of " + std::to_string(rope.inv_freq.size()) +
+                     "; needed: one for each, or none at all");
+  }
+  check_range("rope's number of sections", rope.section_count(), 1, Rope::kMaxSections);
   for (const float frequency : rope.inv_freq) {
     if (!std::isfinite(frequency)) {
       throw ValueError("rope has a frequency that is NaN or infinite; finite ones are needed");
@@ -70,6 +76,29 @@ void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
     if (shape[i] < 0 || (wanted[i] >= 0 && shape[i] != wanted[i])) {
       throw ValueError(std::string(name) + " has shape " + shape_text(shape) +
                        "; needed: " + shape_text(wanted) + " = [" + axes + "]");
+    }
+  }
+}
+
+void check_position(std::int64_t position) {
+  check_range("a token's position", position, -KvCache::kMaxPosition, KvCache::kMaxPosition);
+}
+
+void check_positions(const PositionTensor& positions, std::int64_t batch, std::int64_t tokens,
+                     int sections) {
+  const auto [rows, given, count] = positions.shape;
+  const auto& strides = positions.strides;
+  if ((rows != 1 && rows != batch) || (given != 1 && given != sections) || count != tokens) {
+    throw ValueError("positions have shape [" + std::to_string(rows) + ", " +
+                     std::to_string(given) + ", " + std::to_string(count) + "]; needed: [1 or " +
+                     std::to_string(batch) + ", 1 or " + std::to_string(sections) + ", " +
+                     std::to_string(tokens) + "] = [batch, sections, tokens]");
+  }
+  if (positions.data == nullptr && tokens > 0) throw ValueError("positions have no data");
+  for (std::int64_t b = 0; b < rows; ++b) {
+    for (std::int64_t s = 0; s < given; ++s) {
+      const std::int64_t* from = positions.data + b * strides[0] + s * strides[1];
+      for (std::int64_t t = 0; t < tokens; ++t) check_position(from[t * strides[2]]);
     }
   }
 }

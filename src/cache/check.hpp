@@ -18,6 +18,11 @@ std::string shape_text(const std::array<std::int64_t, 4>& shape);
 void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
                  const std::array<std::int64_t, 4>& wanted, const char* axes);
 
+/// Of so many rows and tokens, in one section or `sections`, each within ± KvCache::kMaxPosition.
+void check_positions(const PositionTensor& positions, std::int64_t batch, std::int64_t tokens,
+                     int sections);
+void check_position(std::int64_t position);
+
 /// The last dimension must be contiguous, and the data not null unless the tensor is empty.
 void check_layout(const char* name, const void* data, const std::array<std::int64_t, 4>& shape,
                   const std::array<std::int64_t, 4>& strides);

@@ -84,7 +84,8 @@ void gather_head(const Context& context, const Row& row, int head, const Range& 
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
       const int dim = context.options.head_dim;
       context.kernels->decode(context.codec->plan().keys, true, tile, vectors.data());
-      add_centre(context, row.centres, head, view.block.header().first_token, 1.0F, vectors.data());
+      add_centre(context, row.centre_sets[static_cast<std::size_t>(view.set)], head,
+                 positions_of(view), 1.0F, vectors.data());
       for (std::int64_t t = begin; t < end; ++t) {
         keys.write(t - range.first, vectors.data() + (t - start) * dim);
       }

@@ -64,7 +64,11 @@ void append_terms(double angle, std::vector<float>& to) {
 }  // namespace
 
 RopeTables::RopeTables(const Rope& rope)
-    : rope_(rope), interleaved_(rope.layout == Rope::Layout::interleaved) {
+    : rope_(rope),
+      interleaved_(rope.layout == Rope::Layout::interleaved),
+      sections_(rope.sections),
+      phasors_(std::make_shared<const PositionPhasors>()) {
+  sections_.resize(rope.inv_freq.size(), 0);
   std::vector<float> half;
   for (const float frequency : rope.inv_freq) {
     for (int j = 0; j < kHalfTile; ++j) {
@@ -91,29 +95,43 @@ bool RopeTables::is_slow(int f) const noexcept {
   return std::abs(rope_.inv_freq[static_cast<std::size_t>(f)]) * kHalfTile <= 1.0F;
 }
 
-std::shared_ptr<const std::vector<float>> RopeTables::tiles(std::int64_t count) const {
+void RopeTables::cover(std::int64_t first, std::int64_t last) const {
+  constexpr std::int64_t kNear = kernels::kNearPositions;
+  constexpr std::int64_t kMostTiles = kNear / kTileTokens;
+  const bool far = first < 0 || last >= kNear;
+  const std::int64_t count = far ? kMostTiles : last / kTileTokens + 1;
   const std::size_t row = 2 * rope_.inv_freq.size();
   const std::scoped_lock lock(mutex_);
-  const std::int64_t have = tiles_ ? static_cast<std::int64_t>(tiles_->size() / row) : 0;
+  const auto have = static_cast<std::int64_t>(phasors_->tiles.size() / row);
+  if (have >= count && (!far || !phasors_->far.empty())) return;
+  auto grown = std::make_shared<PositionPhasors>(*phasors_);
   if (have < count) {
-    auto grown = tiles_ ? std::make_shared<std::vector<float>>(*tiles_)
-                        : std::make_shared<std::vector<float>>();
-    const std::int64_t wanted = std::max<std::int64_t>({count, 2 * have, 64});
-    grown->reserve(static_cast<std::size_t>(wanted) * row);
+    const std::int64_t wanted = std::min(std::max<std::int64_t>({count, 2 * have, 64}), kMostTiles);
+    grown->tiles.reserve(static_cast<std::size_t>(wanted) * row);
     for (std::int64_t tile = have; tile < wanted; ++tile) {
-      append_phasors(rope_, static_cast<double>(tile) * kTileTokens + 31.5, *grown);
+      append_phasors(rope_, static_cast<double>(tile) * kTileTokens + 31.5, grown->tiles);
     }
-    tiles_ = std::move(grown);
   }
-  return tiles_;
+  if (far && grown->far.empty()) {
+    for (std::int64_t step = -kernels::kFarSteps; step < kernels::kFarSteps; ++step) {
+      append_phasors(rope_, static_cast<double>(step * kNear), grown->far);
+    }
+  }
+  phasors_ = std::move(grown);
+}
+
+std::shared_ptr<const PositionPhasors> RopeTables::phasors() const {
+  const std::scoped_lock lock(mutex_);
+  return phasors_;
 }
 
 std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
-  using Key = std::tuple<std::vector<float>, Rope::Layout, int>;
+  using Key = std::tuple<std::vector<float>, Rope::Layout, int, std::vector<std::uint8_t>>;
   static std::mutex mutex;
   static std::map<Key, std::weak_ptr<const RopeTables>> table;
   const std::scoped_lock lock(mutex);
-  std::weak_ptr<const RopeTables>& entry = table[Key{rope.inv_freq, rope.layout, rope.rotary_dim}];
+  std::weak_ptr<const RopeTables>& entry =
+      table[Key{rope.inv_freq, rope.layout, rope.rotary_dim, rope.sections}];
   std::shared_ptr<const RopeTables> tables = entry.lock();
   if (!tables) {
     tables = std::make_shared<const RopeTables>(rope);

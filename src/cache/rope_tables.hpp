@@ -9,6 +9,19 @@
 
 namespace tqai::detail {
 
+/// Phasors of positions. Position p is kNearPositions · step + 64 · tile + offset, with a tile and
+/// an offset from 0 up and a step of either sign, so that far positions take no more memory than
+/// the near ones and a constant.
+struct PositionPhasors {
+  std::vector<float> tiles;  // [tiles, 2, pairs]: e^(i (64 tile + 31.5) ω)
+  std::vector<float> far;    // [2 · kFarSteps, 2, pairs]: e^(i kNearPositions step ω), or empty
+
+  /// At step 0; null where there are none.
+  const float* far_middle() const noexcept {
+    return far.empty() ? nullptr : far.data() + far.size() / 2;
+  }
+};
+
 /// Constant tables over the pairs of a Rope, in fp32 from double angles. What a head needs at any
 /// position is a product of one entry of each. Thread-safe.
 class RopeTables {
@@ -27,8 +40,13 @@ class RopeTables {
   const float* terms() const noexcept { return terms_.data(); }
   /// [64, 2, pairs]: real, then imaginary parts of e^(i offset ω).
   const float* offsets() const noexcept { return offsets_.data(); }
-  /// [≥ count, 2, pairs]: e^(i (64 tile + 31.5) ω). Grows as asked; what was handed out stays.
-  std::shared_ptr<const std::vector<float>> tiles(std::int64_t count) const;
+  /// [pairs], Rope::sections, filled in.
+  const std::uint8_t* sections() const noexcept { return sections_.data(); }
+
+  /// Makes phasors for positions first…last, within ± KvCache::kMaxPosition. Throws std::bad_alloc.
+  void cover(std::int64_t first, std::int64_t last) const;
+  /// Those of all positions that were ever covered. What was handed out stays.
+  std::shared_ptr<const PositionPhasors> phasors() const;
 
   /// The two coordinates of pair `f`.
   int first_of(int f) const noexcept { return interleaved_ ? 2 * f : f; }
@@ -43,8 +61,9 @@ class RopeTables {
   std::vector<Line> half_;
   std::vector<float> terms_;
   std::vector<float> offsets_;
+  std::vector<std::uint8_t> sections_;
   mutable std::mutex mutex_;
-  mutable std::shared_ptr<const std::vector<float>> tiles_;
+  mutable std::shared_ptr<const PositionPhasors> phasors_;
 };
 
 /// The tables of this embedding; one for all caches. Thread-safe.

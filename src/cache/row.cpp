@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace tqai::detail {
 namespace {
@@ -36,19 +37,83 @@ ExactTokens copy_tokens(const Context& context, const ExactTokens& source, std::
   return copy;
 }
 
-// The centres of tokens [from, from + count) of `tokens`, which begin at token `first_token`.
-Centres make_centres(const Context& context, const ExactTokens& tokens, std::int64_t from,
-                     std::int64_t count, std::int64_t first_token) {
-  const CacheOptions& options = context.options;
-  Centres centres(CentreShape{options.kv_heads, options.head_dim,
-                              context.rope ? context.rope->pair_count() : 0});
-  for (int head = 0; head < options.kv_heads; ++head) {
-    const HeadKeys keys{
-        exact_keys(context, tokens, head) + static_cast<std::size_t>(from) * context.key_bytes(),
-        first_token, count};
-    choose_centre(context, keys, head, centres);
+// Moments of the tiles from token `from` of the tail on, [kv_heads][blocks].
+std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& row,
+                                             std::int64_t from,
+                                             const CountedVector<BlockView>& blocks) {
+  const auto heads = static_cast<std::size_t>(context.options.kv_heads);
+  std::vector<std::vector<Moments>> moments(heads,
+                                            std::vector<Moments>(blocks.size(), Moments(context)));
+  const auto phasors =
+      context.rope ? context.rope->phasors() : std::make_shared<const PositionPhasors>();
+  const auto count = static_cast<std::int64_t>(heads * blocks.size());
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (count >= 16)
+#endif
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto block = static_cast<std::size_t>(i) / heads;
+    const auto head = static_cast<std::size_t>(i) % heads;
+    const auto token = static_cast<std::size_t>(from) + block * kTileTokens;
+    find_moments(
+        context, *phasors,
+        exact_keys(context, row.tail, static_cast<int>(head)) + token * context.key_bytes(),
+        positions_of(blocks[block]), moments[head][block]);
   }
-  return centres;
+  return moments;
+}
+
+// Gives the sealing's blocks their centres.
+void choose_centres(const Context& context, const Row& row, Sealing& sealing) {
+  if (context.options.centering == Centering::none) {
+    sealing.centre_sets = row.centre_sets;
+    if (sealing.centre_sets.empty()) {
+      sealing.centre_sets.emplace_back(CentreShape{context.options.kv_heads,
+                                                   context.options.head_dim,
+                                                   context.rope ? context.rope->pair_count() : 0});
+    }
+    return;
+  }
+  const std::int64_t first_block = sealing.blocks.front().block.header().first_token;
+  CentreChoice choice = choose_centre_sets(
+      context, row.centre_sets, moments_of(context, row, sealing.new_sinks, sealing.blocks),
+      first_block / kTileTokens + std::ssize(sealing.blocks));
+  sealing.centre_sets = std::move(choice.sets);
+  for (std::size_t i = 0; i < sealing.blocks.size(); ++i) {
+    sealing.blocks[i].set = choice.of_tile[i];
+  }
+}
+
+// Drops centre sets that no block refers to; one is kept for what will be sealed.
+void compact_sets(Row& row) noexcept {
+  std::int32_t places[kMostCentreSets];
+  std::fill_n(places, kMostCentreSets, -1);
+  for (const BlockView& view : row.sealed) places[view.set] = 0;
+  if (row.sealed.empty() && !row.centre_sets.empty()) places[row.centre_sets.size() - 1] = 0;
+  std::int32_t kept = 0;
+  for (std::size_t set = 0; set < row.centre_sets.size(); ++set) {
+    if (places[set] < 0) continue;
+    places[set] = kept;
+    if (static_cast<std::size_t>(kept) != set) {
+      row.centre_sets[static_cast<std::size_t>(kept)] = std::move(row.centre_sets[set]);
+    }
+    ++kept;
+  }
+  row.centre_sets.erase(row.centre_sets.begin() + kept, row.centre_sets.end());
+  for (BlockView& view : row.sealed) view.set = places[view.set];
+}
+
+// What follows the last of the row's tokens, of which there is at least one.
+std::int64_t position_after(const Row& row) noexcept {
+  if (row.tail_positions.count() > 0) return row.tail_positions.next();
+  if (row.sealed.empty()) return row.sink_positions.next();
+  const BlockView& last = row.sealed.back();
+  const kernels::TilePositions positions = positions_of(last);
+  if (positions.each == nullptr) return positions.first + last.tokens;
+  std::int32_t most = positions.each[last.tokens - 1];
+  for (int s = 1; s < positions.sections; ++s) {
+    most = std::max(most, positions.each[s * kTileTokens + last.tokens - 1]);
+  }
+  return std::int64_t{most} + 1;
 }
 
 }  // namespace
@@ -79,31 +144,40 @@ void reserve_tail(const Context& context, Row& row, std::int64_t more) {
 
 std::int64_t sealable(const Context& context, const Row& row) noexcept {
   std::int64_t tail = row.tail_tokens();
-  if (!row.centres) tail -= context.options.sink_tokens - row.sink_tokens();
+  if (row.centre_sets.empty()) tail -= context.options.sink_tokens - row.sink_tokens();
   const std::int64_t beyond = tail - context.options.residual_window;
   return beyond < kTileTokens ? 0 : beyond / kTileTokens * kTileTokens;
 }
 
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
   Sealing sealing;
-  if (!row.centres) {
+  if (row.centre_sets.empty()) {
     sealing.new_sinks = context.options.sink_tokens - row.sink_tokens();
     if (sealing.new_sinks > 0) {
       sealing.sinks =
           copy_tokens(context, row.sinks, 0, row.sink_tokens(), context.options.sink_tokens);
       move_tokens(context, row.tail, 0, sealing.new_sinks, sealing.sinks);
+      sealing.sink_positions =
+          row.sink_positions.joined(row.tail_positions.part(0, sealing.new_sinks));
     }
   }
-  if (!sealing.sinks) sealing.sinks = row.sinks;
-  const std::int64_t first = row.first + row.sink_tokens() + row.sealed_tokens + sealing.new_sinks;
-  sealing.centres =
-      row.centres ? row.centres : make_centres(context, row.tail, sealing.new_sinks, tokens, first);
-  for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
-    sealing.blocks.emplace_back(SealedShape{first + done}, context.block_bytes());
+  if (!sealing.sinks) {
+    sealing.sinks = row.sinks;
+    sealing.sink_positions = row.sink_positions;
   }
+  const std::int64_t first = row.first + row.sink_tokens() + row.sealed_tokens + sealing.new_sinks;
+  sealing.blocks.reserve(static_cast<std::size_t>(tokens / kTileTokens));
+  for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
+    const Positions positions = row.tail_positions.part(sealing.new_sinks + done, kTileTokens);
+    SealedShape shape{first + done, positions.first(), places_of(positions)};
+    if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
+    sealing.blocks.push_back({SealedTokens(std::move(shape), context.block_bytes())});
+  }
+  choose_centres(context, row, sealing);
   const std::int64_t out = sealing.new_sinks + tokens;
   sealing.tail = copy_tokens(context, row.tail, out, row.tail_tokens() - out,
                              context.options.residual_window + kTileTokens);
+  sealing.tail_positions = row.tail_positions.part(out, row.tail_tokens() - out);
   // Exact growth: a list that doubles would hold bytes that hold nothing.
   row.sealed.reserve(std::max(row.sealed.capacity(), row.sealed.size() + sealing.blocks.size() +
                                                          (tokens == kTileTokens ? 16 : 0)));
@@ -115,15 +189,15 @@ void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::
   const CacheOptions& options = context.options;
   const Codec& codec = *context.codec;
   const auto from = static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens);
-  auto* tile =
-      reinterpret_cast<std::uint8_t*>(sealing.blocks[static_cast<std::size_t>(index)].payload()) +
-      static_cast<std::size_t>(head) * codec.layout().bytes();
+  BlockView& view = sealing.blocks[static_cast<std::size_t>(index)];
+  auto* tile = reinterpret_cast<std::uint8_t*>(view.block.payload()) +
+               static_cast<std::size_t>(head) * codec.layout().bytes();
   alignas(64) float rows[kTileTokens * kernels::kMaxDim];
 
   convert_to_float(exact_keys(context, row.tail, head) + from * context.key_bytes(), options.dtype,
                    static_cast<std::size_t>(kTileTokens * options.head_dim), rows);
-  const std::int64_t first = sealing.blocks[static_cast<std::size_t>(index)].header().first_token;
-  add_centre(context, sealing.centres, head, first, -1.0F, rows);
+  add_centre(context, sealing.centre_sets[static_cast<std::size_t>(view.set)], head,
+             positions_of(view), -1.0F, rows);
   context.kernels->encode(codec.plan().keys, true, rows, tile);
 
   convert_to_float(exact_values(context, row.tail, head) + from * context.value_bytes(),
@@ -134,10 +208,12 @@ void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::
 
 void commit(Row& row, Sealing&& sealing) noexcept {
   row.sinks = std::move(sealing.sinks);
-  row.centres = std::move(sealing.centres);
+  row.sink_positions = std::move(sealing.sink_positions);
+  row.centre_sets = std::move(sealing.centre_sets);
   row.tail = std::move(sealing.tail);
-  for (SealedTokens& block : sealing.blocks) {
-    row.sealed.push_back({std::move(block), kTileTokens});
+  row.tail_positions = std::move(sealing.tail_positions);
+  for (BlockView& view : sealing.blocks) {
+    row.sealed.push_back(std::move(view));
     row.sealed_tokens += kTileTokens;
   }
 }
@@ -146,21 +222,29 @@ void truncate(const Context& context, Row& row, std::int64_t held) {
   if (held >= row.held()) return;
   const std::int64_t before_tail = row.sink_tokens() + row.sealed_tokens;
   if (held >= before_tail) {
+    Positions positions = row.tail_positions.part(0, held - before_tail);
     reserve_tail(context, row, 0);
     row.tail.header().tokens = held - before_tail;
+    row.tail_positions = std::move(positions);
+    if (held > 0) row.next_position = position_after(row);
     return;
   }
   if (held <= row.sink_tokens()) {
     // Nothing is sealed any more: the row starts anew, with its sinks as ordinary first tokens.
     ExactTokens tail = copy_tokens(context, row.sinks, 0, held, held);
+    Positions positions = row.sink_positions.part(0, held);
     row.sinks = {};
+    row.sink_positions = {};
     row.sealed = {};
     row.sealed_tokens = 0;
     row.tail = std::move(tail);
-    row.centres = {};
+    row.tail_positions = std::move(positions);
+    row.centre_sets = {};
+    if (held > 0) row.next_position = position_after(row);
     return;
   }
   row.tail = {};
+  row.tail_positions = {};
   std::int64_t over = before_tail - held;
   while (over > 0) {
     BlockView& last = row.sealed.back();
@@ -170,6 +254,8 @@ void truncate(const Context& context, Row& row, std::int64_t held) {
     row.sealed_tokens -= cut;
     over -= cut;
   }
+  compact_sets(row);
+  row.next_position = position_after(row);
 }
 
 void drop_front(const Context& context, Row& row, std::int64_t count) {
@@ -180,17 +266,23 @@ void drop_front(const Context& context, Row& row, std::int64_t count) {
   ExactTokens kept_sinks = from_sinks < sinks ? copy_tokens(context, row.sinks, from_sinks,
                                                             sinks - from_sinks, sinks - from_sinks)
                                               : ExactTokens{};
+  Positions sink_positions = row.sink_positions.part(from_sinks, sinks - from_sinks);
   const std::int64_t from_tail =
       std::max<std::int64_t>(count - sinks - row.sealed_tokens, 0) / kTileTokens * kTileTokens;
   ExactTokens kept_tail;
+  Positions tail_positions;
   if (from_tail > 0) {
     // A prefill's capacity is given back, as by sealing.
     const std::int64_t kept = row.tail_tokens() - from_tail;
     const std::int64_t usual = context.options.residual_window + kTileTokens;
     kept_tail = copy_tokens(context, row.tail, from_tail, kept,
                             std::max(kept, std::min(row.tail.header().capacity, usual)));
+    tail_positions = row.tail_positions.part(from_tail, kept);
   }
-  if (from_sinks > 0) row.sinks = std::move(kept_sinks);
+  if (from_sinks > 0) {
+    row.sinks = std::move(kept_sinks);
+    row.sink_positions = std::move(sink_positions);
+  }
   row.first += from_sinks;
   std::int64_t rest = count - from_sinks;
   std::size_t blocks = 0;
@@ -201,16 +293,20 @@ void drop_front(const Context& context, Row& row, std::int64_t count) {
     ++blocks;
   }
   row.sealed.erase(row.sealed.begin(), row.sealed.begin() + static_cast<std::ptrdiff_t>(blocks));
+  if (blocks > 0) compact_sets(row);
   if (from_tail > 0) {
     row.first += from_tail;
     row.tail = std::move(kept_tail);
+    row.tail_positions = std::move(tail_positions);
   }
 }
 
 void drop_padding(const Context& context, Row& row, std::int64_t count) {
   if (count == 0) return;
+  Positions positions = row.tail_positions.part(count, row.tail_tokens() - count);
   row.tail =
       copy_tokens(context, row.tail, count, row.tail_tokens() - count, row.tail.header().capacity);
+  row.tail_positions = std::move(positions);
   row.first += count;
 }
 

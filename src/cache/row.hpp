@@ -5,9 +5,11 @@
 #include <optional>
 #include <tqai/cache.hpp>
 
+#include "centre_sets.hpp"
 #include "centres.hpp"
 #include "codec.hpp"
 #include "memory.hpp"
+#include "positions.hpp"
 
 namespace tqai::detail {
 
@@ -22,14 +24,24 @@ using ExactTokens = Shared<ExactShape>;
 /// 64 sealed tokens of all kv heads: tiles [kv_heads, TileLayout::bytes()]. Immutable once sealed.
 struct SealedShape {
   std::int64_t first_token = 0;
+  std::int64_t first_position = 0;  // where `places` is empty
+  Places places;
 };
 using SealedTokens = Shared<SealedShape, Slabs>;
 
-/// A block of sealed tokens as a row sees it: its first `tokens` ones.
+/// A block of sealed tokens as a row sees it: its first `tokens` ones, whose keys are centred on
+/// the row's centre set `set`.
 struct BlockView {
   SealedTokens block;
   std::int32_t tokens = kTileTokens;
+  std::int32_t set = 0;
 };
+
+/// Where a block's tokens stand.
+inline kernels::TilePositions positions_of(const BlockView& view) noexcept {
+  const SealedShape& shape = view.block.header();
+  return tile_positions(shape.first_position, shape.places);
+}
 
 /// Geometry and kernels that rows of a cache share.
 struct Context {
@@ -48,6 +60,13 @@ struct Context {
   std::size_t token_bytes() const noexcept {
     return static_cast<std::size_t>(options.kv_heads) * (key_bytes() + value_bytes());
   }
+  /// Whether centres may turn with the position.
+  bool uses_positions() const noexcept {
+    return rope &&
+           (options.centering == Centering::automatic || options.centering == Centering::rope);
+  }
+  /// Positions a token that are kept.
+  int sections() const noexcept { return rope ? rope->rope().section_count() : 1; }
   /// Of a block's payload.
   std::size_t block_bytes() const noexcept {
     return static_cast<std::size_t>(options.kv_heads) * codec->layout().bytes();
@@ -62,11 +81,14 @@ std::byte* exact_values(const Context& context, const ExactTokens& tokens, int h
 /// sealing all are in the tail. Copies share everything.
 struct Row {
   std::int64_t first = 0;
-  ExactTokens sinks;  // may be empty
+  std::int64_t next_position = 0;  // of a token that comes without
+  ExactTokens sinks;               // may be empty
+  Positions sink_positions;
   CountedVector<BlockView> sealed;
   std::int64_t sealed_tokens = 0;
   ExactTokens tail;  // may be empty
-  Centres centres;   // empty before the first sealing
+  Positions tail_positions;
+  CountedVector<Centres> centre_sets;  // empty before the first sealing
 
   std::int64_t sink_tokens() const noexcept { return sinks ? sinks.header().tokens : 0; }
   std::int64_t tail_tokens() const noexcept { return tail ? tail.header().tokens : 0; }
@@ -79,17 +101,19 @@ void reserve_tail(const Context& context, Row& row, std::int64_t more);
 /// What sealing does to a row, made beforehand so that the change itself cannot fail.
 struct Sealing {
   ExactTokens sinks;
-  CountedVector<SealedTokens> blocks;  // to be encoded
-  ExactTokens tail;                    // allocated at the capacity that a sealed row keeps, empty
-  Centres centres;
+  Positions sink_positions;
+  CountedVector<BlockView> blocks;  // to be encoded
+  ExactTokens tail;                 // allocated at the capacity that a sealed row keeps
+  Positions tail_positions;
+  CountedVector<Centres> centre_sets;
   std::int64_t new_sinks = 0;  // tokens that go from the tail to the sinks first
 };
 
 /// Tokens that may be sealed now, a multiple of 64.
 std::int64_t sealable(const Context& context, const Row& row) noexcept;
 
-/// Allocates all that sealing `tokens` > 0 tokens needs, chooses the centres where there are none,
-/// and fills sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
+/// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
+/// sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens);
 
 /// Encodes one head of block `index`. Thread-safe for different (index, head).

@@ -11,7 +11,9 @@ namespace tqai::detail {
 namespace {
 
 constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
-constexpr std::uint32_t kVersion = 1;
+// 1 had no positions and one centre set a row: its tokens stand at their index.
+constexpr std::uint32_t kFirstVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 
@@ -82,7 +84,25 @@ void write_options(const CacheOptions& options, Writer& writer) {
     writer.write(static_cast<std::uint8_t>(options.rope->layout));
     writer.write(static_cast<std::uint32_t>(options.rope->inv_freq.size()));
     writer.write_from(options.rope->inv_freq.data(), options.rope->inv_freq.size());
+    writer.write(static_cast<std::uint32_t>(options.rope->sections.size()));
+    writer.write_from(options.rope->sections.data(), options.rope->sections.size());
   }
+}
+
+// The first one, then how many numbers there are, then each token's.
+void write_positions(const Positions& positions, Writer& writer) {
+  writer.write(positions.first());
+  writer.write(static_cast<std::uint64_t>(positions.each().size()));
+  writer.write_from(positions.each().data(), positions.each().size());
+}
+
+void write_block(const SealedTokens& block, Writer& writer) {
+  const auto& [first_token, first_position, places] = block.header();
+  writer.write(first_token);
+  writer.write(first_position);
+  writer.write(places ? static_cast<std::uint32_t>(places.header().sections) : 0U);
+  if (places) writer.write_from(places.payload(), places.payload_bytes());
+  writer.write_from(block.payload(), block.payload_bytes());
 }
 
 void write_exact(const Context& context, const ExactTokens& exact, Writer& writer) {
@@ -132,6 +152,54 @@ std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
   return parts;
 }
 
+void require_position(std::int64_t position) {
+  require(position >= -KvCache::kMaxPosition && position <= KvCache::kMaxPosition, "a position");
+}
+
+// Of `count` tokens.
+Positions read_positions(const Context& context, std::int64_t count, Reader& reader) {
+  const auto first = reader.read<std::int64_t>();
+  require_position(first);
+  const auto numbers = reader.read<std::uint64_t>();
+  if (numbers == 0) return Positions::consecutive(first, count);
+  const auto sections = static_cast<std::uint64_t>(context.sections());
+  require(context.uses_positions() && numbers == static_cast<std::uint64_t>(count) * sections,
+          "a number of positions");
+  reader.need(numbers, sizeof(std::int32_t));
+  CountedVector<std::int32_t> each(numbers);
+  reader.read_into(each.data(), numbers);
+  for (const std::int32_t position : each) require_position(position);
+  return Positions::each(std::move(each), static_cast<int>(sections));
+}
+
+Places read_places(const Context& context, Reader& reader) {
+  const auto sections = reader.read<std::uint32_t>();
+  if (sections == 0) return {};
+  require(context.uses_positions() &&
+              (sections == 1 || sections == static_cast<std::uint32_t>(context.sections())),
+          "a number of sections");
+  const std::size_t count = std::size_t{sections} * kTileTokens;
+  reader.need(count, sizeof(std::int32_t));
+  Places places(PlacesShape{static_cast<int>(sections)}, count * sizeof(std::int32_t));
+  auto* each = reinterpret_cast<std::int32_t*>(places.payload());
+  reader.read_into(each, count);
+  for (std::size_t i = 0; i < count; ++i) require_position(each[i]);
+  return places;
+}
+
+SealedShape read_shape(const Context& context, std::uint32_t version, Reader& reader) {
+  SealedShape shape;
+  shape.first_token = reader.read<std::int64_t>();
+  shape.first_position = shape.first_token;
+  if (version != kFirstVersion) {
+    shape.first_position = reader.read<std::int64_t>();
+    shape.places = read_places(context, reader);
+  }
+  require_position(shape.first_position);
+  if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
+  return shape;
+}
+
 void check_norms(const Context& context, const SealedTokens& block) {
   const TileLayout& layout = context.codec->layout();
   for (int head = 0; head < context.options.kv_heads; ++head) {
@@ -144,12 +212,15 @@ void check_norms(const Context& context, const SealedTokens& block) {
   }
 }
 
-std::vector<SealedTokens> read_blocks(const Context& context, Reader& reader) {
+std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t version,
+                                      Reader& reader) {
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, sizeof(std::int64_t) + context.block_bytes());
   std::vector<SealedTokens> blocks;
   for (std::uint32_t i = 0; i < count; ++i) {
-    SealedTokens block(SealedShape{reader.read<std::int64_t>()}, context.block_bytes());
+    SealedShape shape = read_shape(context, version, reader);
+    reader.need(1, context.block_bytes());
+    SealedTokens block(std::move(shape), context.block_bytes());
     reader.read_into(block.payload(), context.block_bytes());
     check_norms(context, block);
     blocks.push_back(std::move(block));
@@ -170,10 +241,11 @@ void check_centres(const Context& context, const Centres& centres, int pairs) {
     for (int f = 0; f < 2 * pairs; ++f) {
       require(std::isfinite(centres.means(head)[f]), "a centre");
     }
+    require(centres.left(head) >= 0.0F, "an energy");  // infinite where the keys were long
   }
 }
 
-std::vector<Centres> read_centres(const Context& context, Reader& reader) {
+std::vector<Centres> read_centres(const Context& context, std::uint32_t version, Reader& reader) {
   const int pairs = context.rope ? context.rope->pair_count() : 0;
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, static_cast<std::size_t>(context.options.kv_heads));
@@ -181,8 +253,12 @@ std::vector<Centres> read_centres(const Context& context, Reader& reader) {
   for (std::uint32_t i = 0; i < count; ++i) {
     Centres centres(CentreShape{context.options.kv_heads, context.options.head_dim, pairs});
     // The payload is the only owner's, just made.
-    auto* payload = reinterpret_cast<std::byte*>(centres.constant(0));
-    reader.read_into(payload, centres.memory().payload_bytes());
+    const auto heads = static_cast<std::size_t>(context.options.kv_heads);
+    reader.read_into(centres.constant(0),
+                     heads * static_cast<std::size_t>(context.options.head_dim));
+    reader.read_into(centres.means(0), heads * 2 * static_cast<std::size_t>(pairs));
+    if (version != kFirstVersion) reader.read_into(&centres.left(0), heads);
+    reader.read_into(&centres.kind(0), heads);
     check_centres(context, centres, pairs);
     all.push_back(std::move(centres));
   }
@@ -197,26 +273,67 @@ T part_of(const std::vector<T>& parts, Reader& reader) {
   return parts[index];
 }
 
-Row read_row(const std::vector<ExactTokens>& exact, const std::vector<SealedTokens>& blocks,
-             const std::vector<Centres>& centres, Reader& reader) {
+// What rows refer to.
+struct Parts {
+  std::vector<ExactTokens> exact;
+  std::vector<SealedTokens> blocks;
+  std::vector<Centres> centres;
+};
+
+void read_centre_sets(const Parts& parts, std::uint32_t version, Row& row, Reader& reader) {
+  std::uint32_t count = 1;
+  if (version != kFirstVersion) {
+    count = reader.read<std::uint32_t>();
+    require(count <= kMostCentreSets, "a number of centre sets");
+  }
+  for (std::uint32_t i = 0; i < count; ++i) {
+    Centres centres = part_of(parts.centres, reader);
+    if (!centres && version == kFirstVersion) return;
+    require(static_cast<bool>(centres), "a centre set");
+    row.centre_sets.push_back(std::move(centres));
+  }
+}
+
+Row read_row(const Context& context, const Parts& parts, std::uint32_t version, Reader& reader) {
+  const auto& [exact, blocks, centres] = parts;
   Row row;
   row.first = reader.read<std::int64_t>();
   require(row.first >= 0 && row.first <= kMostTokens, "a row's first token");
   row.sinks = part_of(exact, reader);
   row.tail = part_of(exact, reader);
-  row.centres = part_of(centres, reader);
+  const std::int64_t sinks = row.sink_tokens();
+  if (version == kFirstVersion) {
+    row.sink_positions = Positions::consecutive(row.first, sinks);
+  } else {
+    row.next_position = reader.read<std::int64_t>();
+    require_position(row.next_position - 1);
+    row.sink_positions = read_positions(context, sinks, reader);
+    row.tail_positions = read_positions(context, row.tail_tokens(), reader);
+  }
+  read_centre_sets(parts, version, row, reader);
   const auto count = reader.read<std::uint32_t>();
-  reader.need(count, 2 * sizeof(std::uint32_t));
+  reader.need(count, (version == kFirstVersion ? 2 : 3) * sizeof(std::uint32_t));
   row.sealed.reserve(count);
   for (std::uint32_t i = 0; i < count; ++i) {
-    BlockView view{part_of(blocks, reader), reader.read<std::int32_t>()};
+    BlockView view;
+    view.block = part_of(blocks, reader);
+    view.tokens = reader.read<std::int32_t>();
+    if (version != kFirstVersion) view.set = reader.read<std::int32_t>();
+    require(row.centre_sets.empty() || (view.set >= 0 && view.set < std::ssize(row.centre_sets)),
+            "a tile's centres");
     require(view.block && view.tokens >= 1 && view.tokens <= kTileTokens, "a tile's tokens");
     require(view.block.header().first_token == row.first + row.sink_tokens() + row.sealed_tokens,
-            "a tile's position");
+            "a tile's first token");
     row.sealed_tokens += view.tokens;
     row.sealed.push_back(std::move(view));
   }
-  require(row.sealed.empty() || row.centres, "tiles without centres");
+  require(row.sealed.empty() || !row.centre_sets.empty(), "tiles without centres");
+  if (version == kFirstVersion) {
+    const std::int64_t tail = row.first + sinks + row.sealed_tokens;
+    row.tail_positions = Positions::consecutive(tail, row.tail_tokens());
+    row.next_position = tail + row.tail_tokens();
+    require_position(row.next_position);
+  }
   return row;
 }
 
@@ -237,16 +354,21 @@ std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
   Numbered<ExactTokens> exact;
   Numbered<SealedTokens> blocks;
   Numbered<Shared<CentreShape>> centres;
-  Writer list;
+  Writer list;  // of rows
   for (const Row& row : rows) {
     list.write(row.first);
     list.write(exact.add(row.sinks));
     list.write(exact.add(row.tail));
-    list.write(centres.add(row.centres.memory()));
+    list.write(row.next_position);
+    write_positions(row.sink_positions, list);
+    write_positions(row.tail_positions, list);
+    list.write(static_cast<std::uint32_t>(row.centre_sets.size()));
+    for (const Centres& set : row.centre_sets) list.write(centres.add(set.memory()));
     list.write(static_cast<std::uint32_t>(row.sealed.size()));
     for (const BlockView& view : row.sealed) {
       list.write(blocks.add(view.block));
       list.write(view.tokens);
+      list.write(view.set);
     }
   }
   Writer writer;
@@ -255,10 +377,7 @@ std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
   writer.write(static_cast<std::uint32_t>(exact.objects().size()));
   for (const ExactTokens* part : exact.objects()) write_exact(context, *part, writer);
   writer.write(static_cast<std::uint32_t>(blocks.objects().size()));
-  for (const SealedTokens* block : blocks.objects()) {
-    writer.write(block->header().first_token);
-    writer.write_from(block->payload(), block->payload_bytes());
-  }
+  for (const SealedTokens* block : blocks.objects()) write_block(*block, writer);
   writer.write(static_cast<std::uint32_t>(centres.objects().size()));
   for (const Shared<CentreShape>* centre : centres.objects()) {
     writer.write_from(centre->payload(), centre->payload_bytes());
@@ -269,16 +388,17 @@ std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
   return writer.take();
 }
 
-CacheOptions read_options(Reader& reader) {
+Header read_header(Reader& reader) {
   check_byte_order();
   require(reader.read<std::uint32_t>() == kMagic, "it does not begin as one");
-  const auto version = reader.read<std::uint32_t>();
-  if (version != kVersion) {
-    throw ValueError("the cache is of format version " + std::to_string(version) +
-                     "; this tqai reads version " + std::to_string(kVersion) +
-                     ": use the tqai that wrote it, or a newer one");
+  Header header;
+  header.version = reader.read<std::uint32_t>();
+  if (header.version < kFirstVersion || header.version > kVersion) {
+    throw ValueError("the cache is of format version " + std::to_string(header.version) +
+                     "; this tqai reads versions " + std::to_string(kFirstVersion) + "…" +
+                     std::to_string(kVersion) + ": use the tqai that wrote it, or a newer one");
   }
-  CacheOptions options;
+  CacheOptions& options = header.options;
   for (int* number :
        {&options.kv_heads, &options.head_dim, &options.value_head_dim, &options.bits_k,
         &options.bits_v, &options.sink_tokens, &options.residual_window}) {
@@ -298,24 +418,31 @@ CacheOptions read_options(Reader& reader) {
     reader.need(count, sizeof(float));
     rope.inv_freq.resize(count);
     reader.read_into(rope.inv_freq.data(), count);
+    if (header.version != kFirstVersion) {
+      const auto sections = reader.read<std::uint32_t>();
+      reader.need(sections, sizeof(std::uint8_t));
+      rope.sections.resize(sections);
+      reader.read_into(rope.sections.data(), sections);
+    }
     options.rope = std::move(rope);
   }
-  return options;
+  return header;
 }
 
-Contents read_contents(const Context& context, Reader& reader) {
+Contents read_contents(const Context& context, std::uint32_t version, Reader& reader) {
   Contents contents;
   contents.tokens = reader.read<std::int64_t>();
   require(contents.tokens >= 0 && contents.tokens <= kMostTokens, "a number of tokens");
-  const std::vector<ExactTokens> exact = read_exact(context, reader);
-  const std::vector<SealedTokens> blocks = read_blocks(context, reader);
-  const std::vector<Centres> centres = read_centres(context, reader);
+  Parts parts;
+  parts.exact = read_exact(context, reader);
+  parts.blocks = read_blocks(context, version, reader);
+  parts.centres = read_centres(context, version, reader);
   const auto batch = reader.read<std::uint32_t>();
   require(batch >= 1, "no rows");
   reader.need(batch, sizeof(std::int64_t));
   contents.rows.reserve(batch);
   for (std::uint32_t i = 0; i < batch; ++i) {
-    contents.rows.push_back(read_row(exact, blocks, centres, reader));
+    contents.rows.push_back(read_row(context, parts, version, reader));
     const Row& row = contents.rows.back();
     require(row.first + row.held() == contents.tokens, "a row's number of tokens");
   }

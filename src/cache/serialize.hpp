@@ -50,11 +50,17 @@ class Reader {
 std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
                                    const CountedVector<Row>& rows);
 
-/// The options that bytes of `write_cache` begin with; the level is left open. Throws ValueError.
-CacheOptions read_options(Reader& reader);
+/// What bytes of `write_cache`, or of an older tqai's, begin with; the options' level is left open.
+struct Header {
+  std::uint32_t version = 0;
+  CacheOptions options;
+};
 
-/// What follows them, for a context of those options. Throws ValueError for anything that
-/// write_cache does not write.
-Contents read_contents(const Context& context, Reader& reader);
+/// Throws ValueError.
+Header read_header(Reader& reader);
+
+/// What follows it, for a context of those options. Throws ValueError for anything that write_cache
+/// of that version does not write.
+Contents read_contents(const Context& context, std::uint32_t version, Reader& reader);
 
 }  // namespace tqai::detail

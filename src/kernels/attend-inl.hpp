@@ -201,7 +201,7 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
     }
   }
   if (head.rope.count == 0) return;
-  add_rope(head.rope, tile.span.first_token, rows, scratch.block.scores);
+  add_rope(head.rope, tile.span.positions, rows, scratch.block.scores);
   for (int r = 0; r < rows; ++r) {
     RowVecs vecs;
     load_row(scratch.block.scores[r], vecs);

@@ -22,6 +22,11 @@ inline constexpr int kLanes = 16;
 /// to 1 it is off by less than 3e-7.
 inline constexpr int kRopePowers = 4;
 
+/// Positions from 0 below this many are looked up; others are turned there by multiples of it, up
+/// to kFarSteps of them on either side.
+inline constexpr std::int64_t kNearPositions = std::int64_t{1} << 20;
+inline constexpr std::int64_t kFarSteps = std::int64_t{1} << 10;
+
 struct CodeBins;
 
 /// One run of coordinates with its codebook on the int8 grid.
@@ -79,11 +84,18 @@ struct Softmax {
   std::int64_t output_stride;  // padded head dimension of the values
 };
 
+/// Where a tile's tokens stand.
+struct TilePositions {
+  std::int64_t first = 0;              // consecutive ones from here, where `each` is null
+  const std::int32_t* each = nullptr;  // [sections, 64]
+  int sections = 1;                    // 1: the same in all of the embedding's sections
+};
+
 /// Up to 64 tokens of all kv heads.
 struct TileSpan {
   const std::uint8_t* tiles;  // one a kv head, TilePlan::bytes apart
   int tokens;                 // valid ones, 1…64
-  std::int64_t first_token;
+  TilePositions positions;
 };
 
 /// What RoPE-centred keys leave out of the scores: at position p, Σ_f Re(factor_f · e^(i p ω_f)).
@@ -102,6 +114,9 @@ struct RopeBias {
       terms;  // [pair_count, kRopePowers, 2]: a frequency's cosine and sine in those powers
   const float* tiles;    // [tile, 2, pair_count]: e^(i (64 tile + 31.5) ω)
   const float* offsets;  // [64, 2, pair_count]: e^(i offset ω)
+  const float* far;  // [2 · kFarSteps, 2, pair_count], at step 0: e^(i step · kNearPositions · ω);
+                     // null where no position is that far
+  const std::uint8_t* sections;  // [pair_count], which of a token's positions turns a pair
 };
 
 /// Query rows of one kv head, and what they have found.
@@ -169,9 +184,10 @@ struct Kernels {
   /// Adds exact tokens to the softmax state, in fp32.
   void (*attend_exact)(const AttendExact& args) noexcept;
 
-  /// scores[r, t] += what RoPE-centred keys leave out at position first_token + t, in fp32 from
-  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64].
-  void (*add_rope)(const RopeBias& bias, std::int64_t first_token, int rows,
+  /// scores[r, t] += what RoPE-centred keys leave out at the position of token t, in fp32 from
+  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64]. Of positions that are
+  /// not consecutive each token takes its own products, several times the work.
+  void (*add_rope)(const RopeBias& bias, const TilePositions& positions, int rows,
                    float (*scores)[kTileTokens]) noexcept;
 
   /// to = factor · from in fp32, of `count` numbers, `from` aligned for its dtype. False where one

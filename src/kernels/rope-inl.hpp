@@ -1,5 +1,5 @@
 // The part of the scores that RoPE-centred keys leave out, for the 64 consecutive positions of a
-// tile at once.
+// tile at once, or for positions of any kind token by token.
 #pragma once
 
 #include "kernels.hpp"
@@ -18,17 +18,25 @@ struct TilePhasors {
   float imaginary[kMaxDim / 2];
 };
 
-// Of all pairs, kept or not: contiguous loops cost less than picking.
-inline void find_phasors(const RopeBias& bias, std::int64_t first_token,
-                         TilePhasors& phasors) noexcept {
+// e^(i (first + 31.5) ω) of all pairs, kept or not: contiguous loops cost less than picking.
+inline void find_phasors(const RopeBias& bias, std::int64_t first, TilePhasors& phasors) noexcept {
   const int pairs = bias.pair_count;
-  const float* __restrict a = bias.tiles + first_token / kTileTokens * 2 * pairs;
+  const std::int64_t near = first & (kNearPositions - 1);
+  const float* __restrict a = bias.tiles + near / kTileTokens * 2 * pairs;
   const float* __restrict b = a + pairs;
-  const float* __restrict c = bias.offsets + first_token % kTileTokens * 2 * pairs;
+  const float* __restrict c = bias.offsets + near % kTileTokens * 2 * pairs;
   const float* __restrict d = c + pairs;
   for (int f = 0; f < pairs; ++f) {
     phasors.real[f] = fused(a[f], c[f], -(b[f] * d[f]));
     phasors.imaginary[f] = fused(a[f], d[f], b[f] * c[f]);
+  }
+  if (near == first) return;
+  const float* __restrict g = bias.far + (first - near) / kNearPositions * 2 * pairs;
+  const float* __restrict h = g + pairs;
+  for (int f = 0; f < pairs; ++f) {
+    const float real = phasors.real[f];
+    phasors.real[f] = fused(real, g[f], -(phasors.imaginary[f] * h[f]));
+    phasors.imaginary[f] = fused(real, h[f], phasors.imaginary[f] * g[f]);
   }
 }
 
@@ -115,11 +123,68 @@ inline void add_rope_rows(const RopeBias& bias, const RowFactors* turned, int co
   }
 }
 
+// e^(i (p + 31.5) ω) of all pairs, p being the token's position in the pair's section.
+inline void find_token_phasors(const RopeBias& bias, const TilePositions& positions, int token,
+                               TilePhasors& phasors) noexcept {
+  find_phasors(bias, positions.each[token], phasors);
+  for (int s = 1; s < positions.sections; ++s) {
+    const std::int64_t position = positions.each[s * kTileTokens + token];
+    TilePhasors other;
+    find_phasors(bias, position, other);
+    for (int f = 0; f < bias.pair_count; ++f) {
+      const bool is_its = bias.sections[f] == s;
+      phasors.real[f] = is_its ? other.real[f] : phasors.real[f];
+      phasors.imaginary[f] = is_its ? other.imaginary[f] : phasors.imaginary[f];
+    }
+  }
+}
+
+// The bias of tokens at positions of any kind.
+TQAI_COLD void add_rope_by_token(const RopeBias& bias, const TilePositions& positions, int rows,
+                                 float (*scores)[kTileTokens]) noexcept {
+  // The factors, and i times them, turned from the middle of a tile to its start.
+  alignas(64) RowFactors turned[kMaxDim / 2];
+  alignas(64) RowFactors turned_times_i[kMaxDim / 2];
+  for (int k = 0; k < bias.count; ++k) {
+    const float* half = bias.half + static_cast<std::ptrdiff_t>(bias.pairs[k]) * kTileTokens;
+    const auto cosine = broadcast_float<FloatVec>(half[kHalfTile - 1]);
+    const auto sine = broadcast_float<FloatVec>(half[2 * kHalfTile - 1]);
+    const float* factors = bias.factors + static_cast<std::ptrdiff_t>(k) * 2 * kLanes;
+    for (int p = 0; p < kLaneParts; ++p) {
+      const FloatVec factor = load_floats(factors + p * kVectorLanes);
+      const FloatVec times_i = load_floats(factors + kLanes + p * kVectorLanes);
+      store_floats(turned[k] + p * kVectorLanes, factor * cosine - times_i * sine);
+      store_floats(turned_times_i[k] + p * kVectorLanes, times_i * cosine + factor * sine);
+    }
+  }
+  for (int t = 0; t < kTileTokens; ++t) {
+    TilePhasors phasors;
+    find_token_phasors(bias, positions, t, phasors);
+    FloatVec sums[kLaneParts] = {};
+    for (int k = 0; k < bias.count; ++k) {
+      const int f = bias.pairs[k];
+      const auto real = broadcast_float<FloatVec>(phasors.real[f]);
+      const auto imaginary = broadcast_float<FloatVec>(phasors.imaginary[f]);
+      for (int p = 0; p < kLaneParts; ++p) {
+        sums[p] = fused(load_floats(turned[k] + p * kVectorLanes), real, sums[p]);
+        sums[p] = fused(load_floats(turned_times_i[k] + p * kVectorLanes), imaginary, sums[p]);
+      }
+    }
+    alignas(64) RowFactors products;
+    for (int p = 0; p < kLaneParts; ++p) store_floats(products + p * kVectorLanes, sums[p]);
+    for (int r = 0; r < rows; ++r) scores[r][t] = scores[r][t] + products[2 * r];
+  }
+}
+
 // Adds the bias of a tile to the rows' scores.
-void add_rope(const RopeBias& bias, std::int64_t first_token, int rows,
+void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
               float (*scores)[kTileTokens]) noexcept {
+  if (positions.each != nullptr) {
+    add_rope_by_token(bias, positions, rows, scores);
+    return;
+  }
   TilePhasors phasors;
-  find_phasors(bias, first_token, phasors);
+  find_phasors(bias, positions.first, phasors);
   alignas(64) RowFactors turned[kMaxDim / 2 + kRopePowers];
   const int count = turn_factors(bias, phasors, turned);
   int r = 0;

@@ -125,20 +125,28 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       context.rope = detail::shared_rope_tables(rope);
       detail::Centres centres(detail::CentreShape{1, dim, dim / 2});
       const auto* keys = reinterpret_cast<const std::byte*>(all.keys.at(0, 0, 0));
-      detail::choose_centre(context, {keys, 7, 320}, 0, centres);
+      context.rope->cover(-2'000'000, 100'003);
+      const auto phasors = context.rope->phasors();
+      std::vector<detail::Moments> moments(5, detail::Moments(context));
+      std::vector<const detail::Moments*> parts;
+      for (std::size_t i = 0; i < moments.size(); ++i) {
+        detail::find_moments(context, *phasors, keys + i * kTileTokens * context.key_bytes(),
+                             {7 + static_cast<std::int64_t>(i) * kTileTokens}, moments[i]);
+        parts.push_back(&moments[i]);
+      }
+      detail::choose_centre(context, detail::pooled(parts), 0, centres);
       const Array queries({1, 1, 5, dim}, engine_);
-      for (const std::int64_t first : {0, 7, 64, 1000, 100003}) {
-        const auto tiles = context.rope->tiles(first / kTileTokens + 1);
+      for (const std::int64_t first : {0, 7, 64, 1000, 100003, -5, -1'999'950}) {
         std::vector<float> factors(
             static_cast<std::size_t>(detail::CentreScores::factor_floats(context)));
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
-                                          tiles->data(), factors.data());
+                                          phasors.get(), factors.data());
         std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
-        detail::add_centre(context, centres, 0, first, 1.0F, rows.data());
+        detail::add_centre(context, centres, 0, {first}, 1.0F, rows.data());
         for (const Level level : available_levels()) {
           float bias[5][kTileTokens];
           for (int r = 0; r < 5; ++r) std::fill_n(bias[r], kTileTokens, scores.constants()[r]);
-          kernels::kernels(level).add_rope(scores.rope(), first, 5, bias);
+          kernels::kernels(level).add_rope(scores.rope(), {first}, 5, bias);
           for (int r = 0; r < 5; ++r) {
             for (int t = 0; t < kTileTokens; ++t) {
               // Directly, in double: the mean pairs turned to the position.
@@ -207,12 +215,14 @@ TEST_F(Centres, FarPositionsStayExact) {
   // Phasors come from double angles: at position 200 000 the centre is as good as at the start.
   const Rope rope = test::rope_of(64);
   const detail::RopeTables tables(rope);
-  const auto tiles = tables.tiles(3200);
+  tables.cover(0, 204'799);
+  const auto phasors = tables.phasors();
+  const std::vector<float>& tiles = phasors->tiles;
   const std::size_t tile = 3125;  // 200 000 / 64
   for (std::size_t f = 0; f < 32; ++f) {
     const double angle = (200000.0 + 31.5) * static_cast<double>(rope.inv_freq[f]);
-    EXPECT_NEAR((*tiles)[tile * 64 + f], std::cos(angle), 1e-6);
-    EXPECT_NEAR((*tiles)[tile * 64 + 32 + f], std::sin(angle), 1e-6);
+    EXPECT_NEAR(tiles[tile * 64 + f], std::cos(angle), 1e-6);
+    EXPECT_NEAR(tiles[tile * 64 + 32 + f], std::sin(angle), 1e-6);
   }
 }
 

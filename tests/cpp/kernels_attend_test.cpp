@@ -119,15 +119,32 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
         const auto rows = tile_rows(dim, engine);
         tiles.emplace_back(codec.layout().bytes());
         encode(codec, rows, rows, tiles.back().data());
-        spans.push_back({tiles.back().data(), tokens, 0});
+        spans.push_back({tiles.back().data(), tokens, {}});
       }
       for (std::size_t i = 0; i < tiles.size(); ++i) spans[i].tiles = tiles[i].data();
       const std::int64_t tokens = 209;
       // The tiles lie at positions of a sequence from which something was cropped.
       const std::int64_t starts[] = {5, 69, 133, 150};
-      for (std::size_t i = 0; i < spans.size(); ++i) spans[i].first_token = starts[i];
-      const detail::RopeTables tables(test::rope_of(dim));
-      const auto phasors = tables.tiles(4);
+      for (std::size_t i = 0; i < spans.size(); ++i) spans[i].positions.first = starts[i];
+      Rope embedding = test::rope_of(dim);
+      for (std::size_t f = 0; f < embedding.inv_freq.size(); ++f) {
+        embedding.sections.push_back(static_cast<std::uint8_t>(f % 3));
+      }
+      const detail::RopeTables tables(embedding);
+      tables.cover(-70, 3'000'000);
+      const auto phasors = tables.phasors();
+      // An image's positions, and any; the others are consecutive.
+      std::vector<std::int32_t> places(3 * std::size_t{kTileTokens});
+      for (std::size_t i = 0; i < places.size(); ++i) {
+        const auto token = static_cast<std::int32_t>(i % kTileTokens);
+        places[i] = i < kTileTokens ? 7 : i < 2 * kTileTokens ? 7 + token / 9 : 7 + token % 9;
+      }
+      std::vector<std::int32_t> anywhere(kTileTokens);
+      for (std::int32_t& place : anywhere) {
+        place = static_cast<std::int32_t>(engine() % 3'000'000) - 70;
+      }
+      spans[1].positions = {0, places.data(), 3};
+      spans[2].positions = {0, anywhere.data(), 1};
       // Two of them slow.
       const auto pair_count = static_cast<std::uint16_t>(tables.pair_count());
       const std::vector<std::uint16_t> pairs = {0, 1, 3, static_cast<std::uint16_t>(pair_count - 2),
@@ -141,8 +158,10 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       rope.pair_count = tables.pair_count();
       rope.half = tables.half();
       rope.terms = tables.terms();
-      rope.tiles = phasors->data();
+      rope.tiles = phasors->tiles.data();
       rope.offsets = tables.offsets();
+      rope.far = phasors->far_middle();
+      rope.sections = tables.sections();
       // With both kinds of frequencies, and with one alone.
       kernels::RopeBias fast = rope;
       fast.count = 3;
@@ -200,7 +219,7 @@ TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
         const auto rows = tile_rows(dim, engine);
         encode(codec, rows, rows, blocks.back().data() + h * bytes);
       }
-      spans.push_back({nullptr, count, tokens});
+      spans.push_back({nullptr, count, {tokens}});
       tokens += count;
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) spans[i].tiles = blocks[i].data();
@@ -242,7 +261,7 @@ TEST_P(Levels, RoughPowersAgreeAndAreNear) {
   const auto vectors = tile_rows(16, engine);
   encode(codec, vectors, vectors, tile.data());
   constexpr int kTokens = 16;
-  const std::vector<kernels::TileSpan> spans = {{tile.data(), kTokens, 0}};
+  const std::vector<kernels::TileSpan> spans = {{tile.data(), kTokens, {}}};
   const std::vector<float> queries(static_cast<std::size_t>(codec.plan().keys.padded), 0.0F);
   constexpr float kLog2 = 0.693147181F;
   for (int k = 0; k <= 130; ++k) {
@@ -284,8 +303,8 @@ TEST_P(Levels, MaskedTokensWeighNothing) {
       tiles.emplace_back(codec.layout().bytes());
       encode(codec, keys, values, tiles.back().data());
     }
-    const kernels::TileSpan large{tiles[0].data(), kTileTokens, 0};
-    const kernels::TileSpan seen{tiles[1].data(), kTileTokens, kTileTokens};
+    const kernels::TileSpan large{tiles[0].data(), kTileTokens, {}};
+    const kernels::TileSpan seen{tiles[1].data(), kTileTokens, {kTileTokens}};
     const std::size_t padded = static_cast<std::size_t>(codec.plan().keys.padded);
     auto queries = test::random_normal(2 * padded, engine);
     std::fill_n(queries.begin(), padded, 0.0F);  // of row 0: all that it sees weighs as much
@@ -327,7 +346,7 @@ TEST_P(Levels, ValuesWhoseWeightsCannotMatterAreSkipped) {
     encode(codec, keys, values, tiles.back().data());
   }
   for (const auto& tile : tiles) {
-    spans.push_back({tile.data(), kTileTokens, kTileTokens * std::ssize(spans)});
+    spans.push_back({tile.data(), kTileTokens, {kTileTokens * std::ssize(spans)}});
   }
   const auto padded = static_cast<std::ptrdiff_t>(codec.plan().values.padded);
   // Queries of zeros: scores are the mask's.

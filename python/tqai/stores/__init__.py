@@ -38,7 +38,7 @@ def make_store(
         argument = None if rope is None else rope.core_argument()
         return _core.KvCache(batch=batch, dtype=DTYPES[dtype], rope=argument, **options)
     options.pop("level", None)
-    argument = None if rope is None else (rope.inv_freq, rope.layout, rope.rotary_dim)
+    argument = None if rope is None else rope.options()
     return TorchStore(Options(dtype=dtype, rope=argument, **options), batch, keys.device)
 
 
@@ -58,13 +58,25 @@ def moved(store: Store, settings: Settings, device: torch.device) -> Store:
     return TorchStore.deserialize(store.serialize(), device)
 
 
-def append(store: Store, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Adds tokens [batch, kv_heads, n, dim], of the store's dtype or one that it can hold."""
+def append(
+    store: Store,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """Adds tokens [batch, kv_heads, n, dim], of the store's dtype or one that it can hold.
+
+    positions: [batch or 1, sections or 1, n] int64 on the CPU, what the keys were turned by; None:
+    each token is one further than the one before in its row.
+    """
     if isinstance(store, TorchStore):
-        store.append(keys, values)
-    else:
-        rows = rows_contiguous(keys), rows_contiguous(values)  # alive while their address is used
-        store.append(ref(rows[0]), ref(rows[1]))
+        store.append(keys, values, None if positions is None else positions.numpy())
+        return
+    rows = rows_contiguous(keys), rows_contiguous(values)  # alive while their address is used
+    at = None
+    if positions is not None:
+        at = positions.data_ptr(), tuple(positions.shape), positions.stride()
+    store.append(ref(rows[0]), ref(rows[1]), at)
 
 
 def attend(store: Store, queries: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -32,6 +32,7 @@ from tqai.transformers.other_layers import (
     tensors_of,
 )
 from tqai.transformers.passes import Before, Passes, copy_of
+from tqai.transformers.positions import Turned
 from tqai.transformers.view import TqaiView
 from tqai.transformers.weights import State
 
@@ -65,6 +66,8 @@ class TqaiCache(Passes, DynamicCache):
 
     whole: ReferenceType[Passes] | None = None
     """The cache of an encoder-decoder model that this is one half of."""
+    turned: Turned | None = None
+    """What the forward pass that is under way turns its keys by."""
     weights: State | None = None
     """Those that its text was read with, by which other ones are noticed; None before that."""
 
@@ -130,6 +133,7 @@ class TqaiCache(Passes, DynamicCache):
         for name in ("whole", "lock", "_call"):
             state.pop(name, None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
+        state.pop("turned", None)
         if self.is_empty():
             state.pop("weights", None)
         return {**state, "layers": layers, "_before": {}, "_changed_states": False}
@@ -248,6 +252,8 @@ class TqaiCache(Passes, DynamicCache):
                     tokens = key_states.shape[2] if key_states.ndim == 4 else 0
                     self._before[layer_idx] = Before(layer, tokens)
                 self._changed_states |= has_states(layer)
+                if isinstance(layer, TqaiLayer):
+                    layer.turned = self.turned
                 keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             except BaseException:
                 self.roll_back()

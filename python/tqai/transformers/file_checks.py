@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,22 @@ def check_rope(path: Path, index: int, saved: Mapping[str, Any] | None, rope: Ro
 def _same_rope(saved: Mapping[str, Any] | None, rope: Rope | None) -> bool:
     if saved is None or rope is None:
         return saved is None and rope is None
-    own = asdict(rope)
-    if any(saved.get(name, value) != value for name, value in own.items() if name != "inv_freq"):
+    if saved["layout"] != rope.layout or _sections_of(saved) not in ((), rope.sections):
         return False
+    if rope.changes and len(saved["inv_freq"]) == len(rope.inv_freq):
+        return True
     return _close(saved["inv_freq"], rope.inv_freq)
+
+
+def rope_of(saved: Mapping[str, Any], rope: Rope) -> Rope:
+    """The embedding that saved keys went through; `rope` is the model's, and is the same kind."""
+    frequencies = tuple(map(float, saved["inv_freq"])) if rope.changes else rope.inv_freq
+    return replace(rope, inv_freq=frequencies, sections=_sections_of(saved))
+
+
+def _sections_of(saved: Mapping[str, Any]) -> tuple[int, ...]:
+    """None in files from before there were any, where those of M-RoPE were taken for one."""
+    return tuple(saved.get("sections", ()))
 
 
 def _close(a: Any, b: Any) -> bool:

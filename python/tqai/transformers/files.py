@@ -218,6 +218,8 @@ def _restore(
         raise ValueError(
             f"{path}: layer {index} is of {unknown[0]!r}; allowed are {', '.join(_DTYPES)}"
         )
+    if layer.rope is not None:
+        layer.rope = file_checks.rope_of(described["rope"], layer.rope)
     dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
     try:
         core = _core.KvCache.deserialize(data.numpy(), level=layer.settings.level)

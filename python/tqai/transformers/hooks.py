@@ -2,6 +2,7 @@
 
 - a pre-hook on the decoder gives a compressed cache to a plain forward call, and refuses another
   model's; it has the settings, and so is what makes a model a patched one;
+- a pre-hook on its rotary modules sees the positions that keys are turned by;
 - each distinct config of the decoder gets tqai's attention implementation, at ``patch`` and, where
   the model or its user has chosen another since, before each pass;
 - the model's ``_prepare_cache_for_generation`` makes a compressed cache in place of DynamicCache;
@@ -39,6 +40,7 @@ from tqai.transformers.geometry import (
 )
 from tqai.transformers.original_attention import PatchedName, original_name, patched_name
 from tqai.transformers.parts import parts_of
+from tqai.transformers.positions import ARGUMENT, Turned, TurnWatch
 from tqai.transformers.remarks import remark_on
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()
@@ -183,8 +185,10 @@ class _CacheHook:
         self.said: set[str] | None = None
         """Kinds of caches remarked on, where each is once enough: a model around this one may call
         its ``generate`` for each token."""
+        self.turns = TurnWatch()
 
     def install(self) -> None:
+        self.turns.install(self.decoder)
         self.decoder.register_forward_pre_hook(self, with_kwargs=True)
         self.decoder.register_forward_hook(_end_pass, prepend=True, with_kwargs=True)
         self._make_known()
@@ -192,6 +196,7 @@ class _CacheHook:
     def remove(self) -> None:
         """Takes the hook off, and puts the configs back as they were."""
         _patched.discard(self.decoder)
+        self.turns.remove(self.decoder)
         hooks = self.decoder._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is self]:
             del hooks[key]
@@ -237,6 +242,7 @@ class _CacheHook:
         given = names.given(decoder, args, kwargs)
         cache = given.get(str(names.cache_name(decoder)))
         cross = given.get("encoder_hidden_states") is not None
+        turned = self.turns.begin(given.get(ARGUMENT))
         if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.check_model(geometry_of(decoder))
         if isinstance(cache, TqaiCache) and cross:
@@ -256,11 +262,13 @@ class _CacheHook:
                 "always brings a cache of its own.",
                 self.said,
             )
+        _hand_over(cache, turned)
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
         kind = TqaiEncoderDecoderCache if cross else TqaiCache
         fresh = kind(geometry_of(decoder), self.settings)
         fresh.begin_pass(decoder)
+        _hand_over(fresh, turned)
         return names.with_cache(decoder, args, kwargs, fresh)
 
 
@@ -276,6 +284,13 @@ def _end_pass(
 def _is_compressed(cache: Any) -> bool:
     # The user may have put a compressed one into transformers' pair.
     return isinstance(getattr(cache, "self_attention_cache", cache), TqaiCache)
+
+
+def _hand_over(cache: Any, turned: Turned | None) -> None:
+    """Tells a compressed cache what the pass that begins turns its keys by."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if isinstance(cache, TqaiCache):
+        cache.turned = turned
 
 
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops import TILE_TOKENS
+from tqai.transformers.positions import Turned
 from tqai.transformers.view import Owner, TqaiView, Update
 
 MIN_HEAD_DIM = 8
@@ -97,6 +98,8 @@ class TqaiLayer(CacheLayerMixin):
         self.padding: list[int] = []
         """Tokens at the start of each row that are padding."""
         self._seals_later = False
+        self.turned: Turned | None = None
+        """What the next update's keys are turned by, where that is known."""
 
     # What transformers asks of a layer.
 
@@ -154,7 +157,8 @@ class TqaiLayer(CacheLayerMixin):
         self._keep_reading()
         with self._named_errors():
             core = self._store_for(keys, values, dtype)
-            stores.append(core, keys.to(dtype), values.to(dtype))
+            positions = self._take_positions(keys)
+            stores.append(core, keys.to(dtype), values.to(dtype), positions)
         if self.core is None:
             self.dtypes = keys.dtype, values.dtype
             self.padding = [0] * core.batch
@@ -168,6 +172,7 @@ class TqaiLayer(CacheLayerMixin):
             # Contiguous, as the plain cache would hold them, so that results are equal bit for bit.
             fresh = keys.contiguous(), values.contiguous()
         update = Update(self, first, length, keys.shape[-2], fresh)
+        update.positions = positions
         return update.views(keys, values)
 
     def get_seq_length(self) -> int:
@@ -380,6 +385,8 @@ class TqaiLayer(CacheLayerMixin):
         """The layer's store, where these tensors can be added; a new one if there is none."""
         if self.core is not None:
             return stores.moved(self.core, self.settings, keys.device)
+        if self.rope is not None and self.turned is not None:
+            self.rope = self.turned.rope(self.rope)
         # A sink that has left a sliding window is never seen again.
         settings = self.settings
         if keys.shape[1] == 1 and (keys.shape[3], values.shape[3]) in self.latents:
@@ -387,6 +394,13 @@ class TqaiLayer(CacheLayerMixin):
         return stores.make_store(
             settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
         )
+
+    def _take_positions(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """What the new keys were turned by; see ``Turned.of``."""
+        turned, self.turned = self.turned, None
+        if turned is None or self.rope is None:
+            return None
+        return turned.of(self.index, self.rope.section_count, keys.shape[0], keys.shape[2])
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, tensor in (("keys", keys), ("values", values)):

@@ -42,7 +42,8 @@ def steps(
     at = 0
     for end in _ends(update, mask):
         count = end - at
-        stores.append(core, *(rows[:, :, at : at + count] for rows in (keys, values)))
+        positions = None if update.positions is None else update.positions[..., at : at + count]
+        stores.append(core, *(rows[:, :, at : at + count] for rows in (keys, values)), positions)
         if hidden is not None and start == 0:
             _drop_padding(layer, [min(tokens, at + count) for tokens in hidden])
         length = start + at + count - update.first

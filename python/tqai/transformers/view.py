@@ -63,6 +63,8 @@ class Update:
         """New tokens, the last of the span; 0 for an encoder's tokens, all of which all see."""
         self.fresh = fresh
         """The exact keys and values, where the update was the first of an empty layer."""
+        self.positions: torch.Tensor | None = None
+        """What the new tokens' keys were turned by, where it is known; see ``stores.append``."""
         self.cache: Owner | None = None
         """The cache that the layer belongs to, to undo a forward pass that fails."""
         self.settled = False

@@ -348,7 +348,8 @@ def storages(store: TorchStore) -> dict[int, int]:
     for rows in store.rows:
         tensors = [part.tiles for part in rows.pages]
         tensors += [*rows.sinks.part(0, 0), *rows.tail.part(0, 0)]
-        tensors += [] if rows.centres is None else [rows.centres.constant, rows.centres.means]
+        for centres in rows.centre_sets:
+            tensors += [centres.constant, centres.means, torch.from_numpy(centres.left)]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.nbytes() > 0:

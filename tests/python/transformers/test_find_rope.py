@@ -91,12 +91,24 @@ def test_layers_without_an_embedding_get_none() -> None:
     assert geometry_of(hf.GPT2LMHeadModel(config)).ropes == (None, None)
 
 
-def test_frequencies_that_change_with_the_length_get_none_and_say_so() -> None:
-    model = make("Llama", rope_scaling={"rope_type": "dynamic", "factor": 4.0})
-    cache = tqai.patch(model)
-    assert cache.memory_report()["rotary"] == {"unrecognised": 2}
+def test_what_is_not_recognised_says_so() -> None:
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4))
+    assert tqai.patch(model).memory_report()["rotary"] == {"unrecognised": 2}
     with pytest.raises(ValueError, match="layer 0: centering='rope' needs a rotary embedding"):
         tqai.patch(model, centering="rope")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_change_are_those_of_a_short_text_at_first(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {}
+    scaling = {"rope_type": kind, "factor": 4.0, **factors}
+    scaling["original_max_position_embeddings"] = 64
+    model = make("Llama", rope_scaling=scaling, max_position_embeddings=64)
+    plain = geometry_of(make("Llama")).ropes[0]
+    rope = geometry_of(model).ropes[0]
+    assert rope is not None and plain is not None
+    assert rope.changes and not plain.changes
+    assert rope.inv_freq == plain.inv_freq
 
 
 def test_the_probe_leaves_the_model_as_it_was() -> None:

@@ -138,8 +138,8 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             tokens = min(count * TILE_TOKENS, page.end - first)
             if query.first_token >= first + tokens:
                 continue
-            assert rows.centres is not None
-            centre = rows.centres.scores(context.phasors, flat, first, count)
+            stand = page.positions.part(at * TILE_TOKENS, (at + count) * TILE_TOKENS)
+            centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
             bias = query.bias(first, first + tokens)
             tiles = page.read(at, count)
             state = attend_tiles(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from tqai.stores.torch_ops.codec import Options
 from tqai.stores.torch_ops.packing import TILE_TOKENS
 from tqai.stores.torch_ops.phasors import Phasors, turn
+from tqai.stores.torch_ops.positions import Positions
 
 # The same thresholds as in src/cache/centres.cpp, where each is explained.
 _CLEARLY_A_MEAN = 2.0
@@ -17,18 +19,20 @@ _NEGLIGIBLE = 0.01
 
 
 class Centres(NamedTuple):
-    """The centres of some rows that were sealed together. Immutable."""
+    """One set of centres of each of some rows. Immutable."""
 
     constant: torch.Tensor
     """[rows, kv_heads, head_dim] float32."""
     means: torch.Tensor
     """[rows, kv_heads, 2, pairs] float32, real and imaginary parts; zeros where nothing turns."""
+    left: np.ndarray
+    """[rows, kv_heads] float32: the energy per token that it left of the keys it comes from."""
     kinds: tuple[tuple[str, ...], ...]
     """[rows][kv_heads]: "none", "mean" or "rope"."""
 
     @property
     def nbytes(self) -> int:
-        return self.constant.nbytes + self.means.nbytes
+        return self.constant.nbytes + self.means.nbytes + self.left.nbytes
 
     @property
     def is_constant(self) -> bool:
@@ -38,23 +42,27 @@ class Centres(NamedTuple):
     def select(self, rows: list[int]) -> Centres:
         index = torch.tensor(rows, device=self.constant.device)
         kinds = tuple(self.kinds[row] for row in rows)
-        return Centres(self.constant[index], self.means[index], kinds)
+        return Centres(self.constant[index], self.means[index], self.left[rows], kinds)
 
-    def at(self, phasors: Phasors | None, first: int, tiles: int) -> torch.Tensor:
-        """The centres of keys first…, [rows, kv_heads, 64 · tiles or 1, head_dim]."""
+    def of_row(self, row: int) -> RowCentres:
+        constant, means = (part[row].cpu().numpy() for part in (self.constant, self.means))
+        return RowCentres(constant, means, self.left[row], self.kinds[row])
+
+    def at(self, phasors: Phasors | None, positions: Positions) -> torch.Tensor:
+        """The centres of keys at these positions, [rows, kv_heads, tokens or 1, head_dim]."""
         constant = self.constant[:, :, None]
         if phasors is None or self.is_constant:
             return constant
         real, imaginary = (part[:, :, None] for part in self.means.unbind(-2))
-        turned = turn(real, imaginary, *phasors.of(first, tiles))
+        turned = turn(real, imaginary, *phasors.of(positions))
         return constant + phasors.join(*turned, self.constant.shape[-1])
 
     def scores(
-        self, phasors: Phasors | None, queries: torch.Tensor, first: int, tiles: int
+        self, phasors: Phasors | None, queries: torch.Tensor, positions: Positions
     ) -> torch.Tensor:
-        """What queries [rows, kv_heads, n, head_dim] give with the centres of keys first….
+        """What queries [rows, kv_heads, n, head_dim] give with the centres of keys there.
 
-        [rows, kv_heads, n, 64 · tiles or 1]. Re Σ conj(q) m e^(i p ω), a product of the queries
+        [rows, kv_heads, n, tokens or 1]. Re Σ conj(q) m e^(i p ω), a product of the queries
         with a table that all rows and heads share.
         """
         scores = (queries * self.constant[:, :, None]).sum(-1, keepdim=True)
@@ -63,73 +71,150 @@ class Centres(NamedTuple):
         a, b = phasors.split(queries)
         real, imaginary = (part[:, :, None] for part in self.means.unbind(-2))
         factors = torch.cat([a * real + b * imaginary, b * real - a * imaginary], -1)
-        cos, sin = phasors.of(first, tiles)
+        cos, sin = phasors.of(positions)
         return scores + factors @ torch.cat([cos, sin], -1).mT
 
 
-def choose_centres(
-    options: Options, phasors: Phasors | None, keys: torch.Tensor, first: int, step: int
-) -> Centres:
-    """The centres of keys [rows, kv_heads, n, head_dim] of the tokens from `first` on.
+class RowCentres(NamedTuple):
+    """One set of one row, as ``Centres`` has it, in numpy."""
 
-    n is a multiple of 64; `step` tokens are gone through at once, a multiple of 64 as well.
-    """
-    rows, heads, tokens, dim = keys.shape
-    pairs = 0 if phasors is None else phasors.pairs
-    # Not every device has double precision; sums of float32 in pairs are nearly as good.
-    wide = torch.float32 if keys.device.type == "mps" else torch.float64
-    total = torch.zeros(rows, heads, dim, dtype=wide, device=keys.device)
-    turned = torch.zeros(rows, heads, 2, pairs, dtype=wide, device=keys.device)
-    energy = torch.zeros(rows, heads, dtype=wide, device=keys.device)
-    if options.centering == "none":
-        kinds = (("none",) * heads,) * rows
-        return Centres(total.float(), turned.float(), kinds)
-    for start in range(0, tokens, step):
-        part = keys[:, :, start : start + step].to(wide)
-        total += part.sum(-2)
-        energy += (part * part).sum((-2, -1))
-        if phasors is not None:
-            tiles = part.shape[-2] // TILE_TOKENS
-            cos, sin = (table.to(wide) for table in phasors.of(first + start, tiles))
-            back = turn(*phasors.split(part), cos, -sin)
-            turned += torch.stack([unturned.sum(-2) for unturned in back], -2)
-    total, turned, energy = total / tokens, turned / tokens, energy / tokens
+    constant: np.ndarray
+    means: np.ndarray
+    left: np.ndarray
+    kinds: tuple[str, ...]
 
-    # What each centre takes away of the energy per token, and what it leaves.
-    mean_energy = total.square().sum(-1)
-    mean_left = energy - mean_energy
-    use_mean = torch.ones_like(energy, dtype=torch.bool)
-    use_rope = torch.zeros_like(use_mean)
-    if options.centering == "auto":
-        use_mean = mean_energy > _CLEARLY_A_MEAN * mean_left / tokens
-    steady, means = total, turned
-    if phasors is not None and options.centering != "mean":
-        strengths = turned.square().sum(-2)
-        steady = torch.cat(
-            [torch.zeros_like(total[..., : phasors.rotary_dim]), total[..., phasors.rotary_dim :]],
-            -1,
-        )
-        rope_energy = steady.square().sum(-1) + strengths.sum(-1)
-        rope_left = energy - rope_energy
-        use_rope = torch.ones_like(use_mean)
-        if options.centering == "auto":
-            use_rope = (rope_left < _CLEARLY_LESS * mean_left) & (
-                rope_energy > _CLEARLY_A_MEAN * rope_left / tokens
-            )
-        means = turned * _worth_turning(strengths, rope_left)[..., None, :]
-    use_mean &= ~use_rope
-    constant = torch.where(use_rope[..., None], steady, total * use_mean[..., None])
-    means = means * use_rope[..., None, None]
-    kinds = (use_rope.int() * 2 + use_mean.int()).tolist()
-    names = ("none", "mean", "rope")
+
+def stacked(rows: list[RowCentres], device: torch.device) -> Centres:
+    """Those of several rows, on a device."""
+    constant, means = (
+        torch.from_numpy(np.stack([row[i] for row in rows])).to(device) for i in (0, 1)
+    )
     return Centres(
-        constant.float(), means.float(), tuple(tuple(names[kind] for kind in row) for row in kinds)
+        constant, means, np.stack([row.left for row in rows]), tuple(row.kinds for row in rows)
     )
 
 
-def _worth_turning(strengths: torch.Tensor, rope_left: torch.Tensor) -> torch.Tensor:
-    """[..., pairs] bool: all but the weakest frequencies, which together leave next to nothing."""
-    order = strengths.argsort(-1)
-    spent = strengths.gather(-1, order).cumsum(-1)
-    strong = spent > _NEGLIGIBLE * rope_left.clamp(min=0.0)[..., None]
-    return torch.zeros_like(strong).scatter(-1, order, strong)
+class Moments(NamedTuple):
+    """Means over the tokens of each tile of a row, in double precision."""
+
+    mean: np.ndarray
+    """[kv_heads, tiles, head_dim], of the keys k."""
+    turned: np.ndarray
+    """[kv_heads, tiles, 2, pairs], of k · e^(−i p ω), real and imaginary parts."""
+    energy: np.ndarray
+    """[kv_heads, tiles], of |k|²."""
+    steady: np.ndarray
+    """[head_dim] bool: coordinates that do not turn."""
+
+    @property
+    def tiles(self) -> int:
+        return self.energy.shape[1]
+
+    def some(self, tiles: list[int]) -> Moments:
+        return Moments(
+            self.mean[:, tiles], self.turned[:, tiles], self.energy[:, tiles], self.steady
+        )
+
+
+def find_moments(
+    options: Options,
+    phasors: Phasors | None,
+    keys: torch.Tensor,
+    positions: Positions,
+    step: int,
+) -> list[Moments]:
+    """Those of each row, of keys [rows, kv_heads, n, head_dim] at these positions.
+
+    n is a multiple of 64; `step` tokens are gone through at once, a multiple of 64 as well.
+    """
+    # Not every device has double precision; sums of float32 in pairs are nearly as good.
+    wide = torch.float32 if keys.device.type == "mps" else torch.float64
+    parts: list[list[np.ndarray]] = [[], [], []]
+    for start in range(0, keys.shape[2], step):
+        part = keys[:, :, start : start + step].to(wide)
+        tiles = part.unflatten(2, (-1, TILE_TOKENS))
+        turned = tiles.new_zeros(*tiles.shape[:3], 2, 0)
+        if phasors is not None:
+            cos, sin = (
+                table.to(wide) for table in phasors.of(positions.part(start, start + part.shape[2]))
+            )
+            back = turn(*phasors.split(part), cos, -sin)
+            turned = torch.stack(
+                [unturned.unflatten(2, (-1, TILE_TOKENS)).mean(3) for unturned in back], -2
+            )
+        for held, found in zip(
+            parts, (tiles.mean(3), turned, tiles.square().sum(-1).mean(3)), strict=True
+        ):
+            held.append(found.cpu().double().numpy())
+    mean, turned_back, energy = (np.concatenate(held, axis=2) for held in parts)
+    steady = np.arange(options.head_dim) >= (0 if phasors is None else phasors.rotary_dim)
+    return [
+        Moments(mean[row], turned_back[row], energy[row], steady) for row in range(keys.shape[0])
+    ]
+
+
+def _taken(mean: np.ndarray, turned: np.ndarray, steady: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What the mean and the RoPE centre take away of the energy, and each frequency's share."""
+    strengths = np.square(turned).sum(-2)
+    rope = np.square(mean[..., steady]).sum(-1) + strengths.sum(-1)
+    return np.square(mean).sum(-1), rope, strengths
+
+
+def choose_centres(options: Options, moments: Moments) -> RowCentres:
+    """One set for all of these tiles together, as the options say."""
+    mean, turned, energy = moments.mean.mean(1), moments.turned.mean(1), moments.energy.mean(1)
+    tokens = moments.tiles * TILE_TOKENS
+    heads, has_rope = len(energy), turned.shape[-1] > 0
+    mean_energy, rope_energy, strengths = _taken(mean, turned, moments.steady)
+    mean_left, rope_left = energy - mean_energy, energy - rope_energy
+    use_mean = np.full(heads, options.centering != "none")
+    use_rope = np.full(heads, options.centering == "rope")
+    if options.centering == "auto":
+        use_mean = mean_energy > _CLEARLY_A_MEAN * mean_left / tokens
+        use_rope = (rope_left < _CLEARLY_LESS * mean_left) & (
+            rope_energy > _CLEARLY_A_MEAN * rope_left / tokens
+        )
+    use_rope &= has_rope
+    use_mean &= ~use_rope
+    constant = np.where(
+        use_rope[:, None], mean * moments.steady, np.where(use_mean[:, None], mean, 0.0)
+    )
+    means = turned * (use_rope[:, None] & _worth_turning(strengths, rope_left))[:, None]
+    left = np.where(use_rope, rope_left, np.where(use_mean, mean_left, energy))
+    kinds = (
+        "rope" if rope else "mean" if use_mean[h] else "none" for h, rope in enumerate(use_rope)
+    )
+    return RowCentres(
+        constant.astype(np.float32),
+        means.astype(np.float32),
+        left.clip(min=0.0).astype(np.float32),
+        tuple(kinds),
+    )
+
+
+def least_left(options: Options, moments: Moments) -> np.ndarray:
+    """[kv_heads, tiles]: the least energy per token that a choice for a tile alone could leave."""
+    mean, rope, _ = _taken(moments.mean, moments.turned, moments.steady)
+    if moments.turned.shape[-1] == 0:
+        rope = np.zeros_like(mean)
+    most = {"none": 0.0 * mean, "mean": mean, "rope": rope, "auto": np.maximum(mean, rope)}
+    return (moments.energy - most[options.centering]).clip(min=0.0)
+
+
+def left_by(centres: RowCentres, moments: Moments) -> np.ndarray:
+    """[kv_heads, tiles]: the energy per token that a set leaves."""
+    constant = centres.constant.astype(np.float64)[:, None]
+    means = centres.means.astype(np.float64)[:, None]
+    taken = (constant * (constant - 2.0 * moments.mean)).sum(-1)
+    taken += (means * (means - 2.0 * moments.turned)).sum((-2, -1))
+    return (moments.energy + taken).clip(min=0.0)
+
+
+def _worth_turning(strengths: np.ndarray, rope_left: np.ndarray) -> np.ndarray:
+    """[kv_heads, pairs] bool: all but the weakest, which together leave next to nothing."""
+    order = strengths.argsort(-1, kind="stable")
+    spent = np.take_along_axis(strengths, order, -1).cumsum(-1)
+    strong = spent > _NEGLIGIBLE * rope_left.clip(min=0.0)[:, None]
+    worth = np.zeros_like(strong)
+    np.put_along_axis(worth, order, strong, -1)
+    return worth

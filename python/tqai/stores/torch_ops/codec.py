@@ -18,6 +18,7 @@ from tqai.stores.torch_ops.packing import (
     unpack_keys,
     unpack_values,
 )
+from tqai.stores.torch_ops.phasors import RopeOptions
 
 MAX_NORM: float = _core.KvCache.max_norm
 _MAX_HALF = 65504.0
@@ -37,8 +38,7 @@ class Options:
     residual_window: int
     rotation: str
     centering: str
-    rope: tuple[tuple[float, ...], str, int] | None
-    """inv_freq, "half_split" or "interleaved", rotary_dim."""
+    rope: RopeOptions | None
     seed: int = 0x74616971  # tqai::CacheOptions::seed
 
 

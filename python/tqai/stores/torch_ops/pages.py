@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from tqai.stores.torch_ops.packing import TILE_TOKENS
+from tqai.stores.torch_ops.positions import Positions
 
 PAGE_TILES = 64
 
@@ -30,6 +31,10 @@ class Page:
     """Tokens that count; fewer than 64 of the last tile after a crop."""
     rows: tuple[int, ...]
     """[rows]: the held row that each row is; beams that were the same share it."""
+    positions: Positions
+    """Of all tokens of the tiles, also those that do not count."""
+    set: int
+    """Which of the rows' centre sets the keys are centred on."""
 
     @property
     def count(self) -> int:
@@ -59,33 +64,57 @@ class Page:
         """The first `tokens` > 0 tokens."""
         count = -(-tokens // TILE_TOKENS)
         tiles = self.tiles if count == self.count else self.tiles[:, :, :count].clone()
-        return replace(self, tiles=tiles, tokens=tokens)
+        positions = self.positions.part(0, count * TILE_TOKENS)
+        return replace(self, tiles=tiles, tokens=tokens, positions=positions)
 
     def drop(self, tiles: int) -> Page:
         """Without the first `tiles` tiles, fewer than there are."""
         tokens = tiles * TILE_TOKENS
         rest = self.tiles[:, :, tiles:].clone()
-        return replace(self, tiles=rest, first=self.first + tokens, tokens=self.tokens - tokens)
+        return replace(
+            self,
+            tiles=rest,
+            first=self.first + tokens,
+            tokens=self.tokens - tokens,
+            positions=self.positions.part(tokens, self.count * TILE_TOKENS),
+        )
 
 
-def extend(pages: tuple[Page, ...], tiles: torch.Tensor, first: int) -> tuple[Page, ...]:
+def extend(
+    pages: tuple[Page, ...], tiles: torch.Tensor, first: int, positions: Positions, centre_set: int
+) -> tuple[Page, ...]:
     """`pages` and the new tiles [rows, kv_heads, tiles, tile_bytes] of tokens from `first` on.
 
     A page that is not full is replaced by one that has the new tiles as well, or attention would go
     through as many pages as tiles.
     """
-    if pages and pages[-1].tokens == pages[-1].count * TILE_TOKENS and tiles.shape[2]:
-        last, room = pages[-1], PAGE_TILES - pages[-1].count
-        if room > 0:
-            more = tiles[:, :, :room]
-            joined = torch.cat([last.read(0, last.count), more], dim=2)
-            tokens = last.tokens + more.shape[2] * TILE_TOKENS
-            whole = Page(joined, last.first, tokens, tuple(range(len(joined))))
-            pages, tiles = (*pages[:-1], whole), tiles[:, :, room:]
-            first += more.shape[2] * TILE_TOKENS
-    for start in range(0, tiles.shape[2], PAGE_TILES):
-        part = tiles[:, :, start : start + PAGE_TILES].clone(memory_format=torch.contiguous_format)
-        at = first + start * TILE_TOKENS
+    start = 0
+    last = pages[-1] if pages else None
+    if (
+        last is not None
+        and last.set == centre_set
+        and last.tokens == last.count * TILE_TOKENS
+        and last.count < PAGE_TILES
+        and tiles.shape[2]
+    ):
+        more = tiles[:, :, : PAGE_TILES - last.count]
+        start = more.shape[2]
+        joined = torch.cat([last.read(0, last.count), more], dim=2)
+        new = positions.part(0, start * TILE_TOKENS)
+        whole = Page(
+            joined,
+            last.first,
+            last.tokens + start * TILE_TOKENS,
+            tuple(range(len(joined))),
+            last.positions.joined(new),
+            centre_set,
+        )
+        pages = (*pages[:-1], whole)
+    for at in range(start, tiles.shape[2], PAGE_TILES):
+        part = tiles[:, :, at : at + PAGE_TILES].clone(memory_format=torch.contiguous_format)
+        tokens = part.shape[2] * TILE_TOKENS
+        token = at * TILE_TOKENS
         rows = tuple(range(len(part)))
-        pages = (*pages, Page(part, at, part.shape[2] * TILE_TOKENS, rows))
+        new = positions.part(token, token + tokens)
+        pages = (*pages, Page(part, first + token, tokens, rows, new, centre_set))
     return pages

@@ -1,15 +1,22 @@
-"""Rotary position embedding: e^(i p ω) of consecutive positions p, on a device."""
+"""Rotary position embedding: e^(i p ω) of positions p, on a device."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from tqai.stores.torch_ops.packing import TILE_TOKENS
+from tqai.stores.torch_ops.positions import Positions
 
-RopeOptions = tuple[tuple[float, ...], str, int]
+RopeOptions = tuple[Any, ...]
+"""inv_freq, "half_split" or "interleaved", rotary_dim, and the section of each frequency where
+there are several."""
+
+# Positions from 0 below this many are looked up; others are turned there by multiples of it.
+_NEAR = 1 << 20
 
 
 class Phasors:
@@ -22,8 +29,11 @@ class Phasors:
     def __init__(self, rope: RopeOptions, device: torch.device) -> None:
         self._frequencies = np.asarray(rope[0], dtype=np.float32).astype(np.float64)
         self._half_split = rope[1] == "half_split"
-        self.rotary_dim = rope[2]
+        self.rotary_dim: int = rope[2]
+        sections = rope[3] if len(rope) > 3 and len(rope[3]) > 0 else (0,) * len(rope[0])
+        self.sections = 1 + max(sections)
         self._device = device
+        self._section_of = torch.tensor(sections, device=device)
         self._distances = self._table(np.arange(TILE_TOKENS))
         self._tiles = self._table(np.arange(64) * TILE_TOKENS)
 
@@ -31,16 +41,45 @@ class Phasors:
     def pairs(self) -> int:
         return len(self._frequencies)
 
-    def of(self, first: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of positions first…first + 64 · tiles − 1, each [64 · tiles, pairs] float32."""
+    def of(self, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of a multiple of 64 tokens, each [tokens, pairs] float32."""
+        first, tiles = positions.first, positions.count // TILE_TOKENS
+        if positions.each is None and 0 <= first and first + positions.count < _NEAR:
+            return self._of_consecutive(first, tiles)
+        table = positions.table(self.sections)
+        cos, sin = self._of_each(table[:, 0])
+        for section in range(1, table.shape[1]):
+            its = self._section_of == section
+            parts = self._of_each(table[:, section])
+            cos, sin = (torch.where(its, *pair) for pair in zip(parts, (cos, sin), strict=True))
+        return cos, sin
+
+    def _of_consecutive(self, first: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
         start, rest = divmod(first, TILE_TOKENS)
-        while len(self._tiles[0]) < start + tiles:
-            self._tiles = self._table(np.arange(2 * len(self._tiles[0])) * TILE_TOKENS)
+        self._grow(start + tiles)
         cos, sin = (table[start : start + tiles] for table in self._tiles)
         if rest:
             cos, sin = turn(cos, sin, *(table[rest] for table in self._distances))
         cos, sin = turn(cos[:, None], sin[:, None], *self._distances)
         return cos.flatten(0, 1), sin.flatten(0, 1)
+
+    def _of_each(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of [tokens] positions of any kind."""
+        steps, near = np.divmod(positions.astype(np.int64), _NEAR)
+        self._grow(int(near.max()) // TILE_TOKENS + 1)
+        tile, distance = (
+            torch.from_numpy(index).to(self._device) for index in np.divmod(near, TILE_TOKENS)
+        )
+        cos, sin = turn(
+            *(table[tile] for table in self._tiles), *(table[distance] for table in self._distances)
+        )
+        if steps.any():
+            cos, sin = turn(cos, sin, *self._table(steps * _NEAR))
+        return cos, sin
+
+    def _grow(self, tiles: int) -> None:
+        while len(self._tiles[0]) < tiles:
+            self._tiles = self._table(np.arange(2 * len(self._tiles[0])) * TILE_TOKENS)
 
     def split(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both coordinates of each pair, [..., pairs], of vectors [..., head_dim]."""

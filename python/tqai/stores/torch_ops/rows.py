@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
-from tqai.stores.torch_ops.centres import Centres, choose_centres
+from tqai.stores.torch_ops.centre_sets import choose_centre_sets
+from tqai.stores.torch_ops.centres import Centres, find_moments, stacked
 from tqai.stores.torch_ops.codec import MAX_NORM, Codec, Options
 from tqai.stores.torch_ops.packing import TILE_TOKENS
 from tqai.stores.torch_ops.pages import PAGE_TILES, Page, extend, index_of
 from tqai.stores.torch_ops.phasors import Phasors
+from tqai.stores.torch_ops.positions import Positions
 
 _FEWEST_TOKENS = 16
 # What is unpacked at a time, so that never a whole cache is.
@@ -24,6 +27,15 @@ class Context:
     options: Options
     codec: Codec
     phasors: Phasors | None
+
+    @property
+    def uses_positions(self) -> bool:
+        """Whether centres may turn with the position."""
+        return self.phasors is not None and self.options.centering in ("auto", "rope")
+
+    @property
+    def sections(self) -> int:
+        return 1 if self.phasors is None else self.phasors.sections
 
     def tiles_at_once(self, vectors: int) -> int:
         """How many tiles to open together where each takes so many float32 vectors per token."""
@@ -82,7 +94,12 @@ class Rows:
     tail: Exact
     first: int = 0
     pages: tuple[Page, ...] = ()
-    centres: Centres | None = field(default=None)
+    centre_sets: tuple[Centres, ...] = ()
+    """None before the first sealing."""
+    sink_positions: Positions = Positions()
+    tail_positions: Positions = Positions()
+    next_position: int = 0
+    """Of a token that comes without."""
 
     @property
     def index(self) -> torch.Tensor:
@@ -102,7 +119,9 @@ class Rows:
         """The token that the tail begins with."""
         return self.first + self.sinks.tokens + self.sealed_tokens
 
-    def appended(self, context: Context, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+    def appended(
+        self, context: Context, keys: torch.Tensor, values: torch.Tensor, positions: Positions
+    ) -> Rows:
         """With more tokens at the end, [rows, kv_heads, n, dim] each."""
         tail, more = self.tail, keys.shape[2]
         needed = tail.tokens + more
@@ -112,55 +131,96 @@ class Rows:
             tail = tail.copy(0, tail.tokens, max(needed, grown))
         tail.keys[:, :, tail.tokens : needed] = keys
         tail.values[:, :, tail.tokens : needed] = values
-        return replace(self, tail=replace(tail, tokens=needed))
+        return replace(
+            self,
+            tail=replace(tail, tokens=needed),
+            tail_positions=self.tail_positions.joined(positions),
+            next_position=positions.next,
+        )
 
     def sealable(self, context: Context) -> int:
         """Tokens that may be sealed now, a multiple of 64."""
         tail = self.tail.tokens
-        if self.centres is None:
+        if not self.centre_sets:
             tail -= context.options.sink_tokens - self.sinks.tokens
         beyond = tail - context.options.residual_window
         return max(beyond, 0) // TILE_TOKENS * TILE_TOKENS
 
-    def sealed(self, context: Context) -> Rows:
-        """With what has left the window as codes.
+    def sealed(self, context: Context) -> list[Rows]:
+        """With what has left the window as codes; apart where their tiles get other centres.
 
         Raises:
             ValueError: for NaN, infinity, and vectors too long for FP16 norms.
         """
         count = self.sealable(context)
         if count == 0:
-            return self
-        sinks, new_sinks = self.sinks, 0
-        if self.centres is None:
-            new_sinks = context.options.sink_tokens - sinks.tokens
-            if new_sinks > 0:
-                parts = zip(sinks.part(0, sinks.tokens), self.tail.part(0, new_sinks), strict=True)
-                sinks = Exact(*(torch.cat(part, 2) for part in parts), context.options.sink_tokens)
+            return [self]
+        new_sinks = 0 if self.centre_sets else context.options.sink_tokens - self.sinks.tokens
         end = new_sinks + count
         keys, values = self.tail.part(new_sinks, end)
         start = self.tail_start + new_sinks
         check_vectors(keys, values, start)
-        centres = self.centres
-        heads = len(self.places) * context.options.kv_heads
-        step = context.tiles_at_once(4 * heads) * TILE_TOKENS
-        if centres is None:
-            centres = choose_centres(context.options, context.phasors, keys, start, step)
-        pages = self.pages
-        for at in range(0, count, step):
-            key, value = (part[:, :, at : at + step] for part in (keys, values))
-            centre = centres.at(context.phasors, start + at, key.shape[2] // TILE_TOKENS)
-            tiles = context.codec.encode(key.float() - centre, value.float())
-            pages = extend(pages, tiles, start + at)
-        tail = self.tail.copy(end, self.tail.tokens, context.options.residual_window + TILE_TOKENS)
-        return replace(self, sinks=sinks, tail=tail, pages=pages, centres=centres)
+        positions = self.tail_positions.part(new_sinks, end)
+        step = self._step(context)
+        moments = find_moments(context.options, context.phasors, keys, positions, step)
+        row_tiles = start // TILE_TOKENS + count // TILE_TOKENS
+        chosen = []
+        for row, of_row in enumerate(moments):
+            held = [centres.of_row(row) for centres in self.centre_sets]
+            chosen.append(choose_centre_sets(context.options, held, of_row, row_tiles))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row, (sets, of_tile) in enumerate(chosen):
+            alike.setdefault((len(sets), *of_tile), []).append(row)
+        parts = []
+        for (_, *of_tile), rows in alike.items():
+            part = self.select(rows, tuple(self.places[row] for row in rows))
+            sets = zip(*(chosen[row][0] for row in rows), strict=True)
+            device = keys.device
+            new_sets = tuple(stacked(list(rows_of_set), device) for rows_of_set in sets)
+            parts.append(part._sealed(context, new_sinks, of_tile, new_sets))
+        return parts
+
+    def _sealed(
+        self, context: Context, new_sinks: int, of_tile: list[int], centre_sets: tuple[Centres, ...]
+    ) -> Rows:
+        """With these tiles of the tail, `new_sinks` tokens from its start, as codes."""
+        sinks, sink_positions = self.sinks, self.sink_positions
+        if new_sinks > 0:
+            parts = zip(sinks.part(0, sinks.tokens), self.tail.part(0, new_sinks), strict=True)
+            sinks = Exact(*(torch.cat(part, 2) for part in parts), sinks.tokens + new_sinks)
+            sink_positions = sink_positions.joined(self.tail_positions.part(0, new_sinks))
+        start, step, pages = self.tail_start, self._step(context), self.pages
+        at = new_sinks
+        for centre_set, run in groupby(of_tile):
+            run_end = at + len(list(run)) * TILE_TOKENS
+            while at < run_end:
+                end = min(at + step, run_end)
+                key, value = self.tail.part(at, end)
+                positions = self.tail_positions.part(at, end)
+                centre = centre_sets[centre_set].at(context.phasors, positions)
+                tiles = context.codec.encode(key.float() - centre, value.float())
+                pages = extend(pages, tiles, start + at, positions, centre_set)
+                at = end
+        tail = self.tail.copy(at, self.tail.tokens, context.options.residual_window + TILE_TOKENS)
+        return replace(
+            self,
+            sinks=sinks,
+            tail=tail,
+            pages=pages,
+            centre_sets=centre_sets,
+            sink_positions=sink_positions,
+            tail_positions=self.tail_positions.part(at, self.tail.tokens),
+        )
+
+    def _step(self, context: Context) -> int:
+        """Tokens that are encoded at once."""
+        return context.tiles_at_once(4 * len(self.places) * context.options.kv_heads) * TILE_TOKENS
 
     def decoded(self, context: Context, page: Page) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of a page, [rows, kv_heads, 64 · tiles, dim] float32."""
-        assert self.centres is not None
         codec = context.codec
         keys, values, key_norms, value_norms = codec.split(page.read(0, page.count))
-        centre = self.centres.at(context.phasors, page.first, page.count)
+        centre = self.centre_sets[page.set].at(context.phasors, page.positions)
         turned = codec.key.look_up(keys) * key_norms[..., None] @ codec.key.rotation
         return (
             turned + centre,
@@ -177,25 +237,64 @@ class Rows:
             return self
         before_tail = self.sinks.tokens + self.sealed_tokens
         if held >= before_tail:
-            return replace(self, tail=replace(self.tail, tokens=held - before_tail))
+            kept = held - before_tail
+            return replace(
+                self,
+                tail=replace(self.tail, tokens=kept),
+                tail_positions=self.tail_positions.part(0, kept),
+            )._standing()
         if held <= self.sinks.tokens:
             # Nothing is sealed any more: the rows start anew, with their sinks as first tokens.
             tail = self.sinks.copy(0, held, held)
             sinks = self.sinks.copy(0, 0, 0)
-            return replace(self, sinks=sinks, tail=tail, pages=(), centres=None)
+            return replace(
+                self,
+                sinks=sinks,
+                tail=tail,
+                pages=(),
+                centre_sets=(),
+                sink_positions=Positions(),
+                tail_positions=self.sink_positions.part(0, held),
+            )._standing()
         pages, left = [], held - self.sinks.tokens
         for page in self.pages:
             if left > 0:
                 pages.append(page if page.tokens <= left else page.crop(left))
             left -= page.tokens
-        return replace(self, tail=self.tail.copy(0, 0, 0), pages=tuple(pages))
+        rest = replace(
+            self, tail=self.tail.copy(0, 0, 0), pages=tuple(pages), tail_positions=Positions()
+        )
+        return rest._compact()._standing()
+
+    def _standing(self) -> Rows:
+        """With the position that follows the last token, where there is one."""
+        if self.tail.tokens > 0:
+            return replace(self, next_position=self.tail_positions.next)
+        if self.pages:
+            last = self.pages[-1]
+            return replace(self, next_position=last.positions.part(0, last.tokens).next)
+        if self.sinks.tokens > 0:
+            return replace(self, next_position=self.sink_positions.next)
+        return self
+
+    def _compact(self) -> Rows:
+        """Without centre sets that no page refers to; one is kept for what will be sealed."""
+        used = sorted({page.set for page in self.pages}) or [len(self.centre_sets) - 1]
+        if not self.centre_sets or len(used) == len(self.centre_sets):
+            return self
+        return replace(
+            self,
+            pages=tuple(replace(page, set=used.index(page.set)) for page in self.pages),
+            centre_sets=tuple(self.centre_sets[index] for index in used),
+        )
 
     def without_front(self, context: Context, count: int) -> Rows:
         """Without up to `count` tokens at the front: sinks one by one, others 64 at a time."""
         count = min(count, self.held)
         from_sinks = min(count, self.sinks.tokens)
-        sinks = self.sinks
+        sinks, sink_positions = self.sinks, self.sink_positions
         if from_sinks > 0:
+            sink_positions = sink_positions.part(from_sinks, sinks.tokens)
             sinks = sinks.copy(from_sinks, sinks.tokens, sinks.tokens - from_sinks)
         first, rest = self.first + from_sinks, count - from_sinks
         from_tail = max(rest - self.sealed_tokens, 0) // TILE_TOKENS * TILE_TOKENS
@@ -207,20 +306,31 @@ class Rows:
             dropped = min(gone * TILE_TOKENS, page.tokens)
             first += dropped
             rest = rest - page.tokens if gone == page.count else 0
-        tail = self.tail
+        tail, tail_positions = self.tail, self.tail_positions
         if from_tail > 0:
+            tail_positions = tail_positions.part(from_tail, tail.tokens)
             usual = context.options.residual_window + TILE_TOKENS
             kept = tail.tokens - from_tail
             tail = tail.copy(from_tail, tail.tokens, max(kept, min(tail.capacity, usual)))
             first += from_tail
-        return replace(self, sinks=sinks, tail=tail, first=first, pages=tuple(pages))
+        rest = replace(
+            self,
+            sinks=sinks,
+            tail=tail,
+            first=first,
+            pages=tuple(pages),
+            sink_positions=sink_positions,
+            tail_positions=tail_positions,
+        )
+        return rest if len(pages) == len(self.pages) else rest._compact()
 
     def without_padding(self, count: int) -> Rows:
         """Without exactly `count` tokens at the front; nothing is sealed."""
         if count == 0:
             return self
         tail = self.tail.copy(count, self.tail.tokens, self.tail.capacity)
-        return replace(self, tail=tail, first=self.first + count)
+        positions = self.tail_positions.part(count, self.tail.tokens)
+        return replace(self, tail=tail, first=self.first + count, tail_positions=positions)
 
     def select(self, rows: list[int], places: tuple[int, ...]) -> Rows:
         """Row i becomes row rows[i] of these, in the batch's row places[i]."""
@@ -233,7 +343,7 @@ class Rows:
             sinks=self.sinks.select(index),
             tail=self.tail.select(index),
             pages=tuple(page.select(rows) for page in self.pages),
-            centres=None if self.centres is None else self.centres.select(rows),
+            centre_sets=tuple(centres.select(rows) for centres in self.centre_sets),
         )
 
     def copy(self) -> Rows:

@@ -15,13 +15,14 @@ from tqai import _core
 from tqai.settings import CENTERINGS, ROTATIONS
 from tqai.stores.rope import LAYOUTS
 from tqai.stores.tensor_refs import DTYPES
-from tqai.stores.torch_ops.centres import Centres
+from tqai.stores.torch_ops.centres import RowCentres, stacked
 from tqai.stores.torch_ops.codec import Options, codec_of
 from tqai.stores.torch_ops.packing import TILE_TOKENS
 from tqai.stores.torch_ops.pages import PAGE_TILES, Page
+from tqai.stores.torch_ops.positions import Positions
 from tqai.stores.torch_ops.rows import Exact, Rows
 
-_MAGIC, _VERSION, _NOTHING = 0x49415154, 1, 0xFFFFFFFF
+_MAGIC, _VERSION, _NOTHING = 0x49415154, 2, 0xFFFFFFFF
 _DTYPES = tuple(DTYPES)
 
 
@@ -35,14 +36,18 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
         writer.put("<i8", rows.first)
         for part in (rows.sinks, rows.tail):
             writer.put("<u4", exact.add((id(part), at), (part, at)) if part.tokens else _NOTHING)
-        centre = None if rows.centres is None else (id(rows.centres), at)
-        writer.put("<u4", _NOTHING if centre is None else centres.add(centre, (rows.centres, at)))
+        writer.put("<i8", rows.next_position)
+        _write_positions(rows.sink_positions, writer)
+        _write_positions(rows.tail_positions, writer)
+        writer.put("<u4", len(rows.centre_sets))
+        for held_set in rows.centre_sets:
+            writer.put("<u4", centres.add((id(held_set), at), (held_set, at)))
         tiles = [(page, tile) for page in rows.pages for tile in range(page.count)]
         writer.put("<u4", len(tiles))
         for page, tile in tiles:
             row = page.rows[at]
             writer.put("<u4", blocks.add((id(page), row, tile), (page, row, tile)))
-            writer.put("<i4", min(TILE_TOKENS, page.tokens - tile * TILE_TOKENS))
+            writer.put("<i4", min(TILE_TOKENS, page.tokens - tile * TILE_TOKENS), page.set)
     listed = writer.take()
 
     _write_options(options, writer)
@@ -54,12 +59,18 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
             writer.tensor(tensor[at])
     writer.put("<u4", len(blocks.objects))
     for page, row, tile in blocks.objects:
-        writer.put("<i8", page.first + tile * TILE_TOKENS)
+        positions = page.positions.part(tile * TILE_TOKENS, (tile + 1) * TILE_TOKENS)
+        writer.put("<i8", page.first + tile * TILE_TOKENS, positions.first)
+        places = positions.places()
+        writer.put("<u4", 0 if places is None else len(places))
+        if places is not None:
+            writer.put("<i4", *places.flatten())
         writer.tensor(page.tiles[row, :, tile])
     writer.put("<u4", len(centres.objects))
     for centre, at in centres.objects:
         writer.tensor(centre.constant[at])
         writer.tensor(centre.means[at])
+        writer.put("<f4", *centre.left[at])
         for kind in centre.kinds[at]:
             writer.put("<u1", CENTERINGS.index(kind))
     writer.put("<u4", batch)
@@ -73,6 +84,8 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         ValueError: for bytes that neither wrote.
     """
     _core.KvCache.deserialize(data)  # checks every length and number
+    if data[4] != _VERSION:  # written before there were positions: C++ brings it up to date
+        data = _core.KvCache.deserialize(data).serialize()
     reader = _Reader(data)
     options = _read_options(reader)
     tokens = reader.get("<i8")
@@ -85,16 +98,22 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
     blocks = []
     tile_bytes = codec_of(options, torch.device("cpu")).tile_bytes
     for _ in range(reader.get("<u4")):
-        first = reader.get("<i8")
-        blocks.append((first, reader.tensor(torch.uint8, options.kv_heads, tile_bytes)))
+        first, position, sections = reader.get("<i8"), reader.get("<i8"), reader.get("<u4")
+        positions = Positions(position, TILE_TOKENS)
+        if sections:
+            each = reader.tensor(torch.int32, sections, TILE_TOKENS).numpy().T
+            positions = Positions.of(_widened(each, options))
+        tiles = reader.tensor(torch.uint8, options.kv_heads, tile_bytes)
+        blocks.append((first, tiles, positions))
     pairs = 0 if options.rope is None else len(options.rope[0])
     centres = []
     for _ in range(reader.get("<u4")):
         constant = reader.tensor(torch.float32, options.kv_heads, options.head_dim)
         means = reader.tensor(torch.float32, options.kv_heads, 2, pairs)
+        left = reader.tensor(torch.float32, options.kv_heads)
         kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
-        centres.append((constant, means, kinds))
-    rows = [_Row.read(reader, exact) for _ in range(reader.get("<u4"))]
+        centres.append(RowCentres(constant.numpy(), means.numpy(), left.numpy(), kinds))
+    rows = [_Row.read(reader, options, exact, blocks) for _ in range(reader.get("<u4"))]
 
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
@@ -106,19 +125,44 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
             _exact(options, [exact[i] if i != _NOTHING else None for i in indices], device)
             for indices in zip(*((row.sinks, row.tail) for row in some), strict=True)
         )
-        centre = None
-        if some[0].centres != _NOTHING:
-            parts = [centres[row.centres] for row in some]
-            stacked = (torch.stack([part[i] for part in parts]).to(device) for i in (0, 1))
-            centre = Centres(*stacked, tuple(part[2] for part in parts))
+        one = some[0]
+        sets = tuple(
+            stacked([centres[row.centres[i]] for row in some], device)
+            for i in range(len(one.centres))
+        )
         pages = tuple(_pages([row.tiles for row in some], blocks, device))
-        held.append(Rows(tuple(places), sinks, tail, some[0].first, pages, centre))
+        stand = one.sink_positions, one.tail_positions, one.next_position
+        held.append(Rows(tuple(places), sinks, tail, one.first, pages, sets, *stand))
     return options, tokens, held
 
 
 def options_in(data: bytes) -> Options:
     """What a store was made with, as its bytes say; they are ones that ``read`` reads."""
     return _read_options(_Reader(data))
+
+
+def _write_positions(positions: Positions, writer: _Writer) -> None:
+    each = () if positions.each is None else positions.each.flatten()
+    writer.put("<i8", positions.first)
+    writer.put("<u8", len(each))
+    writer.put("<i4", *each)
+
+
+def _read_positions(count: int, options: Options, reader: _Reader) -> Positions:
+    first, numbers = reader.get("<i8"), reader.get("<u8")
+    if numbers == 0:
+        return Positions(first, count)
+    return Positions.of(reader.tensor(torch.int32, count, _sections(options)).numpy())
+
+
+def _sections(options: Options) -> int:
+    sections = () if options.rope is None or len(options.rope) < 4 else options.rope[3]
+    return 1 + max(sections, default=0)
+
+
+def _widened(each: np.ndarray, options: Options) -> np.ndarray:
+    """[tokens, sections], where all sections may have been written as one."""
+    return np.broadcast_to(each, (len(each), _sections(options)))
 
 
 def _write_options(options: Options, writer: _Writer) -> None:
@@ -129,15 +173,18 @@ def _write_options(options: Options, writer: _Writer) -> None:
     writer.put("<u1", CENTERINGS.index(options.centering), int(options.rope is not None))
     writer.put("<u8", options.seed)
     if options.rope is not None:
-        inv_freq, layout, rotary_dim = options.rope
+        inv_freq, layout, rotary_dim = options.rope[:3]
+        sections = options.rope[3] if len(options.rope) > 3 else ()
         writer.put("<i4", rotary_dim)
         writer.put("<u1", LAYOUTS.index(layout))
         writer.put("<u4", len(inv_freq))
         writer.put("<f4", *inv_freq)
+        writer.put("<u4", len(sections))
+        writer.put("<u1", *sections)
 
 
 def _read_options(reader: _Reader) -> Options:
-    reader.get("<u4"), reader.get("<u4")
+    _, version = reader.get("<u4"), reader.get("<u4")
     heads, dim, value_dim, bits_k, bits_v, sinks, window = (reader.get("<i4") for _ in range(7))
     dtype, rotation = _DTYPES[reader.get("<u1")], ROTATIONS[reader.get("<u1")]
     centering, has_rope = CENTERINGS[reader.get("<u1")], reader.get("<u1")
@@ -145,7 +192,9 @@ def _read_options(reader: _Reader) -> Options:
     if has_rope:
         rotary_dim, layout = reader.get("<i4"), LAYOUTS[reader.get("<u1")]
         inv_freq = tuple(reader.get("<f4") for _ in range(reader.get("<u4")))
-        rope = inv_freq, layout, rotary_dim
+        count = reader.get("<u4") if version > 1 else 0
+        sections = tuple(reader.get("<u1") for _ in range(count))
+        rope = (inv_freq, layout, rotary_dim) + ((sections,) if sections else ())
     return Options(
         heads, dim, value_dim, dtype, bits_k, bits_v, sinks, window, rotation, centering, rope, seed
     )
@@ -163,20 +212,31 @@ def _exact(options: Options, parts: list[Any], device: torch.device) -> Exact:
 
 
 def _pages(
-    tiles: list[list[tuple[int, int]]], blocks: list[tuple[int, torch.Tensor]], device: torch.device
+    tiles: list[list[tuple[int, int, int]]],
+    blocks: list[tuple[int, torch.Tensor, Positions]],
+    device: torch.device,
 ) -> Iterator[Page]:
-    """tiles: of each row, the block and the tokens of each of its tiles, in order."""
+    """tiles: of each row, the block, the tokens and the set of each of its tiles, in order."""
     start, count = 0, len(tiles[0])
     while start < count:
         end, tokens = start, 0
-        while end < count and end - start < PAGE_TILES and tokens == (end - start) * TILE_TOKENS:
+        positions, centre_set = Positions(), tiles[0][start][2]
+        while (
+            end < count
+            and end - start < PAGE_TILES
+            and tokens == (end - start) * TILE_TOKENS
+            and tiles[0][end][2] == centre_set
+        ):
             tokens += tiles[0][end][1]
+            positions = positions.joined(blocks[tiles[0][end][0]][2])
             end += 1
-        wanted = [tuple(block for block, _ in row[start:end]) for row in tiles]
+        wanted = [tuple(block for block, _, _ in row[start:end]) for row in tiles]
         held = list(dict.fromkeys(wanted))
         parts = [torch.stack([blocks[block][1] for block in row], dim=1) for row in held]
         rows = tuple(held.index(row) for row in wanted)
-        yield Page(torch.stack(parts).to(device), blocks[wanted[0][0]][0], tokens, rows)
+        first = blocks[wanted[0][0]][0]
+        held_tiles = torch.stack(parts).to(device)
+        yield Page(held_tiles, first, tokens, rows, positions, centre_set)
         start = end
 
 
@@ -186,20 +246,34 @@ class _Row(NamedTuple):
     first: int
     sinks: int
     tail: int
-    centres: int
-    tiles: list[tuple[int, int]]
+    centres: list[int]
+    tiles: list[tuple[int, int, int]]
+    next_position: int
+    sink_positions: Positions
+    tail_positions: Positions
     history: Any
     """Equal for rows that can be held together."""
 
     @classmethod
-    def read(cls, reader: _Reader, exact: list[Any]) -> _Row:
+    def read(cls, reader: _Reader, options: Options, exact: list[Any], blocks: list[Any]) -> _Row:
         first = reader.get("<i8")
-        sinks, tail, centres, count = (reader.get("<u4") for _ in range(4))
-        tiles = [(reader.get("<u4"), reader.get("<i4")) for _ in range(count)]
+        sinks, tail = reader.get("<u4"), reader.get("<u4")
+        next_position = reader.get("<i8")
         lengths = [0 if i == _NOTHING else exact[i][0].shape[1] for i in (sinks, tail)]
-        spans = tuple(tokens for _, tokens in tiles)
-        history = first, *lengths, centres == _NOTHING, spans
-        return cls(first, sinks, tail, centres, tiles, history)
+        stands = [_read_positions(length, options, reader) for length in lengths]
+        centres = [reader.get("<u4") for _ in range(reader.get("<u4"))]
+        tiles = [
+            (reader.get("<u4"), reader.get("<i4"), reader.get("<i4"))
+            for _ in range(reader.get("<u4"))
+        ]
+        spans = tuple(part[1:] for part in tiles)
+        all_stands = [*stands, *(blocks[block][2] for block, _, _ in tiles)]
+        places = tuple(
+            (stand.first, b"" if stand.each is None else stand.each.tobytes())
+            for stand in all_stands
+        )
+        history = first, *lengths, len(centres), spans, places, next_position
+        return cls(first, sinks, tail, centres, tiles, next_position, *stands, history)
 
 
 class _Numbered:

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from tqai.stores.torch_ops import serialize
 from tqai.stores.torch_ops.attend import Query, attend
 from tqai.stores.torch_ops.codec import Options, codec_of
 from tqai.stores.torch_ops.phasors import phasors_of
+from tqai.stores.torch_ops.positions import MAX_POSITION, Positions, check_positions
 from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_vectors
 
 
@@ -99,28 +101,80 @@ class TorchStore:
         return self._held.find(row)[0].sealed_tokens
 
     def centering(self, row: int, head: int) -> str | None:
-        """What the keys are centred on; None before anything was sealed."""
+        """What the keys sealed last are centred on; None before anything was sealed."""
         rows, at = self._held.find(row)
-        return None if rows.centres is None else rows.centres.kinds[at][head]
+        if not rows.centre_sets:
+            return None
+        last = rows.pages[-1].set if rows.pages else 0
+        return rows.centre_sets[last].kinds[at][head]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def centre_sets(self, row: int) -> int:
+        """Sets of centres that the tiles of a row refer to."""
+        return len(self._held.find(row)[0].centre_sets)
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray | None = None
+    ) -> None:
         """Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].
 
         Tokens that had left the window before are sealed first.
 
+        positions: [batch or 1, sections or 1, n] int64, what the keys were turned by; None: each
+        token is one further than the one before in its row.
+
         Raises:
-            ValueError: for a wrong shape, and for vectors that cannot be sealed; see the class.
+            ValueError: for a wrong shape, for vectors that cannot be sealed (see the class), and
+                for positions out of range.
         """
         self._check_shapes(keys, values)
+        tokens = keys.shape[2]
+        if positions is not None:
+            sections = self._context.sections
+            if self._context.phasors is None:  # of no use then
+                sections = positions.shape[1] if positions.ndim == 3 else 1
+            check_positions(positions, self.batch, tokens, sections)
+        if tokens == 0:
+            return
         with self._plain():
-            if keys.shape[2] > 1 or self.device.type == "cpu":
+            if tokens > 1 or self.device.type == "cpu":
                 check_vectors(keys, values, self.tokens)
-            sealed = [rows.sealed(self._context) for rows in self._held.rows]
+            sealed = [part for rows in self._held.rows for part in rows.sealed(self._context)]
             appended = [
-                rows.appended(self._context, *(_choose(states, rows) for states in (keys, values)))
-                for rows in sealed
+                rows.appended(
+                    self._context, *(_choose(states, rows) for states in (keys, values)), stand
+                )
+                for each in sealed
+                for rows, stand in self._stands(each, positions, tokens)
             ]
-        self._held = Held(appended, self.tokens + keys.shape[2], self.batch)
+        self._held = Held(appended, self.tokens + tokens, self.batch)
+
+    def _stands(
+        self, rows: Rows, positions: np.ndarray | None, tokens: int
+    ) -> list[tuple[Rows, Positions]]:
+        """Those of `rows` whose new tokens stand alike, and where."""
+        if positions is None or not self._context.uses_positions:
+            if rows.next_position + tokens - 1 > MAX_POSITION:
+                raise ValueError(
+                    f"a token's position = {rows.next_position + tokens - 1}; allowed: up to "
+                    f"{MAX_POSITION}"
+                )
+            return [(rows, Positions(rows.next_position, tokens))]
+        groups: list[tuple[Positions, list[int]]] = []
+        for at, place in enumerate(rows.places):
+            own = positions[0 if len(positions) == 1 else place].T
+            stand = Positions.of(np.broadcast_to(own, (tokens, self._context.sections)))
+            for other, group in groups:
+                if stand.same(other):
+                    group.append(at)
+                    break
+            else:
+                groups.append((stand, [at]))
+        if len(groups) == 1:
+            return [(rows, groups[0][0])]
+        return [
+            (rows.select(group, tuple(rows.places[at] for at in group)), stand)
+            for stand, group in groups
+        ]
 
     def seal(self) -> None:
         """Compresses what has left the residual window.
@@ -128,7 +182,10 @@ class TorchStore:
         Raises:
             ValueError: for vectors that cannot be sealed; see the class.
         """
-        self._change(lambda rows: rows.sealed(self._context))
+        held = self._held
+        with self._plain():
+            sealed = [part for rows in held.rows for part in rows.sealed(self._context)]
+        self._held = replace(held, rows=sealed)
 
     def attend(
         self,
@@ -229,7 +286,8 @@ class TorchStore:
             if tokens == 0:
                 exact = self._empty(len(rows.places))
                 return Rows(rows.places, exact, exact)
-            return rows.truncated(max(tokens - rows.first, 0)).starting(min(rows.first, tokens))
+            kept = rows.truncated(max(tokens - rows.first, 0)).starting(min(rows.first, tokens))
+            return kept if kept.held > 0 else replace(kept, next_position=tokens)
 
         self._change(cropped, tokens)
 
@@ -271,7 +329,7 @@ class TorchStore:
                         raise ValueError(
                             f"{count} tokens of padding; allowed: {rows.first}…{self.tokens}"
                         )
-                    if count > rows.first and rows.centres is not None:
+                    if count > rows.first and rows.centre_sets:
                         raise ValueError(
                             "rows have sealed tokens already; padding must be said before"
                         )
@@ -298,7 +356,10 @@ class TorchStore:
         for rows in self._held.rows:
             packed += sum(page.tiles.nbytes for page in rows.pages)
             exact += rows.sinks.nbytes + rows.tail.nbytes
-            overhead += 0 if rows.centres is None else rows.centres.nbytes
+            overhead += sum(centres.nbytes for centres in rows.centre_sets)
+            stands = [rows.sink_positions, rows.tail_positions]
+            stands += [page.positions for page in rows.pages]
+            overhead += sum(0 if part.each is None else part.each.nbytes for part in stands)
             tokens += rows.held * len(rows.places)
             packed_tokens += rows.sealed_tokens * len(rows.places)
         token_bytes = self.kv_heads * (self.head_dim + self.value_head_dim)
