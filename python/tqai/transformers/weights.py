@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,10 +116,11 @@ class Watch:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = ref(decoder)
-        self._glance: _Glance | None = None
+        self._seen: tuple[_Glance, State] | None = None
         self._states: deque[State] = deque(maxlen=STATES)
         """Latest first."""
         self._read: dict[int, _Read] = {}
+        self._lock = threading.RLock()
 
     @torch.compiler.disable
     def now(self) -> State:
@@ -126,24 +128,30 @@ class Watch:
 
         Costs microseconds where nothing was touched, else milliseconds.
         """
-        if self._glance is not None and self._glance.is_current():
-            return self._states[0]
+        seen = self._seen
+        if seen is not None and seen[0].is_current():
+            return seen[1]
         decoder = self.decoder()
         assert decoder is not None
-        parts = list(parts_of(decoder))
-        self._glance = _Glance(parts)
-        held = _Held.of(parts)
-        state = next((s for s in self._states if s.held and s.held.is_still(held)), None)
-        if state is None:
-            state = State(self, held, None)
-        else:
-            self._states.remove(state)
-            state.held = held
-        self._states.appendleft(state)
+        with self._lock:
+            parts = list(parts_of(decoder))
+            held = _Held.of(parts)
+            state = next((s for s in self._states if s.held and s.held.is_still(held)), None)
+            if state is None:
+                state = State(self, held, None)
+            else:
+                self._states.remove(state)
+                state.held = held
+            self._states.appendleft(state)
+            self._seen = _Glance(parts), state
         return state
 
     def read(self, decoder: nn.Module) -> Identity:
         """Reads the weights, but for those that were read before and have not changed."""
+        with self._lock:
+            return self._read_all(decoder)
+
+    def _read_all(self, decoder: nn.Module) -> Identity:
         before, self._read = self._read, {}
         described: list[str] = []
         names: list[str] = []

@@ -144,9 +144,13 @@ def test_a_base_s_cache_is_good_under_an_adapter_that_is_off() -> None:
 
 
 def test_adapters_of_transformers_own(tmp_path: Path) -> None:
-    pytest.importorskip("peft", minversion="0.20", reason="transformers 5 asks for peft 0.20")
     model = make_model()
-    model.add_adapter(lora(1), adapter_name="a")
+    try:
+        model.add_adapter(lora(1), adapter_name="a")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     model.add_adapter(lora(2), adapter_name="b")
     model.set_adapter("a")
     cache = filled(model, tqai.patch(model, **SEALING), make_ids(1, 100))

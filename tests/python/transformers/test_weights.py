@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,44 @@ def test_a_cache_keeps_no_model_alive(tmp_path: Path) -> None:
     assert weight() is None
     with pytest.raises(ValueError, match="gone with its model"):
         tqai.save_cache(cache, tmp_path / "f")
+
+
+def test_threads_may_ask_while_adapters_are_switched_and_files_saved(tmp_path: Path) -> None:
+    model = make_model()
+    cache = patched(model)
+    errors: list[BaseException] = []
+    watch = watch_of(decoder_of(model))
+    states = set()
+
+    def ask(name: str) -> None:
+        try:
+            for _ in range(20):
+                states.add(watch.now())
+                tqai.save_cache(cache, tmp_path / name)
+                projection(model).register_buffer("made", torch.zeros(1), persistent=False)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=(str(at),)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(states) == 1
+
+
+def test_weights_that_were_loaded_in_inference_mode(tmp_path: Path) -> None:
+    """PyTorch counts no writes to such; replaced ones are noticed."""
+    with torch.inference_mode():
+        model = make_model()
+    assert projection(model).weight.is_inference()
+    cache = patched(model)
+    filled(model, cache, make_ids(1, 1))
+    tqai.save_cache(cache, tmp_path / "f")
+    filled(model, tqai.load_cache(tmp_path / "f", model), make_ids(1, 1))
+    replace_a_parameter(model)
+    with pytest.raises(ValueError, match="have changed"):
+        filled(model, cache, make_ids(1, 1))
 
 
 # Identities.
