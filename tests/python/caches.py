@@ -18,7 +18,8 @@ def filled(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
 
 def held(cache: Any) -> list[torch.Tensor]:
     """All keys and values in a cache."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def assert_equal(got: Any, expected: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy
+import pytest
 import tqai
+from tqai.requirements import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 
 TORCH = "tqai for models needs torch and transformers: pip install torch transformers"
 OLD = (
@@ -86,13 +89,68 @@ def test_without_torch(tmp_path: Path) -> None:
     assert said(tmp_path) == {**dict.fromkeys(ENTRIES, TORCH), **verbs}
 
 
-def test_a_transformers_that_is_too_old(tmp_path: Path) -> None:
-    for package, version in (("torch", "2.8.0"), ("transformers", "4.50.1")):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
-        about = tmp_path / f"{package}-{version}.dist-info"
+def put_transformers(folder: Path, version: str) -> None:
+    """Packages that say this of themselves, and cannot be imported."""
+    for package, number in (("torch", "2.8.0"), ("transformers", version)):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise RuntimeError('imported')")
+        about = folder / f"{package}-{number}.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+        (about / "METADATA").write_text(f"Name: {package}\nVersion: {number}\n")
+
+
+@pytest.mark.parametrize("version", ["5.25.0", "5.25.0.dev0", "6.0.1", "5.24.9", "4.57.6"])
+def test_a_transformers_that_is_newer_than_those_tried(tmp_path: Path, version: str) -> None:
+    """One remark in a process, at the user's own line, and tqai goes on."""
+    put_transformers(tmp_path, version)
+    code = """
+import contextlib, warnings
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    import tqai
+    assert not found
+    for _ in range(3):
+        with contextlib.suppress(RuntimeError):
+            tqai.patch(None)  # imports transformers
+for warning in found:
+    print(warning.filename, warning.category.__name__, warning.message)
+"""
+    ran = run(tmp_path, code)
+    assert ran.returncode == 0, ran.stderr
+    if version in ("5.24.9", "4.57.6"):
+        assert ran.stdout == ""
+    else:
+        assert ran.stdout.splitlines() == [
+            f"<string> UserWarning transformers {version} is newer than any that this tqai was "
+            "tried with, the newest being 5.24. tqai goes on; should something be wrong, take that "
+            "one: pip install 'transformers<5.25'"
+        ]
+
+
+def test_the_versions_tried_are_those_of_the_package() -> None:
+    """What pip is told, what is said at run time, what the tests run with, and what is promised."""
+    root = Path(__file__).parents[2]
+
+    def found(name: str, pattern: str) -> tuple[int, ...]:
+        (version,) = re.findall(pattern, (root / name).read_text(), re.MULTILINE)
+        return tuple(map(int, version.split(".")))
+
+    major, minor = NEWEST_TRANSFORMERS
+    assert found("pyproject.toml", r'"transformers>=[\d.]+,<([\d.]+)"') == (major, minor + 1)
+    assert (
+        OLDEST_TRANSFORMERS
+        <= found("constraints.txt", r"^transformers==([\d.]+)")[:2]
+        <= NEWEST_TRANSFORMERS
+    )
+    oldest = found("scripts/test", r"^oldest=([\d.]+)")
+    assert oldest[:2] == OLDEST_TRANSFORMERS
+    assert found("pyproject.toml", r'"transformers>=([\d.]+),<') == oldest
+    promised = f"| transformers | {'.'.join(map(str, oldest))} to {major}.{minor}, tried"
+    assert promised in (root / "README.md").read_text()
+
+
+def test_a_transformers_that_is_too_old(tmp_path: Path) -> None:
+    put_transformers(tmp_path, "4.50.1")
     verbs = {" ".join(verb): f"2 tqai: {OLD}" for verb in VERBS}
     assert said(tmp_path) == {**dict.fromkeys(ENTRIES, OLD), **verbs}
 
