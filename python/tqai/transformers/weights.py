@@ -10,6 +10,7 @@ read at a few GB/s, and again only where something has changed.
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import threading
 from collections import deque
@@ -110,8 +111,8 @@ class Watch:
     """Tells when the weights of `decoder` are others than they were; keeps none of them alive.
 
     Seen are writing to a tensor, replacing tensors and modules, and switching, merging and adding
-    adapters. Not seen are edits through ``tensor.data``, of which PyTorch keeps no record: those of
-    whole rows are found when a file is saved or loaded.
+    adapters. Of edits through ``tensor.data`` PyTorch keeps no record: those of whole tensors are
+    seen in the CPU's memory, by a word of each, those of whole rows when a file is saved or loaded.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -207,13 +208,17 @@ class _Leaf(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     storage: StorageWeakRef | None
+    word: int
+    """One of its words, where it can be looked at quickly."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Leaf:
         has_memory = tensor.layout == torch.strided and tensor.device.type != "meta"
         storage = StorageWeakRef(tensor.untyped_storage()) if has_memory else None
         version, address = _record(tensor)
-        return cls(ref(tensor), version, address, tensor.dtype, tensor.device, storage)
+        word = _word(tensor)
+        value = 0 if word is None else word.value
+        return cls(ref(tensor), version, address, tensor.dtype, tensor.device, storage, value)
 
     def is_still(self, now: _Leaf) -> bool:
         """Whether `now` has the same numbers for sure; it may have moved to another device."""
@@ -224,13 +229,26 @@ class _Leaf(NamedTuple):
             return False
         # The memory that is given back may be handed out again at the same address.
         kept = self.address == now.address and not (self.storage and self.storage.expired())
-        return kept or self.device != now.device
+        return self.device != now.device or (kept and self.word == now.word)
 
 
 def _record(tensor: torch.Tensor) -> tuple[int, int]:
     """How often a tensor was written to, as far as PyTorch counts that, and where it is."""
     strided = tensor.layout == torch.strided
     return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr() if strided else 0
+
+
+def _word(tensor: torch.Tensor) -> ctypes.c_int64 | None:
+    """A view of eight bytes in the middle of a tensor in the CPU's memory, alive only as that is.
+
+    Reading it costs a hundredth of what an operation of PyTorch's does.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.nbytes < 8:
+        return None
+    if not tensor.is_contiguous():
+        return None
+    middle = min(tensor.nbytes // 2, tensor.nbytes - 8) // 8 * 8
+    return ctypes.c_int64.from_address(tensor.data_ptr() + middle)
 
 
 class _Read(NamedTuple):
@@ -313,6 +331,8 @@ class _Glance:
         self._addresses = list(map(_ADDRESS, tensors))
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._storage_ids = [storage.cdata for storage in self._storages]
+        self._words = [word for word in map(_word, tensors) if word is not None]
+        self._values = list(map(_VALUE, self._words))
 
     def is_current(self) -> bool:
         tensors = _values(self._owners, _PARAMETERS)
@@ -322,6 +342,8 @@ class _Glance:
             and list(map(_VERSION, tensors)) == self._versions
             and list(map(_ADDRESS, tensors)) == self._addresses
             and not any(map(torch.UntypedStorage._expired, self._storage_ids))
+            # The memory of the words is there still, by the above.
+            and list(map(_VALUE, self._words)) == self._values
             and _ids(self._parents, _CHILDREN) == self._children
             and all(other.is_current() for other in self._others)
             and all(_is_set(*each) for each in self._adapters)
@@ -329,6 +351,7 @@ class _Glance:
 
 
 _CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_VALUE = attrgetter("value")
 _VERSION, _ADDRESS = torch.Tensor._version.__get__, torch.Tensor.data_ptr
 
 

@@ -86,7 +86,19 @@ def round_to_half(model: Any) -> None:
     model.half().float()
 
 
+def fill_by_data(model: Any) -> None:
+    """What PyTorch keeps no record of."""
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+
+
+def decay_by_data(model: Any) -> None:
+    projection(model).weight.data.mul_(0.99)
+
+
 CHANGES = [
+    fill_by_data,
+    decay_by_data,
     load_other_weights,
     load_and_assign,
     take_a_step,
