@@ -131,7 +131,11 @@ def _check_model(model: Any, short: dict[str, Any], plain: Any, outcome: Outcome
     goes_on = not isinstance(_or_error(_more, model, long, target, _cache(target)), Exception)
 
     with _watched() as seen:
-        _tqai(tqai.patch, model, residual_window=4096)
+        try:
+            _tqai(tqai.patch, model, residual_window=4096)
+        except Refused as error:
+            _follow_advice(model, long, target, str(error))
+            raise
         got = _tqai(_generate, model, short)
     if not any(cache.memory_report()["tokens"] for cache in seen.caches):
         raise Wrong("nothing is compressed, and nothing says so")
@@ -168,6 +172,22 @@ def _check_model(model: Any, short: dict[str, Any], plain: Any, outcome: Outcome
                     outcome.features[name] = "="
                 except Refused as error:
                     outcome.features[name] = f"refused: {error}"
+
+
+def _follow_advice(model: Any, long: dict[str, Any], target: Any, said: str) -> None:
+    """Leaves out the layers that an error says to leave out: the rest must be as it was."""
+    skipped: list[int] = []
+    while (advice := re.search(r"skip_layers=\[(\d+)\]", said)) is not None:
+        skipped.append(int(advice[1]))
+        try:
+            _tqai(tqai.patch, model, residual_window=4096, skip_layers=skipped)
+        except Refused as error:
+            said = str(error)
+            continue
+        got = _tqai(_generate, model, long, forced=True)
+        if not _same(got, target):
+            raise Wrong(f"with skip_layers={skipped}, as tqai says: {_difference(got, target)}")
+        return
 
 
 _KINDS = (tqai.TqaiCache, tqai.TqaiEncoderDecoderCache)
@@ -317,7 +337,11 @@ def _difference(got: Any, expected: Any) -> str:
 
 
 def _error(got: Any, expected: Any) -> float:
-    ours, theirs = (torch.stack(result.logits).double() for result in (got, expected))
+    """Of the logits of as many tokens as followed on the same ones; some models force none."""
+    start = got.sequences.shape[1] - len(got.logits)
+    same = (got.sequences == expected.sequences).all(0)[start:].int().cumprod(0)
+    steps = min(int(same.sum()) + 1, len(got.logits))
+    ours, theirs = (torch.stack(each.logits[:steps]).double() for each in (got, expected))
     return float((ours - theirs).norm() / theirs.norm())
 
 

@@ -130,6 +130,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 16},
     "nemotron": {"head_dim": 32, "num_key_value_heads": 2},
+    # Its routing drops what lies far from the best by less than this: it must not jump.
+    "phimoe": {"router_jitter_noise": 10.0},
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "step3p5": {"sliding_window": 150},
@@ -203,6 +205,12 @@ EXTRA: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 32,
         "indexer_budget": 64,
         "indexer_compress_ratio": 4,
+    },
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 32,
+        "index_topk_blocks": 2,
+        "index_n_heads": 2,
     },
     "moonshine_streaming": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
