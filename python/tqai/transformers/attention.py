@@ -65,6 +65,7 @@ def attention_forward(
 
     Raises:
         NotImplementedError: under continuous batching.
+        ValueError: for queries on another device than the layer's tokens.
         RuntimeError: for views that are older than the cache, or another's cache in a model that
             has the name of tqai's attention but is not patched.
     """
@@ -135,6 +136,7 @@ def _attend_once(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     layer = update.layer
+    _check_device(query, update)
     if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
         arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
         if arguments is not None:
@@ -142,6 +144,17 @@ def _attend_once(
     # A view's dense tensors are its fresh ones, exact, where the layer was empty before.
     key, value = _dense(query, update)
     return original(module, query, key, value, mask, **kwargs)
+
+
+def _check_device(query: torch.Tensor, update: Update) -> None:
+    core = update.layer.core
+    where = query.device if core is None else stores.device_of(core)
+    if query.device != where:
+        raise ValueError(
+            f"layer {update.layer.index}: queries on {query.device}; the keys and values that they "
+            f"read are on {where}: move both to one device, or make another cache with "
+            "tqai.new_cache(model) after the model has moved"
+        )
 
 
 def _pays_for_prefill(update: Update) -> bool:

@@ -394,9 +394,11 @@ def _reorder_cache(self: PreTrainedModel, cache: Any, beam_idx: torch.Tensor) ->
         method = inspect.getattr_static(type(self), "_reorder_cache").__get__(self, type(self))
         return method(cache, beam_idx)
     # RAG has as many rows of a beam as documents.
-    rows = getattr(cache, "self_attention_cache", cache).batch_size // len(beam_idx)
-    within = torch.arange(rows, device=beam_idx.device)
-    cache.reorder_cache((beam_idx[:, None] * rows + within).flatten())
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    rows = next(layer.batch_size for layer in layers if hasattr(layer, "batch_size"))
+    group = rows // len(beam_idx)
+    within = torch.arange(group, device=beam_idx.device)
+    cache.reorder_cache((beam_idx[:, None] * group + within).flatten())
     return cache
 
 

@@ -315,3 +315,13 @@ def test_a_mask_may_be_written_to_between_passes(models: Models) -> None:
             padding.append([layer.padding for layer in cache.layers])
             buffer.copy_(mask_of_pass)
         assert padding == [[[10], [10]], [[0], [0]]]
+
+
+def test_queries_on_another_device_are_refused(models: Models) -> None:
+    model = models()
+    module = model.model.layers[0].self_attn
+    cache = filled(model, tqai.patch(model, residual_window=16), make_ids(tokens=100))
+    keys, values = cache.layers[0].update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+    queries = torch.zeros(1, 4, 1, 16, device="meta")
+    with pytest.raises(ValueError, match="layer 0: queries on meta.*are on cpu"):
+        attention.attention_forward("sdpa", module, queries, keys, values)

@@ -205,7 +205,10 @@ def test_rows_of_documents_go_along_with_their_beam(beams: int, filled_caches: A
         "max_new_tokens": 16,
         "do_sample": False,
     }
-    expected = model.generate(**inputs)
+    try:
+        expected = model.generate(**inputs)
+    except IndexError:
+        pytest.skip("this transformers has no beams for RAG")
     tqai.patch(model)
     assert torch.equal(model.generate(**inputs), expected)
     assert filled_caches()
