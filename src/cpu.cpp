@@ -4,6 +4,10 @@
 #include <tqai/cpu.hpp>
 #include <tqai/error.hpp>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
@@ -115,6 +119,14 @@ Level default_level() {
   }
   throw UnsupportedError("TQAI_LEVEL=" + std::string(name) +
                          " is not available on this machine; available: " + joined_names(levels));
+}
+
+int openmp_threads() noexcept {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 0;
+#endif
 }
 
 }  // namespace tqai

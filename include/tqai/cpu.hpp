@@ -26,4 +26,7 @@ TQAI_API std::vector<Level> available_levels();
 /// each call. Throws ValueError for an unknown name, UnsupportedError for one not available here.
 TQAI_API Level default_level();
 
+/// Threads that a call takes at most; 0: this build has no OpenMP, and a call stays in its thread.
+TQAI_API int openmp_threads() noexcept;
+
 }  // namespace tqai

@@ -36,6 +36,8 @@ PYBIND11_MODULE(_core, module) {
   module.def(
       "default_level", [] { return std::string(tqai::name_of(default_level())); },
       "The level that new caches take: the fastest, or the one that TQAI_LEVEL names.");
+  module.def("openmp_threads", &openmp_threads,
+             "Threads that a call takes at most; 0: built without OpenMP.");
   bind_cache(module);
   bind_codebook(module);
   bind_quantizers(module);

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level']
+__all__: list[str] = ['Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level', 'openmp_threads']
 class DType(enum.Enum):
     """
     Element types of tensors; bool for masks alone.
@@ -248,5 +248,9 @@ def available_levels() -> list[str]:
 def default_level() -> str:
     """
     The level that new caches take: the fastest, or the one that TQAI_LEVEL names.
+    """
+def openmp_threads() -> int:
+    """
+    Threads that a call takes at most; 0: built without OpenMP.
     """
 __version__: str = '0.1.0'

@@ -1,10 +1,10 @@
-"""``tqai info``: what this installation can do, and what a model's tokens would take."""
+"""``tqai info``: what this installation can do, what a model's tokens would take, and which of its
+layers attend from the packed bytes."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -22,7 +22,8 @@ def add(verbs: Any) -> None:
     parser = add_verb(
         verbs,
         "info",
-        "Versions and kernel levels, and the bytes that a model's tokens take.",
+        "Versions, kernel levels and threads; the bytes that a model's tokens take, and how each "
+        "layer attends to packed ones.",
         run,
         models=False,
     )
@@ -43,9 +44,10 @@ def run(options: argparse.Namespace) -> None:
         print_json(result)
         return
     for name, value in result["installation"].items():
-        print(
-            f"{name.replace('_', ' '):18}{', '.join(value) if isinstance(value, list) else value}"
-        )
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name.replace('_', ' '):18}{text}")
     if "model" in result:
         _print_model(result["model"])
 
@@ -61,11 +63,19 @@ def _installation(threads: int | None) -> dict[str, Any]:
         "tqai": tqai.__version__,
         "level": _core.default_level(),
         "available_levels": _core.available_levels(),
-        "threads": threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "openmp": _core.openmp_threads() > 0,
+        "threads": _threads(threads),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         **{package: version(package) for package in ("numpy", "torch", "transformers")},
     }
+
+
+def _threads(wanted: int | None) -> int:
+    """That a call of the kernels takes at most."""
+    most = _core.openmp_threads()
+    # The library is loaded before the options are read.
+    return 1 if most == 0 else wanted or most
 
 
 def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +83,7 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tqai.transformers.attention_paths import attention_paths
     from tqai.transformers.geometry import geometry_of
     from tqai.transformers.layer import TqaiLayer
 
@@ -90,6 +101,11 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         "head_dim": sorted({shape.dim for shape in known}),
         "settings": cache.memory_report()["settings"],
     }
+    try:
+        result["attention"] = attention_paths(config, cache.settings)
+    except RuntimeError as error:
+        result["attention"] = None
+        result["attention_unknown"] = str(error)
     if len(known) == sum(compressed) > 0:
         options = cache.settings.core_options()
         exact = sum(shape.count * shape.dim * 2 for shape in known)
@@ -116,6 +132,32 @@ def _sealed_bytes(kv_heads: int, head_dim: int, options: dict[str, Any]) -> floa
     return memory["packed_bytes"] / memory["packed_tokens"]
 
 
+_PATHS = {
+    "kernel": "from the packed bytes",
+    "dequantised": "decompressed at each step: memory falls, time does not",
+    "exact": "left uncompressed",
+    "recurrent": "no keys and values",
+    "unused": "not read",
+}
+
+
+def _by_layer(paths: list[str]) -> str:
+    """As in "kernel in layers 0–3, 5 (from the packed bytes); …"."""
+    parts = []
+    for path in dict.fromkeys(paths):
+        runs: list[list[int]] = []
+        for index in (index for index, each in enumerate(paths) if each == path):
+            if runs and index == runs[-1][-1] + 1:
+                runs[-1] = [runs[-1][0], index]
+            else:
+                runs.append([index])
+        where = ", ".join("–".join(map(str, dict.fromkeys(run))) for run in runs)
+        every = len(set(paths)) == 1
+        place = "all layers" if every else f"layers {where}" if len(where) > 1 else f"layer {where}"
+        parts.append(f"{path} in {place} ({_PATHS[path]})")
+    return "; ".join(parts)
+
+
 def _print_model(model: dict[str, Any]) -> None:
     def numbers(values: list[int]) -> str:
         return "/".join(map(str, values)) or "unknown"
@@ -124,6 +166,10 @@ def _print_model(model: dict[str, Any]) -> None:
         f"\n{model['class']}: {model['layers']} layers ({model['layers_compressed']} compressed), "
         f"{numbers(model['kv_heads'])} key/value heads of {numbers(model['head_dim'])}"
     )
+    if model["attention"] is None:
+        print(f"attention over packed tokens: unknown, as {model['attention_unknown']}")
+    else:
+        print(f"attention over packed tokens: {_by_layer(model['attention'])}")
     sizes = model.get("token_bytes")
     if sizes is None:
         return

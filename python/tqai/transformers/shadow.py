@@ -30,6 +30,17 @@ def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
     return shadow
 
 
+def with_constants(module: torch.nn.Module) -> torch.nn.Module:
+    """A shadow of `module` that computes on the CPU, constants standing for all weights that are
+    on the device "meta"."""
+    shadow = shadow_of(module)
+    _spare_what_is_offloaded(shadow, torch.device("cpu"), {})
+    for part in shadow.modules():  # also of classes that a model has made of these, as Falcon's
+        if isinstance(part, (torch.nn.Linear, torch.nn.Embedding)) and "forward" not in vars(part):
+            vars(part)["forward"] = _Row(part.weight, isinstance(part, torch.nn.Linear))
+    return shadow
+
+
 def _copy(module: torch.nn.Module) -> torch.nn.Module:
     shadow = type(module).__new__(type(module))
     for name, value in vars(module).items():
@@ -118,4 +129,5 @@ class _Row:
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
         leading = given.shape[:-1] if self.is_linear else given.shape
-        return self.row.to(given.device).expand(*leading, len(self.row))
+        # Not views of one another: models add to what comes out.
+        return self.row.to(given.device).expand(*leading, len(self.row)).clone()

@@ -53,11 +53,15 @@ def test_info(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     text = run(capsys, "info", "--model", folder)
     assert "2 layers (2 compressed), 2 key/value heads of 16" in text
     assert "packed at K4/V2" in text
+    assert model["attention"] == ["kernel", "kernel"]
+    assert "attention over packed tokens: kernel in all layers" in text
+    assert installation["openmp"] is (_core.openmp_threads() > 0)
 
 
 def test_info_counts_skipped_layers_out(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     model = run_json(capsys, "info", "--model", folder, "--skip-layers", "0")["model"]
     assert model["layers_compressed"] == 1
+    assert model["attention"] == ["exact", "kernel"]
     assert model["token_bytes"]["bfloat16"] == 2 * 64
 
 
