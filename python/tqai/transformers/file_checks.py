@@ -44,6 +44,10 @@ def check_header(path: Path, header: Mapping[str, Any]) -> None:
         if header["weights"]["kind"] == WEIGHTS:
             needed = {"structure": _is(str), "tensors": _list(digest)}
             _check(path, "its weights", header["weights"], needed)
+            around = header["weights"].get("around", {"structure": "", "tensors": []})
+            if not isinstance(around, dict):
+                raise ValueError(f"{path}: its weights have 'around': {_shown(around)}")
+            _check(path, "its weights", around, needed)
     for part in ("layers", "cross_layers"):
         for index, layer in enumerate(header.get(part, ())):
             _check_layer(path, f"layer {index}", layer)

@@ -28,7 +28,7 @@ from tqai.transformers.file_checks import WEIGHTS
 from tqai.transformers.geometry import Geometry, decoder_of, geometry_of
 from tqai.transformers.layer import Heads, TqaiLayer
 from tqai.transformers.other_layers import holds_nothing
-from tqai.transformers.weights import State, sampled_fingerprint
+from tqai.transformers.weights import Identity, State, sampled_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,11 +266,14 @@ def _weights(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, Any] | Non
             f"{error}; a file says which weights its cache goes with, and cannot say so any more: "
             "save caches before the model changes"
         ) from error
-    return {
-        "kind": WEIGHTS,
-        "structure": identity.structure,
-        "tensors": identity.tensors,
-    }
+    described = {"kind": WEIGHTS, **_described(identity)}
+    if identity.around is not None:
+        described["around"] = _described(identity.around)
+    return described
+
+
+def _described(identity: Identity) -> dict[str, Any]:
+    return {"structure": identity.structure, "tensors": identity.tensors}
 
 
 def _check_model(
@@ -294,26 +297,33 @@ def _check_model(
             "the cache again, or use the tqai that wrote it"
         )
     identity = state.identity(afresh=True)
+    names, unread = _compare(path, header, saved, identity)
+    # What makes the decoder's input, where both knew of it: a decoder can be patched by itself.
+    if identity.around is not None and "around" in saved:
+        more = _compare(path, header, saved["around"], identity.around)
+        names, unread = names + more[0], unread + more[1]
+    if unread:
+        warnings.warn(
+            f"{path}: {len(unread)} of {names} weights ({_some(unread)}) could not be compared "
+            "with those that the cache was made with, as their values are out of reach (on the "
+            "device 'meta'), then or now; only names, shapes and dtypes were compared",
+            stacklevel=3,
+        )
+    return state
+
+
+def _compare(
+    path: Path, header: dict[str, Any], saved: dict[str, Any], identity: Identity
+) -> tuple[int, list[str]]:
+    """How many weights there are, and the names of those that cannot be compared."""
     if saved["structure"] != identity.structure or len(saved["tensors"]) != len(identity.names):
         raise _other_weights(path, header)
     differing = identity.differing(saved["tensors"])
     if differing:
         raise _other_weights(path, header, f" ({_some(differing)})")
-    unread = [
-        name
-        for name, ours, theirs in zip(
-            identity.names, identity.tensors, saved["tensors"], strict=True
-        )
-        if ours is None or theirs is None
-    ]
-    if unread:
-        warnings.warn(
-            f"{path}: {len(unread)} of {len(identity.names)} weights ({_some(unread)}) could not "
-            "be compared with those that the cache was made with, as their values are out of reach "
-            "(on the device 'meta'), then or now; only names, shapes and dtypes were compared",
-            stacklevel=3,
-        )
-    return state
+    pairs = zip(identity.names, identity.tensors, saved["tensors"], strict=True)
+    unread = [name for name, ours, theirs in pairs if ours is None or theirs is None]
+    return len(identity.names), unread
 
 
 def _other_weights(path: Path, header: dict[str, Any], which: str = "") -> ValueError:

@@ -83,6 +83,7 @@ _geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
 def geometry_of(model: PreTrainedModel) -> Geometry:
     """The geometry of `model`, or of the model that `model` is the decoder of."""
     decoder = decoder_of(model)
+    watch_of(decoder).surround(model)
     if decoder not in _geometries:
         config = config_of(model)
         name = type(keeper_of(model)).__name__

@@ -133,6 +133,20 @@ def parts_of(decoder: nn.Module) -> Iterator[Part]:
     return _walk(decoder, "", None, (), ())
 
 
+def parts_around(model: nn.Module, decoder: nn.Module) -> Iterator[Part]:
+    """What of `model` is neither its decoder nor its output head: what makes the decoder's input.
+
+    An encoder is such, and what reads images.
+    """
+    heads: list[nn.Module] = []
+    for owner in (model, decoder):
+        try:
+            heads.append(owner.get_output_embeddings())
+        except (AttributeError, NotImplementedError):
+            continue
+    return _walk(model, "", None, (), (decoder, *heads))
+
+
 def _walk(
     module: nn.Module,
     name: str,

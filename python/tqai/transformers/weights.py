@@ -14,7 +14,7 @@ import ctypes
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from operator import attrgetter
@@ -26,7 +26,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tqai.transformers import digests
-from tqai.transformers.held import Part, leaves_of, parts_of
+from tqai.transformers.held import Part, leaves_of, parts_around, parts_of
 
 STATES = 8
 """States of a model that are remembered: adapters are switched back and forth."""
@@ -40,6 +40,8 @@ class Identity(NamedTuple):
     names: tuple[str, ...]
     tensors: tuple[str | None, ...]
     """A digest of each one's numbers; None where these are nowhere."""
+    around: Identity | None = None
+    """Of what makes the decoder's input, an encoder or what reads images; None: not known."""
 
     @property
     def unread(self) -> int:
@@ -48,7 +50,14 @@ class Identity(NamedTuple):
 
     def digest(self) -> str:
         """All of it in 16 characters."""
-        return digests.short(repr((self.structure, self.tensors)))
+        around = None if self.around is None else self.around.digest()
+        return digests.short(repr((self.structure, self.tensors, around)))
+
+    def is_same_as(self, other: Identity) -> bool:
+        """Whether nothing that is known of both differs."""
+        if self.structure != other.structure or self.differing(other.tensors):
+            return False
+        return not (self.around and other.around) or self.around.is_same_as(other.around)
 
     def differing(self, tensors: Sequence[str | None]) -> list[str]:
         """Names of the tensors that are known to differ from those of the same structure."""
@@ -101,10 +110,9 @@ class State:
         if other is self:
             return True
         try:
-            theirs, own = other.identity(), self.identity()
+            return self.identity().is_same_as(other.identity())
         except ValueError:
             return False
-        return theirs.structure == own.structure and not own.differing(theirs.tensors)
 
 
 class Watch:
@@ -117,11 +125,22 @@ class Watch:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = ref(decoder)
+        self._model: ref[nn.Module] | None = None
         self._seen: tuple[_Glance, State] | None = None
         self._states: deque[State] = deque(maxlen=STATES)
         """Latest first."""
         self._read: dict[int, _Read] = {}
         self._lock = threading.RLock()
+
+    def surround(self, model: nn.Module) -> None:
+        """Watches also what of `model`, whose decoder this is, makes the decoder's input."""
+        known = None if self._model is None else self._model()
+        if known is None and model is not self.decoder():
+            self._model, self._seen = ref(model), None
+
+    def _around(self, decoder: nn.Module) -> list[Part]:
+        model = None if self._model is None else self._model()
+        return [] if model is None else list(parts_around(model, decoder))
 
     @torch.compiler.disable
     def now(self) -> State:
@@ -135,7 +154,7 @@ class Watch:
         decoder = self.decoder()
         assert decoder is not None
         with self._lock:
-            parts = list(parts_of(decoder))
+            parts = [*parts_of(decoder), *self._around(decoder)]
             held = _Held.of(parts)
             state = next((s for s in self._states if s.held and s.held.is_still(held)), None)
             if state is None:
@@ -154,18 +173,25 @@ class Watch:
 
     def _read_all(self, decoder: nn.Module) -> Identity:
         before, self._read = self._read, {}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            own = self._read_parts(parts_of(decoder), before, pool)
+            around = self._read_parts(self._around(decoder), before, pool)
+        return own._replace(around=around) if around.names else own
+
+    def _read_parts(
+        self, parts: Iterable[Part], before: dict[int, _Read], pool: ThreadPoolExecutor
+    ) -> Identity:
         described: list[str] = []
         names: list[str] = []
         found: list[str | None] = []
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for part in parts_of(decoder):
-                effect = None if part.adapter is None else part.adapter.effect()
-                if effect is not None:
-                    described.append(f"{part.name} {effect}")
-                for name, value in part.values():
-                    described.append(f"{name} {digests.describe(value)}")
-                    names.append(name)
-                    found.append(self._digest(value, before, pool))
+        for part in parts:
+            effect = None if part.adapter is None else part.adapter.effect()
+            if effect is not None:
+                described.append(f"{part.name} {effect}")
+            for name, value in part.values():
+                described.append(f"{name} {digests.describe(value)}")
+                names.append(name)
+                found.append(self._digest(value, before, pool))
         order = sorted(range(len(names)), key=names.__getitem__)
         return Identity(
             digests.short("\n".join(sorted(described))),

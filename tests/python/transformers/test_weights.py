@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import tqai
+import transformers
 from caches import SEALING, filled
 from conftest import make_ids, make_model
 from tqai.transformers.geometry import decoder_of, geometry_of
@@ -323,6 +324,50 @@ def test_weights_that_were_loaded_in_inference_mode(tmp_path: Path) -> None:
     replace_a_parameter(model)
     with pytest.raises(ValueError, match="have changed"):
         filled(model, cache, make_ids(1, 1))
+
+
+def test_an_encoder_counts_where_it_is_known(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=128, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+
+    def read(cache: Any, tokens: int) -> Any:
+        with torch.no_grad():
+            ids = make_ids(1, tokens)
+            model(input_ids=make_ids(1, 60), decoder_input_ids=ids, past_key_values=cache)
+        return cache
+
+    cache = read(tqai.patch(model, **SEALING), 90)
+    tqai.save_cache(cache, tmp_path / "f")
+    tqai.load_cache(tmp_path / "f", model)
+    with torch.no_grad():
+        model.lm_head.weight += 0 if model.config.tie_word_embeddings else 1
+        model.encoder.block[1].layer[0].SelfAttention.q.weight[3] += 1
+    with pytest.raises(ValueError, match="have changed"):
+        read(cache, 1)
+    with pytest.raises(ValueError, match=r"\(encoder.block.1.layer.0.SelfAttention.q.weight\)"):
+        tqai.load_cache(tmp_path / "f", model)
+
+
+def test_the_output_head_does_not_count(tmp_path: Path) -> None:
+    model = make_model()
+    cache = patched(model)
+    tqai.save_cache(cache, tmp_path / "f")
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    filled(model, cache, make_ids(1, 1))
+    tqai.load_cache(tmp_path / "f", model)
+
+
+def test_a_decoder_takes_files_of_the_model_around_it(tmp_path: Path) -> None:
+    model = make_model()
+    tqai.save_cache(patched(model), tmp_path / "f")
+    decoder = make_model().model
+    tqai.patch(decoder, **SEALING)
+    assert tqai.load_cache(tmp_path / "f", decoder).get_seq_length() == 100
 
 
 # Identities.
