@@ -219,7 +219,19 @@ def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any
     assert core is not None
     if not update.is_current():
         update.dense(0)  # raises
-    output = stores.attend(core, query, first_token=update.first, **arguments)
+    # A text's queries may be more than the image's or the encoder's tokens; a store takes no more
+    # at a time than it has tokens.
+    mask, most = arguments["mask"], max(core.tokens, 1)
+    outputs = [
+        stores.attend(
+            core,
+            query[:, :, at : at + most],
+            first_token=update.first,
+            **{**arguments, "mask": None if mask is None else mask[:, :, at : at + most]},
+        )
+        for at in range(0, query.shape[2], most)
+    ]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     if torch.is_grad_enabled() and query.requires_grad:
         return Undifferentiable.apply(query, output)
     return output

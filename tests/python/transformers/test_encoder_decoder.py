@@ -450,3 +450,21 @@ def test_one_cache_takes_one_encoder_input(bart: Any) -> None:
 def test_measurements_are_of_decoder_only_models(bart: Any, measure: Any) -> None:
     with pytest.raises(NotImplementedError, match="BartFor.* is an encoder-decoder model"):
         measure(bart, None)
+
+
+@torch.no_grad()
+def test_a_text_may_be_longer_than_what_the_encoder_has_read() -> None:
+    model = make("BART")
+    ids, text = make_ids(2, 100), make_ids(2, 160, seed=1)
+    cache = tqai.patch(model, **SEALING)
+    given = {"encoder_outputs": model.get_encoder()(ids)}
+    name = str(cache_name(model))
+    model(**given, decoder_input_ids=text[:, :5], **{name: cache})
+    slow = copy.deepcopy(cache)
+    slow.use_exact_arithmetic()
+    assert cache.cross_attention_cache.memory_report()["packed_tokens"] > 0
+    got, expected = (
+        model(**given, decoder_input_ids=text[:, 5:], **{name: each}).logits
+        for each in (cache, slow)
+    )
+    assert (got - expected).norm() / expected.norm() < KERNEL_ERROR
