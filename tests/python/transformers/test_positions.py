@@ -177,7 +177,8 @@ def _first_layer(cache: Any) -> Any:
 def test_a_text_beyond_the_original_length_has_its_own_frequencies(tmp_path: Path) -> None:
     scaling = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 128}
     factors = {"short_factor": [1.0] * 32, "long_factor": [1.0 + f / 8 for f in range(32)]}
-    model = text_model(rope_parameters={**scaling, **factors, "rope_theta": 1e4})
+    config = {"rope_scaling": {**scaling, **factors, "rope_theta": 1e4}}
+    model = text_model(**config, original_max_position_embeddings=128)
     short = geometry_of(model).ropes[0]
     assert short is not None and short.changes
     cache, plain = both(model, torch.arange(400)[None])
