@@ -233,6 +233,8 @@ class _Leaf(NamedTuple):
     address: int
     dtype: torch.dtype
     device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     storage: StorageWeakRef | None
     word: int
     """One of its words, where it can be looked at quickly."""
@@ -244,18 +246,31 @@ class _Leaf(NamedTuple):
         version, address = _record(tensor)
         word = _word(tensor)
         value = 0 if word is None else word.value
-        return cls(ref(tensor), version, address, tensor.dtype, tensor.device, storage, value)
+        strides = tensor.stride() if tensor.layout == torch.strided else ()
+        shape = tuple(tensor.shape)
+        return cls(
+            ref(tensor),
+            version,
+            address,
+            tensor.dtype,
+            tensor.device,
+            shape,
+            strides,
+            storage,
+            value,
+        )
 
     def is_still(self, now: _Leaf) -> bool:
-        """Whether `now` has the same numbers for sure; it may have moved to another device."""
-        tensor = now.tensor()
-        if tensor is None or self.tensor() is not tensor:
-            return False
-        if (self.version, self.dtype) != (now.version, now.dtype):
+        """Whether `now` has the same numbers for sure: the same memory, which nobody has written to
+        since, or a tensor that was moved to another device."""
+        mine, other = ((leaf.version, leaf.dtype, leaf.shape, leaf.strides) for leaf in (self, now))
+        if mine[:3] != other[:3] or now.tensor() is None:
             return False
         # The memory that is given back may be handed out again at the same address.
         kept = self.address == now.address and not (self.storage and self.storage.expired())
-        return self.device != now.device or (kept and self.word == now.word)
+        if kept and self.device == now.device:
+            return mine == other and self.word == now.word
+        return self.device != now.device and self.tensor() is now.tensor()
 
 
 def _record(tensor: torch.Tensor) -> tuple[int, int]:

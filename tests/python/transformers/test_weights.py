@@ -245,6 +245,26 @@ def test_a_move_to_another_device_is_no_change(monkeypatch: pytest.MonkeyPatch) 
     assert not any(a.is_still(b) for a, b in zip(leaves, written, strict=True))
 
 
+def test_weights_that_accelerate_takes_to_the_cpu_s_memory_are_the_same() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = make_model()
+    cache = patched(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    for _ in range(2):
+        filled(model, cache, make_ids(1, 1))
+    edited = decoder_of(model).layers[0].self_attn.k_proj._hf_hook.weights_map["weight"]
+    remove_hook_from_submodules(model)
+    filled(model, cache, make_ids(1, 1))
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    filled(model, cache, make_ids(1, 1))
+    with torch.no_grad():
+        edited[3] += 1
+    with pytest.raises(ValueError, match="have changed"):
+        filled(model, cache, make_ids(1, 1))
+
+
 def test_copies_of_a_model_share_its_caches() -> None:
     model = make_model()
     cache = patched(model)
