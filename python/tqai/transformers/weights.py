@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -356,32 +356,53 @@ class _Glance:
     """
 
     def __init__(self, parts: list[Part]) -> None:
-        plain = [part for part in parts if _is_plain(part)]
+        usual = [part for part in parts if _is_usual(part)]
         self._parents = [ref(part.module) for part in parts if part.module._modules]
-        self._owners = [ref(part.module) for part in plain if part.module._parameters]
-        self._others = [_Other(part) for part in parts if not _is_plain(part)]
+        self._owners = [ref(part.module) for part in usual if part.module._parameters]
+        self._buffers = [
+            (ref(part.module), keys) for part in usual if (keys := _saved(part.module))
+        ]
+        self._others = [_Other(part) for part in parts if not _is_usual(part)]
         self._adapters = [
             (ref(part.module), copy.deepcopy(_switches(part.module)))
             for part in parts
             if part.adapter is not None
         ]
         self._children = _ids(self._parents, _CHILDREN)
-        tensors = _values(self._owners, _PARAMETERS) or []
-        self._tensors = list(map(id, tensors))
-        self._versions = list(map(_VERSION, tensors))
-        self._addresses = list(map(_ADDRESS, tensors))
-        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        tensors = self._tensors() or []
+        leaves = [leaf for tensor in tensors for leaf in leaves_of(tensor)]
+        self._ids = list(map(id, tensors))
+        self._leaves = [ref(leaf) for leaf in leaves]
+        self._are_tensors = all(map(is_, leaves, tensors)) and len(leaves) == len(tensors)
+        self._versions = list(map(_VERSION, leaves))
+        self._addresses = list(map(_ADDRESS, leaves))
+        self._storages = [StorageWeakRef(leaf.untyped_storage()) for leaf in leaves]
         self._storage_ids = [storage.cdata for storage in self._storages]
-        self._words = [word for word in map(_word, tensors) if word is not None]
+        self._words = [word for word in map(_word, leaves) if word is not None]
         self._values = list(map(_VALUE, self._words))
 
-    def is_current(self) -> bool:
+    def _tensors(self) -> list[Any] | None:
+        """The tensors that the usual modules hold now; None where a module is gone."""
         tensors = _values(self._owners, _PARAMETERS)
+        for reference, keys in self._buffers:
+            module = reference()
+            if tensors is None or module is None:
+                return None
+            tensors += [module._buffers.get(key) for key in keys]
+        return tensors
+
+    def is_current(self) -> bool:
+        tensors = self._tensors()
+        if tensors is None or list(map(id, tensors)) != self._ids:
+            return False
+        leaves = tensors
+        if not self._are_tensors:
+            leaves = [reference() for reference in self._leaves]
+            if any(leaf is None for leaf in leaves):
+                return False
         return (
-            tensors is not None
-            and list(map(id, tensors)) == self._tensors
-            and list(map(_VERSION, tensors)) == self._versions
-            and list(map(_ADDRESS, tensors)) == self._addresses
+            list(map(_VERSION, leaves)) == self._versions
+            and list(map(_ADDRESS, leaves)) == self._addresses
             and not any(map(torch.UntypedStorage._expired, self._storage_ids))
             # The memory of the words is there still, by the above.
             and list(map(_VALUE, self._words)) == self._values
@@ -410,22 +431,27 @@ def _ids(references: list[ref[nn.Module]], collection: Callable[..., Any]) -> li
     return None if values is None else list(map(id, values))
 
 
-def _is_plain(part: Part) -> bool:
-    """Whether a part holds ordinary tensors alone, as parameters, or nothing."""
+def _saved(module: nn.Module) -> tuple[str, ...]:
+    """Names of the buffers that are saved with a module."""
+    hidden = module._non_persistent_buffers_set
+    return tuple(
+        k for k, buffer in module._buffers.items() if buffer is not None and k not in hidden
+    )
+
+
+def _is_usual(part: Part) -> bool:
+    """Whether a part holds tensors in memory alone, all of which count, or nothing."""
     module = part.module
-    if part.only is not None and (module._parameters or module._buffers):
+    if part.packed() is not None or (
+        part.only is not None and (module._parameters or module._buffers)
+    ):
         return False
-    return (
-        part.packed() is None
-        and all(key in module._non_persistent_buffers_set for key in module._buffers)
-        and all(
-            type(tensor) in (torch.Tensor, nn.Parameter)
-            and tensor.layout == torch.strided
-            and tensor.device.type != "meta"
-            and not tensor.is_inference()
-            for tensor in module._parameters.values()
-            if tensor is not None
-        )
+    tensors = [*module._parameters.values(), *(module._buffers[key] for key in _saved(module))]
+    return all(
+        leaf.layout == torch.strided and leaf.device.type != "meta" and not leaf.is_inference()
+        for tensor in tensors
+        if tensor is not None
+        for leaf in leaves_of(tensor)
     )
 
 
