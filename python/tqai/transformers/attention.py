@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from tqai import stores
 from tqai.stores.tensor_refs import is_mask_dtype
+from tqai.transformers import compiled
 from tqai.transformers.original_attention import (
     PATCHED_NAMES,
     Attention,
@@ -20,8 +21,9 @@ from tqai.transformers.original_attention import (
     original_attention,
     takes_unknown,
 )
+from tqai.transformers.padding import leading_hidden
 from tqai.transformers.stepwise_prefill import causal_mask, steps
-from tqai.transformers.view import Undifferentiable, Update, update_of
+from tqai.transformers.view import TqaiView, Undifferentiable, Update, update_of
 
 CONTINUOUS_BATCHING = (
     "continuous batching keeps a paged cache of its own, which tqai does not compress; "
@@ -72,6 +74,11 @@ def attention_forward(
     if not isinstance(kwargs.get("cache"), (Cache, NoneType)):  # a paged one
         raise NotImplementedError(CONTINUOUS_BATCHING)
     original = original_attention(implementation, module)
+    if compiled.is_tracing():
+        if not isinstance(key, TqaiView):
+            return _attend_traced(original, module, query, key, value, attention_mask, kwargs)
+        arguments = (implementation, module, query, key, value, attention_mask)
+        return compiled.outside(attention_forward, *arguments, **kwargs)
     update = update_of(key, value)
     if update is None:
         _check_compressed(module, query, key)
@@ -82,6 +89,31 @@ def attention_forward(
         if update.cache is not None:
             update.cache.roll_back()
         raise
+
+
+def _attend_traced(
+    original: Attention,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As what follows, of operators that can be in a graph; see ``compiled``."""
+    mark = compiled.mark_of(key, value)
+    if mark is None:
+        return original(module, query, key, value, mask, **kwargs)
+    layer = mark.layer
+    if layer.has_packed and not mark.fresh and not layer.exact_arithmetic:
+        shape = key.shape[0], key.shape[1], key.shape[3], value.shape[3]
+        arguments = _kernel_arguments(original, module, shape, query, mark, mask, kwargs)
+        if arguments is not None:
+            return compiled.attend(mark, query, value.shape[3], arguments), None
+    key, value = compiled.dense(mark, query, key, value)
+    result = original(module, query, key, value, mask, **kwargs)
+    compiled.settle(mark, mask, query)
+    return result
 
 
 def _check_compressed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -119,7 +151,7 @@ def _attend_update(
         result = _attend_in_steps(original, module, query, update, mask, kwargs), None
     if not update.settled and update.is_current():
         if mask is not None and update.queries > 1:
-            hidden = _leading_hidden(mask, update, query.shape[0])
+            hidden = leading_hidden(mask, update.queries, update.length, query.shape[0])
             if hidden is not None:
                 update.layer.mark_padding(hidden, update.queries)
         update.layer.settle(update.fresh is not None)
@@ -138,7 +170,10 @@ def _attend_once(
     layer = update.layer
     _check_device(query, update)
     if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
-        arguments = _kernel_arguments(original, module, query, update, mask, kwargs)
+        core = layer.core
+        assert core is not None
+        shape = core.batch, core.kv_heads, core.head_dim, core.value_head_dim
+        arguments = _kernel_arguments(original, module, shape, query, update, mask, kwargs)
         if arguments is not None:
             return _attend_packed(query, update, arguments), None
     # A view's dense tensors are its fresh ones, exact, where the layer was empty before.
@@ -195,7 +230,11 @@ def _attend_in_steps(
             f"exact_prefill=False needs a query for each new token, and a 4-dimensional mask or "
             f"none; {type(module).__name__} attends otherwise: use exact_prefill=True"
         )
-    hidden = None if mask is None else _leading_hidden(mask, update, query.shape[0])
+    hidden = (
+        None
+        if mask is None
+        else leading_hidden(mask, update.queries, update.length, query.shape[0])
+    )
     outputs = []
     for at, step in steps(update, hidden, mask):
         if mask is None:
@@ -240,17 +279,20 @@ def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any
 def _kernel_arguments(
     original: Attention,
     module: torch.nn.Module,
+    shape: tuple[int, int, int, int],
     query: torch.Tensor,
-    update: Update,
+    update: Update | compiled.Mark,
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Keyword arguments for ``KvCache.attend``; None where only `original` is right."""
-    core = update.layer.core
-    assert core is not None
+    """Keyword arguments for ``KvCache.attend``; None where only `original` is right.
+
+    shape: the layer's rows, key/value heads, head_dim and value_head_dim.
+    """
+    rows, kv_heads, head_dim, value_dim = shape
     batch, heads, queries, dim = query.shape
     groups = getattr(module, "num_key_value_groups", 1)
-    if (batch, dim) != (core.batch, core.head_dim) or heads != core.kv_heads * groups:
+    if (batch, dim) != (rows, head_dim) or heads != kv_heads * groups:
         return None
     if takes_unknown(original, kwargs) or kwargs.get("dropout"):
         return None
@@ -265,8 +307,8 @@ def _kernel_arguments(
         return None
 
     soft_cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    shape = heads, core.kv_heads, dim, core.value_head_dim
-    formula = formula_of(original, module, shape, soft_cap, sinks, query.device)
+    sizes = heads, kv_heads, dim, value_dim
+    formula = formula_of(original, module, sizes, soft_cap, sinks, query.device)
     if formula is None:
         return None
     if sinks is not None:
@@ -289,7 +331,7 @@ def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
 
 
-def _fits(mask: torch.Tensor, update: Update, query: torch.Tensor) -> bool:
+def _fits(mask: torch.Tensor, update: Update | compiled.Mark, query: torch.Tensor) -> bool:
     batch, heads, queries, _ = query.shape
     return (
         mask.ndim == 4
@@ -299,27 +341,6 @@ def _fits(mask: torch.Tensor, update: Update, query: torch.Tensor) -> bool:
         and is_mask_dtype(mask.dtype)
         and mask.device == query.device
     )
-
-
-def _leading_hidden(mask: torch.Tensor, update: Update, batch: int) -> list[int] | None:
-    """[batch]: how many of the update's new tokens, from the first on, no query sees.
-
-    None where the mask is of an unusual shape. Asked again in each layer, for a mask may be written
-    to in between; without padding that costs a look at its diagonal.
-    """
-    queries, length = update.queries, update.length
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (queries, length):
-        return None
-    new = mask[..., length - queries :]
-    # A padded token does not see itself: that bounds the columns to look at.
-    itself = _visible(new.diagonal(dim1=-2, dim2=-1)).any(1)
-    candidates = int((itself.cumsum(-1) == 0).sum(-1).max())
-    seen = _visible(new[..., :candidates]).any(-2).any(1)
-    return (seen.cumsum(-1) == 0).sum(-1).expand(batch).tolist()
-
-
-def _visible(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _mask(implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:

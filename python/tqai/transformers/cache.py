@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai.settings import Options, Settings, signature_with_options
-from tqai.transformers import attention
+from tqai.transformers import attention, compiled
 from tqai.transformers.geometry import (
     Geometry,
     check_model,
@@ -111,6 +111,7 @@ class TqaiCache(Passes, DynamicCache):
         self._changed_states = False
         self._lost_states = False
         self._make_lock()
+        self.handle = compiled.handle_of(self)
         self.attach(self)
 
     def attach(self, owner: Passes) -> None:
@@ -130,7 +131,7 @@ class TqaiCache(Passes, DynamicCache):
         """A copied half gets its own whole, and each forward pass has its own views."""
         layers = self.snapshot()
         state = dict(vars(self))
-        for name in ("whole", "lock", "_call"):
+        for name in ("whole", "lock", "_call", "handle"):
             state.pop(name, None)
         state.pop("shared_layers", None)  # where Gemma 3n keeps them with transformers 4
         state.pop("turned", None)
@@ -141,6 +142,7 @@ class TqaiCache(Passes, DynamicCache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._make_lock()
+        self.handle = compiled.handle_of(self)
         self.attach(self)
 
     def snapshot(self) -> list[Any]:
@@ -236,6 +238,8 @@ class TqaiCache(Passes, DynamicCache):
             ValueError: also for a layer that the cache's model does not have. As after any error
                 here, the layers that the forward pass has updated forget its tokens.
         """
+        if compiled.is_tracing():
+            return self._update_traced(key_states, value_states, layer_idx, *args, **kwargs)
         owner = self._owner()
         with self.lock:
             if layer_idx in self._before and not owner.is_tracked():  # a new forward pass
@@ -261,6 +265,24 @@ class TqaiCache(Passes, DynamicCache):
         if isinstance(keys, TqaiView):
             keys.update.cache = owner
         return keys, values
+
+    def _update_traced(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``update`` as Dynamo sees it."""
+        layer = self.layers[layer_idx]
+        if type(layer) is TqaiLayer and (keys.shape[-2] == 1 or layer.settings.exact_prefill):
+            return compiled.update(self, keys, values, layer_idx)
+        if not isinstance(layer, TqaiLayer):
+            compiled.note(self, layer_idx, keys)
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+        return compiled.outside(self.update, keys, values, layer_idx, *args, **kwargs)
+
+    def note_before(self, layer_idx: int, tokens: int) -> None:
+        """Remembers how a layer is, before a traced update that brings it `tokens`."""
+        with self.lock:
+            if layer_idx not in self._before:
+                self._before[layer_idx] = Before(self.layers[layer_idx], tokens)
 
     def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As transformers' cache does, for a layer with a recurrent state.

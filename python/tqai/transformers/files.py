@@ -229,6 +229,7 @@ def _restore(
     layer.core = stores.moved(core, layer.settings, device)
     layer.dtypes = dtypes
     layer.padding = described["padding"]
+    layer.take_note()
 
 
 def _restore_exact(

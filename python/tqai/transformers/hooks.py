@@ -28,7 +28,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tqai.settings import Settings
-from tqai.transformers import attention, names
+from tqai.transformers import attention, compiled, names
 from tqai.transformers.cache import TqaiCache
 from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.geometry import (
@@ -38,7 +38,13 @@ from tqai.transformers.geometry import (
     is_encoder_decoder,
     reads_encoder,
 )
-from tqai.transformers.original_attention import PatchedName, original_name, patched_name
+from tqai.transformers.original_attention import (
+    PATCHED_NAMES,
+    PatchedName,
+    learn,
+    original_name,
+    patched_name,
+)
 from tqai.transformers.parts import parts_of
 from tqai.transformers.positions import ARGUMENT, Turned, TurnWatch
 from tqai.transformers.remarks import remark_on
@@ -192,6 +198,10 @@ class _CacheHook:
         self.decoder.register_forward_pre_hook(self, with_kwargs=True)
         self.decoder.register_forward_hook(_end_pass, prepend=True, with_kwargs=True)
         self._make_known()
+        for module in self.decoder.modules():
+            implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            if implementation in PATCHED_NAMES and hasattr(module, "layer_idx"):
+                learn(implementation, module)
 
     def remove(self) -> None:
         """Takes the hook off, and puts the configs back as they were."""
@@ -229,6 +239,12 @@ class _CacheHook:
     def _make_known(self) -> None:
         attention.register()
         _patched.add(self.decoder)
+        self.handle = compiled.handle_of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        del state["handle"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For a copied model, and for one that comes from another process."""
@@ -238,6 +254,8 @@ class _CacheHook:
     def __call__(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if compiled.is_tracing():
+            return self._traced(decoder, args, kwargs)
         self.set_names()
         given = names.given(decoder, args, kwargs)
         cache = given.get(str(names.cache_name(decoder)))
@@ -271,11 +289,35 @@ class _CacheHook:
         _hand_over(fresh, turned)
         return names.with_cache(decoder, args, kwargs, fresh)
 
+    def _traced(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """As Dynamo sees it: what goes with the model is looked at when the graph runs."""
+        caches = [given for given in (*args, *kwargs.values()) if type(given) is TqaiCache]
+        if len(caches) == 1 and kwargs.get("encoder_hidden_states") is None:
+            compiled.begin(caches[0], self, kwargs.get(ARGUMENT))
+            return None
+        if decoder.training or kwargs.get("use_cache") is False:
+            return None
+        return compiled.outside(self, decoder, args, kwargs)
+
+    def begin(self, cache: TqaiCache, positions: torch.Tensor | None) -> None:
+        """What a compiled pass over `cache` begins with."""
+        self.set_names()
+        cache.check_model(geometry_of(self.decoder))
+        cache.begin_pass(self.decoder)
+        cache.turned = self.turns.begin(positions)
+
 
 def _end_pass(
     decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Forward hook of a decoder: tells the cache that the pass has ended."""
+    if compiled.is_tracing():
+        for given in (*args, *kwargs.values()):
+            if type(given) is TqaiCache:
+                compiled.end(given)
+        return
     cache = names.given(decoder, args, kwargs).get(str(names.cache_name(decoder)))
     if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
         cache.end_pass()

@@ -17,6 +17,7 @@ from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops import TILE_TOKENS
+from tqai.transformers import compiled
 from tqai.transformers.positions import Turned
 from tqai.transformers.view import Owner, TqaiView, Update
 
@@ -100,6 +101,10 @@ class TqaiLayer(CacheLayerMixin):
         self._seals_later = False
         self.turned: Turned | None = None
         """What the next update's keys are turned by, where that is known."""
+        self.seen = 0
+        """Tokens that the store holds, for tracing, which cannot ask it; see ``compiled``."""
+        self.has_packed = False
+        """Whether any token was held as codes when attention was last done, for tracing."""
 
     # What transformers asks of a layer.
 
@@ -163,6 +168,7 @@ class TqaiLayer(CacheLayerMixin):
             self.dtypes = keys.dtype, values.dtype
             self.padding = [0] * core.batch
         self.core = core
+        self.seen = core.tokens
         self.version += 1
         self._seals_later = not was_empty and not self.seals_at_once(keys.shape[2])
         if self.is_sliding and not was_empty and not self.record_past:
@@ -176,6 +182,8 @@ class TqaiLayer(CacheLayerMixin):
         return update.views(keys, values)
 
     def get_seq_length(self) -> int:
+        if compiled.is_tracing():
+            return self.seen
         return 0 if self.core is None else self.core.tokens
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -219,6 +227,7 @@ class TqaiLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._keep_reading()
         self.core = self.dtypes = None
+        self.take_note()
         self.padding = []
         self.version += 1
 
@@ -302,6 +311,7 @@ class TqaiLayer(CacheLayerMixin):
             self._keep_reading()
             with self._named_errors():
                 self.core.seal()
+            self.has_packed = self.has_packed or self.is_packed()
 
     def put_back(self, store: Store, padding: list[int]) -> None:
         """Makes the layer hold what `store` does."""
@@ -309,6 +319,7 @@ class TqaiLayer(CacheLayerMixin):
         self.version += 1
         self.core = store
         self.padding = padding
+        self.take_note()
 
     def truncate(self, tokens: int) -> None:
         """Forgets all tokens from `tokens` on."""
@@ -320,7 +331,17 @@ class TqaiLayer(CacheLayerMixin):
             self.reset()
             return
         self.core.crop(tokens)
+        self.take_note()
         self.padding = [min(count, tokens) for count in self.padding]
+
+    def take_note(self) -> None:
+        """Remembers for tracing what the store holds."""
+        self.seen = 0 if self.core is None else self.core.tokens
+        self.has_packed = self.is_packed()
+
+    def view(self, like: torch.Tensor, which: int, first: int, length: int) -> TqaiView:
+        """A view of keys (0) or values (1), made when a traced graph is run as it is."""
+        return TqaiView(Update(self, first, length, 0, None), which, like)
 
     def _first_visible(self, tokens: int) -> int:
         """First token that a query after `tokens` tokens sees."""
@@ -378,6 +399,7 @@ class TqaiLayer(CacheLayerMixin):
             return
         self._keep_reading()
         self.core.select(rows)
+        self.take_note()
         self.padding = [self.padding[row] for row in rows]
         self.version += 1
 

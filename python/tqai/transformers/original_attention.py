@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,9 +94,17 @@ def original_attention(implementation: str, module: torch.nn.Module) -> Attentio
     return _eager_attention(type(module))
 
 
-@lru_cache(maxsize=256)
+_eager: dict[type, Attention] = {}
+
+
 def _eager_attention(module: type) -> Attention:
     """Each model file has its own eager function, in the scope of its attention's forward."""
+    if module not in _eager:
+        _eager[module] = _find_eager_attention(module)
+    return _eager[module]
+
+
+def _find_eager_attention(module: type) -> Attention:
     forward = inspect.unwrap(module.forward)
     scopes = (getattr(forward, "__globals__", {}), vars(sys.modules[module.__module__]))
     for scope in scopes:
@@ -110,13 +118,13 @@ def _eager_attention(module: type) -> Attention:
 
 def takes_unknown(attention: Attention, kwargs: dict[str, Any]) -> bool:
     """Whether `kwargs` gives `attention` something by name that the kernel does not know."""
-    unknown = _unknown_names(attention)
-    return any(value is not None and name in unknown for name, value in kwargs.items())
+    if attention not in _unknown:
+        parameters = inspect.signature(attention).parameters
+        _unknown[attention] = tuple(sorted(set(parameters) - _UNDERSTOOD))
+    return any(kwargs.get(name) is not None for name in _unknown[attention])
 
 
-@lru_cache(maxsize=256)
-def _unknown_names(attention: Attention) -> frozenset[str]:
-    return frozenset(inspect.signature(attention).parameters) - _UNDERSTOOD
+_unknown: dict[Attention, tuple[str, ...]] = {}
 
 
 class Formula(NamedTuple):
@@ -197,3 +205,30 @@ def _probe(
             if torch.allclose(got.float(), expected, rtol=0, atol=2e-3):
                 return Formula(with_cap, with_sinks)
     return None
+
+
+def learn(implementation: str, module: torch.nn.Module) -> None:
+    """Finds out now what an attention module's function computes, as tracing cannot stop for it.
+
+    What cannot be found out yet is left to its first call.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    dim = getattr(module, "head_dim", 16)
+    sinks = getattr(module, "sinks", None)
+    if not (isinstance(groups, int) and isinstance(dim, int)) or groups < 1 or dim < 1:
+        return
+    heads = groups if sinks is None else sinks.numel()
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    if heads % groups or device.type == "meta":
+        return
+    try:
+        attention = original_attention(implementation, module)
+    except NotImplementedError:
+        return
+    takes_unknown(attention, {})
+    for soft_cap in (None, 1.0):
+        key = attention, type(module), soft_cap is not None, sinks is not None
+        if key not in _formulas:
+            shape = heads, heads // groups, dim, dim
+            if formula_of(attention, module, shape, soft_cap, sinks, device) is None:
+                _formulas.pop(key, None)

@@ -72,7 +72,7 @@ def test_streamers(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_compiled_model(whole: bool, models: Models, greedy: dict[str, Any]) -> None:
-    """Attention and the cache break the graph; what is computed stays the same."""
+    """Also where the pass makes a cache, which is not in the graph."""
     model = models()
     ids = make_ids(2, 200)
     cache = tqai.patch(model, **SEALING)
