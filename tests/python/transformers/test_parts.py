@@ -214,3 +214,36 @@ def test_rows_of_documents_go_along_with_their_beam(beams: int, filled_caches: A
     assert filled_caches()
     tqai.unpatch(model)
     assert torch.equal(model.generate(**inputs), expected)
+
+
+def test_a_model_that_generates_and_has_a_part_that_does_gets_both(filled_caches: Any) -> None:
+    """CSM makes the tokens of each audio frame by a small decoder inside."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    depth = {**sizes, **heads, "num_codebooks": 4, "backbone_hidden_size": 64, "vocab_size": 64}
+    codec = {**sizes, **heads, "num_filters": 8, "codebook_size": 64, "upsampling_ratios": [2, 2]}
+    codec |= {"codebook_dim": 16, "vector_quantization_hidden_dimension": 16, "upsample_groups": 32}
+    config = hf.CsmConfig(
+        **{**SMALL, "vocab_size": 64},
+        num_codebooks=4,
+        text_vocab_size=128,
+        depth_decoder_config=depth,
+        codec_config=hf.MimiConfig(**codec).to_dict(),
+        codebook_eos_token_id=0,
+        audio_token_id=126,
+        audio_eos_token_id=127,
+    )
+    torch.manual_seed(1)
+    model = randomised(hf.CsmForConditionalGeneration(config))
+    ids = make_ids(tokens=80)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
+    expected = model.generate(**inputs, do_sample=False)
+    cache = tqai.patch(model)
+    assert torch.equal(model.generate(**inputs, do_sample=False), expected)
+    backbone, *frames = filled_caches()
+    assert len(backbone.layers) == len(cache.layers) == 2
+    assert frames and {len(one.layers) for one in frames} == {1}
+    assert tqai.new_cache(model.depth_decoder).settings == cache.settings
+    tqai.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        tqai.unpatch(model.depth_decoder)
