@@ -62,6 +62,18 @@ def test_the_eager_function_is_that_of_the_models_own_file(models: Models) -> No
         original_attention("eager", torch.nn.Linear(1, 1))
 
 
+def refuses(function: Any, module: Any, soft_cap: float | None) -> bool:
+    """Whether an attention function raises an error for a cap."""
+    if soft_cap is None:
+        return False
+    query, key = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
+    try:
+        function(module, query, key, key, None, scaling=1.0, softcap=soft_cap)
+    except ValueError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize(
     ("family", "implementation", "soft_cap", "expected"),
     [
@@ -79,7 +91,11 @@ def test_formulas_are_found_by_trying(
     module = attention_of(models(family))
     function = original_attention(implementation, module)
     sinks = getattr(module, "sinks", None)
-    assert formula_of(function, module, SHAPE, soft_cap, sinks, CPU) == expected
+    found = formula_of(function, module, SHAPE, soft_cap, sinks, CPU)
+    if refuses(function, module, soft_cap):  # "sdpa" a cap, in newer versions
+        assert found is None and implementation == "sdpa"
+    else:
+        assert found == expected
 
 
 def test_probing_leaves_the_random_numbers_alone(models: Models) -> None:
