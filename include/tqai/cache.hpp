@@ -146,18 +146,21 @@ class TQAI_API KvCache {
   /// are sealed first. `positions` is what the keys have been turned by; without it, each token is
   /// one further than the one before in its row, and the first stands at its index. Positions bear
   /// on how well keys are compressed; what a query sees goes by the order of the tokens. Throws
-  /// ValueError for a wrong shape or dtype, for NaN or infinity, for a vector longer than kMaxNorm,
-  /// and for positions beyond ± kMaxPosition.
+  /// ValueError for a wrong shape or dtype, for NaN or infinity, and for positions beyond
+  /// ± kMaxPosition.
   void append(const ConstTensor& keys, const ConstTensor& values,
               const std::optional<PositionTensor>& positions = {});
 
   static constexpr std::int64_t kMaxPosition = (std::int64_t{1} << 30) - 1;
 
-  /// Largest norm of a key or value: what FP16 holds with room for centring and norm correction.
+  /// Largest norm of a key or value in a tile: what FP16 holds with room for centring and norm
+  /// correction. A longer one stays exact for ever, as do the tokens after it.
   static constexpr float kMaxNorm = 16376.0F;
 
   /// Seals what has left the window; without it the next `append` does. O(tokens · head_dim · log).
-  void seal();
+  /// Returns how many tokens of a row, at most, have left it and stay exact because of a vector
+  /// longer than kMaxNorm; 0 where there is none.
+  std::int64_t seal();
 
   /// Softmax attention. queries: [batch, query_heads, n, head_dim], query_heads a multiple of
   /// kv_heads, query head h reads kv head h / (query_heads / kv_heads); the n queries are the last

@@ -253,8 +253,12 @@ include/tqai/cache.hpp.)")
 (address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
 None: each token is one further than the one before.)")
       .def(
-          "seal", [](LockedCache& cache) { cache.change([](KvCache& held) { held.seal(); }); },
-          "Compresses what has left the residual window.")
+          "seal",
+          [](LockedCache& cache) {
+            return cache.change([](KvCache& held) { return held.seal(); });
+          },
+          R"(Compresses what has left the residual window; returns how many tokens of a row cannot be,
+because of a vector longer than max_norm.)")
       .def("attend", &attend, arg("queries"), arg("output"), kw_only(), arg("scale") = py::none(),
            arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
            arg("mask") = py::none(), arg("sink_scores") = 0,
@@ -302,7 +306,8 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
             return py::make_tuple(matrix_of(c.key_rotation()), matrix_of(c.value_rotation()));
           },
           "Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.")
-      .def_readonly_static("max_norm", &KvCache::kMaxNorm, "Largest norm of a key or value.")
+      .def_readonly_static("max_norm", &KvCache::kMaxNorm,
+                           "Largest norm of a key or value that is compressed.")
       .def("serialize", &serialize, "The cache as bytes, for files and other processes.")
       .def_static("deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
                   "The cache that serialize() wrote; ValueError for bytes that it did not write.")

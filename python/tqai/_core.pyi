@@ -91,9 +91,10 @@ class KvCache:
         """
         Tokens of a row held as codes.
         """
-    def seal(self) -> None:
+    def seal(self) -> int:
         """
-        Compresses what has left the residual window.
+        Compresses what has left the residual window; returns how many tokens of a row cannot be,
+        because of a vector longer than max_norm.
         """
     def select(self, rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """

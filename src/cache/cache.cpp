@@ -107,7 +107,8 @@ void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
   std::vector<detail::Sealing> sealings(rows.size());
   std::vector<Job> jobs;
   for (std::size_t b = 0; b < rows.size(); ++b) {
-    const std::int64_t tokens = detail::sealable(context, rows[b]);
+    const std::int64_t tokens =
+        detail::encodable(context, rows[b], detail::sealable(context, rows[b]));
     if (tokens == 0) continue;
     sealings[b] = detail::prepare_sealing(context, rows[b], tokens);
     for (std::int64_t block = 0; block < tokens / kTileTokens; ++block) {
@@ -227,14 +228,18 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
   state.tokens += tokens;
 }
 
-void KvCache::seal() {
+std::int64_t KvCache::seal() {
   const SubnormalNumbers counted;
-  for (const Row& row : state_->rows) {
-    if (detail::sealable(state_->context, row) > 0) {
-      seal_rows(state_->context, state_->rows);
-      return;
+  const auto most_sealable = [this] {
+    std::int64_t most = 0;
+    for (const Row& row : state_->rows) {
+      most = std::max(most, detail::sealable(state_->context, row));
     }
-  }
+    return most;
+  };
+  if (most_sealable() == 0) return 0;
+  seal_rows(state_->context, state_->rows);
+  return most_sealable();
 }
 
 void KvCache::attend(const ConstTensor& queries, const Tensor& output,

@@ -33,7 +33,7 @@ void check_written(const char* name, const Tensor& tensor);
 /// Also of what std::to_string would print as 0.000000.
 std::string number_text(float value);
 
-/// Every vector finite and no longer than KvCache::kMaxNorm.
+/// Every vector finite.
 void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor);
 
 }  // namespace tqai::detail

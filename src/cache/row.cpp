@@ -136,9 +136,12 @@ void reserve_tail(const Context& context, Row& row, std::int64_t more) {
   const std::int64_t capacity = row.tail ? row.tail.header().capacity : 0;
   if (needed <= capacity && row.tail.sole()) return;
   constexpr std::int64_t kFewestTokens = 16;
-  // Doubling up to what a sealed row keeps; more only as asked, since it is given back by sealing.
+  // Doubling up to what a sealed row keeps; more only as asked, since it is given back by sealing,
+  // but for a tail that cannot be sealed.
   const std::int64_t kept = context.options.residual_window + kTileTokens;
-  const std::int64_t grown = std::min(std::max<std::int64_t>(2 * capacity, kFewestTokens), kept);
+  const std::int64_t grown =
+      tokens > kept ? needed + needed / 8
+                    : std::min(std::max<std::int64_t>(2 * capacity, kFewestTokens), kept);
   row.tail = copy_tokens(context, row.tail, 0, tokens, std::max({needed, grown, capacity}));
 }
 
@@ -147,6 +150,26 @@ std::int64_t sealable(const Context& context, const Row& row) noexcept {
   if (row.centre_sets.empty()) tail -= context.options.sink_tokens - row.sink_tokens();
   const std::int64_t beyond = tail - context.options.residual_window;
   return beyond < kTileTokens ? 0 : beyond / kTileTokens * kTileTokens;
+}
+
+std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens) noexcept {
+  const CacheOptions& options = context.options;
+  std::int64_t from = 0;
+  if (row.centre_sets.empty()) from = options.sink_tokens - row.sink_tokens();
+  const auto fits = [&](const std::byte* rows, int dim, std::int64_t token) {
+    const auto bytes = static_cast<std::size_t>(dim) * size_of(options.dtype);
+    return context.kernels->acceptable(rows + static_cast<std::size_t>(token) * bytes,
+                                       options.dtype, kTileTokens, dim, dim, KvCache::kMaxNorm);
+  };
+  for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
+    for (int head = 0; head < options.kv_heads; ++head) {
+      if (!fits(exact_keys(context, row.tail, head), options.head_dim, from + done) ||
+          !fits(exact_values(context, row.tail, head), options.value_head_dim, from + done)) {
+        return done;
+      }
+    }
+  }
+  return tokens;
 }
 
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
@@ -175,9 +198,11 @@ Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
   }
   choose_centres(context, row, sealing);
   const std::int64_t out = sealing.new_sinks + tokens;
-  sealing.tail = copy_tokens(context, row.tail, out, row.tail_tokens() - out,
-                             context.options.residual_window + kTileTokens);
-  sealing.tail_positions = row.tail_positions.part(out, row.tail_tokens() - out);
+  const std::int64_t left = row.tail_tokens() - out;  // more than usual where not all is encodable
+  sealing.tail =
+      copy_tokens(context, row.tail, out, left,
+                  std::max<std::int64_t>(left, context.options.residual_window + kTileTokens));
+  sealing.tail_positions = row.tail_positions.part(out, left);
   // Exact growth: a list that doubles would hold bytes that hold nothing.
   row.sealed.reserve(std::max(row.sealed.capacity(), row.sealed.size() + sealing.blocks.size() +
                                                          (tokens == kTileTokens ? 16 : 0)));

@@ -112,6 +112,10 @@ struct Sealing {
 /// Tokens that may be sealed now, a multiple of 64.
 std::int64_t sealable(const Context& context, const Row& row) noexcept;
 
+/// How many of the first `tokens` tokens that may be sealed can be, a multiple of 64: those before
+/// the first 64 with a vector that is too long for its norm.
+std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens) noexcept;
+
 /// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
 /// sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens);

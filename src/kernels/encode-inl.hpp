@@ -2,6 +2,7 @@
 // those of PlainLanes have versions of their own at some levels.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -233,10 +234,21 @@ bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim, std:
   const int padded = padded_dim(dim);
   for (int c = dim; c < padded; ++c) row[c] = 0.0F;
   for (std::int64_t r = 0; r < count; ++r) {
-    widen(static_cast<const char*>(rows) + r * stride * element, dtype, dim, row);
+    const char* from = static_cast<const char*>(rows) + r * stride * element;
+    if (max_norm <= 0.0F && dtype == DType::f16) {  // infinity and NaN are widened to numbers
+      const auto* bits = reinterpret_cast<const std::uint16_t*>(from);
+      if (std::any_of(bits, bits + dim, [](std::uint16_t x) { return (x & 0x7C00U) == 0x7C00U; })) {
+        return false;
+      }
+      continue;
+    }
+    widen(from, dtype, dim, row);
     float lanes[kLanes] = {};
     for (int c = 0; c < padded; c += kLanes) {
-      for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] + row[c + i] * row[c + i];
+      // Without a limit times 0, since a square may be infinite where its element is not.
+      for (int i = 0; i < kLanes; ++i) {
+        lanes[i] = lanes[i] + row[c + i] * (max_norm > 0.0F ? row[c + i] : 0.0F);
+      }
     }
     const float norm2 = sum_lanes(lanes);  // not finite where an element is not
     if (!(norm2 <= max_norm * max_norm)) return false;

@@ -53,8 +53,6 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "values[0, 1, 3]"));
   bad.values.at(0, 1, 3)[7] = std::numeric_limits<float>::infinity();
   EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "NaN or infinity"));
-  bad.values.at(0, 1, 3)[7] = 20000.0F;
-  EXPECT_TRUE(contains(message_of([&] { bad.append_to(cache, 0, 5); }), "norm 20000"));
   const Tokens other(1, 3, 5, 64, engine_);
   EXPECT_TRUE(contains(message_of([&] { other.append_to(cache, 0, 5); }), "[1, 3, 5, 64]"));
   const Tokens narrow(1, 2, 5, 32, engine_);

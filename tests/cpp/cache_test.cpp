@@ -311,6 +311,35 @@ TEST_F(Cache, RotationsTakeKeysAndValuesToTheCodebooksGrid) {
   }
 }
 
+TEST_F(Cache, VectorsTooLongForTheirNormsStayExact) {
+  CacheOptions options = geometry(64);
+  options.residual_window = 16;
+  KvCache cache(options, 2);
+  Tokens all(2, 2, 600, 64, engine_);
+  const auto set = [&](Array& array, std::int64_t b, int h, std::int64_t t, float value) {
+    array.data[static_cast<std::size_t>(((b * 2 + h) * 600 + t) * 64 + 7)] = value;
+  };
+  set(all.values, 0, 0, 0, 1e20F);   // a sink: no consequences
+  set(all.values, 1, 1, 100, 2e4F);  // what follows in this row stays exact
+  all.append_to(cache, 0, 300);
+  EXPECT_EQ(cache.seal(), 192);
+  EXPECT_EQ(cache.packed_tokens(0), 256);
+  EXPECT_EQ(cache.packed_tokens(1), 64);
+  const Gathered held = gather(cache, 0, 300);
+  EXPECT_EQ(held.values.data[((2 + 1) * 300 + 100) * 64 + 7], 2e4F);
+  const Array queries({2, 4, 2, 64}, engine_);
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries)), test::kPackedError);
+  all.append_to(cache, 300, 300);
+  EXPECT_GT(cache.seal(), 400);
+  EXPECT_EQ(cache.packed_tokens(1), 64);
+  KvCache other = KvCache::deserialize(cache.serialize());
+  EXPECT_EQ(other.seal(), cache.seal());
+  cache.crop(100);
+  all.append_to(cache, 400, 200);
+  EXPECT_EQ(cache.seal(), 0);
+  EXPECT_EQ(cache.packed_tokens(1), 256);
+}
+
 TEST_F(Cache, ZeroVectorsAreLegal) {
   KvCache cache(geometry(64));
   const Array zeros({1, 2, 200, 64});

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from tqai.settings import Settings
 from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
-from tqai.stores.torch_ops import TILE_TOKENS
+from tqai.stores.torch_ops import MAX_NORM, TILE_TOKENS
 from tqai.transformers import compiled
 from tqai.transformers.positions import Turned
 from tqai.transformers.view import Owner, TqaiView, Update
@@ -99,6 +100,7 @@ class TqaiLayer(CacheLayerMixin):
         self.padding: list[int] = []
         """Tokens at the start of each row that are padding."""
         self._seals_later = False
+        self._warned = False
         self.turned: Turned | None = None
         """What the next update's keys are turned by, where that is known."""
         self.seen = 0
@@ -150,8 +152,7 @@ class TqaiLayer(CacheLayerMixin):
             value_states: [batch, kv_heads, n, value_head_dim].
 
         Raises:
-            ValueError: for a shape or dtype that does not fit the layer, NaN, infinity, or vectors
-                too long for FP16 norms.
+            ValueError: for a shape or dtype that does not fit the layer, NaN, or infinity.
             NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
         """
         keys, values = _plain(key_states), _plain(value_states)
@@ -306,12 +307,25 @@ class TqaiLayer(CacheLayerMixin):
             self.seal()
 
     def seal(self) -> None:
-        """Compresses what has left the residual window."""
-        if self.core is not None:
-            self._keep_reading()
-            with self._named_errors():
-                self.core.seal()
-            self.has_packed = self.has_packed or self.is_packed()
+        """Compresses what has left the residual window.
+
+        Warns, once, where it cannot because of a vector that is too long for its FP16 norm.
+        """
+        if self.core is None:
+            return
+        self._keep_reading()
+        with self._named_errors():
+            waiting = self.core.seal()
+        self.has_packed = self.has_packed or self.is_packed()
+        if waiting > 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"layer {self.index} has a key or value longer than {MAX_NORM:g}, more than FP16 "
+                f"norms hold, beyond its {self.settings.sink_tokens} sink tokens: from there on "
+                "all tokens stay exact and take their full memory. Give it more sink_tokens, or "
+                f"leave it exact with skip_layers=[{self.index}]",
+                stacklevel=2,
+            )
 
     def put_back(self, store: Store, padding: list[int]) -> None:
         """Makes the layer hold what `store` does."""

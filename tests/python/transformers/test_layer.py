@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -219,7 +220,6 @@ def test_a_sliding_layer_keeps_no_sink_tokens() -> None:
 BAD = {
     "nan": (lambda x: x.index_fill(3, torch.tensor([1]), float("nan")), ValueError, "[Nn]a[Nn]"),
     "inf": (lambda x: x.index_fill(3, torch.tensor([1]), float("inf")), ValueError, "[Ii]nf"),
-    "long": (lambda x: x * 1e6, ValueError, "norm"),
     "heads": (lambda x: x[:, :1], ValueError, "1"),
     "batch": (lambda x: x[:1], ValueError, "1"),
     "dim": (lambda x: x[..., :8], ValueError, "8"),
@@ -262,6 +262,24 @@ def test_zero_vectors_are_legal() -> None:
     layer.settle(was_empty=True)
     assert layer.is_packed()
     assert torch.count_nonzero(layer.keys) == 0
+
+
+def test_a_vector_too_long_for_its_norm_stays_exact_and_is_remarked_on_once() -> None:
+    layer = TqaiLayer(3, PACKING)
+    keys, values = states(300, dtype=torch.bfloat16)
+    values[0, 0, 0] = 1e6  # a sink
+    values[1, 1, 150] = 1e6
+    layer.update(keys, values)
+    with pytest.warns(UserWarning, match=r"layer 3 has a key or value longer.*skip_layers=\[3\]"):
+        layer.settle(was_empty=True)
+    assert [layer.core.packed_tokens(row) for row in (0, 1)] == [256, 128]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.update(*states(100, dtype=torch.bfloat16))
+        layer.settle(was_empty=False)
+    assert layer.get_seq_length() == 400
+    assert torch.equal(layer.values[1, :, 130:300], values[1, :, 130:])
+    assert torch.equal(layer.values[:, :, :2], values[:, :, :2])
 
 
 def test_padding_takes_no_bytes_and_moves_with_its_row() -> None:

@@ -128,6 +128,8 @@ class Rows:
         if needed > tail.capacity:
             kept = context.options.residual_window + TILE_TOKENS
             grown = min(max(2 * tail.capacity, _FEWEST_TOKENS), kept)
+            if tail.tokens > kept:  # a tail that cannot be sealed
+                grown = needed + needed // 8
             tail = tail.copy(0, tail.tokens, max(needed, grown))
         tail.keys[:, :, tail.tokens : needed] = keys
         tail.values[:, :, tail.tokens : needed] = values
@@ -147,19 +149,39 @@ class Rows:
         return max(beyond, 0) // TILE_TOKENS * TILE_TOKENS
 
     def sealed(self, context: Context) -> list[Rows]:
-        """With what has left the window as codes; apart where their tiles get other centres.
+        """With what has left the window as codes, up to vectors that are too long for FP16 norms.
+
+        Apart where not as many tokens can be sealed, and where their tiles get other centres.
 
         Raises:
-            ValueError: for NaN, infinity, and vectors too long for FP16 norms.
+            ValueError: for NaN and infinity.
         """
         count = self.sealable(context)
         if count == 0:
             return [self]
-        new_sinks = 0 if self.centre_sets else context.options.sink_tokens - self.sinks.tokens
+        start = self._new_sinks(context)
+        states = self.tail.part(start, start + count)
+        check_finite(*states, self.tail_start + start)
+        fits = torch.stack([(_norms(part) <= MAX_NORM).all(1) for part in states]).all(0)
+        tiles = fits.unflatten(1, (-1, TILE_TOKENS)).all(-1)
+        counts = (tiles.long().cumprod(-1).sum(-1) * TILE_TOKENS).tolist()
+        parts = []
+        for count in dict.fromkeys(counts):  # mostly one
+            at = [row for row, other in enumerate(counts) if other == count]
+            part = self.select(at, tuple(self.places[row] for row in at))
+            parts += part._centred(context, count) if count else [part]
+        return parts
+
+    def _new_sinks(self, context: Context) -> int:
+        """Tokens that become sinks by the next sealing."""
+        return 0 if self.centre_sets else context.options.sink_tokens - self.sinks.tokens
+
+    def _centred(self, context: Context, count: int) -> list[Rows]:
+        """With `count` tokens of the tail as codes, apart where their tiles get other centres."""
+        new_sinks = self._new_sinks(context)
         end = new_sinks + count
         keys, values = self.tail.part(new_sinks, end)
         start = self.tail_start + new_sinks
-        check_vectors(keys, values, start)
         positions = self.tail_positions.part(new_sinks, end)
         step = self._step(context)
         moments = find_moments(context.options, context.phasors, keys, positions, step)
@@ -201,7 +223,9 @@ class Rows:
                 tiles = context.codec.encode(key.float() - centre, value.float())
                 pages = extend(pages, tiles, start + at, positions, centre_set)
                 at = end
-        tail = self.tail.copy(at, self.tail.tokens, context.options.residual_window + TILE_TOKENS)
+        # More is left than usual where not all that may be sealed can be.
+        usual = context.options.residual_window + TILE_TOKENS
+        tail = self.tail.copy(at, self.tail.tokens, max(self.tail.tokens - at, usual))
         return replace(
             self,
             sinks=sinks,
@@ -352,21 +376,25 @@ class Rows:
         return replace(self, tail=tail.copy(0, tail.tokens, tail.capacity))
 
 
-def check_vectors(keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-    """Raises ValueError for vectors that cannot be encoded, naming one.
+def check_finite(keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+    """Raises ValueError for NaN and infinity, naming the vector.
 
     keys, values: [rows, kv_heads, n, dim] of the tokens from `first` on. Waits for the device.
     """
     for name, vectors in (("keys", keys), ("values", values)):
-        norms = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
-        bad = ~(norms <= MAX_NORM)
-        if not bad.any():
-            continue
-        row, head, token = bad.nonzero()[0].tolist()
-        where = f"{name}[{row}, {head}] of token {first + token}"
-        norm = float(norms[row, head, token])
-        if not torch.isfinite(vectors[row, head, token]).all():
-            raise ValueError(f"{where} holds NaN or infinity; only finite numbers can be cached")
-        raise ValueError(
-            f"{where} has norm {norm:g}; allowed: up to {MAX_NORM:g}, what FP16 norms hold"
-        )
+        bad = ~vectors.isfinite().all(-1)
+        if bad.any():
+            row, head, token = bad.nonzero()[0].tolist()
+            remedy = (
+                ", and float16 ends at 65504: compute the model in bfloat16 or float32"
+                if vectors.dtype == torch.float16
+                else ""
+            )
+            raise ValueError(
+                f"{name}[{row}, {head}] of token {first + token} holds NaN or infinity; only "
+                f"finite numbers can be cached{remedy}"
+            )
+
+
+def _norms(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)

@@ -15,7 +15,7 @@ from tqai.stores.torch_ops.attend import Query, attend
 from tqai.stores.torch_ops.codec import Options, codec_of
 from tqai.stores.torch_ops.phasors import phasors_of
 from tqai.stores.torch_ops.positions import MAX_POSITION, Positions, check_positions
-from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_vectors
+from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_finite
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TorchStore:
     boundary between two. Attention looks codes up and multiplies in float32, a page of tiles at a
     time; how many makes no difference but rounding.
 
-    NaN, infinity and vectors too long for FP16 norms are refused by ``append``; in a single token
-    on another device than the CPU when it is to be sealed, as looking at each would make the device
-    wait.
+    NaN and infinity are refused by ``append``; in a single token on another device than the CPU
+    when it is to be sealed, as looking at each would make the device wait. Vectors too long for
+    FP16 norms stay exact, as do the tokens after them.
 
     One thread at a time may change it, while others read. A method that raises, or is interrupted,
     leaves the store as it was. Copies share sealed tiles.
@@ -123,8 +123,8 @@ class TorchStore:
         token is one further than the one before in its row.
 
         Raises:
-            ValueError: for a wrong shape, for vectors that cannot be sealed (see the class), and
-                for positions out of range.
+            ValueError: for a wrong shape, for NaN and infinity (see the class), and for positions
+                out of range.
         """
         self._check_shapes(keys, values)
         tokens = keys.shape[2]
@@ -137,7 +137,7 @@ class TorchStore:
             return
         with self._plain():
             if tokens > 1 or self.device.type == "cpu":
-                check_vectors(keys, values, self.tokens)
+                check_finite(keys, values, self.tokens)
             sealed = [part for rows in self._held.rows for part in rows.sealed(self._context)]
             appended = [
                 rows.appended(
@@ -176,16 +176,19 @@ class TorchStore:
             for stand, group in groups
         ]
 
-    def seal(self) -> None:
+    def seal(self) -> int:
         """Compresses what has left the residual window.
 
+        Returns how many tokens of a row cannot be, because of a vector too long for its norm.
+
         Raises:
-            ValueError: for vectors that cannot be sealed; see the class.
+            ValueError: for NaN and infinity; see the class.
         """
         held = self._held
         with self._plain():
             sealed = [part for rows in held.rows for part in rows.sealed(self._context)]
         self._held = replace(held, rows=sealed)
+        return max(rows.sealable(self._context) for rows in sealed)
 
     def attend(
         self,
