@@ -2,6 +2,7 @@
 #include <atomic>
 #include <thread>
 #include <tqai/cache.hpp>
+#include <tqai/cpu.hpp>
 
 #include "cache_helpers.hpp"
 #include "openmp.hpp"
@@ -41,6 +42,15 @@ class Threads : public testing::Test {
 };
 
 #ifdef _OPENMP
+TEST_F(Threads, AreSaid) {
+  const test::ThreadCount count(3);
+#ifdef _OPENMP
+  EXPECT_EQ(openmp_threads(), 3);
+#else
+  EXPECT_EQ(openmp_threads(), 0);
+#endif
+}
+
 TEST_F(Threads, DoNotChangeResults) {
   const test::ThreadCount single(1);
   const KvCache expected = filled();

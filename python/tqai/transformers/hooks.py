@@ -187,6 +187,8 @@ class _CacheHook:
         self.settings = settings
         self.configs = configs
         """Those whose attention implementation is tqai's."""
+        self.named: list[str | None] = [None] * len(configs)
+        """tqai's own name, of those whose user has given it, for caches made by hand."""
         self.decoder = decoder
         self.said: set[str] | None = None
         """Kinds of caches remarked on, where each is once enough: a model around this one may call
@@ -218,9 +220,9 @@ class _CacheHook:
         # A config may serve several models; it stays tqai's while one of them is patched.
         hooked = (_hook_of(decoder) for decoder in _patched)
         others = [config for hook in hooked if hook is not None for config in hook.configs]
-        for config in self.configs:
+        for config, named in zip(self.configs, self.named, strict=True):
             if not any(config is other for other in others):
-                name = original_name(config._attn_implementation)
+                name = named or original_name(config._attn_implementation)
                 config._attn_implementation_internal = name
 
     def set_names(self) -> None:
@@ -229,9 +231,10 @@ class _CacheHook:
         Raises:
             NotImplementedError: where that is one that tqai does not stand before.
         """
-        for config in self.configs:
+        for at, config in enumerate(self.configs):
             name = config._attn_implementation
             if type(name) is not PatchedName:
+                self.named[at] = name if name in PATCHED_NAMES.values() else None
                 if str(name).startswith("paged|"):
                     raise NotImplementedError(attention.CONTINUOUS_BATCHING)
                 config._attn_implementation_internal = patched_name(name)

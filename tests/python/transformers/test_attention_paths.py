@@ -8,11 +8,12 @@ import pytest
 import torch
 import tqai
 import transformers
-from conftest import FAMILIES, SMALL, TRANSFORMERS_4, make_ids, make_model
+from conftest import FAMILIES, SMALL, make_ids, make_model
 from tqai.settings import Settings
 from tqai.transformers import attention
 from tqai.transformers.attention_paths import attention_paths
 from tqai.transformers.names import cache_argument
+from tqai.transformers.other_layers import HYBRIDS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +47,7 @@ def test_a_large_model_takes_no_memory() -> None:
     assert attention_paths(config, Settings()) == ["kernel"] * 3
 
 
-@pytest.mark.skipif(TRANSFORMERS_4, reason="refused there")
+@pytest.mark.skipif(not HYBRIDS, reason="this transformers has a cache of its own for them")
 def test_recurrent_layers() -> None:
     config = transformers.Lfm2Config(
         **{**SMALL, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"]

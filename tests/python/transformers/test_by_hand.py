@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +67,23 @@ def test_it_gives_what_a_patched_model_gives(
 @torch.no_grad()
 def filled_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(ids, **cache_argument(model, cache)).logits
+
+
+def test_copies_and_files(tmp_path: Path) -> None:
+    model = make_model()
+    model.set_attn_implementation("tqai")
+    cache = filled(model, tqai.TqaiCache(model, bits_k=3, **SEALING), make_ids(1, 200))
+    more = make_ids(1, 3, seed=1)
+    tqai.save_cache(cache, tmp_path / "cache")
+    copied, pickled = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    with pytest.raises(ValueError, match="is not patched"):
+        tqai.load_cache(tmp_path / "cache", model)
+    with tqai.patched(model):
+        loaded = tqai.load_cache(tmp_path / "cache", model)
+        assert loaded.settings == cache.settings
+        expected = filled_logits(model, loaded, more)
+    for each in (cache, copied, pickled):
+        assert torch.equal(filled_logits(model, each, more), expected)
 
 
 def test_an_encoder_decoder_model(kernels: list[int], greedy: dict[str, Any]) -> None:
