@@ -7,6 +7,7 @@ executes nothing, and every length, checksum and number is checked before it is 
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from dataclasses import asdict, replace
@@ -63,6 +64,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
             f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
+    cache = copy.copy(cache)  # of one moment, whatever other threads do
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
     for part, half in _parts(cache).items():
