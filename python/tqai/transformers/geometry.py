@@ -68,6 +68,9 @@ class Geometry:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "decoder": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Geometry:
+        return self
+
     def describe(self) -> str:
         """As in "LlamaForCausalLM (4 layers, 2 key/value heads of 16)"."""
         text = f"{len(self.heads)} layers"

@@ -110,7 +110,8 @@ class State:
         if other is self:
             return True
         try:
-            return self.identity().is_same_as(other.identity())
+            theirs = other.identity()  # first: where it is not to be had, nothing need be read
+            return self.identity().is_same_as(theirs)
         except ValueError:
             return False
 

@@ -277,6 +277,17 @@ def test_copies_of_a_model_share_its_caches() -> None:
     filled(model, cache, make_ids(1, 1))
 
 
+def test_copies_of_a_cache_are_of_the_same_model(tmp_path: Path) -> None:
+    model = make_model()
+    empty = copy.deepcopy(tqai.patch(model, **SEALING))
+    tqai.save_cache(empty, tmp_path / "f")
+    cache = copy.deepcopy(filled(model, empty, make_ids(1, 100)))
+    tqai.save_cache(cache, tmp_path / "f")
+    edit_a_row(model)
+    with pytest.raises(ValueError, match="have changed since"):
+        filled(model, cache, make_ids(1, 1))
+
+
 def test_a_pickle_knows_its_weights() -> None:
     model = make_model()
     cache = patched(model)
