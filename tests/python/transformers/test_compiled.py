@@ -10,12 +10,15 @@ import pytest
 import torch
 import tqai
 from caches import SEALING
-from conftest import Models, make_ids, make_model
+from conftest import TRANSFORMERS_4, Models, make_ids, make_model
 from torch._dynamo.utils import counters
 from tqai import _core
 from tqai.transformers.layer import TqaiLayer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(TRANSFORMERS_4, reason="with transformers 4 graphs break"),
+]
 PROMPT = 100
 
 
