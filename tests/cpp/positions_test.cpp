@@ -364,6 +364,41 @@ TEST_F(Standing, RefusesWhatIsNoPosition) {
   EXPECT_TRUE(contains(message_of([&] { all.append_to(cache, 0, 1); }), "position"));
 }
 
+// Whatever a damaged byte means, it is refused or gives a cache whose every member works.
+TEST_F(Standing, SurvivesDamage) {
+  CacheOptions wanted = options(16, kSplit, 3, true);
+  wanted.kv_heads = 1;
+  wanted.bits_k = wanted.bits_v = 2;
+  const Stand stand = image_in_a_text(330, 3);
+  const Tokens all(2, 1, 330, 16, engine_);
+  KvCache cache(wanted, 2);
+  for (std::int64_t t = 0; t < 330; t += 110) append(cache, all, stand, t, 110);
+  cache.seal();
+  const auto bytes = cache.serialize();
+  for (std::size_t size = 0; size < bytes.size(); size += 97) {
+    EXPECT_THROW((void)KvCache::deserialize(std::span(bytes).first(size)), ValueError) << size;
+  }
+  int refused = 0;
+  for (int trial = 0; trial < 1500; ++trial) {
+    auto damaged = bytes;
+    damaged[engine_() % bytes.size()] ^= static_cast<std::byte>(1U << (engine_() % 8));
+    try {
+      KvCache back = KvCache::deserialize(damaged);
+      const Array queries({back.batch(), 1, 1, 16}, engine_);
+      (void)attend(back, queries);
+      (void)gather(back, back.first_token(), back.tokens() - back.first_token());
+      back.crop(back.tokens() - 100);
+      const Tokens more(2, 1, 90, 16, engine_);
+      more.append_to(back, 0, 90);
+      back.seal();
+      (void)attend(back, queries);
+    } catch (const ValueError&) {
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, 30);
+}
+
 TEST_F(Standing, SectionsAreOnePerFrequency) {
   CacheOptions wanted = options(64, kSplit, 3);
   wanted.rope->sections.pop_back();
