@@ -136,6 +136,22 @@ class TqaiLayer(CacheLayerMixin):
         """Values, [batch, kv_heads, tokens, value_head_dim]; see ``keys``."""
         return self._visible(1)
 
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self._refuse_assignment("keys")
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self._refuse_assignment("values")
+
+    def _refuse_assignment(self, name: str) -> None:
+        raise NotImplementedError(
+            f"layer {self.index}: the {name} of a compressed layer cannot be assigned, its tokens "
+            "are packed: crop() and batch_select_indices() of the cache take tokens and rows away; "
+            f"a layer whose {name} are to be pruned or edited stays plain with "
+            f"skip_layers=[{self.index}]"
+        )
+
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
     ) -> None:

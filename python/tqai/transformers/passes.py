@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref as weak_ref
 
 import torch
@@ -22,9 +22,6 @@ from transformers.cache_utils import DynamicLayer
 from tqai import stores
 from tqai.transformers.layer import TqaiLayer
 from tqai.transformers.other_layers import has_states
-
-if TYPE_CHECKING:
-    from tqai.transformers.cache import TqaiCache
 
 _CALL = torch.nn.Module._call_impl.__code__
 
@@ -115,7 +112,7 @@ class Passes:
     _call: Call | None = None
     """Makes the pass that is under way, where a patched decoder's hook told of it."""
 
-    def _parts(self) -> tuple[TqaiCache, ...]:
+    def _parts(self) -> tuple[Any, ...]:
         """The caches that a pass adds tokens to."""
         raise NotImplementedError
 

@@ -304,3 +304,12 @@ def test_padding_may_span_several_updates() -> None:
         layer.mark_padding(hidden, 10)
     assert layer.padding == [13, 4]
     assert layer.core.memory()["tokens"] == 60 - 17
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_what_is_packed_cannot_be_assigned_and_says_what_to_do(name: str) -> None:
+    layer = layer_with(200, PACKING)
+    before = getattr(layer, name).clone()
+    with pytest.raises(NotImplementedError, match=rf"the {name} .* skip_layers=\[{layer.index}\]"):
+        setattr(layer, name, before[:, :, 100:])
+    assert torch.equal(getattr(layer, name), before)
