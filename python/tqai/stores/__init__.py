@@ -16,6 +16,9 @@ Store = _core.KvCache | TorchStore
 """Both have the same methods; those that take tensors are called by the functions here."""
 
 
+_CPU = torch.device("cpu")
+
+
 def make_store(
     settings: Settings,
     rope: Rope | None,
@@ -121,4 +124,4 @@ def snapshot(store: Store) -> Store:
 
 def device_of(store: Store) -> torch.device:
     """Where the store's tensors are."""
-    return store.device if isinstance(store, TorchStore) else torch.device("cpu")
+    return store.device if isinstance(store, TorchStore) else _CPU

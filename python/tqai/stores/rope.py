@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,7 +32,7 @@ class Rope:
     changes: bool = False
     """Whether the frequencies depend on the length of the text; these are those of a short one."""
 
-    @property
+    @cached_property
     def section_count(self) -> int:
         return 1 + max(self.sections, default=0)
 

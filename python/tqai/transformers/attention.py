@@ -260,6 +260,19 @@ def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any
         update.dense(0)  # raises
     # A text's queries may be more than the image's or the encoder's tokens; a store takes no more
     # at a time than it has tokens.
+    if query.shape[2] <= core.tokens:
+        output = stores.attend(core, query, first_token=update.first, **arguments)
+    else:
+        output = _attend_in_parts(core, query, update, arguments)
+    if torch.is_grad_enabled() and query.requires_grad:
+        return Undifferentiable.apply(query, output)
+    return output
+
+
+def _attend_in_parts(
+    core: stores.Store, query: torch.Tensor, update: Update, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """Attention of more queries than the store has tokens."""
     mask, most = arguments["mask"], max(core.tokens, 1)
     outputs = [
         stores.attend(
@@ -270,10 +283,7 @@ def _attend_packed(query: torch.Tensor, update: Update, arguments: dict[str, Any
         )
         for at in range(0, query.shape[2], most)
     ]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    if torch.is_grad_enabled() and query.requires_grad:
-        return Undifferentiable.apply(query, output)
-    return output
+    return torch.cat(outputs, 1)
 
 
 def _kernel_arguments(

@@ -255,9 +255,10 @@ class TqaiCache(Passes, DynamicCache):
                 if layer_idx not in self._before:
                     tokens = key_states.shape[2] if key_states.ndim == 4 else 0
                     self._before[layer_idx] = Before(layer, tokens)
-                self._changed_states |= has_states(layer)
                 if isinstance(layer, TqaiLayer):
                     layer.turned = self.turned
+                else:
+                    self._changed_states |= has_states(layer)
                 keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             except BaseException:
                 self.roll_back()

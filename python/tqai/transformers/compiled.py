@@ -48,12 +48,8 @@ def _target(handle: Tensor) -> Any:
     return target
 
 
-def is_tracing() -> bool:
-    """Whether Dynamo reads this code to make a graph of it."""
-    return _CAN_TRACE and torch.compiler.is_compiling()
-
-
-_CAN_TRACE = hasattr(torch.library, "custom_op") and hasattr(torch.compiler, "is_compiling")
+is_tracing = torch.compiler.is_compiling
+"""Whether Dynamo reads this code to make a graph of it."""
 
 
 @torch.compiler.disable

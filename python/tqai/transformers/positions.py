@@ -30,6 +30,7 @@ class Turned:
         self._given = given if is_positions(given) else None
         self._calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
         self._made: dict[Any, torch.Tensor | None] = {}
+        self._found: dict[tuple[int, int, int, int], torch.Tensor | None] = {}
         self._read: set[int] = set()
 
     def saw(self, module: torch.nn.Module, positions: torch.Tensor) -> None:
@@ -45,6 +46,13 @@ class Turned:
         if layer in self._read:
             return None
         self._read.add(layer)
+        asked = len(self._calls), sections, batch, tokens
+        if asked not in self._found:
+            self._found[asked] = self._find(sections, batch, tokens)
+        return self._found[asked]
+
+    def _find(self, sections: int, batch: int, tokens: int) -> torch.Tensor | None:
+        """The last that the model's rotary modules were called with, where they fit."""
         seen = [positions for _, positions in reversed(self._calls)]
         for positions in seen if self._given is None else [*seen, self._given]:
             key = id(positions), sections, batch, tokens
