@@ -1,6 +1,8 @@
 // What a call needs of the process and the thread that it runs in.
 #pragma once
 
+#include <cstdint>
+
 namespace tqai {
 
 /// How many OpenMP threads a parallel region may have: 1 without OpenMP, and in a forked child of a
@@ -22,5 +24,23 @@ class SubnormalNumbers {
  private:
   unsigned long long saved_ = 0;
 };
+
+/// work(i) for each i in 0…count − 1, by several threads where there are `worth` of them or more.
+/// `work` must not throw. The order does not matter, nor does the number of threads.
+template <class Work>
+void parallel_for(std::int64_t count, [[maybe_unused]] std::int64_t worth, const Work& work) {
+#ifdef _OPENMP
+  if (count >= worth && usable_threads() > 1) {
+#pragma omp parallel
+    {
+      const SubnormalNumbers counted;
+#pragma omp for schedule(static)
+      for (std::int64_t i = 0; i < count; ++i) work(i);
+    }
+    return;
+  }
+#endif
+  for (std::int64_t i = 0; i < count; ++i) work(i);
+}
 
 }  // namespace tqai

@@ -117,15 +117,10 @@ void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
       }
     }
   }
-  const auto count = static_cast<std::int64_t>(jobs.size());
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (count >= 8 && usable_threads() > 1)
-#endif
-  for (std::int64_t i = 0; i < count; ++i) {
-    const SubnormalNumbers counted;
+  parallel_for(static_cast<std::int64_t>(jobs.size()), 8, [&](std::int64_t i) {
     const Job& job = jobs[static_cast<std::size_t>(i)];
     detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head);
-  }
+  });
   for (std::size_t b = 0; b < rows.size(); ++b) {
     if (!sealings[b].blocks.empty()) detail::commit(rows[b], std::move(sealings[b]));
   }

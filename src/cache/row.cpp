@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "threads.hpp"
+
 namespace tqai::detail {
 namespace {
 
@@ -47,10 +49,7 @@ std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& 
   const auto phasors =
       context.rope ? context.rope->phasors() : std::make_shared<const PositionPhasors>();
   const auto count = static_cast<std::int64_t>(heads * blocks.size());
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (count >= 16)
-#endif
-  for (std::int64_t i = 0; i < count; ++i) {
+  parallel_for(count, 16, [&](std::int64_t i) {
     const auto block = static_cast<std::size_t>(i) / heads;
     const auto head = static_cast<std::size_t>(i) % heads;
     const auto token = static_cast<std::size_t>(from) + block * kTileTokens;
@@ -58,7 +57,7 @@ std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& 
         context, *phasors,
         exact_keys(context, row.tail, static_cast<int>(head)) + token * context.key_bytes(),
         positions_of(blocks[block]), moments[head][block]);
-  }
+  });
   return moments;
 }
 
