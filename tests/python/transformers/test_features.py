@@ -95,7 +95,10 @@ def test_a_compiled_model(whole: bool, models: Models, greedy: dict[str, Any]) -
 def test_the_single_requests_of_transformers_serve(
     models: Models, made: list[Any], greedy: dict[str, Any]
 ) -> None:
-    serving = pytest.importorskip("transformers.cli.serving.utils", exc_type=ImportError)
+    try:
+        from transformers.cli.serving import utils as serving
+    except (ImportError, NameError) as error:  # some versions name what is not installed
+        pytest.skip(f"transformers serve cannot be imported: {error}")
     model, tokenizer = models(), toy.tokenizer()
     tqai.patch(model, **SEALING)
     inputs = {"input_ids": tokenizer(PROMPT, return_tensors="pt")["input_ids"]}
