@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 from weakref import ref as weak_ref
@@ -177,10 +175,12 @@ class TqaiLayer(CacheLayerMixin):
         length, first = self.get_mask_sizes(keys.shape[-2])
         dtype = torch.promote_types(keys.dtype, values.dtype)
         self._keep_reading()
-        with self._named_errors():
+        try:
             core = self._store_for(keys, values, dtype)
             positions = self._take_positions(keys)
             stores.append(core, keys.to(dtype), values.to(dtype), positions)
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
         if self.core is None:
             self.dtypes = keys.dtype, values.dtype
             self.padding = [0] * core.batch
@@ -300,8 +300,10 @@ class TqaiLayer(CacheLayerMixin):
         if counts == self.padding or self.is_packed() or self._first_visible(start) > 0:
             return
         self._keep_reading()
-        with self._named_errors():
+        try:
             core.set_padding(counts)
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
         self.padding = counts
 
     def seals_at_once(self, tokens: int) -> bool:
@@ -330,8 +332,10 @@ class TqaiLayer(CacheLayerMixin):
         if self.core is None:
             return
         self._keep_reading()
-        with self._named_errors():
+        try:
             waiting = self.core.seal()
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
         self.has_packed = self.has_packed or self.is_packed()
         if waiting > 0 and not self._warned:
             self._warned = True
@@ -503,13 +507,9 @@ class TqaiLayer(CacheLayerMixin):
                 "one model: make another with tqai.new_cache(model)"
             )
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Adds the layer's number to what the store complains about."""
-        try:
-            yield
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"layer {self.index}: {error}") from error
+    def _named(self, error: ValueError | NotImplementedError) -> Exception:
+        """What the store complains about, with the layer's number."""
+        return type(error)(f"layer {self.index}: {error}")
 
 
 def check_head_dim(layer: int, name: str, head_dim: int) -> None:
