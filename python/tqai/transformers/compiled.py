@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor
 from tqai import stores
 from tqai.transformers.padding import leading_hidden
 from tqai.transformers.view import NOT_DIFFERENTIABLE
-
-if TYPE_CHECKING:
-    from tqai.transformers.layer import TqaiLayer
 
 _numbers = itertools.count(1)
 _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -63,7 +60,8 @@ class Mark:
     """What a traced update says of the keys that it hands out."""
 
     cache: Any
-    layer: TqaiLayer
+    layer: Any
+    """The ``TqaiLayer`` behind them."""
     index: int
     first: int
     length: int
