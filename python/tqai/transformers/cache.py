@@ -338,18 +338,6 @@ class TqaiCache(Passes, DynamicCache):
             warnings.warn(WRONG_AFTER_CROP, stacklevel=2)
         self._change_all(super().crop, tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Makes row i what row beam_idx[i] was."""
-        self._change_all(super().reorder_cache, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row."""
-        self._change_all(super().batch_repeat_interleave, repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows at `indices`."""
-        self._change_all(super().batch_select_indices, indices)
-
     def reset(self) -> None:
         """Empties the cache."""
         self._lost_states = any(map(has_states, self.layers))  # these are emptied in place

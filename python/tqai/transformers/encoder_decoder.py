@@ -172,18 +172,6 @@ class TqaiEncoderDecoderCache(Passes, EncoderDecoderCache):
         super().roll_back()
         self.mark_updated()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Makes row i what row beam_idx[i] was."""
-        self._change_all(super().reorder_cache, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row."""
-        self._change_all(super().batch_repeat_interleave, repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows at `indices`."""
-        self._change_all(super().batch_select_indices, indices)
-
     def mark_updated(self) -> None:
         """Tells the model which layers have read the encoder's output."""
         cross = self.cross_attention_cache

@@ -107,7 +107,11 @@ def copy_of(layer: Any) -> Any:
 
 
 class Passes:
-    """What a cache does about forward passes; of an encoder-decoder's, the whole does it."""
+    """What a cache does about forward passes; of an encoder-decoder's, the whole does it.
+
+    Stands before a cache class of transformers', whose operations on rows it makes happen in all
+    layers or in none.
+    """
 
     _call: Call | None = None
     """Makes the pass that is under way, where a patched decoder's hook told of it."""
@@ -170,6 +174,18 @@ class Passes:
         """Whether a pass is under way whose end will be told."""
         self.undo_unfinished()
         return self._call is not None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes row i what row beam_idx[i] was."""
+        self._change_all(super().reorder_cache, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        self._change_all(super().batch_repeat_interleave, repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices`."""
+        self._change_all(super().batch_select_indices, indices)
 
     def _change_all(self, change: Callable[..., None], *args: Any) -> None:
         """Calls `change`, which goes through the layers one by one, and undoes half of it."""
