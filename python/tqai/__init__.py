@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from tqai._core import Codebook, ProdQuantizer, Quantizer
     from tqai.measure.fidelity import Fidelity, evaluate
     from tqai.measure.recall import Recall, needle
-    from tqai.transformers.cache import TqaiCache
-    from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
-    from tqai.transformers.files import load_cache, save_cache
+    from tqai.transformers.cache.cache import TqaiCache
+    from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
+    from tqai.transformers.files.save_load import load_cache, save_cache
 
 __all__ = [
     "Codebook",
@@ -71,10 +71,10 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "TqaiCache": "tqai.transformers.cache",
-    "TqaiEncoderDecoderCache": "tqai.transformers.encoder_decoder",
-    "load_cache": "tqai.transformers.files",
-    "save_cache": "tqai.transformers.files",
+    "TqaiCache": "tqai.transformers.cache.cache",
+    "TqaiEncoderDecoderCache": "tqai.transformers.cache.encoder_decoder",
+    "load_cache": "tqai.transformers.files.save_load",
+    "save_cache": "tqai.transformers.files.save_load",
     "Fidelity": "tqai.measure.fidelity",
     "evaluate": "tqai.measure.fidelity",
     "Recall": "tqai.measure.recall",

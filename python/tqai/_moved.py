@@ -14,19 +14,23 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _ROOMS = {
-    "transformers": ("attention", "cache", "devices", "encoder_decoder", "files", "geometry")
-    + ("hooks", "layer", "view"),
     "measure": ("fidelity", "recall", "reproduce", "resident", "text", "time_kernels")
     + ("time_model", "time_prefill", "timing"),
+    "transformers": ("hooks",),
+    "transformers.attention": ("view",),
+    "transformers.cache": ("cache", "encoder_decoder", "layer"),
+    "transformers.model": ("devices", "geometry"),
 }
 _NEW_NAMES = {
     **{f"tqai.{name}": f"tqai.{room}.{name}" for room, names in _ROOMS.items() for name in names},
+    "tqai.attention": "tqai.transformers.attention.functions",
+    "tqai.files": "tqai.transformers.files.save_load",
     "tqai.models": "tqai.transformers.loading",
     "tqai.named": "tqai.measure.named_settings",
-    "tqai.original": "tqai.transformers.original_attention",
-    "tqai.prefill": "tqai.transformers.stepwise_prefill",
+    "tqai.original": "tqai.transformers.attention.original",
+    "tqai.prefill": "tqai.transformers.attention.stepwise_prefill",
     "tqai.refs": "tqai.stores.tensor_refs",
-    "tqai.rope": "tqai.transformers.find_rope",
+    "tqai.rope": "tqai.transformers.model.find_rope",
 }
 
 

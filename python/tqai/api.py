@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tqai.settings import Options
-    from tqai.transformers.cache import TqaiCache
-    from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
+    from tqai.transformers.cache.cache import TqaiCache
+    from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
 
     # transformers' types do not tell an encoder-decoder model from others; these are known by name.
     EncoderDecoder = (

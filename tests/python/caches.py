@@ -25,3 +25,18 @@ def held(cache: Any) -> list[torch.Tensor]:
 def assert_equal(got: Any, expected: Any) -> None:
     for ours, theirs in zip(held(got), held(expected), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def traces(model: Any) -> dict[str, Any]:
+    """All of `model` that a patch may change."""
+    modules = list(model.modules())
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    return {
+        "attributes": [sorted(vars(module)) for module in modules],
+        "hooks": [list(module._forward_pre_hooks.items()) for module in modules],
+        "hooks with keywords": [list(module._forward_pre_hooks_with_kwargs) for module in modules],
+        "implementations": [repr(config._attn_implementation) for config in configs],
+        "kinds of names": [type(config._attn_implementation) for config in configs],
+        "configs": [sorted(vars(config)) for config in configs],
+        "saved": model.config.to_json_string(use_diff=False),
+    }

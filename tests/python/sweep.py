@@ -38,10 +38,10 @@ import tiny
 import torch
 import tqai
 import transformers
-from tqai.transformers import attention
-from tqai.transformers.cache import TqaiCache
-from tqai.transformers.layer import TqaiLayer
-from tqai.transformers.names import cache_argument, generate_name
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.model.names import cache_argument, generate_name
 
 SHORT, LONG, NEW = 23, 220, 6
 SEALING = {"residual_window": 16, "sink_tokens": 2}
@@ -396,7 +396,7 @@ _PRELOADED = [
     "torch",
     "transformers.generation",
     "transformers.models.auto.modeling_auto",
-    "tqai.transformers.files",
+    "tqai.transformers.files.save_load",
     "tqai.transformers.hooks",
 ]
 """What takes seconds to import; processes are forked from one that has it."""

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tqai
 from tqai import _moved
-from tqai.transformers import cache
+from tqai.transformers.cache import cache
 
 
 @pytest.mark.parametrize("name", sorted(_moved._NEW_NAMES))

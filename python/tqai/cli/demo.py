@@ -76,7 +76,7 @@ def generate(
 
     import tqai
     from tqai.transformers.loading import load
-    from tqai.transformers.names import cache_argument, generate_name
+    from tqai.transformers.model.names import cache_argument, generate_name
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -84,8 +84,8 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from tqai.transformers.attention_paths import attention_paths
-    from tqai.transformers.geometry import geometry_of
-    from tqai.transformers.layer import TqaiLayer
+    from tqai.transformers.cache.layer import TqaiLayer
+    from tqai.transformers.model.geometry import geometry_of
 
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config).eval()

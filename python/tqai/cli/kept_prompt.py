@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tqai.transformers.cache import TqaiCache
+    from tqai.transformers.cache.cache import TqaiCache
 
 
 def keep(path: Path, cache: TqaiCache, tokens: list[int]) -> None:

@@ -48,7 +48,7 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
     import tqai
     from tqai import _core
     from tqai.transformers.loading import load
-    from tqai.transformers.names import cache_argument
+    from tqai.transformers.model.names import cache_argument
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -18,7 +18,7 @@ from tqai.settings import DTYPES
 if TYPE_CHECKING:
     import torch
 
-    from tqai.transformers.cache import TqaiCache
+    from tqai.transformers.cache.cache import TqaiCache
 
 
 def add(verbs: Any) -> None:
@@ -159,7 +159,7 @@ class _Conversation:
         import torch
         from transformers import TextStreamer
 
-        from tqai.transformers.names import generate_name
+        from tqai.transformers.model.names import generate_name
 
         ids = self._ids(text)
         self._check_length(len(ids))
@@ -272,7 +272,7 @@ class _Conversation:
         """All but the last token, which is the first that ``generate`` feeds."""
         import torch
 
-        from tqai.transformers.names import cache_argument
+        from tqai.transformers.model.names import cache_argument
 
         new = torch.tensor([ids[start:-1]], device=self._model.device)
         if new.shape[1] > 0:

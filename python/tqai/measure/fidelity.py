@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from tqai.measure.named_settings import NamedSetting, named_settings
 from tqai.measure.text import prose
-from tqai.transformers.cache import TqaiCache
-from tqai.transformers.devices import device_of
-from tqai.transformers.names import cache_argument
+from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.model.devices import device_of
+from tqai.transformers.model.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

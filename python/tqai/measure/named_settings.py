@@ -13,7 +13,7 @@ from tqai.settings import PRESETS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tqai.transformers.cache import TqaiCache
+    from tqai.transformers.cache.cache import TqaiCache
 
 ARITHMETICS = ("kernel", "exact")
 

@@ -19,9 +19,9 @@ from tqai import api
 from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
 from tqai.measure.text import prose
 from tqai.measure.timing import ratio, wait_for
-from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.loading import default_model, load
-from tqai.transformers.names import cache_argument
+from tqai.transformers.model.names import cache_argument
 
 DYNAMIC = "DynamicCache"
 QUANTIZED = "QuantizedCache"

@@ -15,9 +15,9 @@ from tqai import api
 from tqai.measure.text import prose
 from tqai.measure.timing import ratio, wait_for
 from tqai.settings import Dtype
-from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.loading import load
-from tqai.transformers.names import cache_argument
+from tqai.transformers.model.names import cache_argument
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """The seam into Hugging Face transformers: what ``tqai.patch`` puts under a PreTrainedModel.
 
-- ``weights`` says which weights a model computes with and notices when they change, from what it
-  holds (``held``) and the ``digests`` of that;
-- ``hooks`` puts it on a model and takes it off; ``geometry`` says what a model looks like to a
-  cache, with ``find_rope`` for the rotary embedding of its keys, which tries it out on a
-  ``shadow`` of the model, and ``devices`` for where it is; ``positions`` sees where each pass
-  stands;
-- ``cache``, ``encoder_decoder`` and ``layer`` are the caches as transformers wants them, ``view``
-  what they hand out, ``attention`` what reads it, before ``original_attention`` and with
-  ``stepwise_prefill``;
-- ``files`` saves and loads caches, with ``file_checks``; ``loading`` loads models for the command
-  line.
+A map, from what is called first down; a room imports only from those below:
+
+- ``attention_paths`` finds out by trying how each layer of a model is read, ``loading`` loads
+  models for the command line;
+- ``files`` saves and loads caches;
+- ``hooks`` puts the caches on a model and takes them off, with the ``remarks`` of a model that is
+  used without;
+- ``cache`` holds tokens, as transformers' own caches do;
+- ``attention`` reads them;
+- ``model`` says what a model looks like to a cache;
+- ``weights`` says which weights it computes with.
 """

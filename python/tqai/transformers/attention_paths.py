@@ -19,10 +19,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tqai.settings import Settings
 from tqai.transformers import hooks
-from tqai.transformers.layer import TqaiLayer
-from tqai.transformers.names import cache_argument
-from tqai.transformers.other_layers import is_recurrent
-from tqai.transformers.shadow import with_constants
+from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.model.names import cache_argument
+from tqai.transformers.model.other_layers import is_recurrent
+from tqai.transformers.model.shadow import with_constants
 
 _TOKENS = 64
 """A tile."""

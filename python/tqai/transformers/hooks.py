@@ -28,25 +28,27 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tqai.settings import Settings
-from tqai.transformers import attention, compiled, names
-from tqai.transformers.cache import TqaiCache
-from tqai.transformers.encoder_decoder import TqaiEncoderDecoderCache
-from tqai.transformers.geometry import (
-    check_model,
-    decoder_of,
-    geometry_of,
-    is_encoder_decoder,
-    reads_encoder,
-)
-from tqai.transformers.original_attention import (
+from tqai.transformers.attention import compiled
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.attention.original import (
     PATCHED_NAMES,
     PatchedName,
     learn,
     original_name,
     patched_name,
 )
-from tqai.transformers.parts import parts_of
-from tqai.transformers.positions import ARGUMENT, Turned, TurnWatch
+from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
+from tqai.transformers.model import names
+from tqai.transformers.model.geometry import (
+    check_model,
+    decoder_of,
+    geometry_of,
+    is_encoder_decoder,
+    reads_encoder,
+)
+from tqai.transformers.model.parts import parts_of
+from tqai.transformers.model.positions import ARGUMENT, Turned, TurnWatch
 from tqai.transformers.remarks import remark_on
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()

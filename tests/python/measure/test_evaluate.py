@@ -11,7 +11,7 @@ import toy
 import tqai
 from conftest import make_model
 from tqai.measure.named_settings import parse_setting
-from tqai.transformers import attention
+from tqai.transformers.attention import functions as attention
 from transformers import DynamicCache
 
 TEXT = "".join(chr(32 + (i * i + 3 * i) % 90) for i in range(2000))

@@ -15,7 +15,7 @@ from conftest import Models, make_ids
 from tqai import _core, stores
 from tqai.settings import Settings
 from tqai.stores.torch_ops import TorchStore
-from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.cache.layer import TqaiLayer
 
 CPU = torch.device("cpu")
 TORCH_OPS = {**SEALING, "backend": "torch-ops"}

@@ -11,7 +11,7 @@ import torch
 import tqai
 from caches import SEALING, filled
 from conftest import make_ids, make_model
-from tqai.transformers.geometry import geometry_of
+from tqai.transformers.model.geometry import geometry_of
 
 peft = pytest.importorskip("peft")
 

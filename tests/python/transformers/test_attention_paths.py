@@ -10,10 +10,10 @@ import tqai
 import transformers
 from conftest import FAMILIES, SMALL, make_ids, make_model
 from tqai.settings import Settings
-from tqai.transformers import attention
+from tqai.transformers.attention import functions as attention
 from tqai.transformers.attention_paths import attention_paths
-from tqai.transformers.names import cache_argument
-from tqai.transformers.other_layers import HYBRIDS
+from tqai.transformers.model.names import cache_argument
+from tqai.transformers.model.other_layers import HYBRIDS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,8 +15,8 @@ import transformers
 from caches import SEALING, filled
 from conftest import Models, make_ids, make_model
 from tqai.settings import OPTIONS
-from tqai.transformers import attention
-from tqai.transformers.names import cache_argument
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.model.names import cache_argument
 from transformers import DynamicCache
 
 NAMES = [("sdpa", "tqai"), ("eager", "tqai_eager")]

@@ -10,8 +10,8 @@ import torch
 import tqai
 from caches import SEALING, held
 from conftest import SMALL, TRANSFORMERS_4, make_ids
-from tqai.transformers import attention
-from tqai.transformers.layer import TqaiLayer
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.cache.layer import TqaiLayer
 from transformers import DynamicCache, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 

@@ -16,8 +16,8 @@ import tqai
 import transformers
 from caches import SEALING, filled
 from conftest import TRANSFORMERS_4, make_ids, make_model
-from tqai.transformers import attention
-from tqai.transformers.original_attention import PatchedName
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.attention.original import PatchedName
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import tqai
 import transformers
 from conftest import make_ids
 from test_matrix import FAMILIES, SMALL
-from tqai.transformers import other_layers
+from tqai.transformers.model import other_layers
 
 if not other_layers.HYBRIDS:
     pytest.skip("no common cache for hybrids before transformers 5.5", allow_module_level=True)

@@ -22,8 +22,8 @@ import transformers
 from caches import SEALING
 from conftest import SMALL, TRANSFORMERS_4, make_ids, make_model
 from test_matrix import FAMILIES as MATRIX
-from tqai.transformers.geometry import decoder_of
-from tqai.transformers.names import cache_argument
+from tqai.transformers.model.geometry import decoder_of
+from tqai.transformers.model.names import cache_argument
 
 Work = Callable[[Any, Any], None]
 """Takes a patched model and an empty cache of its."""

@@ -29,7 +29,8 @@ from features import (
     sampled,
     turns,
 )
-from tqai.transformers import attention, other_layers
+from tqai.transformers.attention import functions as attention
+from tqai.transformers.model import other_layers
 
 MOE = {
     "num_experts": 4,

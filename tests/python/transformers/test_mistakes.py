@@ -13,7 +13,7 @@ import tqai
 import transformers
 from caches import SEALING, filled
 from conftest import Models, make_ids, make_model
-from tqai.transformers.names import generate_name
+from tqai.transformers.model.names import generate_name
 from transformers import DynamicCache
 
 

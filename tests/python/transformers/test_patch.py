@@ -9,27 +9,13 @@ import pytest
 import torch
 import tqai
 import transformers
+from caches import traces
 from conftest import SMALL, Models, make_ids, make_model
 from tqai import _core
-from tqai.transformers.names import generate_name
-from tqai.transformers.original_attention import PatchedName
+from tqai.transformers.attention.original import PatchedName
+from tqai.transformers.model.names import generate_name
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
-
-
-def traces(model: Any) -> dict[str, Any]:
-    """All that a patch may change."""
-    modules = list(model.modules())
-    configs = [module.config for module in modules if hasattr(module, "config")]
-    return {
-        "attributes": [sorted(vars(module)) for module in modules],
-        "hooks": [list(module._forward_pre_hooks.items()) for module in modules],
-        "hooks with keywords": [list(module._forward_pre_hooks_with_kwargs) for module in modules],
-        "implementations": [repr(config._attn_implementation) for config in configs],
-        "kinds of names": [type(config._attn_implementation) for config in configs],
-        "configs": [sorted(vars(config)) for config in configs],
-        "saved": model.config.to_json_string(use_diff=False),
-    }
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss", "falcon"])

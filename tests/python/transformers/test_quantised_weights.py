@@ -11,7 +11,7 @@ import torch
 import tqai
 from caches import SEALING, assert_equal, filled
 from conftest import make_ids, make_model
-from tqai.transformers.geometry import decoder_of, geometry_of
+from tqai.transformers.model.geometry import decoder_of, geometry_of
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128}
 

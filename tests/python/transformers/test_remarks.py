@@ -7,7 +7,7 @@ import pytest
 import torch
 import tqai
 from conftest import Models, make_ids, make_model
-from tqai.transformers.names import cache_argument, generate_name
+from tqai.transformers.model.names import cache_argument, generate_name
 from transformers import DynamicCache, EncoderDecoderCache
 
 

@@ -1,0 +1,502 @@
+"""The compressed cache of one attention layer, as transformers' caches want their layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import ReferenceType
+from weakref import ref as weak_ref
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from tqai import stores
+from tqai.settings import Settings
+from tqai.stores import Store
+from tqai.stores.rope import Rope
+from tqai.stores.tensor_refs import DTYPES
+from tqai.stores.torch_ops import MAX_NORM, TILE_TOKENS
+from tqai.transformers.attention import compiled
+from tqai.transformers.attention.view import Owner, TqaiView, Update
+from tqai.transformers.model.heads import Heads, Latents, check_head_dim
+from tqai.transformers.model.positions import Turned
+
+
+class TqaiLayer(CacheLayerMixin):
+    """Keys and values of one layer, compressed as they leave the residual window.
+
+    ``update`` returns views without storage (``tqai.view``) that stand for the tokens that
+    transformers' own dynamic layers would return, in the same shape. The store behind them is made
+    at the first update, from the shapes, the dtype and the device met there.
+
+    Not thread-safe. A method that raises leaves the layer as it was.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    owner: ReferenceType[Owner] | None = None
+    """The cache that the layer belongs to, to undo a forward pass that fails."""
+    _reading: ReferenceType[Update] | None = None
+    """What ``keys`` and ``values`` last handed out, while somebody has it."""
+
+    def __init__(
+        self,
+        index: int,
+        settings: Settings,
+        sliding_window: int | None = None,
+        heads: Heads | None = None,
+        rope: Rope | None = None,
+        latents: Latents = frozenset(),
+    ) -> None:
+        """`heads` is what the model's configuration says, checked at each update; None: unknown.
+
+        `rope` is what the keys have gone through; None: unknown, or nothing. `latents` says which
+        tensors would not be keys and values.
+
+        Raises:
+            ValueError: for centering="rope" without one.
+        """
+        if settings.centering == "rope" and rope is None:
+            raise ValueError(
+                f"layer {index}: centering='rope' needs a rotary embedding that tqai recognises; "
+                "the model has none there: use centering='auto'"
+            )
+        # CacheLayerMixin.__init__ would assign `keys` and `values`, which are computed here.
+        self.index = index
+        self.settings = settings
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.heads = heads
+        self.rope = rope
+        self.latents = latents
+        self.record_past = False
+        self.exact_arithmetic = False
+        """Whether attention reads the codes dequantised, with torch's arithmetic; see
+        ``TqaiCache.use_exact_arithmetic``."""
+        self.core: Store | None = None
+        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
+        """Of the keys and of the values; under autocast they differ."""
+        self.version = 0
+        """Counts changes, so that a view can tell whether it is out of date."""
+        self.padding: list[int] = []
+        """Tokens at the start of each row that are padding."""
+        self._seals_later = False
+        self._warned = False
+        self.turned: Turned | None = None
+        """What the next update's keys are turned by, where that is known."""
+        self.seen = 0
+        """Tokens that the store holds, for tracing, which cannot ask it; see ``compiled``."""
+        self.has_packed = False
+        """Whether any token was held as codes when attention was last done, for tracing."""
+
+    # What transformers asks of a layer.
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.core is not None
+
+    @property
+    def batch_size(self) -> int:
+        # transformers asks with hasattr: a layer without rows must not have the attribute.
+        if self.core is None:
+            raise AttributeError("batch_size: the layer is empty")
+        return self.core.batch
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys, [batch, kv_heads, tokens, head_dim]; None before the first update.
+
+        A view, dequantised when it is read: some models update a layer once, as with an image that
+        all later tokens look at, and pass its keys on to attention from then on. What is read keeps
+        its tokens when the layer changes.
+        """
+        return self._visible(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values, [batch, kv_heads, tokens, value_head_dim]; see ``keys``."""
+        return self._visible(1)
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self._refuse_assignment("keys")
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self._refuse_assignment("values")
+
+    def _refuse_assignment(self, name: str) -> None:
+        raise NotImplementedError(
+            f"layer {self.index}: the {name} of a compressed layer cannot be assigned, its tokens "
+            "are packed: crop() and batch_select_indices() of the cache take tokens and rows away; "
+            f"a layer whose {name} are to be pruned or edited stays plain with "
+            f"skip_layers=[{self.index}]"
+        )
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
+    ) -> None:
+        """Nothing: ``update`` sets the layer up, from the keys and the values that it gets."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds tokens and returns views of the keys and values that their queries may see.
+
+        Args:
+            key_states: [batch, kv_heads, n, head_dim], float32, float16 or bfloat16. On the CPU
+                they go to the C++ kernels, elsewhere to torch operations (``tqai.stores``).
+            value_states: [batch, kv_heads, n, value_head_dim].
+
+        Raises:
+            ValueError: for a shape or dtype that does not fit the layer, NaN, or infinity.
+            NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
+        """
+        keys, values = _plain(key_states), _plain(value_states)
+        self._check(keys, values)
+        was_empty = self.get_seq_length() == 0
+        length, first = self.get_mask_sizes(keys.shape[-2])
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        self._keep_reading()
+        try:
+            core = self._store_for(keys, values, dtype)
+            positions = self._take_positions(keys)
+            stores.append(core, keys.to(dtype), values.to(dtype), positions)
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
+        if self.core is None:
+            self.dtypes = keys.dtype, values.dtype
+            self.padding = [0] * core.batch
+        self.core = core
+        self.seen = core.tokens
+        self.version += 1
+        self._seals_later = not was_empty and not self.seals_at_once(keys.shape[2])
+        if self.is_sliding and not was_empty and not self.record_past:
+            core.discard_before(first)
+        fresh = None
+        if was_empty:
+            # Contiguous, as the plain cache would hold them, so that results are equal bit for bit.
+            fresh = keys.contiguous(), values.contiguous()
+        update = Update(self, first, length, keys.shape[-2], fresh)
+        update.positions = positions
+        return update.views(keys, values)
+
+    def get_seq_length(self) -> int:
+        if compiled.is_tracing():
+            return self.seen
+        return 0 if self.core is None else self.core.tokens
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and first token of the keys that `query_length` new queries see together."""
+        if isinstance(query_length, torch.Tensor):  # transformers 4 passes the cache positions
+            query_length = query_length.shape[0]
+        tokens = self.get_seq_length()
+        first = self._first_visible(tokens)
+        return tokens - first + query_length, first
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        """Keeps tokens that fell out of a sliding window until the next ``crop``."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` tokens; a positive number is a length to keep.
+
+        Raises:
+            RuntimeError: when a sliding layer no longer has the tokens to go back to.
+        """
+        if self.core is None:
+            return
+        tokens = self.core.tokens
+        count = int(tokens_to_remove)
+        target = min(count, tokens) if count > 0 else max(tokens + count, 0)
+        if self.is_sliding and target < tokens and self._first_visible(target) < self._first_held():
+            raise RuntimeError(
+                f"layer {self.index} cannot go back from {tokens} tokens to {target}: its window "
+                f"of {self.sliding_window} tokens has moved on; call activate_past_recording() "
+                "before the tokens that are to be cropped are added"
+            )
+        self.truncate(target)
+        if self.core is not None and self.is_sliding:
+            self.core.discard_before(self._first_visible(target))
+
+    def reset(self) -> None:
+        self._keep_reading()
+        self.core = self.dtypes = None
+        self.take_note()
+        self.padding = []
+        self.version += 1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.core is not None:
+            self._select([row for row in range(self.core.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.core is not None:
+            rows = torch.arange(self.core.batch)[indices.cpu()]
+            self._select(rows.reshape(-1).tolist())
+
+    def offload(self) -> None:
+        """Nothing: transformers does that to caches of its own."""
+
+    def prefetch(self) -> None:
+        """Nothing, as ``offload``."""
+
+    # What attention asks of it.
+
+    def is_packed(self) -> bool:
+        """Whether any token of any row is held as codes."""
+        core = self.core
+        return core is not None and any(core.packed_tokens(row) for row in range(core.batch))
+
+    def gather(self, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantised keys and values of tokens first…first + length − 1 in the layer's dtypes.
+
+        Shapes [batch, kv_heads, length, head_dim] and [batch, kv_heads, length, value_head_dim].
+        Padding and discarded tokens are zeros; tokens that are still exact come out as they went
+        in.
+        """
+        assert self.core is not None and self.dtypes is not None
+        return stores.gather(self.core, first, length, self.dtypes)
+
+    def mark_padding(self, hidden: list[int], queries: int) -> None:
+        """Drops padding at the start of rows, so that it takes up neither sinks nor bytes.
+
+        hidden: [batch], how many of the last `queries` tokens, from the first of them on, no query
+        sees. Rows that have real tokens already, and layers that have sealed or dropped tokens,
+        keep what they have: there the mask alone hides the padding.
+        """
+        core = self.core
+        assert core is not None
+        start = core.tokens - queries
+        counts = [
+            start + more if had == start else had
+            for had, more in zip(self.padding, hidden, strict=True)
+        ]
+        if counts == self.padding or self.is_packed() or self._first_visible(start) > 0:
+            return
+        self._keep_reading()
+        try:
+            core.set_padding(counts)
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
+        self.padding = counts
+
+    def seals_at_once(self, tokens: int) -> bool:
+        """Whether what so many more tokens push out of the window is sealed after attention.
+
+        Else it stays exact until the forward pass ends, and if it never does; for many tokens that
+        would take too much memory in all layers together.
+        """
+        return tokens > TILE_TOKENS or (tokens > 1 and not self.settings.exact_prefill)
+
+    def settle(self, was_empty: bool) -> None:
+        """Called when attention over an update is done: seals what has left the residual window,
+        if that is not to wait for the end of the forward pass."""
+        assert self.core is not None
+        if was_empty and self.is_sliding and not self.record_past:
+            self._keep_reading()
+            self.core.discard_before(self._first_visible(self.core.tokens))
+        if not self._seals_later:
+            self.seal()
+
+    def seal(self) -> None:
+        """Compresses what has left the residual window.
+
+        Warns, once, where it cannot because of a vector that is too long for its FP16 norm.
+        """
+        if self.core is None:
+            return
+        self._keep_reading()
+        try:
+            waiting = self.core.seal()
+        except (ValueError, NotImplementedError) as error:
+            raise self._named(error) from error
+        self.has_packed = self.has_packed or self.is_packed()
+        if waiting > 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"layer {self.index} has a key or value longer than {MAX_NORM:g}, more than FP16 "
+                f"norms hold, beyond its {self.settings.sink_tokens} sink tokens: from there on "
+                "all tokens stay exact and take their full memory. Give it more sink_tokens, or "
+                f"leave it exact with skip_layers=[{self.index}]",
+                stacklevel=2,
+            )
+
+    def put_back(self, store: Store, padding: list[int]) -> None:
+        """Makes the layer hold what `store` does."""
+        self._keep_reading()
+        self.version += 1
+        self.core = store
+        self.padding = padding
+        self.take_note()
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets all tokens from `tokens` on."""
+        if self.core is None or tokens >= self.core.tokens:
+            return
+        self._keep_reading()
+        self.version += 1
+        if tokens == 0:
+            self.reset()
+            return
+        self.core.crop(tokens)
+        self.take_note()
+        self.padding = [min(count, tokens) for count in self.padding]
+
+    def take_note(self) -> None:
+        """Remembers for tracing what the store holds."""
+        self.seen = 0 if self.core is None else self.core.tokens
+        self.has_packed = self.is_packed()
+
+    def view(self, like: torch.Tensor, which: int, first: int, length: int) -> TqaiView:
+        """A view of keys (0) or values (1), made when a traced graph is run as it is."""
+        return TqaiView(Update(self, first, length, 0, None), which, like)
+
+    def _first_visible(self, tokens: int) -> int:
+        """First token that a query after `tokens` tokens sees."""
+        return max(tokens - self.sliding_window + 1, 0) if self.sliding_window is not None else 0
+
+    def _first_held(self) -> int:
+        """First token that is not gone from a row where it is more than padding."""
+        assert self.core is not None
+        first = self.core.first_token
+        return 0 if first <= min(self.padding, default=0) else first
+
+    def _visible(self, which: int) -> torch.Tensor | None:
+        """A view, so that attention can find the layer when a model passes it on."""
+        if self.core is None or self.dtypes is None:
+            return None
+        update = self._reading() if self._reading is not None else None
+        if update is None or not update.is_current():
+            update = self._read()
+            self._reading = weak_ref(update)  # the layer must not keep what keeps the layer
+        dim = (self.core.head_dim, self.core.value_head_dim)[which]
+        return TqaiView(update, which, self._like(dim, self.dtypes[which]))
+
+    def _read(self) -> Update:
+        """Stands for all tokens that a next query would see."""
+        assert self.core is not None
+        first = self._first_visible(self.core.tokens)
+        update = Update(self, first, self.core.tokens - first, 0, None)
+        update.settled = True
+        update.cache = None if self.owner is None else self.owner()
+        return update
+
+    def _like(self, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor with the layer's rows and heads, where its store is."""
+        assert self.core is not None
+        rows, heads = self.core.batch, self.core.kv_heads
+        device = stores.device_of(self.core)
+        return torch.empty(rows, heads, 0, dim, dtype=dtype, device=device)
+
+    def _keep_reading(self) -> None:
+        """Called before the layer changes: dequantises what somebody has read of it and holds."""
+        update = self._reading() if self._reading is not None else None
+        if update is not None and update.fresh is None and update.is_current():
+            update.fresh = self.gather(update.first, update.length)
+        self._reading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """References to what is around the layer are the new owner's to make."""
+        state = dict(vars(self))
+        state.pop("owner", None)
+        state.pop("_reading", None)
+        return state
+
+    def _select(self, rows: list[int]) -> None:
+        if self.core is None:
+            return
+        self._keep_reading()
+        self.core.select(rows)
+        self.take_note()
+        self.padding = [self.padding[row] for row in rows]
+        self.version += 1
+
+    def _store_for(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> Store:
+        """The layer's store, where these tensors can be added; a new one if there is none."""
+        if self.core is not None:
+            return stores.moved(self.core, self.settings, keys.device)
+        if self.rope is not None and self.turned is not None:
+            self.rope = self.turned.rope(self.rope)
+        # A sink that has left a sliding window is never seen again.
+        settings = self.settings
+        if keys.shape[1] == 1 and (keys.shape[3], values.shape[3]) in self.latents:
+            settings = settings.of_latents()
+        return stores.make_store(
+            settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
+        )
+
+    def _take_positions(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """What the new keys were turned by; see ``Turned.of``."""
+        turned, self.turned = self.turned, None
+        if turned is None or self.rope is None:
+            return None
+        return turned.of(self.index, self.rope.section_count, keys.shape[0], keys.shape[2])
+
+    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for name, tensor in (("keys", keys), ("values", values)):
+            if tensor.device.type == "meta":
+                raise NotImplementedError(
+                    f"layer {self.index}: {name} on the device 'meta', which holds no numbers: "
+                    "load the model's weights first"
+                )
+            if tensor.ndim != 4:
+                raise ValueError(
+                    f"layer {self.index}: {name} of shape {tuple(tensor.shape)}; expected "
+                    "[batch, kv_heads, tokens, head_dim]"
+                )
+            if tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"layer {self.index}: {name} of {tensor.dtype}; expected float32, float16 or "
+                    "bfloat16: model.to(torch.float32) first"
+                )
+            check_head_dim(self.index, name, tensor.shape[3])
+        if keys.device != values.device:
+            raise ValueError(
+                f"layer {self.index}: keys on {keys.device} do not go with values on "
+                f"{values.device}"
+            )
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"layer {self.index}: keys of shape {tuple(keys.shape)} do not go with values of "
+                f"shape {tuple(values.shape)}"
+            )
+        if self.core is not None and keys.shape[0] != self.core.batch:
+            raise ValueError(
+                f"layer {self.index}: keys of {keys.shape[0]} rows; the cache holds "
+                f"{self.core.batch}, and goes on with these only: make another with "
+                "tqai.new_cache(model), or give it the new rows first with "
+                "batch_repeat_interleave() or batch_select_indices()"
+            )
+        if self.dtypes not in (None, (keys.dtype, values.dtype)):
+            raise ValueError(
+                f"layer {self.index}: keys of {keys.dtype} and values of {values.dtype}; the cache "
+                f"holds {self.dtypes[0]} and {self.dtypes[1]}: make another with "
+                "tqai.new_cache(model) after the model's dtype has changed"
+            )
+        given = Heads(keys.shape[1], keys.shape[3])
+        if self.heads is not None and given != self.heads:
+            raise ValueError(
+                f"layer {self.index}: keys with {given.count} heads of {given.dim}; the cache was "
+                f"made for a model with {self.heads.count} of {self.heads.dim}. A cache goes with "
+                "one model: make another with tqai.new_cache(model)"
+            )
+
+    def _named(self, error: ValueError | NotImplementedError) -> Exception:
+        """What the store complains about, with the layer's number."""
+        return type(error)(f"layer {self.index}: {error}")
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with storage, where it is a view of another layer."""
+    return tensor.dense() if isinstance(tensor, TqaiView) else tensor

@@ -1,0 +1,1 @@
+"""Caches in files: ``save_load``, with the ``checks`` of what was read."""

@@ -1,0 +1,361 @@
+"""Caches in files: a prompt is read once, and kept for later and for other processes.
+
+A file is safetensors: one tensor of bytes for each compressed layer, as ``_core.KvCache.serialize``
+writes it, the keys and values of uncompressed layers, and a header of JSON in the metadata. Reading
+executes nothing, and every length, checksum and number is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from tqai import _core, container, stores
+from tqai.settings import Settings
+from tqai.stores.tensor_refs import DTYPES
+from tqai.transformers import hooks
+from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.cache.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
+from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.files import checks as file_checks
+from tqai.transformers.files.checks import WEIGHTS
+from tqai.transformers.model.devices import layer_device
+from tqai.transformers.model.geometry import Geometry, decoder_of, geometry_of
+from tqai.transformers.model.heads import Heads
+from tqai.transformers.model.other_layers import holds_nothing
+from tqai.transformers.weights.identity import Identity, State, sampled_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TENSORS = ("packed", "keys", "values")
+_LOCAL = ("backend", "level")
+"""Settings that are the machine's, not the file's."""
+_KINDS = {
+    TqaiLayer: "tqai",
+    CrossLayer: "cross",
+    DynamicLayer: "exact",
+    DynamicSlidingWindowLayer: "sliding",
+}
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
+
+
+def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str]) -> None:
+    """Writes `cache` to the file `path`, whole or not at all; an existing file is replaced.
+
+    The file takes about ``cache.nbytes`` bytes, and writing it as many more of memory.
+
+    Raises:
+        ValueError: for something else than a cache of tqai's; for layers that have not read the
+            same tokens, as after a forward pass that was interrupted; where the model's weights are
+            no more those that the cache has read its text with.
+        NotImplementedError: for a layer that is neither compressed nor keys and values (the
+            recurrent state of a hybrid model), naming it, and for layers beyond the model's.
+        OSError: where the file cannot be written; what was there before is still there.
+    """
+    if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+        raise ValueError(
+            "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
+            f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
+        )
+    cache = copy.copy(cache)  # of one moment, whatever other threads do
+    tensors: dict[str, torch.Tensor] = {}
+    described: dict[str, list[dict[str, Any]]] = {}
+    for part, half in _parts(cache).items():
+        if len(half.layers) != len(cache.geometry.heads):
+            raise NotImplementedError(
+                f"the cache has {len(half.layers)} layers, {len(cache.geometry.heads)} of which "
+                f"{cache.geometry.model}'s configuration knows; the rest are copies that the model "
+                "has added, and no file holds those"
+            )
+        described[part] = []
+        for index, layer in enumerate(half.layers):
+            description, held = _describe(index, layer)
+            for name, tensor in held.items():
+                tensors[f"{part}.{index}.{name}"] = tensor
+            described[part].append(description)
+    file_checks.check_layers("this cache cannot be saved", _parts(cache))
+    header = {
+        "model": cache.geometry.describe(),
+        "heads": cache.geometry.heads,
+        "weights": _weights(cache),
+        "settings": _of_any_machine(cache.settings),
+        "sliding": cache.sliding,
+        **described,
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+    }
+    metadata = container.metadata_of(header)
+    container.write_whole(Path(path), lambda to: save_file(tensors, to, metadata=metadata))
+
+
+def load_cache(
+    path: str | os.PathLike[str], model: PreTrainedModel
+) -> TqaiCache | TqaiEncoderDecoderCache:
+    """The cache that ``save_cache`` wrote, for a patched model with the same weights.
+
+    Bits, windows and centres are the file's; the level and the backend are those that `model` is
+    patched with, and the device is `model`'s, whichever ones wrote the file.
+    Pass the cache as ``past_key_values``, with the ids of all tokens that it has read and new ones.
+
+    Raises:
+        ValueError: for a file that is not such a cache, is damaged, or was written by another
+            version of the format; for another model; for a model that is not patched.
+        OSError: where the file cannot be read.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
+        )
+    here = hooks.settings_of(model)
+    geometry, decoder = geometry_of(model), decoder_of(model)
+    path = Path(path)
+    with container.opened(path, "pt") as file:
+        header = container.header_of(path, file.metadata() or {})
+        file_checks.check_header(path, header)
+        state = _check_model(path, header, geometry, decoder)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
+        raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
+    try:
+        settings = _settings(header["settings"], here)
+        cache = hooks.make_cache(model, settings, header["sliding"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its settings are none of a cache of this model: {error}"
+        ) from error
+    for part, half in _parts(cache).items():
+        layers = header.get(part, ())
+        if len(half.layers) != len(layers):
+            raise ValueError(f"{path} has {len(layers)} {part}; the model has {len(half.layers)}")
+        for index, (layer, described) in enumerate(zip(half.layers, layers, strict=True)):
+            held = {
+                name: tensors.pop(f"{part}.{index}.{name}")
+                for name in _TENSORS
+                if f"{part}.{index}.{name}" in tensors
+            }
+            device = layer_device(decoder, index)
+            heads = geometry.heads[index]
+            _restore(path, index, heads, layer, described, held, device)
+        half.weights = state
+    if tensors:
+        raise ValueError(f"{path} has {next(iter(tensors))!r}, which is no part of a cache")
+    file_checks.check_layers(str(path), _parts(cache))
+    if isinstance(cache, TqaiEncoderDecoderCache):
+        cache.mark_updated()
+    return cache
+
+
+def _parts(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, TqaiCache]:
+    """What a cache consists of, by the name in the file."""
+    if isinstance(cache, TqaiEncoderDecoderCache):
+        return {"layers": cache.self_attention_cache, "cross_layers": cache.cross_attention_cache}
+    return {"layers": cache}
+
+
+def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the header says of a layer, and its tensors."""
+    kind = _kind(layer)
+    if kind is None:
+        raise NotImplementedError(
+            f"layer {index} is a {type(layer).__name__}; tqai saves layers of keys and values only"
+        )
+    if isinstance(layer, TqaiLayer):
+        rope = None if layer.rope is None else asdict(layer.rope)
+        described = {"kind": kind, "rope": rope, "padding": layer.padding, "dtypes": None}
+        if layer.core is None or layer.dtypes is None:
+            return described, {}
+        described["dtypes"] = [str(dtype) for dtype in layer.dtypes]
+        packed = torch.frombuffer(bytearray(layer.core.serialize()), dtype=torch.uint8)
+        return described, {"packed": packed}
+    if holds_nothing(layer):
+        return {"kind": kind}, {}
+    described = {"kind": kind, "length": int(layer.get_seq_length())}
+    if not layer.is_initialized:
+        return described, {}
+    states = {"keys": layer.keys, "values": layer.values}
+    return described, {name: tensor.contiguous().cpu() for name, tensor in states.items()}
+
+
+def _kind(layer: Any) -> str | None:
+    """The layer's kind in a file; None for those that are not written into files."""
+    return "nothing" if holds_nothing(layer) else _KINDS.get(type(layer))
+
+
+def _restore(
+    path: Path,
+    index: int,
+    heads: Heads | None,
+    layer: Any,
+    described: dict[str, Any],
+    held: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Gives a fresh layer what a file holds of it."""
+    if described["kind"] != _kind(layer):
+        raise ValueError(
+            f"{path}: layer {index} is of kind {described['kind']!r}, the model's is a "
+            f"{type(layer).__name__}; load it with the transformers version that it was saved with"
+        )
+    expected = ("keys", "values") if not isinstance(layer, TqaiLayer) else ("packed",)
+    if held and tuple(held) != expected:
+        raise ValueError(f"{path}: layer {index} has {', '.join(held)}; expected {expected}")
+    if not isinstance(layer, TqaiLayer):
+        if held:
+            _restore_exact(path, index, heads, layer, described["length"], held, device)
+        return
+    file_checks.check_rope(path, index, described["rope"], layer.rope)
+    if not held:
+        return
+    data = held["packed"]
+    if data.dtype != torch.uint8 or data.ndim != 1 or described["dtypes"] is None:
+        raise ValueError(f"{path}: layer {index} holds {data.dtype} {tuple(data.shape)} as bytes")
+    unknown = [name for name in described["dtypes"] if name not in _DTYPES]
+    if unknown:
+        raise ValueError(
+            f"{path}: layer {index} is of {unknown[0]!r}; allowed are {', '.join(_DTYPES)}"
+        )
+    if layer.rope is not None:
+        layer.rope = file_checks.rope_of(described["rope"], layer.rope)
+    dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
+    try:
+        core = _core.KvCache.deserialize(data.numpy(), level=layer.settings.level)
+    except ValueError as error:
+        raise ValueError(f"{path}: layer {index}: {error}") from error
+    file_checks.check_store(path, layer, data.numpy().data, core, dtypes)
+    layer.core = stores.moved(core, layer.settings, device)
+    layer.dtypes = dtypes
+    layer.padding = described["padding"]
+    layer.take_note()
+
+
+def _restore_exact(
+    path: Path,
+    index: int,
+    heads: Heads | None,
+    layer: Any,
+    length: int,
+    held: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    file_checks.check_exact(path, index, heads, held)
+    keys, values = (held[name].to(device) for name in ("keys", "values"))
+    kept = layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else length
+    if not min(length, kept) <= keys.shape[2] <= length:
+        raise ValueError(
+            f"{path}: layer {index} holds {keys.shape[2]} tokens; its header says that it has read "
+            f"{length}"
+        )
+    layer.update(keys, values)
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.cumulative_length = length
+
+
+def _weights(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, Any] | None:
+    """What the header says of the weights that a cache has read its text with; None: no text."""
+    parts = _parts(cache)
+    state = next((half.weights for half in parts.values() if not half.is_empty()), None)
+    if state is None:
+        state = cache.geometry.weights()
+    try:
+        identity = state.identity(afresh=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; a file says which weights its cache goes with, and cannot say so any more: "
+            "save caches before the model changes"
+        ) from error
+    described = {"kind": WEIGHTS, **_described(identity)}
+    if identity.around is not None:
+        described["around"] = _described(identity.around)
+    return described
+
+
+def _described(identity: Identity) -> dict[str, Any]:
+    return {"structure": identity.structure, "tensors": identity.tensors}
+
+
+def _check_model(
+    path: Path, header: dict[str, Any], geometry: Geometry, decoder: torch.nn.Module
+) -> State:
+    """The state of the weights of `decoder`, where they are those of the file."""
+    heads = [None if heads is None else list(heads) for heads in geometry.heads]
+    if header["heads"] != heads:
+        raise ValueError(
+            f"{path} was made for {header['model']}, not for {geometry.describe()}; a cache goes "
+            "with one model"
+        )
+    saved, state = header["weights"], geometry.weights()
+    if isinstance(saved, str):  # before there was "kind"
+        if saved != sampled_fingerprint(decoder):
+            raise _other_weights(path, header)
+        return state
+    if saved["kind"] != WEIGHTS:
+        raise ValueError(
+            f"{path} tells weights apart by {saved['kind']!r}; this tqai knows {WEIGHTS!r}: save "
+            "the cache again, or use the tqai that wrote it"
+        )
+    identity = state.identity(afresh=True)
+    names, unread = _compare(path, header, saved, identity)
+    # What makes the decoder's input, where both knew of it: a decoder can be patched by itself.
+    if identity.around is not None and "around" in saved:
+        more = _compare(path, header, saved["around"], identity.around)
+        names, unread = names + more[0], unread + more[1]
+    if unread:
+        warnings.warn(
+            f"{path}: {len(unread)} of {names} weights ({_some(unread)}) could not be compared "
+            "with those that the cache was made with, as their values are out of reach (on the "
+            "device 'meta'), then or now; only names, shapes and dtypes were compared",
+            stacklevel=3,
+        )
+    return state
+
+
+def _compare(
+    path: Path, header: dict[str, Any], saved: dict[str, Any], identity: Identity
+) -> tuple[int, list[str]]:
+    """How many weights there are, and the names of those that cannot be compared."""
+    if saved["structure"] != identity.structure or len(saved["tensors"]) != len(identity.names):
+        raise _other_weights(path, header)
+    differing = identity.differing(saved["tensors"])
+    if differing:
+        raise _other_weights(path, header, f" ({_some(differing)})")
+    pairs = zip(identity.names, identity.tensors, saved["tensors"], strict=True)
+    unread = [name for name, ours, theirs in pairs if ours is None or theirs is None]
+    return len(identity.names), unread
+
+
+def _other_weights(path: Path, header: dict[str, Any], which: str = "") -> ValueError:
+    return ValueError(
+        f"{path} was made by a {header['model']} with other weights{which}, of another dtype or "
+        "with other adapters; put them back, or read the prompt again with this one"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _of_any_machine(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
+
+
+def _settings(saved: dict[str, Any], here: Settings) -> Settings:
+    """JSON has made strings of the layers that a mapping of bits names."""
+    values = {
+        name: {int(layer): bits for layer, bits in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in saved.items()
+    }
+    return replace(Settings(**values), **{name: getattr(here, name) for name in _LOCAL})
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return container.checksum(tensor.contiguous().view(-1).view(torch.uint8).numpy())
