@@ -22,57 +22,61 @@ namespace tqai {
 
 /// Geometry and settings of a cache; checked by KvCache's constructor.
 struct CacheOptions {
-  int kv_heads = 0;           // ≥ 1
-  int head_dim = 0;           // of keys and queries, 8…512
-  int value_head_dim = 0;     // 8…512; 0: as head_dim
-  DType dtype = DType::f32;   // of keys and values, and of what is kept exact
-  int bits_k = 4;             // 1…8 per coordinate
-  int bits_v = 2;             // 1…8 per coordinate
-  int sink_tokens = 4;        // first tokens of each row, kept exact for ever
-  int residual_window = 128;  // last tokens of each row, kept exact
+  int kv_heads = 0;           ///< ≥ 1
+  int head_dim = 0;           ///< of keys and queries, 8…512
+  int value_head_dim = 0;     ///< 8…512; 0: as head_dim
+  DType dtype = DType::f32;   ///< of keys and values, and of what is kept exact
+  int bits_k = 4;             ///< 1…8 per coordinate
+  int bits_v = 2;             ///< 1…8 per coordinate
+  int sink_tokens = 4;        ///< first tokens of each row, kept exact for ever
+  int residual_window = 128;  ///< last tokens of each row, kept exact
+  /// What spreads a vector's energy over its coordinates.
   RotationKind rotation = RotationKind::automatic;
+  /// What is left out of the keys' codes.
   Centering centering = Centering::automatic;
-  std::optional<Rope> rope;  // what the keys have gone through, if known
+  std::optional<Rope> rope;  ///< what the keys have gone through, if known
   std::uint64_t seed =
-      0x7461'6971;             // of the key rotation; the value rotation takes another from it
-  std::optional<Level> level;  // default: default_level()
+      0x7461'6971;             ///< of the key rotation; the value rotation takes another from it
+  std::optional<Level> level;  ///< default: default_level()
 };
 
-/// A borrowed 4-dimensional tensor. Strides are in elements, may be 0 (broadcast); the last
-/// dimension must be contiguous.
+/// A borrowed 4-dimensional tensor.
 struct ConstTensor {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-  std::array<std::int64_t, 4> shape{};
+  const void* data = nullptr;           ///< first element
+  DType dtype = DType::f32;             ///< of the elements
+  std::array<std::int64_t, 4> shape{};  ///< elements along each dimension
+  /// In elements; may be 0 (broadcast). The last dimension must be contiguous.
   std::array<std::int64_t, 4> strides{};
 };
 
 /// As ConstTensor, to be written: no two elements at one address.
 struct Tensor {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  std::array<std::int64_t, 4> shape{};
-  std::array<std::int64_t, 4> strides{};
+  void* data = nullptr;                   ///< first element
+  DType dtype = DType::f32;               ///< of the elements
+  std::array<std::int64_t, 4> shape{};    ///< elements along each dimension
+  std::array<std::int64_t, 4> strides{};  ///< in elements; 1 for the last dimension
 };
 
 /// Positions of tokens, [batch or 1, sections, tokens]; sections: 1 for positions that hold in all
 /// of the embedding's, else as many as it has (`Rope::section_count`). Any strides, also 0.
 struct PositionTensor {
-  const std::int64_t* data = nullptr;
-  std::array<std::int64_t, 3> shape{};
-  std::array<std::int64_t, 3> strides{};
+  const std::int64_t* data = nullptr;     ///< first position
+  std::array<std::int64_t, 3> shape{};    ///< batch or 1, sections, tokens
+  std::array<std::int64_t, 3> strides{};  ///< in elements
 };
 
 /// An attention mask, [batch or 1, query_heads or 1, queries, columns]; column j is token
 /// `AttendOptions::first_token` + j. Any strides, also for the last dimension.
 struct Mask {
+  /// What the elements are.
   enum class Kind : std::uint8_t { boolean, f32, f16, bf16 };
-  const void* data = nullptr;
-  Kind kind = Kind::boolean;  // boolean: bytes, nonzero = may be seen; else added to the scores
-  std::array<std::int64_t, 4> shape{};
-  std::array<std::int64_t, 4> strides{};
+  const void* data = nullptr;  ///< first element
+  Kind kind = Kind::boolean;   ///< boolean: bytes, nonzero = may be seen; else added to the scores
+  std::array<std::int64_t, 4> shape{};    ///< as above
+  std::array<std::int64_t, 4> strides{};  ///< in elements
 };
 
+/// What of the tokens a query sees, and how scores become weights.
 struct AttendOptions {
   /// Multiplies q·k; finite. Nothing: 1/√head_dim.
   std::optional<float> scale;
@@ -94,12 +98,13 @@ struct AttendOptions {
 /// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
 /// in each of them, once.
 struct MemoryReport {
-  std::int64_t tokens = 0;             // batch · tokens held, padding and discarded ones left out
-  std::int64_t packed_tokens = 0;      // of those, in tiles
-  std::size_t packed_bytes = 0;        // tiles: codes and norms
-  std::size_t exact_bytes = 0;         // sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;      // headers, lists, centres
-  std::size_t uncompressed_bytes = 0;  // of the same tokens in `dtype`
+  std::int64_t tokens = 0;             ///< batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;      ///< of those, in tiles
+  std::size_t packed_bytes = 0;        ///< tiles: codes and norms
+  std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;      ///< headers, lists, centres
+  std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
+  /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
 };
 
@@ -120,14 +125,19 @@ class TQAI_API KvCache {
  public:
   /// Throws ValueError for options out of range, UnsupportedError for a level this machine lacks.
   explicit KvCache(const CacheOptions& options, int batch = 1);
+  /// Shares what is sealed: a few pointers a tile.
   KvCache(const KvCache& other);
+  /// Leaves `other` fit for nothing but to be assigned to or destroyed.
   KvCache(KvCache&& other) noexcept;
+  /// As the copy; what this cache held is let go.
   KvCache& operator=(const KvCache& other);
+  /// As the move; what this cache held is let go.
   KvCache& operator=(KvCache&& other) noexcept;
   ~KvCache();
 
   /// As given, with the defaults filled in.
   const CacheOptions& options() const noexcept;
+  /// Rows.
   int batch() const noexcept;
   /// Tokens appended and not cropped, padding and discarded ones included; the same for each row.
   std::int64_t tokens() const noexcept;
@@ -151,6 +161,7 @@ class TQAI_API KvCache {
   void append(const ConstTensor& keys, const ConstTensor& values,
               const std::optional<PositionTensor>& positions = {});
 
+  /// Largest position that `append` takes, and the negative of the smallest.
   static constexpr std::int64_t kMaxPosition = (std::int64_t{1} << 30) - 1;
 
   /// Largest norm of a key or value in a tile: what FP16 holds with room for centring and norm
@@ -194,12 +205,14 @@ class TQAI_API KvCache {
   /// exact tokens before it are freed. Sinks too.
   void discard_before(std::int64_t token);
 
+  /// Bytes by part, counted as they were allocated. O(batch · tiles).
   MemoryReport memory() const;
 
   /// What keys (less their centre) and queries go through before codes and products, and what sums
   /// of values come back from; for runtimes that read tiles on another device. They live as long as
   /// the cache.
   const Rotation& key_rotation() const noexcept;
+  /// As `key_rotation`, for values.
   const Rotation& value_rotation() const noexcept;
 
   /// The cache as bytes, for files and other processes; about memory().total_bytes() of them. What

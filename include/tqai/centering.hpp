@@ -26,13 +26,14 @@ struct Rope {
   /// `interleaved` 2f and 2f + 1 (GPT-J, Cohere).
   enum class Layout : std::uint8_t { half_split, interleaved };
 
-  std::vector<float> inv_freq;  // [rotary_dim / 2], radians per token, scaling included
-  Layout layout = Layout::half_split;
-  int rotary_dim = 0;  // even, 2…head_dim: the first coordinates of a head
+  std::vector<float> inv_freq;         ///< [rotary_dim / 2], radians per token, scaling included
+  Layout layout = Layout::half_split;  ///< of the pairs
+  int rotary_dim = 0;                  ///< even, 2…head_dim: the first coordinates of a head
   /// [rotary_dim / 2], the section of each pair, for embeddings of several positions a token (the
   /// time, height and width of M-RoPE, arXiv:2409.12191); empty: all pairs are of section 0.
   std::vector<std::uint8_t> sections = {};
 
+  /// Positions a token at most.
   static constexpr int kMaxSections = 4;
   /// The largest section, and one.
   int section_count() const noexcept {

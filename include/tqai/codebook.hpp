@@ -26,8 +26,11 @@ class TQAI_API Codebook {
   /// `codebook()`, which solves each once.
   Codebook(int head_dim, int bits, Grid grid);
 
+  /// Coordinates of the vectors whose law it is.
   int head_dim() const noexcept { return head_dim_; }
+  /// Of a code.
   int bits() const noexcept { return bits_; }
+  /// Where centroids may lie.
   Grid grid() const noexcept { return grid_; }
 
   /// [2^bits], ascending, in units of the vector's norm.

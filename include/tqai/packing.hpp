@@ -58,9 +58,9 @@ TQAI_API void unpack_values(const std::uint8_t* packed, int coordinates, int bit
 
 /// A run of rotated coordinates that are stored with the same bits.
 struct Segment {
-  int first;  // a multiple of kCoordinateBlock
-  int count;  // a multiple of kCoordinateBlock
-  int bits;   // 1…8
+  int first;  ///< a multiple of kCoordinateBlock
+  int count;  ///< a multiple of kCoordinateBlock
+  int bits;   ///< 1…8
 };
 
 /// Where the parts of one head's tile lie: key codes, value codes, key norms, value norms, each
@@ -70,14 +70,17 @@ class TQAI_API TileLayout {
   /// Uniform bits: one segment a side.
   TileLayout(int key_dim, int value_dim, int bits_k, int bits_v);
 
+  /// Runs of coordinates of a key.
   const std::vector<Segment>& key_segments() const noexcept { return key_segments_; }
+  /// Runs of coordinates of a value.
   const std::vector<Segment>& value_segments() const noexcept { return value_segments_; }
-  /// Offsets from the tile's first byte.
+  /// Offset of the key codes from the tile's first byte; the next three as well.
   std::size_t key_codes() const noexcept { return 0; }
+  /// Offset.
   std::size_t value_codes() const noexcept { return value_codes_; }
-  /// [64] FP16.
+  /// Offset; [64] FP16.
   std::size_t key_norms() const noexcept { return key_norms_; }
-  /// [64] FP16.
+  /// Offset; [64] FP16.
   std::size_t value_norms() const noexcept { return key_norms_ + kTileTokens * 2; }
   /// Bytes of one head's tile.
   std::size_t bytes() const noexcept { return key_norms_ + kTileTokens * 4; }

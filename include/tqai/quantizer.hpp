@@ -32,7 +32,9 @@ class TQAI_API VectorQuantizer {
  public:
   virtual ~VectorQuantizer();
 
+  /// Coordinates of a vector.
   int head_dim() const noexcept { return head_dim_; }
+  /// Per coordinate.
   int bits() const noexcept { return bits_; }
   /// Bytes of one vector's codes.
   std::size_t code_bytes() const noexcept { return code_bytes_; }
@@ -56,6 +58,7 @@ class TQAI_API VectorQuantizer {
 
   // The same for Eigen's matrices, maps and blocks whose rows follow one another without gaps.
 
+  /// As above, of each row of `vectors`.
   void encode(const ConstRows& vectors, CodeRows codes, NormRows norms) const {
     const Eigen::Index rows = vectors.rows();
     check_view("vectors", vectors, rows, head_dim_);
@@ -64,6 +67,7 @@ class TQAI_API VectorQuantizer {
     encode(vectors.data(), rows, codes.data(), norms.data());
   }
 
+  /// As above, into each row of `vectors`.
   void decode(const ConstCodeRows& codes, const ConstNormRows& norms, Rows vectors) const {
     const Eigen::Index rows = codes.rows();
     check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
@@ -72,6 +76,7 @@ class TQAI_API VectorQuantizer {
     decode(codes.data(), norms.data(), rows, vectors.data());
   }
 
+  /// As above, of each row of `queries` with each vector.
   void inner_products(const ConstRows& queries, const ConstCodeRows& codes,
                       const ConstNormRows& norms, Rows products) const {
     const Eigen::Index rows = codes.rows();
@@ -86,13 +91,16 @@ class TQAI_API VectorQuantizer {
  protected:
   /// Throws ValueError where head_dim is outside 8…512 or bits outside 1…8.
   VectorQuantizer(int head_dim, int bits);
+  /// @{
+  /// For classes that derive from it.
   VectorQuantizer(const VectorQuantizer&) = default;
   VectorQuantizer(VectorQuantizer&&) = default;
   VectorQuantizer& operator=(const VectorQuantizer&) = default;
   VectorQuantizer& operator=(VectorQuantizer&&) = default;
+  /// @}
 
-  std::size_t code_bytes_ = 0;
-  int norm_count_ = 1;
+  std::size_t code_bytes_ = 0;  ///< code_bytes()
+  int norm_count_ = 1;          ///< norm_count()
 
  private:
   virtual void encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
@@ -115,13 +123,14 @@ class TQAI_API VectorQuantizer {
   int bits_;
 };
 
+/// What a Quantizer is made of.
 struct QuantizerOptions {
-  int head_dim = 0;  // 8…512
-  int bits = 4;      // 1…8 per coordinate
-  RotationKind rotation = RotationKind::automatic;
-  std::uint64_t seed = 0x7461'6971;  // of the rotation
-  Grid grid = Grid::exact;
-  bool norm_correction = true;
+  int head_dim = 0;                                 ///< 8…512
+  int bits = 4;                                     ///< 1…8 per coordinate
+  RotationKind rotation = RotationKind::automatic;  ///< of all vectors
+  std::uint64_t seed = 0x7461'6971;                 ///< of the rotation
+  Grid grid = Grid::exact;                          ///< of the codebook
+  bool norm_correction = true;                      ///< reconstructions get the original's length
 };
 
 /// Smallest mean squared error: rotation, then the nearest centroid of each coordinate
@@ -131,10 +140,14 @@ struct QuantizerOptions {
 /// that of the quantised unit vector, so that reconstructions have the original length.
 class TQAI_API Quantizer final : public VectorQuantizer {
  public:
+  /// Throws ValueError for options out of range.
   explicit Quantizer(const QuantizerOptions& options);
 
+  /// As given.
   const QuantizerOptions& options() const noexcept { return options_; }
+  /// What vectors go through before they are quantised.
   const Rotation& rotation() const noexcept { return rotation_; }
+  /// The centroids.
   const Codebook& codebook() const noexcept { return *codebook_; }
 
  private:
@@ -150,13 +163,14 @@ class TQAI_API Quantizer final : public VectorQuantizer {
   const Codebook* codebook_;  // of the process
 };
 
+/// What a ProdQuantizer is made of.
 struct ProdQuantizerOptions {
-  int head_dim = 0;  // 8…512
-  int bits = 4;      // 1…8 per coordinate, the sign of the residual's projection included
-  RotationKind rotation = RotationKind::automatic;
-  std::uint64_t seed = 0x7461'6971;             // of the rotation
-  std::uint64_t projection_seed = 0x716A'6C31;  // of the Gaussian projection; may equal `seed`
-  Grid grid = Grid::exact;
+  int head_dim = 0;  ///< 8…512
+  int bits = 4;      ///< 1…8 per coordinate, the sign of the residual's projection included
+  RotationKind rotation = RotationKind::automatic;  ///< of all vectors
+  std::uint64_t seed = 0x7461'6971;                 ///< of the rotation
+  std::uint64_t projection_seed = 0x716A'6C31;  ///< of the Gaussian projection; may equal `seed`
+  Grid grid = Grid::exact;                      ///< of the codebook
 };
 
 /// Unbiased inner products: `bits` − 1 bits as in Quantizer, without norm correction, and the signs
@@ -166,9 +180,12 @@ struct ProdQuantizerOptions {
 /// Norms: the vector's, then the residual's; with 1 bit only the latter. O(head_dim²) a vector.
 class TQAI_API ProdQuantizer final : public VectorQuantizer {
  public:
+  /// Throws ValueError for options out of range.
   explicit ProdQuantizer(const ProdQuantizerOptions& options);
 
+  /// As given.
   const ProdQuantizerOptions& options() const noexcept { return options_; }
+  /// What vectors go through before they are quantised.
   const Rotation& rotation() const noexcept { return rotation_; }
   /// S, [head_dim, head_dim] row-major; it multiplies rotated residuals.
   std::span<const float> projection() const noexcept { return projection_; }

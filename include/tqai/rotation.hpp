@@ -22,9 +22,11 @@ class TQAI_API Rotation {
   /// is no power of two.
   Rotation(int head_dim, RotationKind kind, std::uint64_t seed);
 
+  /// Coordinates of the vectors it turns.
   int head_dim() const noexcept { return head_dim_; }
   /// hadamard or haar, never automatic.
   RotationKind kind() const noexcept { return kind_; }
+  /// As given.
   std::uint64_t seed() const noexcept { return seed_; }
 
   /// y = R x for each row. `x`, `y`: [rows, head_dim] fp32; may be the same buffer, may not
