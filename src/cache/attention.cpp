@@ -50,10 +50,7 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
       has_rope = has_rope || CentreScores::has_rope(context, centres);
     }
   }
-  if (has_rope) {
-    factor_floats_ = CentreScores::factor_floats(context);
-    phasors_ = context.rope->phasors();
-  }
+  if (has_rope) factor_floats_ = CentreScores::factor_floats(context);
   prepared_floats_ = static_cast<std::int64_t>(
       context.kernels->prepared_bytes(context.codec->plan().keys, static_cast<int>(row_capacity_)) /
       sizeof(float));
@@ -112,7 +109,7 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
   context_.kernels->prepare_queries(keys, rotated, unit.rows, work.prepared);
   for (std::size_t set = 0; set < row.centre_sets.size(); ++set) {
     std::construct_at(work.centres + set, context_, row.centre_sets[set], unit.kv_head, work.plain,
-                      key_padded_, unit.rows, phasors_.get(),
+                      key_padded_, unit.rows,
                       work.factors + static_cast<std::ptrdiff_t>(set) * factor_floats_);
   }
 }

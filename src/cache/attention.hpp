@@ -135,7 +135,6 @@ class Attention {
   std::int64_t factor_floats_ = 0;  // of one
   std::int64_t prepared_floats_ = 0;
   std::int64_t unit_floats_ = 0;
-  std::shared_ptr<const PositionPhasors> phasors_;
 };
 
 }  // namespace tqai::detail

@@ -318,7 +318,7 @@ void KvCache::crop(std::int64_t tokens) {
     }
     detail::truncate(state.context, row, std::max<std::int64_t>(tokens - row.first, 0));
     row.first = std::min(row.first, tokens);
-    if (row.held() == 0) row.next_position = tokens;
+    if (row.held() == 0) row.next_position = std::min(tokens, kMaxPosition + 1);
   }
   state.rows = std::move(rows);
   state.tokens = tokens;

@@ -219,7 +219,7 @@ void add_centre(const Context& context, const Centres& centres, int head,
   }
   if (kind != Centering::rope) return;
   const RopeTables& tables = *context.rope;
-  const auto phasors = tables.phasors();
+  const PositionPhasors& phasors = tables.phasors();
   const float* means = centres.means(head);
   for (int f = 0; f < tables.pair_count(); ++f) {
     const Complex mean{means[f], means[tables.pair_count() + f]};
@@ -232,11 +232,11 @@ void add_centre(const Context& context, const Centres& centres, int head,
       const Complex start = multiply(mean, distance_phasor(tables, f, 0));
       for (int t = 0; t < kTileTokens; ++t) {
         const std::int64_t position = position_of(positions, tables, f, t);
-        add(t, multiply(start, middle_phasor(tables, *phasors, position, f)));
+        add(t, multiply(start, middle_phasor(tables, phasors, position, f)));
       }
       continue;
     }
-    const Complex middle = multiply(mean, middle_phasor(tables, *phasors, positions.first, f));
+    const Complex middle = multiply(mean, middle_phasor(tables, phasors, positions.first, f));
     for (int t = 0; t < kTileTokens; ++t) {
       add(t, multiply(middle, distance_phasor(tables, f, t)));
     }
@@ -256,7 +256,7 @@ std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
 
 CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
                            const float* queries, std::ptrdiff_t stride, int rows,
-                           const PositionPhasors* phasors, float* factors) noexcept {
+                           float* factors) noexcept {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const float* constant = centres.constant(head);
@@ -296,11 +296,12 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   rope_.slow_count = slow_count;
   rope_.factors = factors;
   rope_.pair_count = pairs;
+  const PositionPhasors& phasors = tables.phasors();
   rope_.half = tables.half();
   rope_.terms = tables.terms();
-  rope_.tiles = phasors->tiles.data();
+  rope_.tiles = phasors.tiles;
   rope_.offsets = tables.offsets();
-  rope_.far = phasors->far_middle();
+  rope_.far = phasors.far;
   rope_.sections = tables.sections();
 }
 

@@ -69,12 +69,10 @@ class CentreScores {
  public:
   CentreScores() = default;  // nothing
 
-  /// queries: [rows, stride] fp32. phasors: of all positions that will be asked for; factors:
-  /// factor_floats of 64-byte aligned memory; both the caller's, and unused where no head is
-  /// centred by position.
+  /// queries: [rows, stride] fp32. factors: factor_floats of 64-byte aligned memory of the
+  /// caller's, unused where no head is centred by position.
   CentreScores(const Context& context, const Centres& centres, int head, const float* queries,
-               std::ptrdiff_t stride, int rows, const PositionPhasors* phasors,
-               float* factors) noexcept;
+               std::ptrdiff_t stride, int rows, float* factors) noexcept;
 
   /// Whether any head is centred by position.
   static bool has_rope(const Context& context, const Centres& centres) noexcept;

@@ -94,6 +94,8 @@ std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   if (!codec) {
     codec = std::make_shared<const Codec>(options);
     entry = codec;
+    // Those that nobody uses any more would add up where settings come from files.
+    std::erase_if(table, [](const auto& each) { return each.second.expired(); });
   }
   return codec;
 }

@@ -62,11 +62,11 @@ Complex middle_phasor(const RopeTables& tables, const PositionPhasors& phasors,
                       std::int64_t position, int f) noexcept {
   const auto pairs = static_cast<std::ptrdiff_t>(tables.pair_count());
   const std::int64_t near = position & (kernels::kNearPositions - 1);
-  const float* tile = phasors.tiles.data() + near / kTileTokens * 2 * pairs;
+  const float* tile = phasors.tiles + near / kTileTokens * 2 * pairs;
   const float* offset = tables.offsets() + near % kTileTokens * 2 * pairs;
   const Complex phasor = multiply({tile[f], tile[pairs + f]}, {offset[f], offset[pairs + f]});
   if (near == position) return phasor;
-  const float* far = phasors.far_middle() + (position - near) / kernels::kNearPositions * 2 * pairs;
+  const float* far = phasors.far + (position - near) / kernels::kNearPositions * 2 * pairs;
   return multiply(phasor, {far[f], far[pairs + f]});
 }
 

@@ -101,14 +101,14 @@ kernels::TilePositions tile_positions(std::int64_t first, const Places& places) 
   return {first, reinterpret_cast<const std::int32_t*>(places.payload()), places.header().sections};
 }
 
-void cover(const RopeTables& tables, const kernels::TilePositions& positions) {
+void cover(const RopeTables& tables, const kernels::TilePositions& positions) noexcept {
   if (positions.each == nullptr) {
     tables.cover(positions.first, positions.first);
     return;
   }
-  const auto [least, most] =
-      std::minmax_element(positions.each, positions.each + positions.sections * kTileTokens);
-  tables.cover(*least, *most);
+  for (int i = 0; i < positions.sections * kTileTokens; ++i) {
+    tables.cover(positions.each[i], positions.each[i]);
+  }
 }
 
 }  // namespace tqai::detail

@@ -60,8 +60,8 @@ Places places_of(const Positions& positions);
 
 class RopeTables;
 
-/// Makes the phasors of these positions. Throws std::bad_alloc.
-void cover(const RopeTables& tables, const kernels::TilePositions& positions);
+/// Makes the phasors of these positions.
+void cover(const RopeTables& tables, const kernels::TilePositions& positions) noexcept;
 
 /// As the kernels take them. `first` counts where `places` is empty.
 kernels::TilePositions tile_positions(std::int64_t first, const Places& places) noexcept;

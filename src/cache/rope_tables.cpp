@@ -14,16 +14,8 @@ namespace tqai::detail {
 namespace {
 
 constexpr int kHalfTile = kTileTokens / 2;
-
-// Appends e^(i position ω) of all pairs: real parts, then imaginary ones.
-void append_phasors(const Rope& rope, double position, std::vector<float>& to) {
-  for (const float frequency : rope.inv_freq) {
-    to.push_back(static_cast<float>(std::cos(position * static_cast<double>(frequency))));
-  }
-  for (const float frequency : rope.inv_freq) {
-    to.push_back(static_cast<float>(std::sin(position * static_cast<double>(frequency))));
-  }
-}
+constexpr std::int64_t kNear = kernels::kNearPositions;
+constexpr std::int64_t kNearTiles = kNear / kTileTokens;
 
 // Appends (even, odd) coefficients c of cos(angle x) ≈ Σ c x^(2n) and sin(angle x) ≈ Σ c x^(2n+1)
 // for |x| ≤ 1: the Chebyshev series of each up to there, in powers. Of angles up to 1 the next of
@@ -67,7 +59,11 @@ RopeTables::RopeTables(const Rope& rope)
     : rope_(rope),
       interleaved_(rope.layout == Rope::Layout::interleaved),
       sections_(rope.sections),
-      phasors_(std::make_shared<const PositionPhasors>()) {
+      tiles_(new float[static_cast<std::size_t>(kNearTiles) * 2 * rope.inv_freq.size()]),
+      far_(new float[static_cast<std::size_t>(kernels::kFarSteps) * 4 * rope.inv_freq.size()]),
+      phasors_{tiles_.get(), far_.get() + kernels::kFarSteps * 2 * pair_count()},
+      has_tile_(static_cast<std::size_t>(kNearTiles)),
+      has_far_(static_cast<std::size_t>(2 * kernels::kFarSteps)) {
   sections_.resize(rope.inv_freq.size(), 0);
   std::vector<float> half;
   for (const float frequency : rope.inv_freq) {
@@ -88,41 +84,44 @@ RopeTables::RopeTables(const Rope& rope)
   for (const float frequency : rope.inv_freq) {
     append_terms(kHalfTile * static_cast<double>(frequency), terms_);
   }
-  for (int offset = 0; offset < kTileTokens; ++offset) append_phasors(rope, offset, offsets_);
+  const std::size_t row = 2 * rope.inv_freq.size();
+  offsets_.resize(kTileTokens * row);
+  for (std::size_t offset = 0; offset < kTileTokens; ++offset) {
+    write_phasors(static_cast<double>(offset), offsets_.data() + offset * row);
+  }
+}
+
+// e^(i position ω) of all pairs: real parts, then imaginary ones.
+void RopeTables::write_phasors(double position, float* to) const noexcept {
+  for (const float frequency : rope_.inv_freq) {
+    *to++ = static_cast<float>(std::cos(position * static_cast<double>(frequency)));
+  }
+  for (const float frequency : rope_.inv_freq) {
+    *to++ = static_cast<float>(std::sin(position * static_cast<double>(frequency)));
+  }
 }
 
 bool RopeTables::is_slow(int f) const noexcept {
   return std::abs(rope_.inv_freq[static_cast<std::size_t>(f)]) * kHalfTile <= 1.0F;
 }
 
-void RopeTables::cover(std::int64_t first, std::int64_t last) const {
-  constexpr std::int64_t kNear = kernels::kNearPositions;
-  constexpr std::int64_t kMostTiles = kNear / kTileTokens;
-  const bool far = first < 0 || last >= kNear;
-  const std::int64_t count = far ? kMostTiles : last / kTileTokens + 1;
+void RopeTables::cover(std::int64_t first, std::int64_t last) const noexcept {
   const std::size_t row = 2 * rope_.inv_freq.size();
+  const auto write_once = [&](std::vector<bool>& has, std::int64_t index, double position,
+                              float* table) {
+    const auto at = static_cast<std::size_t>(index);
+    if (has[at]) return;
+    write_phasors(position, table + at * row);
+    has[at] = true;
+  };
   const std::scoped_lock lock(mutex_);
-  const auto have = static_cast<std::int64_t>(phasors_->tiles.size() / row);
-  if (have >= count && (!far || !phasors_->far.empty())) return;
-  auto grown = std::make_shared<PositionPhasors>(*phasors_);
-  if (have < count) {
-    const std::int64_t wanted = std::min(std::max<std::int64_t>({count, 2 * have, 64}), kMostTiles);
-    grown->tiles.reserve(static_cast<std::size_t>(wanted) * row);
-    for (std::int64_t tile = have; tile < wanted; ++tile) {
-      append_phasors(rope_, static_cast<double>(tile) * kTileTokens + 31.5, grown->tiles);
-    }
+  for (std::int64_t p = first & -std::int64_t{kTileTokens}; p <= last; p += kTileTokens) {
+    const std::int64_t near = p & (kNear - 1);
+    write_once(has_tile_, near / kTileTokens, static_cast<double>(near) + 31.5, tiles_.get());
+    if (near == p) continue;
+    write_once(has_far_, (p - near) / kNear + kernels::kFarSteps, static_cast<double>(p - near),
+               far_.get());
   }
-  if (far && grown->far.empty()) {
-    for (std::int64_t step = -kernels::kFarSteps; step < kernels::kFarSteps; ++step) {
-      append_phasors(rope_, static_cast<double>(step * kNear), grown->far);
-    }
-  }
-  phasors_ = std::move(grown);
-}
-
-std::shared_ptr<const PositionPhasors> RopeTables::phasors() const {
-  const std::scoped_lock lock(mutex_);
-  return phasors_;
 }
 
 std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
@@ -136,6 +135,8 @@ std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
   if (!tables) {
     tables = std::make_shared<const RopeTables>(rope);
     entry = tables;
+    // Those that nobody uses any more would add up where settings come from files.
+    std::erase_if(table, [](const auto& each) { return each.second.expired(); });
   }
   return tables;
 }

@@ -11,15 +11,10 @@ namespace tqai::detail {
 
 /// Phasors of positions. Position p is kNearPositions · step + 64 · tile + offset, with a tile and
 /// an offset from 0 up and a step of either sign, so that far positions take no more memory than
-/// the near ones and a constant.
+/// the near ones and a constant. Only what positions that were covered need has been written.
 struct PositionPhasors {
-  std::vector<float> tiles;  // [tiles, 2, pairs]: e^(i (64 tile + 31.5) ω)
-  std::vector<float> far;    // [2 · kFarSteps, 2, pairs]: e^(i kNearPositions step ω), or empty
-
-  /// At step 0; null where there are none.
-  const float* far_middle() const noexcept {
-    return far.empty() ? nullptr : far.data() + far.size() / 2;
-  }
+  const float* tiles = nullptr;  // [kNearPositions / 64, 2, pairs]: e^(i (64 tile + 31.5) ω)
+  const float* far = nullptr;  // [2 · kFarSteps, 2, pairs], at step 0: e^(i kNearPositions step ω)
 };
 
 /// Constant tables over the pairs of a Rope, in fp32 from double angles. What a head needs at any
@@ -43,16 +38,19 @@ class RopeTables {
   /// [pairs], Rope::sections, filled in.
   const std::uint8_t* sections() const noexcept { return sections_.data(); }
 
-  /// Makes phasors for positions first…last, within ± KvCache::kMaxPosition. Throws std::bad_alloc.
-  void cover(std::int64_t first, std::int64_t last) const;
-  /// Those of all positions that were ever covered. What was handed out stays.
-  std::shared_ptr<const PositionPhasors> phasors() const;
+  /// Makes the phasors of positions first…last, within ± KvCache::kMaxPosition. Takes time and
+  /// memory by the tiles that are new, not by how far they are.
+  void cover(std::int64_t first, std::int64_t last) const noexcept;
+  /// Those of all positions that were ever covered, before this call or after it.
+  const PositionPhasors& phasors() const noexcept { return phasors_; }
 
   /// The two coordinates of pair `f`.
   int first_of(int f) const noexcept { return interleaved_ ? 2 * f : f; }
   int second_of(int f) const noexcept { return interleaved_ ? 2 * f + 1 : f + pair_count(); }
 
  private:
+  void write_phasors(double position, float* to) const noexcept;
+
   Rope rope_;
   bool interleaved_;
   struct alignas(64) Line {  // read by whole registers
@@ -62,8 +60,13 @@ class RopeTables {
   std::vector<float> terms_;
   std::vector<float> offsets_;
   std::vector<std::uint8_t> sections_;
+  // Not zeroed: memory that was not written to takes none of the machine's.
+  std::unique_ptr<float[]> tiles_;
+  std::unique_ptr<float[]> far_;
+  PositionPhasors phasors_;
   mutable std::mutex mutex_;
-  mutable std::shared_ptr<const PositionPhasors> phasors_;
+  mutable std::vector<bool> has_tile_;
+  mutable std::vector<bool> has_far_;
 };
 
 /// The tables of this embedding; one for all caches. Thread-safe.

@@ -46,15 +46,14 @@ std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& 
   const auto heads = static_cast<std::size_t>(context.options.kv_heads);
   std::vector<std::vector<Moments>> moments(heads,
                                             std::vector<Moments>(blocks.size(), Moments(context)));
-  const auto phasors =
-      context.rope ? context.rope->phasors() : std::make_shared<const PositionPhasors>();
+  const PositionPhasors phasors = context.rope ? context.rope->phasors() : PositionPhasors{};
   const auto count = static_cast<std::int64_t>(heads * blocks.size());
   parallel_for(count, 16, [&](std::int64_t i) {
     const auto block = static_cast<std::size_t>(i) / heads;
     const auto head = static_cast<std::size_t>(i) % heads;
     const auto token = static_cast<std::size_t>(from) + block * kTileTokens;
     find_moments(
-        context, *phasors,
+        context, phasors,
         exact_keys(context, row.tail, static_cast<int>(head)) + token * context.key_bytes(),
         positions_of(blocks[block]), moments[head][block]);
   });

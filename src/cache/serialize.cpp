@@ -3,7 +3,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
+#include <string>
 
 #include "check.hpp"
 
@@ -29,6 +31,19 @@ void check_byte_order() {
 
 void require(bool holds, const char* what) {
   if (!holds) refuse(what);
+}
+
+void require_range(const char* what, std::int64_t value, std::int64_t low, std::int64_t high) {
+  if (value >= low && value <= high) return;
+  refuse(std::string(what) + " = " + std::to_string(value) + "; allowed: " + std::to_string(low) +
+         "…" + std::to_string(high));
+}
+
+// Of a part or a set: its place in a list of `size`.
+void require_index(const char* what, std::int64_t index, std::size_t size) {
+  if (index >= 0 && static_cast<std::size_t>(index) < size) return;
+  refuse(std::string(what) + " = " + std::to_string(index) + " where there are " +
+         std::to_string(size));
 }
 
 class Writer {
@@ -119,7 +134,7 @@ void write_exact(const Context& context, const ExactTokens& exact, Writer& write
 template <typename T>
 T enumerator(Reader& reader, T last, const char* what) {
   const auto value = reader.read<std::uint8_t>();
-  require(value <= static_cast<std::uint8_t>(last), what);
+  require_range(what, value, 0, static_cast<std::int64_t>(last));
   return static_cast<T>(value);
 }
 
@@ -141,7 +156,7 @@ std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
   std::vector<ExactTokens> parts;
   for (std::uint32_t i = 0; i < count; ++i) {
     const auto tokens = reader.read<std::int64_t>();
-    require(tokens >= 0 && tokens <= kMostTokens, "a number of exact tokens");
+    require_range("a number of exact tokens", tokens, 0, kMostTokens);
     reader.need(static_cast<std::size_t>(tokens), context.token_bytes());
     const std::size_t bytes = static_cast<std::size_t>(tokens) * context.token_bytes();
     ExactTokens exact(ExactShape{tokens, tokens}, bytes);
@@ -153,18 +168,30 @@ std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
 }
 
 void require_position(std::int64_t position) {
-  require(position >= -KvCache::kMaxPosition && position <= KvCache::kMaxPosition, "a position");
+  require_range("a token's position", position, -KvCache::kMaxPosition, KvCache::kMaxPosition);
+}
+
+// Of `count` tokens that stand one after another. The tables of an embedding end where positions
+// do.
+Positions consecutive(std::int64_t first, std::int64_t count) {
+  require_position(first);
+  if (count > 0) require_position(first + count - 1);
+  return Positions::consecutive(first, count);
 }
 
 // Of `count` tokens.
 Positions read_positions(const Context& context, std::int64_t count, Reader& reader) {
   const auto first = reader.read<std::int64_t>();
-  require_position(first);
   const auto numbers = reader.read<std::uint64_t>();
-  if (numbers == 0) return Positions::consecutive(first, count);
+  if (numbers == 0) return consecutive(first, count);
+  require_position(first);
   const auto sections = static_cast<std::uint64_t>(context.sections());
-  require(context.uses_positions() && numbers == static_cast<std::uint64_t>(count) * sections,
-          "a number of positions");
+  const std::uint64_t needed =
+      context.uses_positions() ? static_cast<std::uint64_t>(count) * sections : 0;
+  if (numbers != needed) {
+    refuse("a number of positions = " + std::to_string(numbers) + "; allowed: 0 or " +
+           std::to_string(needed));
+  }
   reader.need(numbers, sizeof(std::int32_t));
   CountedVector<std::int32_t> each(numbers);
   reader.read_into(each.data(), numbers);
@@ -175,9 +202,11 @@ Positions read_positions(const Context& context, std::int64_t count, Reader& rea
 Places read_places(const Context& context, Reader& reader) {
   const auto sections = reader.read<std::uint32_t>();
   if (sections == 0) return {};
-  require(context.uses_positions() &&
-              (sections == 1 || sections == static_cast<std::uint32_t>(context.sections())),
-          "a number of sections");
+  const int most = context.uses_positions() ? context.sections() : 0;
+  if (most == 0 || (sections != 1 && sections != static_cast<std::uint32_t>(most))) {
+    refuse("a tile's number of sections = " + std::to_string(sections) +
+           "; allowed: 0, 1 or those of its embedding, " + std::to_string(most));
+  }
   const std::size_t count = std::size_t{sections} * kTileTokens;
   reader.need(count, sizeof(std::int32_t));
   Places places(PlacesShape{static_cast<int>(sections)}, count * sizeof(std::int32_t));
@@ -208,7 +237,8 @@ void check_norms(const Context& context, const SealedTokens& block) {
         norms,
         block.payload() + static_cast<std::size_t>(head) * layout.bytes() + layout.key_norms(),
         sizeof(norms));
-    for (const std::uint16_t norm : norms) require(norm < 0x7C00, "a norm out of range");
+    // Below infinity: what sealing may make of vectors of up to kMaxNorm.
+    for (const std::uint16_t norm : norms) require_range("a norm's FP16 bits", norm, 0, 0x7BFF);
   }
 }
 
@@ -228,38 +258,59 @@ std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t vers
   return blocks;
 }
 
-void check_centres(const Context& context, const Centres& centres, int pairs) {
-  const CacheOptions& options = context.options;
-  for (int head = 0; head < options.kv_heads; ++head) {
-    const Centering kind = centres.kind(head);
-    require(kind == Centering::none || kind == Centering::mean ||
-                (kind == Centering::rope && context.rope != nullptr),
-            "a centring");
-    for (int c = 0; c < options.head_dim; ++c) {
-      require(std::isfinite(centres.constant(head)[c]), "a centre");
-    }
-    for (int f = 0; f < 2 * pairs; ++f) {
-      require(std::isfinite(centres.means(head)[f]), "a centre");
-    }
-    require(centres.left(head) >= 0.0F, "an energy");  // infinite where the keys were long
+// A centre is a mean of keys that were sealed, turned or not: it is no longer than they were, and
+// what it leaves of others fits FP16.
+void check_centre(const Context& context, const Centres& centres, int head, int pairs) {
+  const Centering kind = centres.kind(head);
+  const Centering wanted = context.options.centering;
+  const bool fits =
+      kind == Centering::none ||
+      (kind == Centering::mean && (wanted == Centering::automatic || wanted == Centering::mean)) ||
+      (kind == Centering::rope && context.uses_positions());
+  if (!fits) {
+    refuse("a head's centring = " + std::to_string(static_cast<int>(kind)) +
+           " in a cache whose centring = " + std::to_string(static_cast<int>(wanted)) +
+           (context.rope ? "" : ", without a rotary embedding"));
   }
+  double squares = 0.0;
+  const auto add = [&squares](const float* values, int count) {
+    for (int i = 0; i < count; ++i) {
+      squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+    }
+  };
+  add(centres.constant(head), context.options.head_dim);
+  add(centres.means(head), 2 * pairs);
+  constexpr double kRounding = 1.001;
+  const double length = std::sqrt(squares);
+  if (!(length <= kRounding * static_cast<double>(KvCache::kMaxNorm))) {
+    refuse("a centre of length " + number_text(static_cast<float>(length)) + "; allowed: up to " +
+           number_text(KvCache::kMaxNorm));
+  }
+  // Infinite where the keys were long.
+  require(centres.left(head) >= 0.0F, "an energy that is negative or NaN");
 }
 
 std::vector<Centres> read_centres(const Context& context, std::uint32_t version, Reader& reader) {
   const int pairs = context.rope ? context.rope->pair_count() : 0;
+  const auto heads = static_cast<std::size_t>(context.options.kv_heads);
+  const auto constants = static_cast<std::size_t>(context.options.head_dim);
+  const std::size_t means = 2 * static_cast<std::size_t>(pairs);
+  const std::size_t left = version != kFirstVersion ? 1 : 0;
+  const std::size_t bytes =
+      heads * ((constants + means + left) * sizeof(float) + sizeof(Centering));
   const auto count = reader.read<std::uint32_t>();
-  reader.need(count, static_cast<std::size_t>(context.options.kv_heads));
+  reader.need(count, bytes);
   std::vector<Centres> all;
   for (std::uint32_t i = 0; i < count; ++i) {
     Centres centres(CentreShape{context.options.kv_heads, context.options.head_dim, pairs});
     // The payload is the only owner's, just made.
-    const auto heads = static_cast<std::size_t>(context.options.kv_heads);
-    reader.read_into(centres.constant(0),
-                     heads * static_cast<std::size_t>(context.options.head_dim));
-    reader.read_into(centres.means(0), heads * 2 * static_cast<std::size_t>(pairs));
-    if (version != kFirstVersion) reader.read_into(&centres.left(0), heads);
+    reader.read_into(centres.constant(0), heads * constants);
+    reader.read_into(centres.means(0), heads * means);
+    reader.read_into(&centres.left(0), heads * left);
     reader.read_into(&centres.kind(0), heads);
-    check_centres(context, centres, pairs);
+    for (int head = 0; head < context.options.kv_heads; ++head) {
+      check_centre(context, centres, head, pairs);
+    }
     all.push_back(std::move(centres));
   }
   return all;
@@ -269,7 +320,7 @@ template <typename T>
 T part_of(const std::vector<T>& parts, Reader& reader) {
   const auto index = reader.read<std::uint32_t>();
   if (index == kNothing) return {};
-  require(index < parts.size(), "an index of a part");
+  require_index("a part's index", index, parts.size());
   return parts[index];
 }
 
@@ -284,26 +335,54 @@ void read_centre_sets(const Parts& parts, std::uint32_t version, Row& row, Reade
   std::uint32_t count = 1;
   if (version != kFirstVersion) {
     count = reader.read<std::uint32_t>();
-    require(count <= kMostCentreSets, "a number of centre sets");
+    require_range("a row's number of centre sets", count, 0, std::int64_t{kMostCentreSets});
   }
   for (std::uint32_t i = 0; i < count; ++i) {
     Centres centres = part_of(parts.centres, reader);
     if (!centres && version == kFirstVersion) return;
-    require(static_cast<bool>(centres), "a centre set");
+    require(static_cast<bool>(centres), "a centre set that is nothing");
     row.centre_sets.push_back(std::move(centres));
   }
 }
 
+// Bytes of a row's numbers at least, and of one of its tiles.
+constexpr std::size_t row_bytes(std::uint32_t version) {
+  return version == kFirstVersion ? 24 : 64;
+}
+constexpr std::size_t view_bytes(std::uint32_t version) {
+  return version == kFirstVersion ? 8 : 12;
+}
+
+void read_tiles(const Parts& parts, std::uint32_t version, Row& row, Reader& reader) {
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, view_bytes(version));
+  require(count == 0 || !row.centre_sets.empty(), "tiles of a row without centres");
+  row.sealed.reserve(count);
+  for (std::uint32_t i = 0; i < count; ++i) {
+    BlockView view;
+    view.block = part_of(parts.blocks, reader);
+    view.tokens = reader.read<std::int32_t>();
+    if (version != kFirstVersion) view.set = reader.read<std::int32_t>();
+    require(static_cast<bool>(view.block), "a tile that is nothing");
+    require_range("a tile's tokens", view.tokens, 1, kTileTokens);
+    require_index("a tile's centre set", view.set, row.centre_sets.size());
+    const std::int64_t first = row.first + row.sink_tokens() + row.sealed_tokens;
+    require_range("a tile's first token", view.block.header().first_token, first, first);
+    row.sealed_tokens += view.tokens;
+    row.sealed.push_back(std::move(view));
+  }
+}
+
 Row read_row(const Context& context, const Parts& parts, std::uint32_t version, Reader& reader) {
-  const auto& [exact, blocks, centres] = parts;
   Row row;
   row.first = reader.read<std::int64_t>();
-  require(row.first >= 0 && row.first <= kMostTokens, "a row's first token");
-  row.sinks = part_of(exact, reader);
-  row.tail = part_of(exact, reader);
+  require_range("a row's first token", row.first, 0, kMostTokens);
+  row.sinks = part_of(parts.exact, reader);
+  row.tail = part_of(parts.exact, reader);
   const std::int64_t sinks = row.sink_tokens();
+  require_range("a row's sink tokens", sinks, 0, context.options.sink_tokens);
   if (version == kFirstVersion) {
-    row.sink_positions = Positions::consecutive(row.first, sinks);
+    row.sink_positions = consecutive(row.first, sinks);
   } else {
     row.next_position = reader.read<std::int64_t>();
     require_position(row.next_position - 1);
@@ -311,26 +390,12 @@ Row read_row(const Context& context, const Parts& parts, std::uint32_t version, 
     row.tail_positions = read_positions(context, row.tail_tokens(), reader);
   }
   read_centre_sets(parts, version, row, reader);
-  const auto count = reader.read<std::uint32_t>();
-  reader.need(count, (version == kFirstVersion ? 2 : 3) * sizeof(std::uint32_t));
-  row.sealed.reserve(count);
-  for (std::uint32_t i = 0; i < count; ++i) {
-    BlockView view;
-    view.block = part_of(blocks, reader);
-    view.tokens = reader.read<std::int32_t>();
-    if (version != kFirstVersion) view.set = reader.read<std::int32_t>();
-    require(row.centre_sets.empty() || (view.set >= 0 && view.set < std::ssize(row.centre_sets)),
-            "a tile's centres");
-    require(view.block && view.tokens >= 1 && view.tokens <= kTileTokens, "a tile's tokens");
-    require(view.block.header().first_token == row.first + row.sink_tokens() + row.sealed_tokens,
-            "a tile's first token");
-    row.sealed_tokens += view.tokens;
-    row.sealed.push_back(std::move(view));
-  }
-  require(row.sealed.empty() || !row.centre_sets.empty(), "tiles without centres");
+  require(!row.sinks || !row.centre_sets.empty(),
+          "sink tokens of a row without centres, which is one where nothing was sealed yet");
+  read_tiles(parts, version, row, reader);
   if (version == kFirstVersion) {
     const std::int64_t tail = row.first + sinks + row.sealed_tokens;
-    row.tail_positions = Positions::consecutive(tail, row.tail_tokens());
+    row.tail_positions = consecutive(tail, row.tail_tokens());
     row.next_position = tail + row.tail_tokens();
     require_position(row.next_position);
   }
@@ -340,7 +405,9 @@ Row read_row(const Context& context, const Parts& parts, std::uint32_t version, 
 }  // namespace
 
 void Reader::need(std::size_t count, std::size_t bytes) const {
-  if (count > rest_.size() / bytes) refuse("it ends too early");
+  if (count <= rest_.size() / bytes) return;
+  refuse("it ends too early: " + std::to_string(count) + " times " + std::to_string(bytes) +
+         " bytes should follow, " + std::to_string(rest_.size()) + " do");
 }
 
 void Reader::copy(void* to, std::size_t bytes) noexcept {
@@ -408,7 +475,7 @@ Header read_header(Reader& reader) {
   options.rotation = enumerator(reader, RotationKind::haar, "a rotation");
   options.centering = enumerator(reader, Centering::rope, "a centring");
   const auto has_rope = reader.read<std::uint8_t>();
-  require(has_rope <= 1, "a flag");
+  require_range("a flag", has_rope, 0, 1);
   options.seed = reader.read<std::uint64_t>();
   if (has_rope != 0) {
     Rope rope;
@@ -432,19 +499,20 @@ Header read_header(Reader& reader) {
 Contents read_contents(const Context& context, std::uint32_t version, Reader& reader) {
   Contents contents;
   contents.tokens = reader.read<std::int64_t>();
-  require(contents.tokens >= 0 && contents.tokens <= kMostTokens, "a number of tokens");
+  require_range("a number of tokens", contents.tokens, 0, kMostTokens);
   Parts parts;
   parts.exact = read_exact(context, reader);
   parts.blocks = read_blocks(context, version, reader);
   parts.centres = read_centres(context, version, reader);
   const auto batch = reader.read<std::uint32_t>();
-  require(batch >= 1, "no rows");
-  reader.need(batch, sizeof(std::int64_t));
+  require_range("a number of rows", batch, 1, std::numeric_limits<int>::max());
+  reader.need(batch, row_bytes(version));
   contents.rows.reserve(batch);
   for (std::uint32_t i = 0; i < batch; ++i) {
     contents.rows.push_back(read_row(context, parts, version, reader));
     const Row& row = contents.rows.back();
-    require(row.first + row.held() == contents.tokens, "a row's number of tokens");
+    require_range("a row's number of tokens", row.first + row.held(), contents.tokens,
+                  contents.tokens);
   }
   require(reader.at_end(), "more bytes follow");
   return contents;

@@ -126,11 +126,11 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       detail::Centres centres(detail::CentreShape{1, dim, dim / 2});
       const auto* keys = reinterpret_cast<const std::byte*>(all.keys.at(0, 0, 0));
       context.rope->cover(-2'000'000, 100'003);
-      const auto phasors = context.rope->phasors();
       std::vector<detail::Moments> moments(5, detail::Moments(context));
       std::vector<const detail::Moments*> parts;
       for (std::size_t i = 0; i < moments.size(); ++i) {
-        detail::find_moments(context, *phasors, keys + i * kTileTokens * context.key_bytes(),
+        detail::find_moments(context, context.rope->phasors(),
+                             keys + i * kTileTokens * context.key_bytes(),
                              {7 + static_cast<std::int64_t>(i) * kTileTokens}, moments[i]);
         parts.push_back(&moments[i]);
       }
@@ -140,7 +140,7 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
         std::vector<float> factors(
             static_cast<std::size_t>(detail::CentreScores::factor_floats(context)));
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
-                                          phasors.get(), factors.data());
+                                          factors.data());
         std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
         detail::add_centre(context, centres, 0, {first}, 1.0F, rows.data());
         for (const Level level : available_levels()) {
@@ -216,8 +216,7 @@ TEST_F(Centres, FarPositionsStayExact) {
   const Rope rope = test::rope_of(64);
   const detail::RopeTables tables(rope);
   tables.cover(0, 204'799);
-  const auto phasors = tables.phasors();
-  const std::vector<float>& tiles = phasors->tiles;
+  const float* tiles = tables.phasors().tiles;
   const std::size_t tile = 3125;  // 200 000 / 64
   for (std::size_t f = 0; f < 32; ++f) {
     const double angle = (200000.0 + 31.5) * static_cast<double>(rope.inv_freq[f]);

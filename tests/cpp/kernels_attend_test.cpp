@@ -132,7 +132,6 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       }
       const detail::RopeTables tables(embedding);
       tables.cover(-70, 3'000'000);
-      const auto phasors = tables.phasors();
       // An image's positions, and any; the others are consecutive.
       std::vector<std::int32_t> places(3 * std::size_t{kTileTokens});
       for (std::size_t i = 0; i < places.size(); ++i) {
@@ -158,9 +157,9 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       rope.pair_count = tables.pair_count();
       rope.half = tables.half();
       rope.terms = tables.terms();
-      rope.tiles = phasors->tiles.data();
+      rope.tiles = tables.phasors().tiles;
       rope.offsets = tables.offsets();
-      rope.far = phasors->far_middle();
+      rope.far = tables.phasors().far;
       rope.sections = tables.sections();
       // With both kinds of frequencies, and with one alone.
       kernels::RopeBias fast = rope;

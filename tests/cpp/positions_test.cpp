@@ -152,14 +152,13 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         }
         const kernels::TilePositions positions{0, each.data(), sections};
         detail::cover(*context.rope, positions);
-        const auto phasors = context.rope->phasors();
         const Array queries({1, 1, 5, dim}, engine_);
         std::vector<float> factors(
             static_cast<std::size_t>(detail::CentreScores::factor_floats(context)) + 16);
         float* aligned = factors.data();
         while (reinterpret_cast<std::uintptr_t>(aligned) % 64 != 0) ++aligned;
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
-                                          phasors.get(), aligned);
+                                          aligned);
         std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
         detail::add_centre(context, centres, 0, positions, 1.0F, rows.data());
         std::vector<std::vector<float>> expected(kTileTokens,
