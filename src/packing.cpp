@@ -1,6 +1,6 @@
 #include <tqai/packing.hpp>
 
-#include "kernels/pack-inl.hpp"
+#include "pack-inl.hpp"
 
 namespace tqai {
 
