@@ -3,6 +3,8 @@
 // (integer-inl.hpp).
 #pragma once
 
+#include "conversions-inl.hpp"
+#include "fetch-inl.hpp"
 #include "queries-inl.hpp"
 #include "rope-inl.hpp"
 #include "softmax-inl.hpp"
@@ -14,35 +16,6 @@ namespace {
 constexpr float kNegligibleProduct = 1e-22F;
 static_assert(kLeastPower * kMaxHalf * 255.0F < 0.5F * kNegligibleProduct,
               "what is not seen must round to a weight of 0");
-
-// weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
-// is 0…255.
-inline void round_weights(const float* __restrict products, float inverse,
-                          std::uint8_t* __restrict weights) noexcept {
-  for (int t = 0; t < kTileTokens; ++t) {
-    weights[t] =
-        static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
-  }
-}
-
-// Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
-struct Fetch {
-  const std::uint8_t* next;
-  const std::uint8_t* end;
-  std::ptrdiff_t bytes;  // a step
-
-  template <typename Ops>
-  void step() noexcept {
-    const std::uint8_t* until = end - next < bytes ? end : next + bytes;
-    for (; next < until; next += kLineBytes) Ops::prefetch(next);
-  }
-};
-
-inline Fetch fetch_of(Ahead ahead, int steps) noexcept {
-  const int lines = static_cast<int>(ahead.bytes / kLineBytes);
-  return {ahead.data, ahead.data + ahead.bytes,
-          std::ptrdiff_t{kLineBytes} * ((lines + steps - 1) / steps)};
-}
 
 struct TileScratch {
   alignas(64) std::int32_t scores[2 * kMaxRows][kTileTokens];
@@ -98,39 +71,6 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
                    scores + static_cast<std::ptrdiff_t>(first) * kTileTokens, ahead);
   }
 }
-
-// Bytes of the next tile that are fetched with each part of this one: evenly over its time, where
-// one block holds its rows. A whole tile ahead, as half of one is too late for what comes from
-// memory; and not at once, as processors keep track of a few dozen lines, and then wait.
-struct FetchShares {
-  std::size_t keys;
-  std::size_t rows;
-  std::size_t values;
-
-  FetchShares(std::size_t tile_bytes, int row_count) noexcept {
-    const std::size_t lines = tile_bytes / kLineBytes;
-    const std::size_t in_rows =
-        lines * static_cast<std::size_t>(row_count - 1) / static_cast<std::size_t>(2 * row_count);
-    const std::size_t in_keys = (lines - in_rows) / 2;
-    keys = in_keys * kLineBytes;
-    rows = in_rows * kLineBytes;
-    values = (lines - in_keys - in_rows) * kLineBytes;
-  }
-};
-
-// The tile that is read next, in those shares; null: none.
-struct NextTile {
-  Ahead with_keys;
-  Ahead with_rows;
-  Ahead with_values;
-
-  NextTile(const std::uint8_t* tile, const FetchShares& shares) noexcept {
-    if (tile == nullptr) return;
-    with_keys = {tile, shares.keys};
-    with_rows = {tile + shares.keys, shares.rows};
-    with_values = {tile + shares.keys + shares.rows, shares.values};
-  }
-};
 
 // One head's tile, as its rows see it.
 struct Tile {

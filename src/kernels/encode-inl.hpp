@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "code_bins.hpp"
+#include "conversions-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
 #include "pack-inl.hpp"
 #include "rotate-lanes-inl.hpp"
 

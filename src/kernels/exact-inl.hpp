@@ -1,6 +1,7 @@
 // Attention over exact tokens, 64 at a time, in fp32.
 #pragma once
 
+#include "conversions-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels {

@@ -12,7 +12,7 @@
 //   dot(acc, operand, words)     acc + Σ of 4 products a lane
 //   store(p, acc)                the sums
 //   read_halves(from, to)        a tile's norms as floats
-//   round_weights(…)             as attend-inl.hpp's
+//   round_weights(…)             as conversions-inl.hpp's
 //   add(a, b)                    of sums
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
@@ -21,7 +21,8 @@
 //   value_chains(rows)           sums of each; with those side by side enough to hide latencies
 #pragma once
 
-#include "attend-inl.hpp"
+#include "conversions-inl.hpp"
+#include "fetch-inl.hpp"
 
 namespace tqai::kernels {
 namespace {

@@ -4,8 +4,9 @@
 #include <cmath>
 #include <new>
 
+#include "floats-inl.hpp"
+#include "functions-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
 
 namespace tqai::kernels {
 namespace {
@@ -20,6 +21,16 @@ constexpr int kTermRatio = 254;
 constexpr float kNegligible = 1e-30F;
 
 constexpr int kOneTermBits = 4;
+
+// The largest magnitude of `count` numbers, a multiple of 16.
+inline float largest_magnitude(const float* numbers, int count) noexcept {
+  FloatVec vec{};
+  for (int i = 0; i < count; i += kVectorLanes) {
+    const FloatVec next = load_floats(numbers + i);
+    vec = larger(vec, larger(next, -1.0F * next));
+  }
+  return largest_lane<kVectorLanes>(vec);
+}
 
 inline int term_count(const SidePlan& keys) noexcept {
   for (int s = 0; s < keys.segment_count; ++s) {

@@ -2,8 +2,8 @@
 // tile at once, or for positions of any kind token by token.
 #pragma once
 
+#include "floats-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
 
 namespace tqai::kernels {
 namespace {

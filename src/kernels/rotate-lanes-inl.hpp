@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "floats-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
 
 namespace tqai::kernels {
 namespace {

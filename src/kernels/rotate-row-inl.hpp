@@ -7,8 +7,8 @@
 #include <cstring>
 #include <utility>
 
+#include "conversions-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
 #include "rotate-inl.hpp"
 
 namespace tqai::kernels {

@@ -5,8 +5,9 @@
 #include <cstring>
 #include <limits>
 
+#include "functions-inl.hpp"
 #include "kernels.hpp"
-#include "numeric-inl.hpp"
+#include "tile-row-inl.hpp"
 
 namespace tqai::kernels {
 namespace {

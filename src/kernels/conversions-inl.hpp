@@ -1,0 +1,68 @@
+// Other numbers as floats, and floats as integers.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <tqai/half.hpp>
+
+#include "floats-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+// FP16 to fp32 without branches; finite values only.
+inline float half_lane(std::uint16_t half) noexcept {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7FFFU) << 13;
+  const float value = std::bit_cast<float>(magnitude) * 0x1p112F;
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
+}
+
+// A tile's norms: 64 FP16 numbers.
+inline void read_halves(const std::uint8_t* from, float* __restrict to) noexcept {
+  std::uint16_t halves[kTileTokens];
+  std::memcpy(halves, from, sizeof halves);
+  for (int t = 0; t < kTileTokens; ++t) to[t] = half_lane(halves[t]);
+}
+
+// from: [count] of dtype; to: fp32.
+inline void widen(const void* from, DType dtype, int count, float* __restrict to) noexcept {
+  if (dtype == DType::f32) {
+    const auto* source = static_cast<const float*>(from);
+    for (int i = 0; i < count; ++i) to[i] = source[i];
+  } else if (dtype == DType::f16) {
+    const auto* source = static_cast<const std::uint16_t*>(from);
+    for (int i = 0; i < count; ++i) to[i] = half_lane(source[i]);
+  } else {
+    const auto* source = static_cast<const std::uint16_t*>(from);
+    for (int i = 0; i < count; ++i) to[i] = from_bfloat16(source[i]);
+  }
+}
+
+// Integers as floats.
+inline FloatVec load_converted(const std::int32_t* from) noexcept {
+#if defined(__clang__) || !defined(__GNUC__)
+  float lanes[kVectorLanes];
+  for (int i = 0; i < kVectorLanes; ++i) lanes[i] = static_cast<float>(from[i]);
+  return load_floats(lanes);
+#else
+  using Words [[gnu::vector_size(sizeof(FloatVec))]] = std::int32_t;
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return __builtin_convertvector(words, FloatVec);
+#endif
+}
+
+// weights = inverse · products, to the nearest integer. products: 64 numbers, inverse times which
+// is 0…255.
+inline void round_weights(const float* __restrict products, float inverse,
+                          std::uint8_t* __restrict weights) noexcept {
+  for (int t = 0; t < kTileTokens; ++t) {
+    weights[t] =
+        static_cast<std::uint8_t>(static_cast<std::int32_t>(fused(products[t], inverse, 0.5F)));
+  }
+}
+
+}  // namespace
+}  // namespace tqai::kernels

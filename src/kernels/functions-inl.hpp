@@ -1,0 +1,98 @@
+// Elementary functions, of one float or of a register of them, with the same bits at every level.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "floats-inl.hpp"
+
+namespace tqai::kernels {
+namespace {
+
+constexpr float kLog2E = 1.44269504F;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Next to 1.5 · 2^23 a float's steps are 1, so that a sum's last bits are the nearest integer, here
+// with the exponent's bias.
+constexpr float kExp2Shift = 0x1.8p23F + 127.0F;
+
+// 2^x for x ≤ 0, a number; 0 up to −126.5. Relative error < 2e-7 (minimax polynomial on [−0.5,
+// 0.5]). At −127 the exponent's bits are 0, and so is the result: no branch, which would stop
+// vectorisation.
+inline float exp2_negative(float x) noexcept {
+  const float clamped = x < -127.0F ? -127.0F : x;
+  const float shifted = clamped + kExp2Shift;
+  const float f = clamped - (shifted - kExp2Shift);
+  float p = 1.32764718e-3F;
+  p = fused(p, f, 9.67554133e-3F);
+  p = fused(p, f, 5.55071327e-2F);
+  p = fused(p, f, 2.40221197e-1F);
+  p = fused(p, f, 6.93146967e-1F);
+  p = fused(p, f, 1.0F);
+  return p * std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
+}
+
+// The same of vectors, lane by lane.
+inline FloatVec exp2_negative(FloatVec vec) noexcept {
+  const auto shift = broadcast_float<FloatVec>(kExp2Shift);
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  const FloatVec x = vec;  // what is not clamped is masked below
+#else
+  const FloatVec x = larger(vec, broadcast_float<FloatVec>(-127.0F));
+#endif
+  const FloatVec shifted = x + shift;
+  const FloatVec n = shifted - shift;
+  const FloatVec f = x - n;
+  auto p = broadcast_float<FloatVec>(1.32764718e-3F);
+  p = fused(p, f, broadcast_float<FloatVec>(9.67554133e-3F));
+  p = fused(p, f, broadcast_float<FloatVec>(5.55071327e-2F));
+  p = fused(p, f, broadcast_float<FloatVec>(2.40221197e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(6.93146967e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(1.0F));
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  // Scaled by an instruction, exactly; −126.5 is rounded to −127, whose power is 0.
+  const __mmask16 matters = _mm512_cmp_ps_mask(native(x), _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
+  return from_native(_mm512_maskz_scalef_ps(matters, native(p), native(n)));
+#else
+  return p * to_exponent(shifted);
+#endif
+}
+
+// What 2^x is in exp2_rough where x is less, −inf, or no number: no denormal either when multiplied
+// by the smallest FP16 norm, as processors take their time over those.
+constexpr float kLeastPower = 0x1p-100F;
+
+// 2^x for x ≤ 0, of vectors, to a relative error below 8e-5 (minimax polynomial on [−0.5, 0.5]):
+// for weights that are then rounded to 8 bits, which costs up to 25 times as much.
+inline FloatVec exp2_rough(FloatVec vec) noexcept {
+  const auto shift = broadcast_float<FloatVec>(0x1.8p23F);
+  const FloatVec x = larger_of(vec, broadcast_float<FloatVec>(-100.0F));
+  const FloatVec shifted = x + shift;
+  const FloatVec f = x - (shifted - shift);
+  auto p = broadcast_float<FloatVec>(5.51716691e-2F);
+  p = fused(p, f, broadcast_float<FloatVec>(2.42611122e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(6.93260985e-1F));
+  p = fused(p, f, broadcast_float<FloatVec>(9.99928074e-1F));
+  return raise_exponent(p, shifted);
+}
+
+// To the nearest integer, halves away from zero; |x| < 2^23. Bits, as compilers make a branch of a
+// comparison, which queries' signs would mispredict.
+inline std::int32_t round_lane(float x) noexcept {
+  const std::uint32_t sign = std::bit_cast<std::uint32_t>(x) & 0x80000000U;
+  return static_cast<std::int32_t>(x +
+                                   std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(0.5F)));
+}
+
+// tanh by way of exp2; absolute error < 3e-7.
+inline float tanh_lane(float x) noexcept {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+  const float magnitude = std::bit_cast<float>(bits & 0x7FFFFFFFU);
+  const float e = exp2_negative(magnitude * (-2.0F * kLog2E));
+  const float t = (1.0F - e) / (1.0F + e);
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(t) | (bits & 0x80000000U));
+}
+
+}  // namespace
+}  // namespace tqai::kernels
