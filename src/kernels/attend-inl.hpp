@@ -57,21 +57,6 @@ inline void accumulate_tile(const SidePlan& values, const Softmax& softmax,
   }
 }
 
-// Kernels::score.
-template <typename Integer>
-void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
-           int rows, std::int32_t* scores, Ahead ahead) noexcept {
-  alignas(64) std::uint8_t words[kMaxRows * kMaxDim * Integer::kQueryBytes];
-  std::int32_t bias[kMaxRows];
-  for (int first = 0; first < rows; first += kMaxRows) {
-    const int block = std::min(kMaxRows, rows - first);
-    Integer::prepare(segment, queries + static_cast<std::ptrdiff_t>(first) * segment.count, block,
-                     words, bias);
-    Integer::score(segment, codes, words, bias, block,
-                   scores + static_cast<std::ptrdiff_t>(first) * kTileTokens, ahead);
-  }
-}
-
 // One head's tile, as its rows see it.
 struct Tile {
   const std::uint8_t* data;

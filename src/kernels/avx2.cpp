@@ -22,6 +22,7 @@
 
 #define TQAI_VECTOR_LANES 8
 #include "integer-inl.hpp"
+#include "parts-inl.hpp"
 #include "table-inl.hpp"
 
 namespace tqai::kernels {
@@ -358,6 +359,7 @@ struct Avx2Lanes : PlainLanes {
 }  // namespace
 
 constinit const Kernels kAvx2Kernels = table_of<Integer<Avx2>, Avx2Lanes>(Level::avx2);
+constinit const Parts kAvx2Parts = parts_of<Integer<Avx2>>();
 
 }  // namespace tqai::kernels
 

@@ -27,6 +27,7 @@
 
 #define TQAI_VECTOR_LANES 16
 #include "integer-inl.hpp"
+#include "parts-inl.hpp"
 #include "table-inl.hpp"
 
 namespace tqai::kernels {
@@ -326,6 +327,7 @@ struct Avx512Lanes : PlainLanes {
 }  // namespace
 
 constinit const Kernels kAvx512Kernels = table_of<Integer<Avx512>, Avx512Lanes>(Level::avx512);
+constinit const Parts kAvx512Parts = parts_of<Integer<Avx512>>();
 
 }  // namespace tqai::kernels
 

@@ -2,10 +2,12 @@
 #include <tqai/error.hpp>
 
 #include "kernels.hpp"
+#include "parts.hpp"
 
 namespace tqai::kernels {
+namespace {
 
-const Kernels& kernels(Level level) {
+void check_available(Level level) {
   bool available = false;
   std::string names;
   for (const Level candidate : available_levels()) {
@@ -16,6 +18,12 @@ const Kernels& kernels(Level level) {
     throw UnsupportedError("kernel level " + std::string(name_of(level)) +
                            " is not available on this machine; available: " + names);
   }
+}
+
+}  // namespace
+
+const Kernels& kernels(Level level) {
+  check_available(level);
   switch (level) {
 #ifdef TQAI_X86
     case Level::avx512: return kAvx512Kernels;
@@ -24,6 +32,19 @@ const Kernels& kernels(Level level) {
     case Level::neon: return kNeonKernels;
 #endif
     default: return kScalarKernels;
+  }
+}
+
+const Parts& parts(Level level) {
+  check_available(level);
+  switch (level) {
+#ifdef TQAI_X86
+    case Level::avx512: return kAvx512Parts;
+    case Level::avx2: return kAvx2Parts;
+#elif defined(TQAI_ARM64)
+    case Level::neon: return kNeonParts;
+#endif
+    default: return kScalarParts;
   }
 }
 

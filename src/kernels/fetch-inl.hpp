@@ -6,6 +6,12 @@
 namespace tqai::kernels {
 namespace {
 
+// What will be read next, to be fetched meanwhile; may be empty.
+struct Ahead {
+  const std::uint8_t* data = nullptr;
+  std::size_t bytes = 0;
+};
+
 // Fetches what is ahead a few lines at a time: dozens at once stall the loads that are needed now.
 struct Fetch {
   const std::uint8_t* next;

@@ -60,12 +60,6 @@ struct TilePlan {
   std::size_t bytes;  // of a tile
 };
 
-/// What will be read next, to be fetched meanwhile; may be empty.
-struct Ahead {
-  const std::uint8_t* data = nullptr;
-  std::size_t bytes = 0;
-};
-
 /// What a query row may see, and how its scores become weights; shared by both attention kernels.
 /// Queries come multiplied by scale · log2 e, or by scale / soft_cap where there is a cap.
 struct Softmax {
@@ -153,19 +147,6 @@ struct AttendExact {
 struct Kernels {
   Level level;
 
-  /// Integer dot products of one segment of 64 keys: scores[r, t] = Σ_c queries[r, c] ·
-  /// levels[code[t, c]], int32, exact. codes: the segment's packed key codes; queries: [rows,
-  /// count] in −127…127; scores: [rows, 64]; rows ≥ 1.
-  void (*score)(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
-                int rows, std::int32_t* scores, Ahead ahead) noexcept;
-
-  /// output[r, c] += steps[r] · Σ_t weights[r, t] · levels[code[t, c]], the sum in int32, exact,
-  /// the rest rounded once. codes: packed value codes; weights: [rows, 64]; steps: [rows]; output:
-  /// [rows, stride]; rows ≥ 1.
-  void (*accumulate)(const SegmentPlan& segment, const std::uint8_t* codes,
-                     const std::uint8_t* weights, const float* steps, int rows, float* output,
-                     std::int64_t stride, Ahead ahead) noexcept;
-
   /// Bytes of what prepare_queries makes of so many rows or fewer, a multiple of 64.
   std::size_t (*prepared_bytes)(const SidePlan& keys, int rows) noexcept;
   /// Integers that stand for queries. queries: [rows, keys.padded], rotated, padding 0, finite;
@@ -183,12 +164,6 @@ struct Kernels {
 
   /// Adds exact tokens to the softmax state, in fp32.
   void (*attend_exact)(const AttendExact& args) noexcept;
-
-  /// scores[r, t] += what RoPE-centred keys leave out at the position of token t, in fp32 from
-  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64]. Of positions that are
-  /// not consecutive each token takes its own products, several times the work.
-  void (*add_rope)(const RopeBias& bias, const TilePositions& positions, int rows,
-                   float (*scores)[kTileTokens]) noexcept;
 
   /// to = factor · from in fp32, of `count` numbers, `from` aligned for its dtype. False where one
   /// is not finite, or beyond 1e30 afterwards: its scores could overflow.

@@ -22,6 +22,7 @@
 #define TQAI_VECTOR_LANES 4
 #define TQAI_NEON 1
 #include "integer-inl.hpp"
+#include "parts-inl.hpp"
 #include "table-inl.hpp"
 
 namespace tqai::kernels {
@@ -152,6 +153,7 @@ struct Neon {
 }  // namespace
 
 constinit const Kernels kNeonKernels = table_of<Integer<Neon>, PlainLanes>(Level::neon);
+constinit const Parts kNeonParts = parts_of<Integer<Neon>>();
 
 }  // namespace tqai::kernels
 

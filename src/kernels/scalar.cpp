@@ -1,5 +1,6 @@
 // The specification: plain C++ for every processor.
 #define TQAI_VECTOR_LANES 4
+#include "parts-inl.hpp"
 #include "table-inl.hpp"
 
 namespace tqai::kernels {
@@ -59,5 +60,6 @@ struct Integer {
 }  // namespace
 
 constinit const Kernels kScalarKernels = table_of<Integer, PlainLanes>(Level::scalar);
+constinit const Parts kScalarParts = parts_of<Integer>();
 
 }  // namespace tqai::kernels

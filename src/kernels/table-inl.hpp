@@ -4,7 +4,6 @@
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
-#include "rope-inl.hpp"
 #include "rotate-row-inl.hpp"
 
 namespace tqai::kernels {
@@ -14,13 +13,10 @@ namespace {
 template <typename Integer, typename Lanes>
 constexpr Kernels table_of(Level level) noexcept {
   return {level,
-          score<Integer>,
-          Integer::accumulate,
           prepared_bytes<Integer>,
           prepare_queries<Integer>,
           attend_tiles<Integer>,
           attend_exact<Lanes>,
-          add_rope,
           load_scaled,
           add_scaled,
           rotate,

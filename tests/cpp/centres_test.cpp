@@ -5,6 +5,7 @@
 
 #include "cache/row.hpp"
 #include "cache_helpers.hpp"
+#include "kernels/parts.hpp"
 
 namespace tqai {
 namespace {
@@ -146,7 +147,7 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
         for (const Level level : available_levels()) {
           float bias[5][kTileTokens];
           for (int r = 0; r < 5; ++r) std::fill_n(bias[r], kTileTokens, scores.constants()[r]);
-          kernels::kernels(level).add_rope(scores.rope(), {first}, 5, bias);
+          kernels::parts(level).add_rope(scores.rope(), {first}, 5, bias);
           for (int r = 0; r < 5; ++r) {
             for (int t = 0; t < kTileTokens; ++t) {
               // Directly, in double: the mean pairs turned to the position.

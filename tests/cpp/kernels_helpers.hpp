@@ -9,6 +9,7 @@
 #include "cache/codec.hpp"
 #include "every_level.hpp"
 #include "kernels/kernels.hpp"
+#include "kernels/parts.hpp"
 #include "reference.hpp"
 
 namespace tqai::test {
@@ -28,6 +29,7 @@ constexpr int kDims[] = {16, 40, 64, 80, 96, 128, 256};
 class Levels : public EveryLevel {
  protected:
   const kernels::Kernels& level() const { return kernels::kernels(GetParam()); }
+  const kernels::Parts& parts() const { return kernels::parts(GetParam()); }
   static const kernels::Kernels& scalar() { return kernels::kernels(Level::scalar); }
 };
 

@@ -41,7 +41,7 @@ TEST_P(Levels, ScoresAreExact) {
         const auto queries =
             random_ints<std::int8_t>(static_cast<std::size_t>(rows) * count, -127, 127, engine);
         std::vector<std::int32_t> scores(static_cast<std::size_t>(rows) * kTileTokens, -1);
-        level().score(segment, packed.data(), queries.data(), rows, scores.data(), {});
+        parts().score(segment, packed.data(), queries.data(), rows, scores.data());
         for (std::size_t i = 0; i < scores.size(); ++i) {
           std::int64_t expected = 0;
           for (std::size_t c = 0; c < count; ++c) {
@@ -72,8 +72,8 @@ TEST_P(Levels, WeightedSumsAreExact) {
         std::vector<float> sums(static_cast<std::size_t>(rows) * count, 1.0F);
         std::vector<float> steps;
         for (int r = 0; r < rows; ++r) steps.push_back(std::ldexp(1.0F, r));
-        level().accumulate(segment, packed.data(), weights.data(), steps.data(), rows, sums.data(),
-                           segment.count, {});
+        parts().accumulate(segment, packed.data(), weights.data(), steps.data(), rows, sums.data(),
+                           segment.count);
         for (std::size_t i = 0; i < sums.size(); ++i) {
           std::int64_t expected = 0;
           for (std::size_t t = 0; t < kTileTokens; ++t) {

@@ -5,6 +5,7 @@
 #include "cache/centres.hpp"
 #include "cache/row.hpp"
 #include "cache_helpers.hpp"
+#include "kernels/parts.hpp"
 
 namespace tqai {
 namespace {
@@ -177,7 +178,7 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         }
         for (const Level level : available_levels()) {
           float bias[5][kTileTokens] = {};
-          kernels::kernels(level).add_rope(scores.rope(), positions, 5, bias);
+          kernels::parts(level).add_rope(scores.rope(), positions, 5, bias);
           for (int r = 0; r < 5; ++r) {
             for (std::size_t t = 0; t < kTileTokens; ++t) {
               double direct = 0.0;
