@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "row.hpp"
+#include "context.hpp"
 
 namespace tqai::detail {
 namespace {

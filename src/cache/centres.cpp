@@ -4,7 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "row.hpp"
+#include "context.hpp"
 
 namespace tqai::detail {
 namespace {

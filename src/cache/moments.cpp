@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "row.hpp"
+#include "context.hpp"
 
 namespace tqai::detail {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "centre_sets.hpp"
 #include "centres.hpp"
-#include "codec.hpp"
+#include "context.hpp"
 #include "memory.hpp"
 #include "positions.hpp"
 
@@ -42,36 +42,6 @@ inline kernels::TilePositions positions_of(const BlockView& view) noexcept {
   const SealedShape& shape = view.block.header();
   return tile_positions(shape.first_position, shape.places);
 }
-
-/// Geometry and kernels that rows of a cache share.
-struct Context {
-  CacheOptions options;  // defaults filled in
-  std::shared_ptr<const Codec> codec;
-  std::shared_ptr<const RopeTables> rope;  // null where the options have none
-  const kernels::Kernels* kernels = nullptr;
-
-  std::size_t key_bytes() const noexcept {
-    return static_cast<std::size_t>(options.head_dim) * size_of(options.dtype);
-  }
-  std::size_t value_bytes() const noexcept {
-    return static_cast<std::size_t>(options.value_head_dim) * size_of(options.dtype);
-  }
-  /// Of one exact token of all heads.
-  std::size_t token_bytes() const noexcept {
-    return static_cast<std::size_t>(options.kv_heads) * (key_bytes() + value_bytes());
-  }
-  /// Whether centres may turn with the position.
-  bool uses_positions() const noexcept {
-    return rope &&
-           (options.centering == Centering::automatic || options.centering == Centering::rope);
-  }
-  /// Positions a token that are kept.
-  int sections() const noexcept { return rope ? rope->rope().section_count() : 1; }
-  /// Of a block's payload.
-  std::size_t block_bytes() const noexcept {
-    return static_cast<std::size_t>(options.kv_heads) * codec->layout().bytes();
-  }
-};
 
 /// Where a head's tokens lie in ExactTokens.
 std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept;

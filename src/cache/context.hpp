@@ -1,0 +1,44 @@
+// What the rows of a cache share.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <tqai/cache.hpp>
+
+#include "codec.hpp"
+#include "kernels/kernels.hpp"
+#include "rope_tables.hpp"
+
+namespace tqai::detail {
+
+/// Geometry and kernels of a cache.
+struct Context {
+  CacheOptions options;  // defaults filled in
+  std::shared_ptr<const Codec> codec;
+  std::shared_ptr<const RopeTables> rope;  // null where the options have none
+  const kernels::Kernels* kernels = nullptr;
+
+  std::size_t key_bytes() const noexcept {
+    return static_cast<std::size_t>(options.head_dim) * size_of(options.dtype);
+  }
+  std::size_t value_bytes() const noexcept {
+    return static_cast<std::size_t>(options.value_head_dim) * size_of(options.dtype);
+  }
+  /// Of one exact token of all heads.
+  std::size_t token_bytes() const noexcept {
+    return static_cast<std::size_t>(options.kv_heads) * (key_bytes() + value_bytes());
+  }
+  /// Whether centres may turn with the position.
+  bool uses_positions() const noexcept {
+    return rope &&
+           (options.centering == Centering::automatic || options.centering == Centering::rope);
+  }
+  /// Positions a token that are kept.
+  int sections() const noexcept { return rope ? rope->rope().section_count() : 1; }
+  /// Of a block's payload.
+  std::size_t block_bytes() const noexcept {
+    return static_cast<std::size_t>(options.kv_heads) * codec->layout().bytes();
+  }
+};
+
+}  // namespace tqai::detail
