@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "ranges.hpp"
+
 namespace tqai {
 namespace {
 
@@ -328,19 +330,11 @@ double best_uniform_step(const SphereLaw& law, double largest_centroid) {
   return minimum(0.5 * step, 1.5 * step, distortion);
 }
 
-int checked(const char* name, int value, int least, int most) {
-  if (value < least || value > most) {
-    throw ValueError(std::string(name) + " = " + std::to_string(value) +
-                     "; allowed: " + std::to_string(least) + "…" + std::to_string(most));
-  }
-  return value;
-}
-
 }  // namespace
 
 Codebook::Codebook(int head_dim, int bits, Grid grid)
-    : head_dim_(checked("head_dim", head_dim, 8, 512)),
-      bits_(checked("bits", bits, 1, 8)),
+    : head_dim_(checked_head_dim("head_dim", head_dim)),
+      bits_(checked_bits("bits", bits)),
       grid_(grid) {
   const SphereLaw law(head_dim);
   const int count = 1 << (bits - 1);

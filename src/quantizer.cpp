@@ -7,14 +7,12 @@
 #include <tqai/quantizer.hpp>
 
 #include "random.hpp"
+#include "ranges.hpp"
 #include "rotate-inl.hpp"
 
 namespace tqai {
 namespace {
 
-constexpr int kMinDim = 8;
-constexpr int kMaxDim = 512;
-constexpr int kMaxBits = 8;
 constexpr std::uint16_t kHalfInfinity = 0x7C00;
 
 std::size_t bytes_for(int codes, int bits) {
@@ -124,18 +122,10 @@ void check_buffer(const char* name, const void* data, std::int64_t rows) {
                    " rows; allowed: only for none");
 }
 
-void check_range(const char* name, int value, int least, int most) {
-  if (value >= least && value <= most) return;
-  throw ValueError(std::string(name) + " = " + std::to_string(value) +
-                   "; allowed: " + std::to_string(least) + "…" + std::to_string(most));
-}
-
 }  // namespace
 
-VectorQuantizer::VectorQuantizer(int head_dim, int bits) : head_dim_(head_dim), bits_(bits) {
-  check_range("head_dim", head_dim, kMinDim, kMaxDim);
-  check_range("bits", bits, 1, kMaxBits);
-}
+VectorQuantizer::VectorQuantizer(int head_dim, int bits)
+    : head_dim_(checked_head_dim("head_dim", head_dim)), bits_(checked_bits("bits", bits)) {}
 
 VectorQuantizer::~VectorQuantizer() = default;
 
@@ -198,8 +188,8 @@ void Quantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_
   const auto levels = codebook_->levels();
   const auto centroids = codebook_->centroids();
   const float step = codebook_->step();
-  float y[kMaxDim];
-  std::uint8_t row_codes[kMaxDim];
+  float y[kMaxHeadDim];
+  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* row = vectors + r * dim;
     float norm = rotated_unit(rotation_, row, y);  // arXiv:2504.19874, Alg. 1, line 5
@@ -226,7 +216,7 @@ void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norm
                             std::int64_t rows, float* vectors) const {
   const int dim = head_dim();
   const auto centroids = codebook_->centroids();
-  std::uint8_t row_codes[kMaxDim];
+  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     float* row = vectors + r * dim;
     unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
@@ -242,8 +232,8 @@ void Quantizer::multiply_rows(const float* queries, std::int64_t query_rows,
   const int dim = head_dim();
   const auto centroids = codebook_->centroids();
   const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);
-  float unit[kMaxDim];
-  std::uint8_t row_codes[kMaxDim];
+  float unit[kMaxHeadDim];
+  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
     for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
@@ -282,9 +272,9 @@ ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
 void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
                                 std::uint16_t* norms) const {
   const int dim = head_dim();
-  float residual[kMaxDim];
-  float projected[kMaxDim];
-  std::uint8_t row_codes[kMaxDim];
+  float residual[kMaxHeadDim];
+  float projected[kMaxHeadDim];
+  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* row = vectors + r * dim;
     std::uint8_t* packed = codes + r * static_cast<std::int64_t>(code_bytes());
@@ -319,7 +309,7 @@ void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows, std::ui
 
 void ProdQuantizer::unpack(const std::uint8_t* codes, float* unit, float* signs) const {
   const int dim = head_dim();
-  std::uint8_t row_codes[kMaxDim];
+  std::uint8_t row_codes[kMaxHeadDim];
   unpack_bits(codes + centroid_bytes_, dim, 1, row_codes);
   for (int i = 0; i < dim; ++i) signs[i] = row_codes[i] != 0 ? 1.0F : -1.0F;
   if (codebook_ == nullptr) {
@@ -335,9 +325,9 @@ void ProdQuantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* 
                                 std::int64_t rows, float* vectors) const {
   const int dim = head_dim();
   const float scale = projection_scale(dim);
-  float unit[kMaxDim];
-  float signs[kMaxDim];
-  float residual[kMaxDim];
+  float unit[kMaxHeadDim];
+  float signs[kMaxHeadDim];
+  float residual[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::uint16_t* row_norms = norms + r * norm_count();
     const float norm = from_half(row_norms[0]);
@@ -361,8 +351,8 @@ void ProdQuantizer::multiply_rows(const float* queries, std::int64_t query_rows,
     matrix_row(projection_transposed_.data(), rotated_queries.data() + q * dim, dim,
                projected.data() + q * dim);
   }
-  float unit[kMaxDim];
-  float signs[kMaxDim];
+  float unit[kMaxHeadDim];
+  float signs[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::uint16_t* row_norms = norms + r * norm_count();
     const float norm = from_half(row_norms[0]);

@@ -7,23 +7,13 @@
 
 #include "haar.hpp"
 #include "random.hpp"
+#include "ranges.hpp"
 #include "rotate-inl.hpp"
 
 namespace tqai {
 namespace {
 
-constexpr int kMinDim = 8;
-constexpr int kMaxDim = 512;
-
 bool is_power_of_two(int value) { return std::has_single_bit(static_cast<unsigned>(value)); }
-
-int checked_dim(int head_dim) {
-  if (head_dim < kMinDim || head_dim > kMaxDim) {
-    throw ValueError("head_dim = " + std::to_string(head_dim) +
-                     "; allowed: " + std::to_string(kMinDim) + "…" + std::to_string(kMaxDim));
-  }
-  return head_dim;
-}
 
 RotationKind resolved(RotationKind kind, int head_dim) {
   if (kind == RotationKind::automatic) {
@@ -49,7 +39,7 @@ float hadamard_scale(int head_dim) { return 1.0F / std::sqrt(static_cast<float>(
 /// Each row times the matrix whose columns are the rows of `columns`.
 void multiply_rows(const std::vector<float>& columns, const float* from, float* to,
                    std::int64_t rows, int dim) {
-  float result[kMaxDim];  // `from` and `to` may be the same
+  float result[kMaxHeadDim];  // `from` and `to` may be the same
   for (std::int64_t r = 0; r < rows; ++r) {
     matrix_row(columns.data(), from + r * dim, dim, result);
     std::memcpy(to + r * dim, result, static_cast<std::size_t>(dim) * sizeof(float));
@@ -59,7 +49,9 @@ void multiply_rows(const std::vector<float>& columns, const float* from, float* 
 }  // namespace
 
 Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
-    : head_dim_(checked_dim(head_dim)), kind_(resolved(kind, head_dim)), seed_(seed) {
+    : head_dim_(checked_head_dim("head_dim", head_dim)),
+      kind_(resolved(kind, head_dim)),
+      seed_(seed) {
   const auto dim = static_cast<std::size_t>(head_dim);
   if (kind_ == RotationKind::hadamard) {
     Xoshiro256 random(seed);

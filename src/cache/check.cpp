@@ -6,18 +6,10 @@
 #include <cstdlib>
 #include <vector>
 
+#include "ranges.hpp"
+
 namespace tqai::detail {
 namespace {
-
-[[noreturn]] void refuse(const std::string& name, std::int64_t given, const std::string& allowed) {
-  throw ValueError(name + " = " + std::to_string(given) + "; allowed: " + allowed);
-}
-
-void check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
-  if (value < low || value > high) {
-    refuse(name, value, std::to_string(low) + "…" + std::to_string(high));
-  }
-}
 
 void check_rope(const Rope& rope, int head_dim) {
   check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
@@ -45,11 +37,11 @@ void check_rope(const Rope& rope, int head_dim) {
 CacheOptions checked(CacheOptions options) {
   constexpr int kMost = 1 << 30;
   check_range("kv_heads", options.kv_heads, 1, 1 << 16);
-  check_range("head_dim", options.head_dim, 8, kernels::kMaxDim);
+  checked_head_dim("head_dim", options.head_dim);
   if (options.value_head_dim == 0) options.value_head_dim = options.head_dim;
-  check_range("value_head_dim", options.value_head_dim, 8, kernels::kMaxDim);
-  check_range("bits_k", options.bits_k, 1, 8);
-  check_range("bits_v", options.bits_v, 1, 8);
+  checked_head_dim("value_head_dim", options.value_head_dim);
+  checked_bits("bits_k", options.bits_k);
+  checked_bits("bits_v", options.bits_v);
   check_range("sink_tokens", options.sink_tokens, 0, kMost);
   check_range("residual_window", options.residual_window, 0, kMost);
   if (options.rope) check_rope(*options.rope, options.head_dim);

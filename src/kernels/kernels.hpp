@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <tqai/cpu.hpp>
 #include <tqai/half.hpp>
+#include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
 
 namespace tqai::kernels {
@@ -14,7 +15,7 @@ inline constexpr int kMaxRows = 8;
 /// Sets of query rows that one call serves.
 inline constexpr int kMaxHeads = 32;
 /// Largest padded head dimension.
-inline constexpr int kMaxDim = 512;
+inline constexpr int kMaxDim = padded_dim(kMaxHeadDim);
 /// Floats that the plain loops treat side by side, at every level.
 inline constexpr int kLanes = 16;
 
