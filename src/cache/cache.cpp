@@ -8,6 +8,7 @@
 
 #include "attend.hpp"
 #include "check.hpp"
+#include "gather.hpp"
 #include "row.hpp"
 #include "serialize.hpp"
 #include "threads.hpp"

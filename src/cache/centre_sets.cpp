@@ -20,7 +20,7 @@ constexpr double kWorthASet = 2.0;
 // In the other heads it is another centre where that brings it down by this factor.
 constexpr double kBetter = 1.25;
 // Of a key's energy: less than that, left or not, makes no difference beside the query's own error.
-constexpr double kNothing = 1e-4;
+constexpr double kNegligibleShare = 1e-4;
 
 class Chooser {
  public:
@@ -74,8 +74,8 @@ class Chooser {
       double after = 0.0;
       for (const std::size_t tile : members) {
         const Moments& moments = of(head, tile);
-        before += left_by(set_of(tile), head, moments) + kNothing * moments.energy;
-        after += left_by(centres, head, moments) + kNothing * moments.energy;
+        before += left_by(set_of(tile), head, moments) + kNegligibleShare * moments.energy;
+        after += left_by(centres, head, moments) + kNegligibleShare * moments.energy;
       }
       worth = worth || before >= kWorthASet * after;
       // The old one comes from more tokens.
@@ -123,7 +123,7 @@ class Chooser {
     double cost = 0.0;
     for (int head = 0; head < heads(); ++head) {
       const Moments& moments = of(head, tile);
-      cost += std::log(left_by(set, head, moments) + kNothing * moments.energy +
+      cost += std::log(left_by(set, head, moments) + kNegligibleShare * moments.energy +
                        std::numeric_limits<double>::min());
     }
     return cost;
@@ -138,7 +138,7 @@ class Chooser {
       const Centres& set = set_of(tile);
       for (int head = 0; head < heads(); ++head) {
         const Moments& moments = of(head, tile);
-        const double nothing = kNothing * moments.energy;
+        const double nothing = kNegligibleShare * moments.energy;
         const double left = left_by(set, head, moments);
         if (left <= kGrown * static_cast<double>(set.left(head)) + nothing) continue;
         const double times = (left + nothing) / (least_left(context_, moments) + nothing);

@@ -1,16 +1,16 @@
+#include "gather.hpp"
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
-
-#include "attend.hpp"
 
 namespace tqai::detail {
 namespace {
 
 // Writes vectors of one batch row and head into a tensor, token by token.
-class Writer {
+class VectorWriter {
  public:
-  Writer(const Tensor& tensor, std::int64_t batch_row, std::int64_t head)
+  VectorWriter(const Tensor& tensor, std::int64_t batch_row, std::int64_t head)
       : tensor_(tensor), element_(static_cast<std::int64_t>(size_of(tensor.dtype))) {
     base_ = static_cast<char*>(tensor.data) +
             (batch_row * tensor.strides[0] + head * tensor.strides[1]) * element_;
@@ -51,7 +51,7 @@ struct Range {
 };
 
 void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_t start, int head,
-                  const Range& range, const Writer& keys, const Writer& values) {
+                  const Range& range, const VectorWriter& keys, const VectorWriter& values) {
   if (!tokens) return;
   float scratch[kernels::kMaxDim];
   const std::byte* key = exact_keys(context, tokens, head);
@@ -66,7 +66,7 @@ void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_
 }
 
 void gather_head(const Context& context, const Row& row, int head, const Range& range,
-                 const Writer& keys, const Writer& values) {
+                 const VectorWriter& keys, const VectorWriter& values) {
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);
     values.clear(t - range.first);
@@ -109,8 +109,8 @@ void gather(const Context& context, std::span<const Row> rows, std::int64_t firs
   for (std::size_t b = 0; b < rows.size(); ++b) {
     for (int head = 0; head < heads; ++head) {
       const auto row = static_cast<std::int64_t>(b);
-      gather_head(context, rows[b], head, range, Writer(keys, row, head),
-                  Writer(values, row, head));
+      gather_head(context, rows[b], head, range, VectorWriter(keys, row, head),
+                  VectorWriter(values, row, head));
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "attention.hpp"
+#include "attend_units.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +17,9 @@ constexpr float kLog2E = 1.44269504F;
 
 }  // namespace
 
-Attention::Attention(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-                     const ConstTensor& queries, const Tensor& output, const AttendOptions& options)
+AttendUnits::AttendUnits(const Context& context, std::span<const Row> rows, std::int64_t tokens,
+                         const ConstTensor& queries, const Tensor& output,
+                         const AttendOptions& options)
     : context_(context),
       rows_(rows),
       tokens_(tokens),
@@ -58,7 +59,7 @@ Attention::Attention(const Context& context, std::span<const Row> rows, std::int
                  sets_ * factor_floats_ + prepared_floats_;
 }
 
-Attention::Unit Attention::unit(std::int64_t index) const noexcept {
+AttendUnits::Unit AttendUnits::unit(std::int64_t index) const noexcept {
   const std::int64_t block = index % blocks_;
   const std::int64_t head = index / blocks_ % context_.options.kv_heads;
   const std::int64_t first = block * kMaxRows;
@@ -66,21 +67,37 @@ Attention::Unit Attention::unit(std::int64_t index) const noexcept {
           static_cast<int>(std::min<std::int64_t>(kMaxRows, group_ * query_count_ - first))};
 }
 
-Attention::Work Attention::work(const Batch& batch, std::int64_t i) const noexcept {
+double AttendUnits::multiplications() const noexcept {
+  const double dims = context_.options.head_dim + context_.options.value_head_dim;
+  return static_cast<double>(units_) * kMaxRows * static_cast<double>(tokens_) * dims;
+}
+
+// Left as it is: zeroing would take as long as a short call's attention.
+AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most) {
+  const auto count_of = [most](std::int64_t each) { return static_cast<std::size_t>(most * each); };
+  lines_.reset(new Line[count_of(units.unit_floats_ / kLineFloats)]);
+  states_.reset(new PartState[count_of(units.parts_)]);
+  centres_.reset(new CentreScores[count_of(units.sets_)]);
+  finite_.reset(new bool[count_of(kMaxRows)]);
+}
+
+AttendUnits::Work AttendUnits::work(const Batch& batch, std::int64_t index) const noexcept {
   Work work{};
-  work.plain = batch.floats + i * unit_floats_;
+  work.plain = reinterpret_cast<float*>(batch.lines_.get()) + index * unit_floats_;
   work.factors = work.plain + row_capacity_ * key_padded_;
   work.mask = work.factors + sets_ * factor_floats_;
   work.outputs = work.mask + row_capacity_ * mask_stride_;
   work.prepared =
       reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
-  work.states = batch.states + i * parts_;
-  work.centres = batch.centres + i * sets_;
-  work.finite = batch.finite + i * kMaxRows;
+  work.states = batch.states_.get() + index * parts_;
+  work.centres = batch.centres_.get() + index * sets_;
+  work.finite = batch.finite_.get() + index * kMaxRows;
   return work;
 }
 
-void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
+void AttendUnits::prepare(const Batch& batch, std::int64_t index) const noexcept {
+  const Unit unit = this->unit(batch.first_ + index);
+  const Work work = this->work(batch, index);
   const auto dim = static_cast<std::size_t>(context_.options.head_dim);
   const auto element = static_cast<std::int64_t>(size_of(queries_.dtype));
   alignas(64) float rotated[kMaxRows * kernels::kMaxDim];
@@ -115,7 +132,7 @@ void Attention::prepare(const Unit& unit, const Work& work) const noexcept {
 }
 
 // A mask that adds NaN or +inf gives NaN, as in exact attention.
-void Attention::fill_mask(const Unit& unit, const Work& work) const noexcept {
+void AttendUnits::fill_mask(const Unit& unit, const Work& work) const noexcept {
   const Mask& mask = *options_.mask;
   const auto pick = [&mask](std::size_t axis, std::int64_t i) {
     return (mask.shape[axis] == 1 ? 0 : i) * mask.strides[axis];
@@ -150,9 +167,9 @@ void Attention::fill_mask(const Unit& unit, const Work& work) const noexcept {
   }
 }
 
-void Attention::set_range(const Unit& unit, const Work& work, std::int64_t start,
-                          std::int64_t* first, std::int64_t* end,
-                          kernels::Softmax& softmax) const noexcept {
+void AttendUnits::set_range(const Unit& unit, const Work& work, std::int64_t start,
+                            std::int64_t* first, std::int64_t* end,
+                            kernels::Softmax& softmax) const noexcept {
   for (int r = 0; r < unit.rows; ++r) {
     const std::int64_t position = tokens_ - query_count_ + place(unit, r).query;
     std::int64_t from = options_.first_token;
@@ -165,8 +182,8 @@ void Attention::set_range(const Unit& unit, const Work& work, std::int64_t start
   softmax.mask = options_.mask ? work.mask + (start - mask_first_) : nullptr;
 }
 
-kernels::Softmax Attention::begin(const Unit& unit, const Work& work,
-                                  std::int64_t part) const noexcept {
+kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& work,
+                                    std::int64_t part) const noexcept {
   PartState& state = work.states[part];
   kernels::Softmax softmax{};
   softmax.rows = unit.rows;
@@ -182,10 +199,10 @@ kernels::Softmax Attention::begin(const Unit& unit, const Work& work,
   return softmax;
 }
 
-void Attention::attend_item(const Batch& batch, const Item& item) const noexcept {
+void AttendUnits::attend(const Batch& batch, const Item& item) const noexcept {
   if (item.part == 0) {
     for (int u = 0; u < item.count; ++u) {
-      const Unit each = unit(batch.first + item.first + u);
+      const Unit each = unit(batch.first_ + item.first + u);
       const Work memory = work(batch, item.first + u);
       attend_exact(each, memory, begin(each, memory, 0));
     }
@@ -194,7 +211,7 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
   kernels::HeadRows heads[kMaxHeads];
   std::int64_t first[kMaxHeads][kMaxRows];
   std::int64_t end[kMaxHeads][kMaxRows];
-  const Row& row = rows_[static_cast<std::size_t>(unit(batch.first + item.first).batch_row)];
+  const Row& row = rows_[static_cast<std::size_t>(unit(batch.first_ + item.first).batch_row)];
   const std::size_t first_block = static_cast<std::size_t>(item.part - 1) * kPartBlocks;
   const std::size_t end_block = std::min(first_block + kPartBlocks, row.sealed.size());
   std::int64_t start = row.first + row.sink_tokens();
@@ -202,7 +219,7 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
     start += row.sealed[i].tokens;
   }
   for (int u = 0; u < item.count; ++u) {
-    const Unit each = unit(batch.first + item.first + u);
+    const Unit each = unit(batch.first_ + item.first + u);
     const Work memory = work(batch, item.first + u);
     heads[u].head = each.kv_head;
     heads[u].queries = memory.prepared;
@@ -217,7 +234,7 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
       run_tokens += row.sealed[run_end].tokens;
     }
     for (int u = 0; u < item.count; ++u) {
-      const Unit each = unit(batch.first + item.first + u);
+      const Unit each = unit(batch.first_ + item.first + u);
       const Work memory = work(batch, item.first + u);
       const CentreScores& centre = memory.centres[set];
       set_range(each, memory, start, first[u], end[u], heads[u].softmax);
@@ -230,8 +247,8 @@ void Attention::attend_item(const Batch& batch, const Item& item) const noexcept
   }
 }
 
-void Attention::attend_exact(const Unit& unit, const Work& work,
-                             kernels::Softmax softmax) const noexcept {
+void AttendUnits::attend_exact(const Unit& unit, const Work& work,
+                               kernels::Softmax softmax) const noexcept {
   const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];
@@ -247,8 +264,8 @@ void Attention::attend_exact(const Unit& unit, const Work& work,
   attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);
 }
 
-void Attention::attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
-                              std::span<const kernels::HeadRows> heads) const noexcept {
+void AttendUnits::attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
+                                std::span<const kernels::HeadRows> heads) const noexcept {
   const std::size_t count = end_block - first_block;
   kernels::TileSpan spans[kPartBlocks];
   for (std::size_t i = 0; i < count; ++i) {
@@ -260,7 +277,9 @@ void Attention::attend_sealed(const Row& row, std::size_t first_block, std::size
                                   heads.data(), static_cast<int>(heads.size())});
 }
 
-void Attention::finish(const Unit& unit, const Work& work) const noexcept {
+void AttendUnits::finish(const Batch& batch, std::int64_t index) const noexcept {
+  const Unit unit = this->unit(batch.first_ + index);
+  const Work work = this->work(batch, index);
   const auto element = static_cast<std::int64_t>(size_of(output_.dtype));
   const int dim = context_.options.value_head_dim;
   const std::int64_t part_floats = row_capacity_ * value_padded_;

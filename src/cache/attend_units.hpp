@@ -1,11 +1,10 @@
-// One call of attention over a cache's rows, as work that threads can share.
+// One call of attention over a cache's rows, as units of work that threads can share.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <tqai/cache.hpp>
-#include <vector>
 
 #include "centres.hpp"
 #include "kernels/kernels.hpp"
@@ -22,25 +21,72 @@ constexpr std::int64_t round_up(std::int64_t a, std::int64_t unit) {
   return divide_up(a, unit) * unit;
 }
 
-// Working memory, of which each array begins a line.
-constexpr std::int64_t kLineFloats = 16;
-struct alignas(64) Line {
-  float floats[kLineFloats];
-};
-
-// Softmax states of up to kMaxRows query rows (tqai::kernels::Softmax).
-struct PartState {
-  alignas(64) float sums[kernels::kMaxRows][kernels::kLanes];
-  float max[kernels::kMaxRows];
-};
-
-// One call of attend: its units are (batch row, kv head, block of query rows); each has one part of
-// exact tokens and one per kPartBlocks sealed blocks.
-class Attention {
+/// The units of a call: (batch row, kv head, block of query rows), each with one part of exact
+/// tokens and one per kPartBlocks sealed blocks. A unit is prepared, its parts attended to in any
+/// order, then it is finished. Units are held in batches, to bound what lies between. Thread-safe
+/// for different units, and for different parts of one.
+class AttendUnits {
  public:
-  Attention(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-            const ConstTensor& queries, const Tensor& output, const AttendOptions& options);
-  void run();
+  AttendUnits(const Context& context, std::span<const Row> rows, std::int64_t tokens,
+              const ConstTensor& queries, const Tensor& output, const AttendOptions& options);
+
+  std::int64_t count() const noexcept { return units_; }
+  /// Units of a kv head, and of a batch row: they follow one another.
+  std::int64_t per_head() const noexcept { return blocks_; }
+  std::int64_t per_row() const noexcept { return context_.options.kv_heads * blocks_; }
+  /// Parts of unit `index`; part 0 is of exact tokens.
+  std::int64_t parts(std::int64_t index) const noexcept { return parts_of(unit(index).batch_row); }
+  /// Of all units, about.
+  double multiplications() const noexcept;
+  /// Floats of a unit's working memory.
+  std::int64_t floats() const noexcept { return unit_floats_; }
+
+ private:
+  // Working memory, of which each array begins a line.
+  static constexpr std::int64_t kLineFloats = 16;
+  struct alignas(64) Line {
+    float floats[kLineFloats];
+  };
+  // Softmax states of up to kMaxRows query rows (kernels::Softmax).
+  struct PartState {
+    alignas(64) float sums[kernels::kMaxRows][kernels::kLanes];
+    float max[kernels::kMaxRows];
+  };
+
+ public:
+  /// Working memory of a batch: units first() … first() + count() − 1.
+  class Batch {
+   public:
+    /// For up to `most` units. Throws std::bad_alloc.
+    Batch(const AttendUnits& units, std::int64_t most);
+    void move_to(std::int64_t first, std::int64_t count) noexcept {
+      first_ = first;
+      count_ = count;
+    }
+    std::int64_t first() const noexcept { return first_; }
+    std::int64_t count() const noexcept { return count_; }
+
+   private:
+    friend AttendUnits;
+    std::int64_t first_ = 0;
+    std::int64_t count_ = 0;
+    std::unique_ptr<Line[]> lines_;
+    std::unique_ptr<PartState[]> states_;
+    std::unique_ptr<CentreScores[]> centres_;
+    std::unique_ptr<bool[]> finite_;
+  };
+  /// A part of `count` units from the batch's unit `first` on: one of exact tokens, or up to
+  /// kMaxHeads of one batch row.
+  struct Item {
+    std::int64_t first;
+    int count;
+    std::int64_t part;
+  };
+
+  /// index: of a unit in the batch.
+  void prepare(const Batch& batch, std::int64_t index) const noexcept;
+  void attend(const Batch& batch, const Item& item) const noexcept;
+  void finish(const Batch& batch, std::int64_t index) const noexcept;
 
  private:
   struct Unit {
@@ -64,28 +110,13 @@ class Attention {
     CentreScores* centres;  // of the batch row's sets: [sets_]
     bool* finite;           // [kMaxRows]
   };
-  // Units first … first + count − 1, and their working memory.
-  struct Batch {
-    std::int64_t first;
-    std::int64_t count;
-    float* floats;
-    PartState* states;
-    CentreScores* centres;
-    bool* finite;
-  };
-  // Units of a batch, and what they attend to: all of one batch row where they are several.
-  struct Item {
-    std::int64_t first;
-    int count;
-    std::int64_t part;
-  };
 
   Unit unit(std::int64_t index) const noexcept;
   Place place(const Unit& unit, int row) const noexcept {
     const std::int64_t r = unit.first_row + row;
     return {unit.kv_head * group_ + r % group_, r / group_};
   }
-  Work work(const Batch& batch, std::int64_t i) const noexcept;
+  Work work(const Batch& batch, std::int64_t index) const noexcept;
 
   // Exact tokens are part 0; sealed blocks the next ones.
   std::int64_t parts_of(std::int64_t batch_row) const noexcept {
@@ -93,15 +124,7 @@ class Attention {
     return 1 + divide_up(blocks, std::int64_t{kPartBlocks});
   }
 
-  // attend.cpp: how the work is split.
-  void add_sealed(const Batch& batch, std::vector<Item>& items) const;
-  std::vector<Item> items(const Batch& batch, int threads) const;
-  double multiplications() const;
-
-  // attention.cpp: the work itself.
-  void prepare(const Unit& unit, const Work& work) const noexcept;
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
-  void attend_item(const Batch& batch, const Item& item) const noexcept;
   void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax) const noexcept;
   // Blocks of one part and one centre set.
   void attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
@@ -111,7 +134,6 @@ class Attention {
   // Points softmax at the tokens from token `start` on.
   void set_range(const Unit& unit, const Work& work, std::int64_t start, std::int64_t* first,
                  std::int64_t* end, kernels::Softmax& softmax) const noexcept;
-  void finish(const Unit& unit, const Work& work) const noexcept;
 
   const Context& context_;
   std::span<const Row> rows_;
