@@ -47,11 +47,11 @@ SHORT, LONG, NEW = 23, 220, 6
 SEALING = {"residual_window": 16, "sink_tokens": 2}
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
 # Relative errors of the next logits, at 8 bits and at 4 for keys and values. Attention that does
-# not scale its scores down, or scales them up again, is sharper, and carries more of an error on.
+# not scale its scores down, or scales them up again, is sharper, and carries more of an error on;
+# attention to the few tokens that an index chooses jumps where an error changes the choice.
 BOUNDS = {8: 0.03, 4: 0.2}
-UNSCALED = re.compile(
-    r"muse_glimmer.*|t5gemma|gemma3n.*|gemma4.*|gpt_neo|.*t5|umt5|longt5|switch_transformers|udop"
-)
+UNSCALED = r"muse_glimmer.*|t5gemma|gemma3n.*|gemma4.*|gpt_neo|.*t5|umt5|switch_transformers|udop"
+INDEXED = r"axk2|deepseek_v32|dots3_note.*|glm_moe_dsa|hy_v4.*|qwen4_exp.*"
 WIDER = 3
 SECONDS = 120
 """Time for one type."""
@@ -157,7 +157,7 @@ def _check_model(model: Any, short: dict[str, Any], plain: Any, outcome: Outcome
             raise Wrong(f"{name}, with everything in the window: other tokens")
         outcome.features[name] = "="
 
-    wider = WIDER if UNSCALED.fullmatch(outcome.kind) else 1
+    wider = WIDER if re.fullmatch(f"{UNSCALED}|{INDEXED}", outcome.kind) else 1
     for bits, bound in BOUNDS.items():
         with _watched() as seen:
             _tqai(tqai.patch, model, bits_k=bits, bits_v=bits, **SEALING)

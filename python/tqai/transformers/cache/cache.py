@@ -16,6 +16,7 @@ from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
 from tqai.transformers.attention.view import TqaiView
+from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Before, Passes, copy_of
 from tqai.transformers.model.geometry import (
@@ -105,7 +106,7 @@ class TqaiCache(Passes, DynamicCache):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
                 own = settings.of_layer(index, count)
-                self.layers[index] = self._make_layer(index, own, window)
+                self.layers[index] = self._make_layer(index, own, window, layer)
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, Before] = {}
@@ -121,12 +122,15 @@ class TqaiCache(Passes, DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.owner = weak_ref(owner)
 
-    def _make_layer(self, index: int, settings: Settings, sliding_window: int | None) -> TqaiLayer:
+    def _make_layer(
+        self, index: int, settings: Settings, sliding_window: int | None, own: Any
+    ) -> TqaiLayer:
+        """A compressed layer in place of `own`."""
         geometry = self.geometry
         heads, rope, latents = (
             known[index] for known in (geometry.heads, geometry.ropes, geometry.latents)
         )
-        return TqaiLayer(index, settings, sliding_window, heads, rope, latents)
+        return layer_for(own, index, settings, sliding_window, heads, rope, latents)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied half gets its own whole, and each forward pass has its own views."""
@@ -258,8 +262,7 @@ class TqaiCache(Passes, DynamicCache):
                     self._before[layer_idx] = Before(layer, tokens)
                 if isinstance(layer, TqaiLayer):
                     layer.turned = self.turned
-                else:
-                    self._changed_states |= has_states(layer)
+                self._changed_states |= has_states(layer)
                 keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             except BaseException:
                 self.roll_back()
@@ -302,6 +305,14 @@ class TqaiCache(Passes, DynamicCache):
         self._changed_states = True
         return super().update_recurrent_state(states, *args, **kwargs)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """As transformers' cache does, for a layer with an index."""
+        if not compiled.is_tracing():
+            self._owner().undo_unfinished()
+            # Some models come here first, others after the layer's keys and values.
+            self.note_before(layer_idx, indexer_key_states.shape[1])
+        return super().update_indexer(indexer_key_states, layer_idx)
+
     def _check_states(self) -> None:
         if self._lost_states:
             raise RuntimeError(
@@ -329,7 +340,7 @@ class TqaiCache(Passes, DynamicCache):
             RuntimeError: see ``TqaiLayer.crop``.
         """
         for index, layer in enumerate(self.layers):
-            if is_recurrent(layer) and not can_go_back(layer):
+            if has_states(layer) and not can_go_back(layer):
                 raise NotImplementedError(
                     f"layer {index} of {self.geometry.model} holds a recurrent state, which cannot "
                     "go back to an earlier token: copy.deepcopy the cache before the tokens that "
@@ -498,17 +509,18 @@ def described(
 
 def _memory(layer: Any) -> dict[str, int]:
     """One layer's numbers; those of transformers' own layers count as exact."""
-    if isinstance(layer, TqaiLayer):
-        core = layer.core
-        if core is None:
-            return dict.fromkeys(COUNTS, 0)
-        memory = core.memory()
-        return {name: memory[name] for name in COUNTS}
-    keys = getattr(layer, "keys", None)
+    numbers = dict.fromkeys(COUNTS, 0)
+    if not isinstance(layer, TqaiLayer):
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.ndim == 4:
+            numbers["tokens"] = keys.shape[0] * keys.shape[-2]
+    elif layer.core is not None:
+        memory = layer.core.memory()
+        numbers = {name: memory[name] for name in COUNTS}
     size = sum(tensor.nbytes for tensor in tensors_of(layer))
-    tokens = keys.shape[0] * keys.shape[-2] if keys is not None and keys.ndim == 4 else 0
-    sizes = {"exact_bytes": size, "total_bytes": size, "uncompressed_bytes": size}
-    return {**dict.fromkeys(COUNTS, 0), **sizes, "tokens": tokens}
+    for name in ("exact_bytes", "total_bytes", "uncompressed_bytes"):
+        numbers[name] += size
+    return numbers
 
 
 def _centerings(layer: Any) -> Counter[str]:

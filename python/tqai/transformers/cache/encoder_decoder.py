@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from weakref import ref as weak_ref
 
 import torch
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention.view import TqaiView, Update
@@ -77,8 +77,8 @@ class CrossCache(TqaiCache):
         super().__init__(geometry, settings, sliding=False)
 
     def _make_layer(
-        self, index: int, settings: Settings, sliding_window: int | None
-    ) -> TqaiLayer | DynamicLayer:
+        self, index: int, settings: Settings, sliding_window: int | None, own: Any
+    ) -> TqaiLayer:
         if settings.centering == "rope":  # these keys have no positions
             settings = replace(settings, centering="mean")
         return CrossLayer(index, settings, None, self.geometry.heads[index])

@@ -17,7 +17,12 @@ from tqai.stores.rope import Rope
 from tqai.transformers.model.find_rope import find_ropes
 from tqai.transformers.model.heads import Heads, Latents, check_head_dim
 from tqai.transformers.model.names import cache_name, takes
-from tqai.transformers.model.other_layers import HYBRIDS, holds_nothing, is_recurrent
+from tqai.transformers.model.other_layers import (
+    HYBRIDS,
+    has_more,
+    holds_nothing,
+    is_recurrent,
+)
 from tqai.transformers.model.parts import check_parts, keeper_of
 from tqai.transformers.weights.identity import State, watch_of
 
@@ -229,7 +234,7 @@ def _own_layers(name: str, config: Any) -> list[Any]:
 
 def is_compressible(layer: Any) -> bool:
     """Whether a layer of transformers' DynamicCache is one that ``TqaiLayer`` replaces."""
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or has_more(layer)
 
 
 def _has_attention(model: PreTrainedModel, decoder: torch.nn.Module, config: Any) -> bool:

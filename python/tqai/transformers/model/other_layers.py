@@ -1,7 +1,8 @@
-"""Layers of transformers' caches without keys and values, which stay as they are.
+"""Layers of transformers' caches that hold something else than keys and values, or nothing.
 
 Some hold recurrent states. These differ between versions: one tensor or a mapping of them, and
-before 5.14 they record nothing that ``crop`` could go back to. Others hold nothing.
+before 5.14 they record nothing that ``crop`` could go back to. They stay as they are, also beside
+keys and values, as the keys of an index do that tells what sparse attention reads.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ import torch
 import transformers
 from transformers import cache_utils
 
-_Recurrent = getattr(cache_utils, "LinearAttentionLayer", None)
+RECURRENT: Any = getattr(cache_utils, "LinearAttentionLayer", None)
+"""The class of the layers with recurrent states alone."""
+_BESIDE = tuple(
+    getattr(cache_utils, name)
+    for name in (
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DynamicIndexedLayer",
+    )
+    if hasattr(cache_utils, name)
+)
 _Empty = getattr(cache_utils, "DummyLayer", None)
 
-HYBRIDS = _Recurrent is not None
+HYBRIDS = RECURRENT is not None
 """Whether this transformers has one cache for models with recurrent layers; before 5.5 each has its
 own."""
 
@@ -29,7 +40,7 @@ WRONG_AFTER_CROP = (
 
 def is_recurrent(layer: Any) -> bool:
     """Whether a layer holds recurrent states and no keys and values."""
-    return _Recurrent is not None and type(layer) is _Recurrent
+    return RECURRENT is not None and type(layer) is RECURRENT
 
 
 def holds_nothing(layer: Any) -> bool:
@@ -40,25 +51,41 @@ def holds_nothing(layer: Any) -> bool:
     return _Empty is not None and type(layer) is _Empty
 
 
+def has_more(layer: Any) -> bool:
+    """Whether a layer of transformers' own holds keys and values, and something beside them."""
+    return type(layer) in _BESIDE
+
+
+def has_index(layer: Any) -> bool:
+    """Whether a layer holds the keys of an index beside its keys and values."""
+    return hasattr(layer, "update_indexer")
+
+
 def has_states(layer: Any) -> bool:
     """Whether a layer holds recurrent states, be it beside keys and values."""
     return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
 
 
 def can_go_back(layer: Any) -> bool:
-    """Whether a recurrent layer can be cropped: its states are a convolution's last inputs.
+    """Whether a layer with states can be cropped: they are a convolution's last inputs.
 
     Where its class records no past, such states stay as they are when it is cropped, and the tokens
     after that come out wrong; see ``forgets_its_past``.
     """
     if any(True for _ in _tensors(layer.recurrent_states)):
         return False
-    return forgets_its_past(layer) or (layer.record_past and getattr(layer, "is_croppable", True))
+    return forgets_its_past(layer) or (layer.record_past and is_croppable(layer))
+
+
+def is_croppable(layer: Any) -> bool:
+    """What transformers says of a layer's states alone."""
+    said = getattr(RECURRENT, "is_croppable", True)
+    return said.fget(layer) if isinstance(said, property) else said
 
 
 def forgets_its_past(layer: Any) -> bool:
-    """Whether a recurrent layer is of a class that records no past."""
-    return is_recurrent(layer) and not hasattr(layer, "record_past")
+    """Whether a layer has states of a class that records no past."""
+    return has_states(layer) and not hasattr(RECURRENT, "activate_past_recording")
 
 
 def tensors_of(layer: Any) -> list[torch.Tensor]:

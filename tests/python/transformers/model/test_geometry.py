@@ -187,17 +187,6 @@ def logits(model: Any, **options: Any) -> torch.Tensor:
         return model(make_ids(tokens=120), **options).logits
 
 
-def test_layers_that_tqai_does_not_know_are_refused_without_advice_that_breaks_them() -> None:
-    model = sparse("DeepseekV32", num_key_value_heads=4)
-    expected = logits(model)
-    with pytest.raises(NotImplementedError, match="DynamicIndexedLayer.*nor any other layer") as no:
-        tqai.patch(model)
-    assert "skip_layers" not in str(no.value)
-    tqai.patch(model, skip_layers=range(3))  # nevertheless: its attention stays sparse
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(model, use_cache=False), expected)
-
-
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
