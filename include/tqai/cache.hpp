@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -19,6 +20,11 @@
 #include <vector>
 
 namespace tqai {
+
+class CacheFile;
+namespace detail {
+class Reader;
+}
 
 /// Geometry and settings of a cache; checked by KvCache's constructor.
 struct CacheOptions {
@@ -103,6 +109,7 @@ struct MemoryReport {
   std::size_t packed_bytes = 0;        ///< tiles: codes and norms
   std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
   std::size_t overhead_bytes = 0;      ///< headers, lists, centres
+  std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
   /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
@@ -215,9 +222,13 @@ class TQAI_API KvCache {
   /// As `key_rotation`, for values.
   const Rotation& value_rotation() const noexcept;
 
-  /// The cache as bytes, for files and other processes; about memory().total_bytes() of them. What
-  /// rows share is written once. Throws UnsupportedError on a big-endian processor.
+  /// The cache as bytes (docs/format.md), for other processes; about memory().total_bytes() of
+  /// them. What rows share is written once. Throws UnsupportedError on a big-endian processor.
   std::vector<std::byte> serialize() const;
+  /// The same bytes, handed to `write` in order as they lie in the cache, without a copy of them.
+  void serialize(const std::function<void(std::span<const std::byte>)>& write) const;
+  /// How many they are. Reads no tiles.
+  std::size_t serialized_bytes() const;
   /// The cache that `serialize` wrote, at any level; nothing is kept of `bytes`. Throws ValueError
   /// for bytes that it cannot have written, UnsupportedError for a level this machine lacks. Codes
   /// are not checked, any are valid: guard files by a checksum.
@@ -232,6 +243,9 @@ class TQAI_API KvCache {
               const AttendOptions& options = {}) const;
 
  private:
+  friend class CacheFile;
+  static KvCache read(detail::Reader& reader, std::optional<Level> level);
+
   struct State;
   std::unique_ptr<State> state_;
 };

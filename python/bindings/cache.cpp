@@ -119,6 +119,7 @@ py::dict memory(const LockedCache& cache) {
   result["packed_bytes"] = report.packed_bytes;
   result["exact_bytes"] = report.exact_bytes;
   result["overhead_bytes"] = report.overhead_bytes;
+  result["mapped_bytes"] = report.mapped_bytes;
   result["total_bytes"] = report.total_bytes();
   result["uncompressed_bytes"] = report.uncompressed_bytes;
   return result;

@@ -270,7 +270,7 @@ void AttendUnits::attend_sealed(const Row& row, std::size_t first_block, std::si
   kernels::TileSpan spans[kPartBlocks];
   for (std::size_t i = 0; i < count; ++i) {
     const BlockView& view = row.sealed[first_block + i];
-    spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.payload()), view.tokens,
+    spans[i] = {reinterpret_cast<const std::uint8_t*>(view.block.header().tiles), view.tokens,
                 positions_of(view)};
   }
   context_.kernels->attend_tiles({&context_.codec->plan(), spans, static_cast<std::int64_t>(count),

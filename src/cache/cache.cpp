@@ -393,6 +393,9 @@ MemoryReport KvCache::memory() const {
       add(centres.memory(), report.overhead_bytes);
     }
     for (const detail::BlockView& view : row.sealed) {
+      if (view.block.header().owner && !seen.contains(view.block.id())) {
+        report.mapped_bytes += state.context.block_bytes();
+      }
       add(view.block, report.packed_bytes);
       add(view.block.header().places, report.overhead_bytes);
     }
@@ -408,12 +411,31 @@ const Rotation& KvCache::value_rotation() const noexcept {
   return state_->context.codec->value_rotation();
 }
 
+std::size_t KvCache::serialized_bytes() const {
+  std::size_t bytes = 0;
+  serialize([&bytes](std::span<const std::byte> more) { bytes += more.size(); });
+  return bytes;
+}
+
+void KvCache::serialize(const std::function<void(std::span<const std::byte>)>& write) const {
+  detail::write_cache(state_->context, state_->tokens, state_->rows, write);
+}
+
 std::vector<std::byte> KvCache::serialize() const {
-  return detail::write_cache(state_->context, state_->tokens, state_->rows);
+  std::vector<std::byte> bytes;
+  bytes.reserve(serialized_bytes());
+  serialize([&bytes](std::span<const std::byte> more) {
+    bytes.insert(bytes.end(), more.begin(), more.end());
+  });
+  return bytes;
 }
 
 KvCache KvCache::deserialize(std::span<const std::byte> bytes, std::optional<Level> level) {
   detail::Reader reader(bytes);
+  return read(reader, level);
+}
+
+KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level) {
   detail::Header header = detail::read_header(reader);
   header.options.level = level;
   KvCache cache(header.options);

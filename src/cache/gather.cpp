@@ -80,7 +80,7 @@ void gather_head(const Context& context, const Row& row, int head, const Range& 
     const std::int64_t end = range.end(start + view.tokens);
     if (begin < end) {
       vectors.resize(static_cast<std::size_t>(kTileTokens) * kernels::kMaxDim);
-      const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.payload()) +
+      const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.header().tiles) +
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
       const int dim = context.options.head_dim;
       context.kernels->decode(context.codec->plan().keys, true, tile, vectors.data());

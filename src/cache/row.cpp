@@ -190,9 +190,9 @@ Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
   sealing.blocks.reserve(static_cast<std::size_t>(tokens / kTileTokens));
   for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
     const Positions positions = row.tail_positions.part(sealing.new_sinks + done, kTileTokens);
-    SealedShape shape{first + done, positions.first(), places_of(positions)};
+    SealedShape shape{first + done, positions.first(), places_of(positions), nullptr, {}};
     if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
-    sealing.blocks.push_back({SealedTokens(std::move(shape), context.block_bytes())});
+    sealing.blocks.push_back({make_block(std::move(shape), context.block_bytes())});
   }
   choose_centres(context, row, sealing);
   const std::int64_t out = sealing.new_sinks + tokens;

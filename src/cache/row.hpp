@@ -26,8 +26,17 @@ struct SealedShape {
   std::int64_t first_token = 0;
   std::int64_t first_position = 0;  // where `places` is empty
   Places places;
+  const std::byte* tiles = nullptr;   // 64-byte aligned: the payload, or bytes of `owner`
+  std::shared_ptr<const void> owner;  // of tiles that lie elsewhere, as in a file that is mapped
 };
 using SealedTokens = Shared<SealedShape, Slabs>;
+
+/// A block with memory for its tiles. Throws std::bad_alloc.
+inline SealedTokens make_block(SealedShape shape, std::size_t bytes) {
+  SealedTokens block(std::move(shape), bytes);
+  block.header().tiles = block.payload();
+  return block;
+}
 
 /// A block of sealed tokens as a row sees it: its first `tokens` ones, whose keys are centred on
 /// the row's centre set `set`.

@@ -1,21 +1,27 @@
 #include "serialize.hpp"
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
 #include <string>
+#include <tqai/codebook.hpp>
+#include <vector>
 
 #include "check.hpp"
+#include "crc32.hpp"
 
 namespace tqai::detail {
 namespace {
 
 constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
-// 1 had no positions and one centre set a row: its tokens stand at their index.
+// docs/format.md has the bytes. 1 had no positions and one centre set a row: its tokens stand at
+// their index. 2 had each block's tiles beside its header, and no codebooks.
 constexpr std::uint32_t kFirstVersion = 1;
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kTilesLast = 3;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 
@@ -45,23 +51,6 @@ void require_index(const char* what, std::int64_t index, std::size_t size) {
   refuse(std::string(what) + " = " + std::to_string(index) + " where there are " +
          std::to_string(size));
 }
-
-class Writer {
- public:
-  template <typename T>
-  void write(T value) {
-    write_from(&value, 1);
-  }
-  template <typename T>
-  void write_from(const T* from, std::size_t count) {
-    const auto* bytes = reinterpret_cast<const std::byte*>(from);
-    bytes_.insert(bytes_.end(), bytes, bytes + count * sizeof(T));
-  }
-  std::vector<std::byte> take() noexcept { return std::move(bytes_); }
-
- private:
-  std::vector<std::byte> bytes_;
-};
 
 // Objects that several rows may share, numbered in the order of their first use.
 template <typename Object>
@@ -104,6 +93,43 @@ void write_options(const CacheOptions& options, Writer& writer) {
   }
 }
 
+// What tells two codebooks apart, for one side's codes.
+struct CodebookMark {
+  std::uint32_t levels = 0;  // their checksum
+  float step = 0.0F;
+};
+
+CodebookMark mark_of(int dim, int bits) {
+  const Codebook& book = codebook(dim, bits, Grid::int8);
+  return {crc32(std::as_bytes(book.levels())), book.step()};
+}
+
+std::array<CodebookMark, 2> marks_of(const CacheOptions& options) {
+  return {mark_of(options.head_dim, options.bits_k),
+          mark_of(options.value_head_dim, options.bits_v)};
+}
+
+void write_codebooks(const CacheOptions& options, Writer& writer) {
+  for (const CodebookMark& mark : marks_of(options)) {
+    writer.write(mark.levels);
+    writer.write(mark.step);
+  }
+}
+
+void check_codebooks(const CacheOptions& options, Reader& reader) {
+  // Levels are whole numbers; steps come from sums that other processors may round otherwise.
+  constexpr float kTolerance = 1e-5F;
+  for (const CodebookMark& ours : marks_of(options)) {
+    const auto levels = reader.read<std::uint32_t>();
+    const auto step = reader.read<float>();
+    if (levels != ours.levels || !(std::abs(step - ours.step) <= kTolerance * ours.step)) {
+      throw ValueError(
+          "the cache was written with another codebook than this tqai has for its dimensions and "
+          "bits: use the tqai that wrote it, or make the cache again");
+    }
+  }
+}
+
 // The first one, then how many numbers there are, then each token's.
 void write_positions(const Positions& positions, Writer& writer) {
   writer.write(positions.first());
@@ -112,12 +138,11 @@ void write_positions(const Positions& positions, Writer& writer) {
 }
 
 void write_block(const SealedTokens& block, Writer& writer) {
-  const auto& [first_token, first_position, places] = block.header();
+  const auto& [first_token, first_position, places, tiles, owner] = block.header();
   writer.write(first_token);
   writer.write(first_position);
   writer.write(places ? static_cast<std::uint32_t>(places.header().sections) : 0U);
   if (places) writer.write_from(places.payload(), places.payload_bytes());
-  writer.write_from(block.payload(), block.payload_bytes());
 }
 
 void write_exact(const Context& context, const ExactTokens& exact, Writer& writer) {
@@ -235,27 +260,47 @@ void check_norms(const Context& context, const SealedTokens& block) {
     std::uint16_t norms[2 * kTileTokens];  // of keys, then of values
     std::memcpy(
         norms,
-        block.payload() + static_cast<std::size_t>(head) * layout.bytes() + layout.key_norms(),
+        block.header().tiles + static_cast<std::size_t>(head) * layout.bytes() + layout.key_norms(),
         sizeof(norms));
     // Below infinity: what sealing may make of vectors of up to kMaxNorm.
     for (const std::uint16_t norm : norms) require_range("a norm's FP16 bits", norm, 0, 0x7BFF);
   }
 }
 
+// Blocks whose tiles, from kTilesLast on, are still to be read.
 std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t version,
                                       Reader& reader) {
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, sizeof(std::int64_t) + context.block_bytes());
+  const bool kept = version >= kTilesLast && reader.keeps(kLineBytes);
   std::vector<SealedTokens> blocks;
   for (std::uint32_t i = 0; i < count; ++i) {
     SealedShape shape = read_shape(context, version, reader);
+    if (kept) {
+      shape.owner = reader.owner();
+      blocks.emplace_back(std::move(shape), 0);
+      continue;
+    }
     reader.need(1, context.block_bytes());
-    SealedTokens block(std::move(shape), context.block_bytes());
-    reader.read_into(block.payload(), context.block_bytes());
-    check_norms(context, block);
-    blocks.push_back(std::move(block));
+    blocks.push_back(make_block(std::move(shape), context.block_bytes()));
+    if (version < kTilesLast) {
+      reader.read_into(blocks.back().payload(), context.block_bytes());
+      check_norms(context, blocks.back());
+    }
   }
   return blocks;
+}
+
+void read_payloads(const Context& context, std::vector<SealedTokens>& blocks, Reader& reader) {
+  reader.align(kLineBytes);
+  for (SealedTokens& block : blocks) {
+    if (block.header().owner) {
+      block.header().tiles = reader.keep(context.block_bytes());
+    } else {
+      reader.read_into(block.payload(), context.block_bytes());
+    }
+    check_norms(context, block);
+  }
 }
 
 // A centre is a mean of keys that were sealed, turned or not: it is no longer than they were, and
@@ -404,42 +449,21 @@ Row read_row(const Context& context, const Parts& parts, std::uint32_t version, 
 
 }  // namespace
 
-void Reader::need(std::size_t count, std::size_t bytes) const {
-  if (count <= rest_.size() / bytes) return;
-  refuse("it ends too early: " + std::to_string(count) + " times " + std::to_string(bytes) +
-         " bytes should follow, " + std::to_string(rest_.size()) + " do");
-}
-
-void Reader::copy(void* to, std::size_t bytes) noexcept {
-  if (bytes > 0) std::memcpy(to, rest_.data(), bytes);
-  rest_ = rest_.subspan(bytes);
-}
-
-std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
-                                   const CountedVector<Row>& rows) {
+void write_cache(const Context& context, std::int64_t tokens, const CountedVector<Row>& rows,
+                 const Sink& sink) {
   check_byte_order();
   Numbered<ExactTokens> exact;
   Numbered<SealedTokens> blocks;
   Numbered<Shared<CentreShape>> centres;
-  Writer list;  // of rows
   for (const Row& row : rows) {
-    list.write(row.first);
-    list.write(exact.add(row.sinks));
-    list.write(exact.add(row.tail));
-    list.write(row.next_position);
-    write_positions(row.sink_positions, list);
-    write_positions(row.tail_positions, list);
-    list.write(static_cast<std::uint32_t>(row.centre_sets.size()));
-    for (const Centres& set : row.centre_sets) list.write(centres.add(set.memory()));
-    list.write(static_cast<std::uint32_t>(row.sealed.size()));
-    for (const BlockView& view : row.sealed) {
-      list.write(blocks.add(view.block));
-      list.write(view.tokens);
-      list.write(view.set);
-    }
+    exact.add(row.sinks);
+    exact.add(row.tail);
+    for (const Centres& set : row.centre_sets) centres.add(set.memory());
+    for (const BlockView& view : row.sealed) blocks.add(view.block);
   }
-  Writer writer;
+  Writer writer(sink);
   write_options(context.options, writer);
+  write_codebooks(context.options, writer);
   writer.write(tokens);
   writer.write(static_cast<std::uint32_t>(exact.objects().size()));
   for (const ExactTokens* part : exact.objects()) write_exact(context, *part, writer);
@@ -450,9 +474,26 @@ std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
     writer.write_from(centre->payload(), centre->payload_bytes());
   }
   writer.write(static_cast<std::uint32_t>(rows.size()));
-  const std::vector<std::byte> listed = list.take();
-  writer.write_from(listed.data(), listed.size());
-  return writer.take();
+  for (const Row& row : rows) {
+    writer.write(row.first);
+    writer.write(exact.add(row.sinks));
+    writer.write(exact.add(row.tail));
+    writer.write(row.next_position);
+    write_positions(row.sink_positions, writer);
+    write_positions(row.tail_positions, writer);
+    writer.write(static_cast<std::uint32_t>(row.centre_sets.size()));
+    for (const Centres& set : row.centre_sets) writer.write(centres.add(set.memory()));
+    writer.write(static_cast<std::uint32_t>(row.sealed.size()));
+    for (const BlockView& view : row.sealed) {
+      writer.write(blocks.add(view.block));
+      writer.write(view.tokens);
+      writer.write(view.set);
+    }
+  }
+  writer.align(kLineBytes);
+  for (const SealedTokens* block : blocks.objects()) {
+    writer.write_from(block->header().tiles, context.block_bytes());
+  }
 }
 
 Header read_header(Reader& reader) {
@@ -497,6 +538,7 @@ Header read_header(Reader& reader) {
 }
 
 Contents read_contents(const Context& context, std::uint32_t version, Reader& reader) {
+  if (version >= kTilesLast) check_codebooks(context.options, reader);
   Contents contents;
   contents.tokens = reader.read<std::int64_t>();
   require_range("a number of tokens", contents.tokens, 0, kMostTokens);
@@ -514,6 +556,7 @@ Contents read_contents(const Context& context, std::uint32_t version, Reader& re
     require_range("a row's number of tokens", row.first + row.held(), contents.tokens,
                   contents.tokens);
   }
+  if (version >= kTilesLast) read_payloads(context, parts.blocks, reader);
   require(reader.at_end(), "more bytes follow");
   return contents;
 }

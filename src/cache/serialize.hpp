@@ -2,13 +2,10 @@
 // when they are read.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <span>
-#include <string>
 #include <tqai/cache.hpp>
-#include <vector>
 
+#include "bytes.hpp"
 #include "row.hpp"
 
 namespace tqai::detail {
@@ -19,36 +16,9 @@ struct Contents {
   CountedVector<Row> rows;
 };
 
-/// Reads values off the front of bytes; throws ValueError where they end too early.
-class Reader {
- public:
-  explicit Reader(std::span<const std::byte> bytes) : rest_(bytes) {}
-
-  template <typename T>
-  T read() {
-    T value;
-    read_into(&value, 1);
-    return value;
-  }
-  /// Into `count` elements at `to`.
-  template <typename T>
-  void read_into(T* to, std::size_t count) {
-    need(count, sizeof(T));
-    copy(to, count * sizeof(T));
-  }
-  /// Throws unless `count` items of `bytes` each are left.
-  void need(std::size_t count, std::size_t bytes) const;
-  bool at_end() const noexcept { return rest_.empty(); }
-
- private:
-  void copy(void* to, std::size_t bytes) noexcept;
-
-  std::span<const std::byte> rest_;
-};
-
 /// Options and contents. What rows share is written once.
-std::vector<std::byte> write_cache(const Context& context, std::int64_t tokens,
-                                   const CountedVector<Row>& rows);
+void write_cache(const Context& context, std::int64_t tokens, const CountedVector<Row>& rows,
+                 const Sink& sink);
 
 /// What bytes of `write_cache`, or of an older tqai's, begin with; the options' level is left open.
 struct Header {

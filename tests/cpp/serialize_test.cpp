@@ -3,9 +3,11 @@
 #include <cstring>
 #include <functional>
 #include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
 
 #include "any_operations.hpp"
 #include "cache_helpers.hpp"
+#include "crc32.hpp"
 
 #if defined(__linux__)
 #include <sys/resource.h>
@@ -193,6 +195,9 @@ struct Hostile {
   std::uint32_t tiles = 1;
   std::int32_t tile_tokens = 64;
   std::int32_t tile_set = 0;
+  std::byte padding{0};
+  std::uint32_t levels_mark = 0;  // 0: the codebook's
+  float step_factor = 1.0F;
 
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> bytes;
@@ -201,7 +206,7 @@ struct Hostile {
       bytes.insert(bytes.end(), from, from + sizeof(value));
     };
     put(std::uint32_t{0x4941'5154});
-    put(std::uint32_t{2});
+    put(std::uint32_t{3});
     const std::int32_t window = 16;
     for (const std::int32_t option : {kv_heads, head_dim, head_dim, 4, 4, sink_tokens, window}) {
       put(option);
@@ -218,6 +223,12 @@ struct Hostile {
       for (const float frequency : inv_freq) put(frequency);
       put(std::uint32_t{0});
     }
+    const bool valid = head_dim >= 8 && head_dim <= 512;
+    const Codebook& book = codebook(valid ? head_dim : kDim, 4, Grid::int8);
+    for (int side = 0; side < 2; ++side) {
+      put(levels_mark != 0 ? levels_mark : detail::crc32(std::as_bytes(book.levels())));
+      put(step_factor * book.step());
+    }
     put(tokens);
     put(static_cast<std::uint32_t>(exact.size()));
     for (const std::int64_t count : exact) {
@@ -230,8 +241,6 @@ struct Hostile {
       put(block_position);
       put(static_cast<std::uint32_t>(places.empty() ? 0 : 1));
       for (const std::int32_t place : places) put(place);
-      bytes.insert(bytes.end(), 2 * packed_bytes(head_dim, 4), std::byte{0x35});
-      for (int i = 0; i < 2 * kTileTokens; ++i) put(norm);
     }
     put(centres);
     if (ends_at_centres) return bytes;
@@ -259,6 +268,11 @@ struct Hostile {
       put(tile_tokens);
       put(tile_set);
     }
+    while (bytes.size() % kLineBytes != 0) bytes.push_back(padding);
+    if (tiles > 0) {
+      bytes.insert(bytes.end(), 2 * packed_bytes(head_dim, 4), std::byte{0x35});
+      for (int i = 0; i < 2 * kTileTokens; ++i) put(norm);
+    }
     return bytes;
   }
 };
@@ -272,6 +286,10 @@ TEST(HostileBytes, AreRefusedWithWhatTheyGiveAndWhatIsAllowed) {
   };
   constexpr std::int64_t kMost = KvCache::kMaxPosition;
   const Change changes[] = {
+      {[](Hostile& h) { h.levels_mark = 1; }, "another codebook"},
+      {[](Hostile& h) { h.step_factor = 1.001F; }, "another codebook"},
+      {[](Hostile& h) { h.step_factor = NAN; }, "another codebook"},
+      {[](Hostile& h) { h.padding = std::byte{1}; }, "padding"},
       {[](Hostile& h) { h.sink_tokens = 3; }, "a row's sink tokens = 4; allowed: 0…3"},
       {[](Hostile& h) { h.exact[0] = 70, h.block_first = 70, h.tokens = 144; },
        "a row's sink tokens = 70; allowed: 0…4"},

@@ -1,11 +1,13 @@
 """Stores as the bytes that ``_core.KvCache.serialize`` writes, so that each reads the other's.
 
-src/cache/serialize.cpp is the format's description.
+docs/format.md is the format's description.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,9 @@ from tqai.stores.torch_ops.pages import PAGE_TILES, Page
 from tqai.stores.torch_ops.positions import Positions
 from tqai.stores.torch_ops.rows import Exact, Rows
 
-_MAGIC, _VERSION, _NOTHING = 0x49415154, 2, 0xFFFFFFFF
+_MAGIC, _VERSION, _NOTHING = 0x49415154, 3, 0xFFFFFFFF
+_LINE = 64
+"""Tiles begin at a multiple of so many bytes."""
 _DTYPES = tuple(DTYPES)
 
 
@@ -51,6 +55,10 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
     listed = writer.take()
 
     _write_options(options, writer)
+    for dim, bits in _codebooks(options):
+        levels, step = _mark(dim, bits)
+        writer.put("<u4", levels)
+        writer.put("<f4", step)
     writer.put("<i8", tokens)
     writer.put("<u4", len(exact.objects))
     for part, at in exact.objects:
@@ -58,14 +66,13 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
         for tensor in part.part(0, part.tokens):
             writer.tensor(tensor[at])
     writer.put("<u4", len(blocks.objects))
-    for page, row, tile in blocks.objects:
+    for page, _, tile in blocks.objects:
         positions = page.positions.part(tile * TILE_TOKENS, (tile + 1) * TILE_TOKENS)
         writer.put("<i8", page.first + tile * TILE_TOKENS, positions.first)
         places = positions.places()
         writer.put("<u4", 0 if places is None else len(places))
         if places is not None:
             writer.put("<i4", *places.flatten())
-        writer.tensor(page.tiles[row, :, tile])
     writer.put("<u4", len(centres.objects))
     for centre, at in centres.objects:
         writer.tensor(centre.constant[at])
@@ -74,7 +81,11 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
         for kind in centre.kinds[at]:
             writer.put("<u1", CENTERINGS.index(kind))
     writer.put("<u4", batch)
-    return writer.take() + listed
+    writer.append(listed)
+    writer.align(_LINE)
+    for page, row, tile in blocks.objects:
+        writer.tensor(page.tiles[row, :, tile])
+    return writer.take()
 
 
 def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
@@ -84,10 +95,12 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         ValueError: for bytes that neither wrote.
     """
     _core.KvCache.deserialize(data)  # checks every length and number
-    if data[4] != _VERSION:  # written before there were positions: C++ brings it up to date
+    if data[4] != _VERSION:  # of an older version: C++ brings it up to date
         data = _core.KvCache.deserialize(data).serialize()
     reader = _Reader(data)
     options = _read_options(reader)
+    for _ in _codebooks(options):
+        reader.get("<u4"), reader.get("<f4")  # C++ has compared them
     tokens = reader.get("<i8")
     dims = options.head_dim, options.value_head_dim
     exact = []
@@ -95,16 +108,14 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         count = reader.get("<i8")
         shapes = ((options.kv_heads, count, dim) for dim in dims)
         exact.append(tuple(reader.tensor(options.dtype, *shape) for shape in shapes))
-    blocks = []
-    tile_bytes = codec_of(options, torch.device("cpu")).tile_bytes
+    stands = []
     for _ in range(reader.get("<u4")):
         first, position, sections = reader.get("<i8"), reader.get("<i8"), reader.get("<u4")
         positions = Positions(position, TILE_TOKENS)
         if sections:
             each = reader.tensor(torch.int32, sections, TILE_TOKENS).numpy().T
             positions = Positions.of(_widened(each, options))
-        tiles = reader.tensor(torch.uint8, options.kv_heads, tile_bytes)
-        blocks.append((first, tiles, positions))
+        stands.append((first, positions))
     pairs = 0 if options.rope is None else len(options.rope[0])
     centres = []
     for _ in range(reader.get("<u4")):
@@ -113,7 +124,13 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         left = reader.tensor(torch.float32, options.kv_heads)
         kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
         centres.append(RowCentres(constant.numpy(), means.numpy(), left.numpy(), kinds))
-    rows = [_Row.read(reader, options, exact, blocks) for _ in range(reader.get("<u4"))]
+    rows = [_Row.read(reader, options, exact, stands) for _ in range(reader.get("<u4"))]
+    reader.align(_LINE)
+    tile_bytes = codec_of(options, torch.device("cpu")).tile_bytes
+    blocks = [
+        (first, reader.tensor(torch.uint8, options.kv_heads, tile_bytes), positions)
+        for first, positions in stands
+    ]
 
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
@@ -163,6 +180,18 @@ def _sections(options: Options) -> int:
 def _widened(each: np.ndarray, options: Options) -> np.ndarray:
     """[tokens, sections], where all sections may have been written as one."""
     return np.broadcast_to(each, (len(each), _sections(options)))
+
+
+def _codebooks(options: Options) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Dimension and bits of each side's codebook."""
+    return (options.head_dim, options.bits_k), (options.value_head_dim, options.bits_v)
+
+
+@lru_cache(maxsize=64)
+def _mark(dim: int, bits: int) -> tuple[int, float]:
+    """What tells a codebook from others: the checksum of its levels, and its step."""
+    book = _core.Codebook(dim, bits, "int8")
+    return zlib.crc32(book.levels.tobytes()), book.step
 
 
 def _write_options(options: Options, writer: _Writer) -> None:
@@ -255,7 +284,13 @@ class _Row(NamedTuple):
     """Equal for rows that can be held together."""
 
     @classmethod
-    def read(cls, reader: _Reader, options: Options, exact: list[Any], blocks: list[Any]) -> _Row:
+    def read(
+        cls,
+        reader: _Reader,
+        options: Options,
+        exact: list[Any],
+        blocks: list[tuple[int, Positions]],
+    ) -> _Row:
         first = reader.get("<i8")
         sinks, tail = reader.get("<u4"), reader.get("<u4")
         next_position = reader.get("<i8")
@@ -267,7 +302,7 @@ class _Row(NamedTuple):
             for _ in range(reader.get("<u4"))
         ]
         spans = tuple(part[1:] for part in tiles)
-        all_stands = [*stands, *(blocks[block][2] for block, _, _ in tiles)]
+        all_stands = [*stands, *(blocks[block][1] for block, _, _ in tiles)]
         places = tuple(
             (stand.first, b"" if stand.each is None else stand.each.tobytes())
             for stand in all_stands
@@ -302,6 +337,12 @@ class _Writer:
             flat = tensor.contiguous().view(-1).view(torch.uint8).cpu()
             self._parts.append(flat.numpy().tobytes())
 
+    def append(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def align(self, unit: int) -> None:
+        self._parts.append(bytes(-sum(map(len, self._parts)) % unit))
+
     def take(self) -> bytes:
         data, self._parts = b"".join(self._parts), []
         return data
@@ -316,6 +357,9 @@ class _Reader:
         number = np.frombuffer(self._data, dtype=kind, count=1, offset=self._at)[0]
         self._at += number.itemsize
         return number.item()
+
+    def align(self, unit: int) -> None:
+        self._at += -self._at % unit
 
     def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         size = int(np.prod(shape)) * dtype.itemsize
