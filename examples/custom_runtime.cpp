@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <random>
-#include <tqai/cache.hpp>
+#include <tqai/eigen.hpp>
 #include <vector>
 
 namespace {

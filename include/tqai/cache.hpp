@@ -11,10 +11,10 @@
 #include <string>
 #include <tqai/centering.hpp>
 #include <tqai/cpu.hpp>
-#include <tqai/eigen.hpp>
 #include <tqai/error.hpp>
 #include <tqai/export.hpp>
 #include <tqai/half.hpp>
+#include <tqai/matrix.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/rotation.hpp>
 #include <vector>
@@ -234,13 +234,19 @@ class TQAI_API KvCache {
   /// are not checked, any are valid: guard files by a checksum.
   static KvCache deserialize(std::span<const std::byte> bytes, std::optional<Level> level = {});
 
-  /// `append` for one batch row of an inference runtime: keys [n, kv_heads · head_dim], values
-  /// [n, kv_heads · value_head_dim], fp32, as projections leave them.
-  void append(const Eigen::Ref<const RowMatrix>& keys, const Eigen::Ref<const RowMatrix>& values);
-  /// `attend` for one batch row: queries [n, query_heads · head_dim], output [n, query_heads ·
-  /// value_head_dim], fp32.
-  void attend(const Eigen::Ref<const RowMatrix>& queries, Eigen::Ref<RowMatrix> output,
-              const AttendOptions& options = {}) const;
+  /// `append` for one batch row of an inference runtime, with Eigen's matrices, maps, blocks or
+  /// expressions (needs <tqai/eigen.hpp>): keys [n, kv_heads · head_dim], values [n, kv_heads ·
+  /// value_head_dim], fp32, as projections leave them. What is not row-major is copied first.
+  template <detail::EigenMatrix Keys, detail::EigenMatrix Values>
+  void append(const Keys& keys, const Values& values) {
+    detail::EigenRows<Keys>::append(*this, keys, values);
+  }
+  /// `attend` for one batch row (needs <tqai/eigen.hpp>): queries [n, query_heads · head_dim];
+  /// output [n, query_heads · value_head_dim], fp32, row-major.
+  template <detail::EigenMatrix Queries, detail::EigenMatrix Output>
+  void attend(const Queries& queries, Output&& output, const AttendOptions& options = {}) const {
+    detail::EigenRows<Queries>::attend(*this, queries, output, options);
+  }
 
  private:
   friend class CacheFile;
@@ -251,5 +257,3 @@ class TQAI_API KvCache {
 };
 
 }  // namespace tqai
-
-#include <tqai/cache-inl.hpp>

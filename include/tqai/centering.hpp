@@ -1,7 +1,6 @@
 // What is subtracted from keys before they are quantised.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -37,7 +36,9 @@ struct Rope {
   static constexpr int kMaxSections = 4;
   /// The largest section, and one.
   int section_count() const noexcept {
-    return sections.empty() ? 1 : 1 + *std::max_element(sections.begin(), sections.end());
+    int largest = 0;  // without <algorithm>, whose reading takes longer than this header's
+    for (const int section : sections) largest = section > largest ? section : largest;
+    return 1 + largest;
   }
 };
 

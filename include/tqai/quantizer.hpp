@@ -7,20 +7,12 @@
 #include <cstdint>
 #include <span>
 #include <tqai/codebook.hpp>
-#include <tqai/eigen.hpp>
 #include <tqai/export.hpp>
+#include <tqai/matrix.hpp>
 #include <tqai/rotation.hpp>
 #include <vector>
 
 namespace tqai {
-
-/// Row-major codes [rows, code_bytes()] and FP16 norms [rows, norm_count()], and views of them.
-using CodeMatrix = Eigen::Matrix<std::uint8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using CodeRows = Eigen::Ref<CodeMatrix>;
-using ConstCodeRows = Eigen::Ref<const CodeMatrix>;
-using NormMatrix = Eigen::Matrix<std::uint16_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using NormRows = Eigen::Ref<NormMatrix>;
-using ConstNormRows = Eigen::Ref<const NormMatrix>;
 
 /// What both quantisers do. A vector becomes code_bytes() bytes of codes, little-endian in bits
 /// (code i at bits i·b … i·b+b−1 of its run), and norm_count() FP16 norms.
@@ -56,36 +48,25 @@ class TQAI_API VectorQuantizer {
   void inner_products(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
                       const std::uint16_t* norms, std::int64_t rows, float* products) const;
 
-  // The same for Eigen's matrices, maps and blocks whose rows follow one another without gaps.
+  // The same for Eigen's matrices, maps and blocks whose rows follow one another without gaps
+  // (needs <tqai/eigen.hpp>); codes and norms are its CodeMatrix and NormMatrix or views of such.
 
   /// As above, of each row of `vectors`.
-  void encode(const ConstRows& vectors, CodeRows codes, NormRows norms) const {
-    const Eigen::Index rows = vectors.rows();
-    check_view("vectors", vectors, rows, head_dim_);
-    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
-    check_view("norms", norms, rows, norm_count_);
-    encode(vectors.data(), rows, codes.data(), norms.data());
+  template <detail::EigenMatrix Vectors, detail::EigenMatrix Codes, detail::EigenMatrix Norms>
+  void encode(const Vectors& vectors, Codes&& codes, Norms&& norms) const {
+    detail::EigenRows<Vectors>::encode(*this, vectors, codes, norms);
   }
-
   /// As above, into each row of `vectors`.
-  void decode(const ConstCodeRows& codes, const ConstNormRows& norms, Rows vectors) const {
-    const Eigen::Index rows = codes.rows();
-    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
-    check_view("norms", norms, rows, norm_count_);
-    check_view("vectors", vectors, rows, head_dim_);
-    decode(codes.data(), norms.data(), rows, vectors.data());
+  template <detail::EigenMatrix Codes, detail::EigenMatrix Norms, detail::EigenMatrix Vectors>
+  void decode(const Codes& codes, const Norms& norms, Vectors&& vectors) const {
+    detail::EigenRows<Codes>::decode(*this, codes, norms, vectors);
   }
-
   /// As above, of each row of `queries` with each vector.
-  void inner_products(const ConstRows& queries, const ConstCodeRows& codes,
-                      const ConstNormRows& norms, Rows products) const {
-    const Eigen::Index rows = codes.rows();
-    check_view("queries", queries, queries.rows(), head_dim_);
-    check_view("codes", codes, rows, static_cast<std::int64_t>(code_bytes_));
-    check_view("norms", norms, rows, norm_count_);
-    check_view("products", products, queries.rows(), rows);
-    inner_products(queries.data(), queries.rows(), codes.data(), norms.data(), rows,
-                   products.data());
+  template <detail::EigenMatrix Queries, detail::EigenMatrix Codes, detail::EigenMatrix Norms,
+            detail::EigenMatrix Products>
+  void inner_products(const Queries& queries, const Codes& codes, const Norms& norms,
+                      Products&& products) const {
+    detail::EigenRows<Queries>::inner_products(*this, queries, codes, norms, products);
   }
 
  protected:
@@ -111,11 +92,9 @@ class TQAI_API VectorQuantizer {
                              const std::uint8_t* codes, const std::uint16_t* norms,
                              std::int64_t rows, float* products) const = 0;
 
-  template <typename View>
-  static void check_view(const char* name, const View& view, std::int64_t rows,
-                         std::int64_t columns) {
-    check_shape(name, {view.rows(), view.cols()}, {rows, columns}, view.outerStride());
-  }
+  template <typename Matrix>
+  friend struct detail::EigenRows;
+
   static void check_shape(const char* name, std::array<std::int64_t, 2> shape,
                           std::array<std::int64_t, 2> allowed, std::int64_t row_stride);
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 #include <span>
-#include <tqai/eigen.hpp>
 #include <tqai/export.hpp>
+#include <tqai/matrix.hpp>
 #include <vector>
 
 namespace tqai {
@@ -44,22 +44,21 @@ class TQAI_API Rotation {
   /// [head_dim, head_dim] row-major R; empty for hadamard.
   std::span<const float> matrix() const noexcept { return matrix_; }
 
-  /// `apply` for Eigen rows: x, y [rows, head_dim].
-  void apply(const ConstRows& x, Rows y) const {
-    check_views(x.rows(), x.cols(), y.rows(), y.cols());
-    for (Eigen::Index r = 0; r < x.rows(); ++r) {
-      apply(x.data() + r * x.outerStride(), y.data() + r * y.outerStride(), 1);
-    }
+  /// `apply` for Eigen's rows (needs <tqai/eigen.hpp>): x, y [rows, head_dim]; y is row-major.
+  template <detail::EigenMatrix In, detail::EigenMatrix Out>
+  void apply(const In& x, Out&& y) const {
+    detail::EigenRows<In>::apply(*this, x, y);
   }
-  /// `apply_transposed` for Eigen rows: y, x [rows, head_dim].
-  void apply_transposed(const ConstRows& y, Rows x) const {
-    check_views(y.rows(), y.cols(), x.rows(), x.cols());
-    for (Eigen::Index r = 0; r < y.rows(); ++r) {
-      apply_transposed(y.data() + r * y.outerStride(), x.data() + r * x.outerStride(), 1);
-    }
+  /// `apply_transposed` for Eigen's rows: y, x [rows, head_dim].
+  template <detail::EigenMatrix In, detail::EigenMatrix Out>
+  void apply_transposed(const In& y, Out&& x) const {
+    detail::EigenRows<In>::apply_transposed(*this, y, x);
   }
 
  private:
+  template <typename Matrix>
+  friend struct detail::EigenRows;
+
   void check_views(std::int64_t in_rows, std::int64_t in_cols, std::int64_t out_rows,
                    std::int64_t out_cols) const;
 

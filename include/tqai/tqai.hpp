@@ -1,9 +1,10 @@
-// All of tqai.
+// All of tqai, the views of Eigen included; programs without Eigen include what they use.
 #pragma once
 
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 #include <tqai/cpu.hpp>
+#include <tqai/eigen.hpp>
 #include <tqai/error.hpp>
 #include <tqai/half.hpp>
 #include <tqai/limits.hpp>

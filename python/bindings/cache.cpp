@@ -129,10 +129,9 @@ py::dict memory(const LockedCache& cache) {
 py::array_t<float> matrix_of(const Rotation& rotation) {
   const py::ssize_t dim = rotation.head_dim();
   py::array_t<float> matrix({dim, dim});
-  Eigen::Map<RowMatrix> rows(matrix.mutable_data(), dim, dim);
-  rows.setIdentity();
-  rotation.apply(rows.data(), rows.data(), dim);  // row i becomes R's column i
-  rows.transposeInPlace();
+  float* rows = matrix.mutable_data();
+  for (py::ssize_t i = 0; i < dim * dim; ++i) rows[i] = i % (dim + 1) == 0 ? 1.0F : 0.0F;
+  rotation.apply_transposed(rows, rows, dim);  // row i becomes R's row i
   return matrix;
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <tqai/cache.hpp>
+#include <tqai/eigen.hpp>
 
 #include "cache_helpers.hpp"
 #include "every_level.hpp"

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <tqai/eigen.hpp>
 #include <tqai/half.hpp>
 #include <tqai/quantizer.hpp>
 #include <vector>

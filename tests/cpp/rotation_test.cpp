@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <tqai/eigen.hpp>
 #include <tqai/rotation.hpp>
 #include <vector>
 

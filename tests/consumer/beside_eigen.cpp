@@ -1,9 +1,9 @@
-// Appends, seals and attends through the public header alone, beside an application's own use of
-// Eigen; nonzero where a result is wrong.
+// Appends, seals and attends with Eigen's matrices, beside an application's own use of Eigen;
+// nonzero where a result is wrong.
 #include <Eigen/QR>
 #include <cmath>
 #include <cstdio>
-#include <tqai/cache.hpp>
+#include <tqai/eigen.hpp>
 
 // The application's own decomposition, built for its own processor: were the library to bring weak
 // symbols of Eigen along, the linker would merge the two, and memory be freed as it was not
