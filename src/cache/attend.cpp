@@ -21,51 +21,70 @@ constexpr double kWorthThreads = 2e6;
 // Of working memory in a batch.
 constexpr std::int64_t kBatchFloats = std::int64_t{1} << 23;
 
-// The sealed parts of a batch: all units of a batch row side by side, so that memory is read in
-// order. Where each kv head has many, part by part instead, so that they find its tiles in a cache.
-void add_sealed(const AttendUnits& units, const Batch& batch, std::vector<Item>& items) {
-  const bool together = units.per_head() <= kMostBlocksTogether;
-  const std::int64_t run = together ? units.per_row() : units.per_head();
-  const std::int64_t most = together ? kernels::kMaxHeads : 1;
-  for (std::int64_t first = 0; first < batch.count();) {
-    const std::int64_t run_end = round_up(batch.first() + first + 1, run) - batch.first();
-    const std::int64_t end = std::min(batch.count(), run_end);
-    const std::int64_t parts = units.parts(batch.first() + first);
-    for (std::int64_t part = 1; part < parts; ++part) {
-      for (std::int64_t u = first; u < end; u += most) {
-        items.push_back({u, static_cast<int>(std::min(most, end - u)), part});
+// What a batch's units attend to, as work for threads.
+class Items {
+ public:
+  /// With room for those of any batch of up to `units` units. Throws std::bad_alloc.
+  Items(const AttendUnits& of, std::int64_t units, int threads) : units_(of), threads_(threads) {
+    const auto count = static_cast<std::size_t>(threads);
+    if (threads > 1) last_.reserve(count);
+    // Each unit in each part; what is split makes 2 kShares a thread at most, and one an item.
+    items_.reserve(static_cast<std::size_t>(units * of.most_parts()) + (2 * kShares + 1) * count);
+  }
+
+  // The last items, one for each thread, are split into kShares a thread, to be spread evenly. How
+  // units are split does not change any number.
+  const std::vector<Item>& of(const Batch& batch) noexcept {
+    items_.clear();
+    last_.clear();
+    add_sealed(batch);
+    if (threads_ > 1) {
+      const auto whole = items_.end() - std::min<std::ptrdiff_t>(threads_, std::ssize(items_));
+      last_.assign(whole, items_.end());
+      items_.erase(whole, items_.end());
+    }
+    for (std::int64_t i = 0; i < batch.count(); ++i) items_.push_back({i, 1, 0});
+    int last_units = 0;
+    for (const Item& item : last_) last_units += item.count;
+    const int share = std::max(1, last_units / (kShares * threads_));
+    for (const Item& item : last_) {
+      for (int u = 0; u < item.count; u += share) {
+        items_.push_back({item.first + u, std::min(share, item.count - u), item.part});
       }
     }
-    first = end;
+    return items_;
   }
-}
 
-// The last items, one for each thread, are split into kShares a thread, to be spread evenly. How
-// units are split does not change any number.
-std::vector<Item> split(const AttendUnits& units, const Batch& batch, int threads) {
-  std::vector<Item> items;
-  add_sealed(units, batch, items);
-  std::vector<Item> last;
-  if (threads > 1) {
-    const auto whole = items.end() - std::min<std::ptrdiff_t>(threads, std::ssize(items));
-    last.assign(whole, items.end());
-    items.erase(whole, items.end());
-  }
-  for (std::int64_t i = 0; i < batch.count(); ++i) items.push_back({i, 1, 0});
-  int last_units = 0;
-  for (const Item& item : last) last_units += item.count;
-  const int share = std::max(1, last_units / (kShares * threads));
-  for (const Item& item : last) {
-    for (int u = 0; u < item.count; u += share) {
-      items.push_back({item.first + u, std::min(share, item.count - u), item.part});
+ private:
+  // The sealed parts of a batch: all units of a batch row side by side, so that memory is read in
+  // order. Where each kv head has many, part by part instead, so that they find its tiles in a
+  // cache.
+  void add_sealed(const Batch& batch) noexcept {
+    const bool together = units_.per_head() <= kMostBlocksTogether;
+    const std::int64_t run = together ? units_.per_row() : units_.per_head();
+    const std::int64_t most = together ? kernels::kMaxHeads : 1;
+    for (std::int64_t first = 0; first < batch.count();) {
+      const std::int64_t run_end = round_up(batch.first() + first + 1, run) - batch.first();
+      const std::int64_t end = std::min(batch.count(), run_end);
+      const std::int64_t parts = units_.parts(batch.first() + first);
+      for (std::int64_t part = 1; part < parts; ++part) {
+        for (std::int64_t u = first; u < end; u += most) {
+          items_.push_back({u, static_cast<int>(std::min(most, end - u)), part});
+        }
+      }
+      first = end;
     }
   }
-  return items;
-}
 
-void attend_batch(const AttendUnits& units, const Batch& batch, int threads) {
-  const std::vector<Item> todo = split(units, batch, threads);
-  const auto count = static_cast<std::int64_t>(todo.size());
+  const AttendUnits& units_;
+  int threads_;
+  std::vector<Item> items_;
+  std::vector<Item> last_;
+};
+
+void attend_batch(const AttendUnits& units, const Batch& batch, const std::vector<Item>& todo,
+                  [[maybe_unused]] int threads) noexcept {
+  const std::int64_t count = std::ssize(todo);
   const auto prepare = [&](std::int64_t i) { units.prepare(batch, i); };
   const auto attend_nth = [&](std::int64_t i) {
     units.attend(batch, todo[static_cast<std::size_t>(i)]);
@@ -103,9 +122,11 @@ void attend(const Context& context, std::span<const Row> rows, std::int64_t toke
       std::clamp<std::int64_t>(kBatchFloats / units.floats(), 1, units.count());
   Batch batch(units, most);
   const int threads = units.multiplications() > kWorthThreads ? usable_threads() : 1;
+  Items items(units, most, threads);
+  // From here on nothing may throw: neither in threads nor with a part of the output written.
   for (std::int64_t first = 0; first < units.count(); first += most) {
     batch.move_to(first, std::min(most, units.count() - first));
-    attend_batch(units, batch, threads);
+    attend_batch(units, batch, items.of(batch), threads);
   }
 }
 

@@ -36,6 +36,7 @@ class AttendUnits {
   std::int64_t per_row() const noexcept { return context_.options.kv_heads * blocks_; }
   /// Parts of unit `index`; part 0 is of exact tokens.
   std::int64_t parts(std::int64_t index) const noexcept { return parts_of(unit(index).batch_row); }
+  std::int64_t most_parts() const noexcept { return parts_; }
   /// Of all units, about.
   double multiplications() const noexcept;
   /// Floats of a unit's working memory.

@@ -87,8 +87,10 @@ struct Stand {
   std::int64_t next = 0;
 };
 
-Stand stand(const Context& context, const Row& row, const std::optional<PositionTensor>& given,
-            std::int64_t batch_row, std::int64_t tokens) {
+// tail: where its tokens stand when these are added.
+Stand stand(const Context& context, const Row& row, const detail::Positions& tail,
+            const std::optional<PositionTensor>& given, std::int64_t batch_row,
+            std::int64_t tokens) {
   detail::Positions positions;
   if (given && context.uses_positions()) {
     positions = detail::read_positions(*given, batch_row, context.sections());
@@ -96,10 +98,21 @@ Stand stand(const Context& context, const Row& row, const std::optional<Position
     positions = detail::Positions::consecutive(row.next_position, tokens);
     detail::check_position(row.next_position + tokens - 1);
   }
-  return {row.tail_positions.joined(positions), positions.next()};
+  return {tail.joined(positions), positions.next()};
 }
 
-void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
+std::int64_t most_sealable(const Context& context,
+                           const detail::CountedVector<Row>& rows) noexcept {
+  std::int64_t most = 0;
+  for (const Row& row : rows) most = std::max(most, detail::sealable(context, row));
+  return most;
+}
+
+// What sealing will do to each row, without blocks where that is nothing; empty where it is nothing
+// for all of them. Of the rows themselves only capacity changes.
+std::vector<detail::Sealing> prepare_sealings(const Context& context,
+                                              detail::CountedVector<Row>& rows) {
+  if (most_sealable(context, rows) == 0) return {};
   struct Job {
     std::size_t row;
     std::int64_t block;
@@ -122,7 +135,12 @@ void seal_rows(const Context& context, detail::CountedVector<Row>& rows) {
     const Job& job = jobs[static_cast<std::size_t>(i)];
     detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head);
   });
-  for (std::size_t b = 0; b < rows.size(); ++b) {
+  return sealings;
+}
+
+void commit_all(detail::CountedVector<Row>& rows,
+                std::vector<detail::Sealing>&& sealings) noexcept {
+  for (std::size_t b = 0; b < sealings.size(); ++b) {
     if (!sealings[b].blocks.empty()) detail::commit(rows[b], std::move(sealings[b]));
   }
 }
@@ -208,14 +226,20 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
   if (tokens == 0) return;
   detail::check_vectors(*context.kernels, "keys", keys);
   detail::check_vectors(*context.kernels, "values", values);
-  seal();
+  std::vector<detail::Sealing> sealings = prepare_sealings(context, state.rows);
   std::vector<Stand> stands;
   stands.reserve(state.rows.size());
   for (std::size_t b = 0; b < state.rows.size(); ++b) {
-    stands.push_back(
-        stand(context, state.rows[b], positions, static_cast<std::int64_t>(b), tokens));
+    Row& row = state.rows[b];
+    detail::Sealing* sealing =
+        sealings.empty() || sealings[b].blocks.empty() ? nullptr : &sealings[b];
+    stands.push_back(stand(context, row,
+                           sealing != nullptr ? sealing->tail_positions : row.tail_positions,
+                           positions, static_cast<std::int64_t>(b), tokens));
+    detail::reserve_tail(context, sealing != nullptr ? sealing->tail : row.tail, tokens);
   }
-  for (Row& row : state.rows) detail::reserve_tail(context, row, tokens);
+  // From here on nothing may throw.
+  commit_all(state.rows, std::move(sealings));
   for (std::size_t b = 0; b < state.rows.size(); ++b) {
     copy_in(context, state.rows[b], keys, values, static_cast<std::int64_t>(b));
     state.rows[b].tail_positions = std::move(stands[b].tail);
@@ -226,16 +250,8 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
 
 std::int64_t KvCache::seal() {
   const SubnormalNumbers counted;
-  const auto most_sealable = [this] {
-    std::int64_t most = 0;
-    for (const Row& row : state_->rows) {
-      most = std::max(most, detail::sealable(state_->context, row));
-    }
-    return most;
-  };
-  if (most_sealable() == 0) return 0;
-  seal_rows(state_->context, state_->rows);
-  return most_sealable();
+  commit_all(state_->rows, prepare_sealings(state_->context, state_->rows));
+  return most_sealable(state_->context, state_->rows);
 }
 
 void KvCache::attend(const ConstTensor& queries, const Tensor& output,
@@ -366,8 +382,19 @@ void KvCache::discard_before(std::int64_t token) {
     throw ValueError("discard before token " + std::to_string(token) + "; allowed: 0…" +
                      std::to_string(state.tokens));
   }
-  for (Row& row : state.rows) {
-    if (token > row.first) detail::drop_front(state.context, row, token - row.first);
+  if (std::none_of(state.rows.begin(), state.rows.end(),
+                   [token](const Row& row) { return detail::drops_any(row, token - row.first); })) {
+    return;
+  }
+  std::vector<detail::Dropping> droppings;
+  droppings.reserve(state.rows.size());
+  for (const Row& row : state.rows) {
+    droppings.push_back(
+        detail::prepare_dropping(state.context, row, std::max<std::int64_t>(token - row.first, 0)));
+  }
+  // From here on nothing may throw.
+  for (std::size_t b = 0; b < droppings.size(); ++b) {
+    detail::commit(state.rows[b], std::move(droppings[b]));
   }
 }
 

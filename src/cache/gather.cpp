@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 namespace tqai::detail {
 namespace {
@@ -66,7 +66,7 @@ void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_
 }
 
 void gather_head(const Context& context, const Row& row, int head, const Range& range,
-                 const VectorWriter& keys, const VectorWriter& values) {
+                 const VectorWriter& keys, const VectorWriter& values, float* vectors) noexcept {
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);
     values.clear(t - range.first);
@@ -74,25 +74,22 @@ void gather_head(const Context& context, const Row& row, int head, const Range& 
   std::int64_t start = row.first;
   gather_exact(context, row.sinks, start, head, range, keys, values);
   start += row.sink_tokens();
-  std::vector<float> vectors;
   for (const BlockView& view : row.sealed) {
     const std::int64_t begin = range.begin(start);
     const std::int64_t end = range.end(start + view.tokens);
     if (begin < end) {
-      vectors.resize(static_cast<std::size_t>(kTileTokens) * kernels::kMaxDim);
       const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.header().tiles) +
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
       const int dim = context.options.head_dim;
-      context.kernels->decode(context.codec->plan().keys, true, tile, vectors.data());
+      context.kernels->decode(context.codec->plan().keys, true, tile, vectors);
       add_centre(context, row.centre_sets[static_cast<std::size_t>(view.set)], head,
-                 positions_of(view), 1.0F, vectors.data());
+                 positions_of(view), 1.0F, vectors);
       for (std::int64_t t = begin; t < end; ++t) {
-        keys.write(t - range.first, vectors.data() + (t - start) * dim);
+        keys.write(t - range.first, vectors + (t - start) * dim);
       }
-      context.kernels->decode(context.codec->plan().values, false, tile, vectors.data());
+      context.kernels->decode(context.codec->plan().values, false, tile, vectors);
       for (std::int64_t t = begin; t < end; ++t) {
-        values.write(t - range.first,
-                     vectors.data() + (t - start) * context.options.value_head_dim);
+        values.write(t - range.first, vectors + (t - start) * context.options.value_head_dim);
       }
     }
     start += view.tokens;
@@ -106,11 +103,13 @@ void gather(const Context& context, std::span<const Row> rows, std::int64_t firs
             const Tensor& keys, const Tensor& values) {
   const Range range{first, keys.shape[2]};
   const int heads = context.options.kv_heads;
+  // Of a tile. Before anything is written, after which nothing may throw.
+  const std::unique_ptr<float[]> vectors(new float[std::size_t{kTileTokens} * kernels::kMaxDim]);
   for (std::size_t b = 0; b < rows.size(); ++b) {
     for (int head = 0; head < heads; ++head) {
       const auto row = static_cast<std::int64_t>(b);
       gather_head(context, rows[b], head, range, VectorWriter(keys, row, head),
-                  VectorWriter(values, row, head));
+                  VectorWriter(values, row, head), vectors.get());
     }
   }
 }

@@ -128,11 +128,11 @@ std::byte* exact_values(const Context& context, const ExactTokens& tokens, int h
              context.value_bytes();
 }
 
-void reserve_tail(const Context& context, Row& row, std::int64_t more) {
-  const std::int64_t tokens = row.tail_tokens();
+void reserve_tail(const Context& context, ExactTokens& tail, std::int64_t more) {
+  const std::int64_t tokens = tail ? tail.header().tokens : 0;
   const std::int64_t needed = tokens + more;
-  const std::int64_t capacity = row.tail ? row.tail.header().capacity : 0;
-  if (needed <= capacity && row.tail.sole()) return;
+  const std::int64_t capacity = tail ? tail.header().capacity : 0;
+  if (needed <= capacity && tail.sole()) return;
   constexpr std::int64_t kFewestTokens = 16;
   // Doubling up to what a sealed row keeps; more only as asked, since it is given back by sealing,
   // but for a tail that cannot be sealed.
@@ -140,7 +140,7 @@ void reserve_tail(const Context& context, Row& row, std::int64_t more) {
   const std::int64_t grown =
       tokens > kept ? needed + needed / 8
                     : std::min(std::max<std::int64_t>(2 * capacity, kFewestTokens), kept);
-  row.tail = copy_tokens(context, row.tail, 0, tokens, std::max({needed, grown, capacity}));
+  tail = copy_tokens(context, tail, 0, tokens, std::max({needed, grown, capacity}));
 }
 
 std::int64_t sealable(const Context& context, const Row& row) noexcept {
@@ -246,7 +246,7 @@ void truncate(const Context& context, Row& row, std::int64_t held) {
   const std::int64_t before_tail = row.sink_tokens() + row.sealed_tokens;
   if (held >= before_tail) {
     Positions positions = row.tail_positions.part(0, held - before_tail);
-    reserve_tail(context, row, 0);
+    reserve_tail(context, row.tail, 0);
     row.tail.header().tokens = held - before_tail;
     row.tail_positions = std::move(positions);
     if (held > 0) row.next_position = position_after(row);
@@ -281,33 +281,41 @@ void truncate(const Context& context, Row& row, std::int64_t held) {
   row.next_position = position_after(row);
 }
 
-void drop_front(const Context& context, Row& row, std::int64_t count) {
-  count = std::min(count, row.held());
-  // Copies first: from here on nothing may throw.
+bool drops_any(const Row& row, std::int64_t count) noexcept {
+  if (count <= 0 || row.sink_tokens() > 0) return count > 0;
+  return count >= (row.sealed.empty() ? kTileTokens : row.sealed.front().tokens);
+}
+
+Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t count) {
+  Dropping dropping;
+  dropping.count = std::min(count, row.held());
   const std::int64_t sinks = row.sink_tokens();
-  const std::int64_t from_sinks = std::min(count, sinks);
-  ExactTokens kept_sinks = from_sinks < sinks ? copy_tokens(context, row.sinks, from_sinks,
-                                                            sinks - from_sinks, sinks - from_sinks)
-                                              : ExactTokens{};
-  Positions sink_positions = row.sink_positions.part(from_sinks, sinks - from_sinks);
-  const std::int64_t from_tail =
-      std::max<std::int64_t>(count - sinks - row.sealed_tokens, 0) / kTileTokens * kTileTokens;
-  ExactTokens kept_tail;
-  Positions tail_positions;
-  if (from_tail > 0) {
+  dropping.from_sinks = std::min(dropping.count, sinks);
+  if (dropping.from_sinks > 0) {
+    const std::int64_t kept = sinks - dropping.from_sinks;
+    dropping.sinks = copy_tokens(context, row.sinks, dropping.from_sinks, kept, kept);
+    dropping.sink_positions = row.sink_positions.part(dropping.from_sinks, kept);
+  }
+  dropping.from_tail = std::max<std::int64_t>(dropping.count - sinks - row.sealed_tokens, 0) /
+                       kTileTokens * kTileTokens;
+  if (dropping.from_tail > 0) {
     // A prefill's capacity is given back, as by sealing.
-    const std::int64_t kept = row.tail_tokens() - from_tail;
+    const std::int64_t kept = row.tail_tokens() - dropping.from_tail;
     const std::int64_t usual = context.options.residual_window + kTileTokens;
-    kept_tail = copy_tokens(context, row.tail, from_tail, kept,
-                            std::max(kept, std::min(row.tail.header().capacity, usual)));
-    tail_positions = row.tail_positions.part(from_tail, kept);
+    dropping.tail = copy_tokens(context, row.tail, dropping.from_tail, kept,
+                                std::max(kept, std::min(row.tail.header().capacity, usual)));
+    dropping.tail_positions = row.tail_positions.part(dropping.from_tail, kept);
   }
-  if (from_sinks > 0) {
-    row.sinks = std::move(kept_sinks);
-    row.sink_positions = std::move(sink_positions);
+  return dropping;
+}
+
+void commit(Row& row, Dropping&& dropping) noexcept {
+  if (dropping.from_sinks > 0) {
+    row.sinks = std::move(dropping.sinks);
+    row.sink_positions = std::move(dropping.sink_positions);
+    row.first += dropping.from_sinks;
   }
-  row.first += from_sinks;
-  std::int64_t rest = count - from_sinks;
+  std::int64_t rest = dropping.count - dropping.from_sinks;
   std::size_t blocks = 0;
   while (blocks < row.sealed.size() && rest >= row.sealed[blocks].tokens) {
     rest -= row.sealed[blocks].tokens;
@@ -317,10 +325,10 @@ void drop_front(const Context& context, Row& row, std::int64_t count) {
   }
   row.sealed.erase(row.sealed.begin(), row.sealed.begin() + static_cast<std::ptrdiff_t>(blocks));
   if (blocks > 0) compact_sets(row);
-  if (from_tail > 0) {
-    row.first += from_tail;
-    row.tail = std::move(kept_tail);
-    row.tail_positions = std::move(tail_positions);
+  if (dropping.from_tail > 0) {
+    row.first += dropping.from_tail;
+    row.tail = std::move(dropping.tail);
+    row.tail_positions = std::move(dropping.tail_positions);
   }
 }
 

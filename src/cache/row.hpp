@@ -74,8 +74,9 @@ struct Row {
   std::int64_t held() const noexcept { return sink_tokens() + sealed_tokens + tail_tokens(); }
 };
 
-/// Makes room for `more` tokens in a tail that nobody shares. Changes no content; may throw.
-void reserve_tail(const Context& context, Row& row, std::int64_t more);
+/// Makes room for `more` tokens in a tail, and nobody else a reader of it. Changes no content; may
+/// throw.
+void reserve_tail(const Context& context, ExactTokens& tail, std::int64_t more);
 
 /// What sealing does to a row, made beforehand so that the change itself cannot fail.
 struct Sealing {
@@ -109,9 +110,26 @@ void commit(Row& row, Sealing&& sealing) noexcept;
 /// Keeps the first `held` tokens of those held. May throw before anything changed.
 void truncate(const Context& context, Row& row, std::int64_t held);
 
-/// Drops up to `count` tokens from the front: sinks one by one, others 64 at a time. `row.first`
-/// follows. May throw before anything changed.
-void drop_front(const Context& context, Row& row, std::int64_t count);
+/// What is left of a row's exact tokens when tokens are dropped from its front, made beforehand so
+/// that the change itself cannot fail.
+struct Dropping {
+  std::int64_t count = 0;       // to be dropped: 0 for nothing
+  std::int64_t from_sinks = 0;  // of them; sinks are dropped one by one
+  ExactTokens sinks;
+  Positions sink_positions;
+  std::int64_t from_tail = 0;  // a multiple of 64, as of sealed ones
+  ExactTokens tail;
+  Positions tail_positions;
+};
+
+/// Whether dropping up to `count` tokens from the front would drop any.
+bool drops_any(const Row& row, std::int64_t count) noexcept;
+
+/// Drops up to `count` tokens. May throw.
+Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t count);
+
+/// Makes it the row's state; `row.first` follows.
+void commit(Row& row, Dropping&& dropping) noexcept;
 
 /// Drops exactly `count` tokens from the front of a row that has nothing sealed. May throw before
 /// anything changed.

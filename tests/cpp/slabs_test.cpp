@@ -7,6 +7,16 @@
 
 #include "reference.hpp"
 
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define TQAI_LIMITS_MEMORY 1
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <new>
+#endif
+
 namespace tqai {
 namespace {
 
@@ -78,6 +88,55 @@ TEST(Slabs, BlocksComeAndGoInAnyOrder) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, (std::array<int, 3>{}));
 }
+
+#ifdef TQAI_LIMITS_MEMORY
+
+// In a child: 0 where the system refuses pages, and later allocations work as if nothing had been.
+int run_out_of_memory() {
+  std::size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit before{};
+  getrlimit(RLIMIT_AS, &before);
+  rlimit tight = before;
+  tight.rlim_cur =
+      pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE)) + (std::size_t{64} << 20);
+  setrlimit(RLIMIT_AS, &tight);
+  constexpr std::size_t kBytes = 700'000;
+  std::vector<void*> blocks;
+  blocks.reserve(1000);
+  bool refused = false;
+  for (int i = 0; i < 1000 && !refused; ++i) {
+    try {
+      blocks.push_back(allocate_block(kBytes));
+      std::memset(blocks.back(), i, kBytes);
+    } catch (const std::bad_alloc&) {
+      refused = true;
+    }
+  }
+  setrlimit(RLIMIT_AS, &before);
+  if (!refused || blocks.empty()) return 1;
+  for (int i = 0; i < 50; ++i) {
+    blocks.push_back(allocate_block(kBytes));
+    std::memset(blocks.back(), static_cast<int>(blocks.size()) - 1, kBytes);
+  }
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    if (!holds(blocks[i], kBytes, static_cast<int>(i % 256))) return 2;
+    deallocate_block(blocks[i], kBytes);
+  }
+  return 0;
+}
+
+TEST(Slabs, SurviveThatTheSystemHasNoPages) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) _exit(run_out_of_memory());
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+#endif
 
 }  // namespace
 }  // namespace tqai
