@@ -16,6 +16,7 @@ enum class Grid : std::uint8_t { exact, int8 };
 /// factor fit into 16 bits, which AVX2's fastest instruction needs. It costs 0.2 % of distortion at
 /// 4 bits and nothing below.
 inline constexpr int kNarrowBits = 4;
+/// The largest of those levels.
 inline constexpr int kMaxNarrowLevel = 63;
 
 /// 2^bits centroids for the law of a unit vector's coordinate, density ∝ (1−t²)^((d−3)/2) on

@@ -23,15 +23,20 @@ using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Ro
 /// Row-major views [rows, columns] of matrices, maps and blocks; columns are contiguous, rows may
 /// lie further apart. A read-only view of anything else is a copy.
 using Rows = Eigen::Ref<RowMatrix>;
+/// The same, to be read.
 using ConstRows = Eigen::Ref<const RowMatrix>;
 
-/// A quantiser's row-major codes [rows, code_bytes()] and FP16 norms [rows, norm_count()], and
-/// views of them.
+/// A quantiser's row-major codes [rows, code_bytes()].
 using CodeMatrix = Eigen::Matrix<std::uint8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// A view of codes.
 using CodeRows = Eigen::Ref<CodeMatrix>;
+/// The same, to be read.
 using ConstCodeRows = Eigen::Ref<const CodeMatrix>;
+/// A quantiser's FP16 norms [rows, norm_count()].
 using NormMatrix = Eigen::Matrix<std::uint16_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// A view of norms.
 using NormRows = Eigen::Ref<NormMatrix>;
+/// The same, to be read.
 using ConstNormRows = Eigen::Ref<const NormMatrix>;
 
 namespace detail {

@@ -14,6 +14,7 @@ enum class DType : std::uint8_t { f32, f16, bf16 };
 /// Bytes of one element.
 constexpr std::size_t size_of(DType dtype) noexcept { return dtype == DType::f32 ? 4 : 2; }
 
+/// "float32", "float16" or "bfloat16".
 constexpr const char* name_of(DType dtype) noexcept {
   return dtype == DType::f32 ? "float32" : dtype == DType::f16 ? "float16" : "bfloat16";
 }

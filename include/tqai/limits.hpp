@@ -3,11 +3,13 @@
 
 namespace tqai {
 
-/// Coordinates of a vector. Sums over more than these could leave the kernels' 32 bits.
+/// Fewest coordinates of a vector.
 inline constexpr int kMinHeadDim = 8;
+/// Most. Sums over more could leave the kernels' 32 bits.
 inline constexpr int kMaxHeadDim = 512;
-/// Bits of a coordinate's code.
+/// Fewest bits of a coordinate's code.
 inline constexpr int kMinBits = 1;
+/// Most.
 inline constexpr int kMaxBits = 8;
 
 }  // namespace tqai
