@@ -2,6 +2,8 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <tqai/export.hpp>
 
 namespace tqai {
@@ -28,6 +30,19 @@ class TQAI_API IndexError : public Error {
 class TQAI_API UnsupportedError : public Error {
  public:
   using Error::Error;
+};
+
+/// A file could not be opened, read or written; the message names it. Python: `OSError`.
+class TQAI_API FileError : public Error {
+ public:
+  /// What happened to which file, and the system's reason.
+  FileError(const std::string& what, std::error_code reason)
+      : Error(what + ": " + reason.message()), code_(reason) {}
+  /// The system's reason.
+  const std::error_code& code() const noexcept { return code_; }
+
+ private:
+  std::error_code code_;
 };
 
 }  // namespace tqai

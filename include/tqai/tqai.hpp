@@ -6,6 +6,7 @@
 #include <tqai/cpu.hpp>
 #include <tqai/eigen.hpp>
 #include <tqai/error.hpp>
+#include <tqai/files.hpp>
 #include <tqai/half.hpp>
 #include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
