@@ -90,6 +90,24 @@ TEST(PackingLayout, ThreeBitsSplitTheLastTwoCodes) {
   EXPECT_EQ(packed[2 * kLineBytes], 1 << 7);
 }
 
+TEST(PackingLayout, FiveToSevenBitsArePlanesOfFourTwoAndOne) {
+  std::vector<std::uint8_t> codes(16 * kTileTokens, 0);
+  // Coordinate 5 of token 37 is code 6 of its group, byte 21.
+  const auto pack = [&](int bits, int code) {
+    std::vector<std::uint8_t> packed(packed_bytes(16, bits));
+    codes[5 * kTileTokens + 37] = static_cast<std::uint8_t>(code);
+    pack_keys(codes.data(), 16, bits, packed.data());
+    std::vector<int> bytes;
+    for (int line = 0; line < bits; ++line) {
+      bytes.push_back(packed[static_cast<std::size_t>(line * kLineBytes + 21)]);
+    }
+    return bytes;
+  };
+  EXPECT_EQ(pack(5, 0b1'1001), (std::vector<int>{0, 0, 0, 0b1001, 1 << 6}));
+  EXPECT_EQ(pack(6, 0b10'1001), (std::vector<int>{0, 0, 0, 0b1001, 0, 0b10 << 4}));
+  EXPECT_EQ(pack(7, 0b1'10'1001), (std::vector<int>{0, 0, 0, 0b1001, 0, 0b10 << 4, 1 << 6}));
+}
+
 TEST(TileLayout, SealedTokenCosts52BytesAtD64K4V2) {
   const TileLayout layout(64, 64, 4, 2);
   EXPECT_EQ(layout.bytes(), 52U * kTileTokens);
