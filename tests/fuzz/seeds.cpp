@@ -1,0 +1,153 @@
+// Writes inputs to start from into a folder: caches of each kind, those of tests/golden that older
+// versions wrote, with operations after them, and codes.
+//
+// fuzz_seeds FOLDER GOLDEN
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <tqai/cache.hpp>
+#include <vector>
+
+namespace {
+
+using namespace tqai;
+
+constexpr int kDim = 8;
+
+class Folder {
+ public:
+  explicit Folder(const std::filesystem::path& path) : path_(path) {
+    std::filesystem::create_directories(path);
+  }
+  void write(const std::string& name, const std::vector<std::uint8_t>& bytes) const {
+    std::ofstream file(path_ / name, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(bytes.data()),
+               static_cast<std::streamsize>(bytes.size()));
+    if (!file) std::exit((std::fprintf(stderr, "cannot write %s\n", name.c_str()), 1));
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+struct Kind {
+  const char* name;
+  Centering centering;
+  int sections;  // of the rotary embedding; 0: none
+  DType dtype;
+  int bits;
+  int tokens;
+  int rows;
+};
+
+KvCache cache_of(const Kind& kind) {
+  CacheOptions options;
+  options.kv_heads = 1;
+  options.head_dim = kDim;
+  options.dtype = kind.dtype;
+  options.bits_k = options.bits_v = kind.bits;
+  options.sink_tokens = 2;
+  options.residual_window = 4;
+  options.centering = kind.centering;
+  if (kind.sections > 0) {
+    Rope rope;
+    rope.rotary_dim = kDim;
+    for (int f = 0; f < kDim / 2; ++f) {
+      rope.inv_freq.push_back(std::pow(0.1F, static_cast<float>(f)));
+      if (kind.sections > 1) {
+        rope.sections.push_back(static_cast<std::uint8_t>(f % kind.sections));
+      }
+    }
+    options.rope = rope;
+  }
+  KvCache cache(options);
+  std::mt19937_64 random(static_cast<std::uint64_t>(kind.bits));
+  const auto tokens = static_cast<std::size_t>(kind.tokens);
+  std::vector<float> numbers(tokens * kDim);
+  for (float& x : numbers) x = 1.0F + static_cast<float>(random() >> 40) / 16777216.0F;
+  std::vector<std::uint32_t> data(numbers.size());
+  convert_from_float(numbers.data(), numbers.size(), kind.dtype, data.data());
+  const ConstTensor tensor{data.data(), kind.dtype, {1, 1, kind.tokens, kDim}, {0, 0, kDim, 1}};
+  std::vector<std::int64_t> positions(tokens * static_cast<std::size_t>(kind.sections));
+  for (std::size_t i = 0; i < positions.size(); ++i) {
+    positions[i] = static_cast<std::int64_t>(i % tokens / (1 + i / tokens));
+  }
+  if (kind.sections > 1) {
+    cache.append(
+        tensor, tensor,
+        PositionTensor{positions.data(), {1, kind.sections, kind.tokens}, {0, kind.tokens, 1}});
+  } else {
+    cache.append(tensor, tensor);
+  }
+  cache.seal();
+  if (kind.rows > 1) cache.select(std::vector<std::int64_t>(static_cast<std::size_t>(kind.rows)));
+  return cache;
+}
+
+// An append that seals, one at positions, attention, a copy, less, gathering, beams, a window.
+void write_with_choices(const Folder& folder, const std::string& name,
+                        std::vector<std::uint8_t> bytes) {
+  constexpr std::uint8_t kChoices[] = {0, 90, 1, 1,   70, 2, 1, 1, 7, 2, 9, 9, 5,
+                                       3, 1,  3, 200, 6,  9, 4, 1, 0, 1, 8, 40};
+  bytes.insert(bytes.end(), std::begin(kChoices), std::end(kChoices));
+  bytes.push_back(sizeof(kChoices));
+  folder.write(name, bytes);
+}
+
+void write_golden(const Folder& folder, const std::filesystem::path& golden) {
+  for (const auto& entry : std::filesystem::directory_iterator(golden)) {
+    if (entry.path().extension() != ".bin") continue;
+    std::ifstream file(entry.path(), std::ios::binary);
+    const std::istreambuf_iterator<char> begin(file);
+    write_with_choices(folder, entry.path().stem().string(),
+                       std::vector<std::uint8_t>(begin, std::istreambuf_iterator<char>()));
+  }
+}
+
+void write_caches(const Folder& folder) {
+  const Kind kinds[] = {
+      {"empty", Centering::automatic, 0, DType::f32, 4, 0, 1},
+      {"exact", Centering::automatic, 0, DType::f16, 4, 5, 1},
+      {"plain", Centering::none, 0, DType::bf16, 1, 72, 1},
+      {"mean", Centering::mean, 0, DType::bf16, 3, 72, 2},
+      {"rope", Centering::rope, 1, DType::f16, 4, 136, 1},
+      {"sections", Centering::rope, 3, DType::bf16, 2, 72, 1},
+      {"wide", Centering::automatic, 1, DType::f32, 8, 71, 1},
+  };
+  for (const Kind& kind : kinds) {
+    KvCache cache = cache_of(kind);
+    std::vector<std::uint8_t> bytes;
+    for (const std::byte byte : cache.serialize()) bytes.push_back(static_cast<std::uint8_t>(byte));
+    write_with_choices(folder, kind.name, std::move(bytes));
+  }
+}
+
+void write_codes(const Folder& folder) {
+  std::mt19937_64 random(5);
+  for (std::uint8_t bits = 0; bits < 8; ++bits) {
+    for (std::uint8_t side = 0; side < 2; ++side) {
+      std::vector<std::uint8_t> bytes = {bits, 0, side};
+      for (int i = 0; i < 64; ++i) bytes.push_back(static_cast<std::uint8_t>(random()));
+      folder.write("bits" + std::to_string(bits + 1) + (side == 0 ? "_keys" : "_values"), bytes);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: fuzz_seeds FOLDER GOLDEN\n");
+    return 2;
+  }
+  const std::filesystem::path folder = argv[1];
+  write_caches(Folder(folder / "cache"));
+  write_golden(Folder(folder / "cache"), argv[2]);
+  write_codes(Folder(folder / "packing"));
+  return 0;
+}
