@@ -147,8 +147,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_GEMMA, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": {**_GEMMA, "global_head_dim": 64, "intermediate_size": 96},
     "gemma4_unified_text": {**_GEMMA, "global_head_dim": 64, "intermediate_size": 96},
-    "fun_asr_nano_adaptor": {"intermediate_size": 32},
-    "wavtokenizer": {"codebook_dim": 128},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 128, "intermediate_size": 32}},
     "zamba2": {
         "n_mamba_heads": 8,
         "attention_head_dim": 64,
@@ -216,7 +215,35 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "glm5_next": {"num_key_value_heads": 4},
-    "reformer": {"is_decoder": True},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [64, 64],
+        "axial_pos_shape": [32, 32],
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 256,
+        "attention_head_dim": 64,
+    },
+    "mistral_large4_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["indexed_attention"] * 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "full", "shared"],
+        "no_rope_layers": [1, 1, 0],
+        "kv_source_layers": [0, 0, 2],
+    },
+    "speecht5": {"vocab_size": 128},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "hunyuan_vl_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 4, 4, 4],
+        }
+    },
 }
 """By config type, also of a part: fields that the recipe would get wrong."""
 
@@ -419,6 +446,8 @@ def inputs_for(model: Any, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "sound", {**sound, "decoder_input_ids": ids}
         mask[1, -9:] = 0
         text = {"input_ids": ids, "attention_mask": mask}
+        if "bbox" in _takes(model):
+            text["bbox"] = torch.rand(2, tokens, 4, generator=torch.Generator().manual_seed(6))
         for image in _images(model):
             read = (
                 image
@@ -464,7 +493,7 @@ def _sounds(model: Any) -> Iterator[dict[str, Any]]:
         frames = 2 * (_find(model.config, "max_source_positions") or 100)
         yield {main: torch.randn(2, bins or 80, frames, generator=generator)}
         yield {main: torch.randn(2, frames, bins or 80, generator=generator)}
-    elif main == "input_values":
+    elif main in ("input_values", "inputs"):
         yield {main: torch.randn(2, 8000, generator=generator)}
         yield {main: torch.randn(2, 1, 8000, generator=generator)}
 
@@ -582,11 +611,11 @@ def _with_image(
     features = getattr(model, "get_image_features", None)
     if features is None and hasattr(model, "model"):
         features = getattr(model.model, "get_image_features", None)
-    if token is None or features is None:
-        return given
     if "qformer_input_ids" in _takes(model):
         given["qformer_input_ids"] = ids_of(2, 5, seed=4)
         given["qformer_attention_mask"] = torch.ones(2, 5, dtype=torch.long)
+    if token is None or features is None:
+        return given
     try:
         known = inspect.signature(features).parameters.keys() - {"input_ids", "attention_mask"}
         found = features(**{name: value for name, value in given.items() if name in known})

@@ -12,6 +12,7 @@ import torch
 
 from tqai.stores.rope import Rope
 from tqai.stores.torch_ops.serialize import options_in
+from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model.heads import Heads
 from tqai.transformers.model.other_layers import holds_nothing
@@ -60,7 +61,7 @@ def _check_layer(path: Path, place: str, layer: Any) -> None:
     _check(path, place, layer, {"kind": _is(str)})
     if layer["kind"] in ("exact", "sliding"):
         _check(path, place, layer, {"length": _count})
-    if layer["kind"] not in ("tqai", "cross"):
+    if layer["kind"] not in ("tqai", "cross", "indexed"):
         return
     nothing = _is(type(None))
     needed = {
@@ -192,6 +193,25 @@ def check_store(
         and (ropes[0][1:] != ropes[1][1:] or not _close(ropes[0][0], ropes[1][0]))
     ):
         raise ValueError(f"{where} was compressed with another rotary embedding than it says")
+
+
+def check_index(path: Path, layer: TqaiLayer, core: Any, found: Mapping[str, torch.Tensor]) -> None:
+    """Whether the index of a layer, if it has one, is one of the tokens that `core` holds.
+
+    Raises:
+        ValueError: naming what it is.
+    """
+    if ("index" in found) != isinstance(layer, IndexedLayer):
+        has = "has" if "index" in found else "lacks"
+        raise ValueError(f"{path}: layer {layer.index} {has} an index; save the cache again")
+    tokens = (core.batch, core.tokens)
+    for name, tensor in found.items():
+        its = tensor.shape[:2] if name == "index" else tensor.shape[1:]
+        if tensor.ndim != 3 or tuple(its) != tokens:
+            raise ValueError(
+                f"{path}: layer {layer.index} has {name} of shape {tuple(tensor.shape)}, and "
+                f"{tokens[1]} tokens in {tokens[0]} rows"
+            )
 
 
 def check_exact(path: Path, index: int, heads: Heads | None, held: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from tqai import _core, container, stores
 from tqai.settings import Settings
 from tqai.stores.tensor_refs import DTYPES
 from tqai.transformers import hooks
+from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
 from tqai.transformers.cache.layer import TqaiLayer
@@ -36,12 +37,15 @@ from tqai.transformers.weights.identity import Identity, State, sampled_fingerpr
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TENSORS = ("packed", "keys", "values")
+_INDEX = {"index": "indexer_keys", "index_positions": "indexer_position_ids"}
+"""Tensors of an index in a file, and what the layer calls them."""
+_TENSORS = ("packed", "keys", "values", *_INDEX)
 _LOCAL = ("backend", "level")
 """Settings that are the machine's, not the file's."""
 _KINDS = {
     TqaiLayer: "tqai",
     CrossLayer: "cross",
+    IndexedLayer: "indexed",
     DynamicLayer: "exact",
     DynamicSlidingWindowLayer: "sliding",
 }
@@ -174,7 +178,7 @@ def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.T
             return described, {}
         described["dtypes"] = [str(dtype) for dtype in layer.dtypes]
         packed = torch.frombuffer(bytearray(layer.core.serialize()), dtype=torch.uint8)
-        return described, {"packed": packed}
+        return described, {"packed": packed, **_index_of(layer)}
     if holds_nothing(layer):
         return {"kind": kind}, {}
     described = {"kind": kind, "length": int(layer.get_seq_length())}
@@ -182,6 +186,12 @@ def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.T
         return described, {}
     states = {"keys": layer.keys, "values": layer.values}
     return described, {name: tensor.contiguous().cpu() for name, tensor in states.items()}
+
+
+def _index_of(layer: TqaiLayer) -> dict[str, torch.Tensor]:
+    """The tensors of a layer's index, where it has one."""
+    found = {name: getattr(layer, attribute, None) for name, attribute in _INDEX.items()}
+    return {name: each.contiguous().cpu() for name, each in found.items() if each is not None}
 
 
 def _kind(layer: Any) -> str | None:
@@ -204,8 +214,9 @@ def _restore(
             f"{path}: layer {index} is of kind {described['kind']!r}, the model's is a "
             f"{type(layer).__name__}; load it with the transformers version that it was saved with"
         )
+    found = {name: held.pop(name) for name in _INDEX if name in held}
     expected = ("keys", "values") if not isinstance(layer, TqaiLayer) else ("packed",)
-    if held and tuple(held) != expected:
+    if (held or found) and tuple(held) != expected:
         raise ValueError(f"{path}: layer {index} has {', '.join(held)}; expected {expected}")
     if not isinstance(layer, TqaiLayer):
         if held:
@@ -230,6 +241,9 @@ def _restore(
     except ValueError as error:
         raise ValueError(f"{path}: layer {index}: {error}") from error
     file_checks.check_store(path, layer, data.numpy().data, core, dtypes)
+    file_checks.check_index(path, layer, core, found)
+    for name, tensor in found.items():
+        setattr(layer, _INDEX[name], tensor.to(device))
     layer.core = stores.moved(core, layer.settings, device)
     layer.dtypes = dtypes
     layer.padding = described["padding"]

@@ -180,3 +180,27 @@ def test_skipped_layers_stay_those_of_transformers(kind: str) -> None:
     cache = tqai.patch(model, skip_layers=range(len(model.model.layers)))
     assert not any(isinstance(layer, (StatesLayer, IndexedLayer)) for layer in cache.layers)
     assert torch.equal(logits(model, cache, IDS), expected)
+
+
+def test_an_index_goes_into_files(indexed: Any, tmp_path: Any) -> None:
+    cache = filled(indexed, tqai.patch(indexed, **SEALING), IDS)
+    tqai.save_cache(cache, tmp_path / "f")
+    loaded = tqai.load_cache(tmp_path / "f", indexed)
+    assert all(map(torch.equal, beside(loaded), beside(cache)))
+    assert len(beside(loaded)) == 2
+    expected = logits(indexed, cache, IDS[:, :3])
+    assert torch.equal(logits(indexed, loaded, IDS[:, :3]), expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [(None, "layer 0 lacks an index"), ((2, 199, 32), "index of shape .*200 tokens in 2 rows")],
+)
+def test_a_file_with_another_index_is_refused(
+    indexed: Any, tmp_path: Any, keys: tuple[int, ...] | None, said: str
+) -> None:
+    cache = filled(indexed, tqai.patch(indexed, **SEALING), IDS)
+    cache.layers[0].indexer_keys = None if keys is None else torch.zeros(keys)
+    tqai.save_cache(cache, tmp_path / "f")
+    with pytest.raises(ValueError, match=said):
+        tqai.load_cache(tmp_path / "f", indexed)
