@@ -174,7 +174,10 @@ TIMES = int(os.environ.get("TQAI_TEST_INTERRUPTS", str(3 * len(KINDS))))
 
 def after(model: Any, cache: Any) -> torch.Tensor:
     """What the model says next."""
-    rows = cache.memory_report()["tokens"] and cache._parts()[0].layers[-1].batch_size
+    layers = cache._parts()[0].layers  # some of which read others', and hold nothing
+    rows = cache.memory_report()["tokens"] and next(
+        layer.batch_size for layer in reversed(layers) if hasattr(layer, "batch_size")
+    )
     ids = make_ids(rows or 1, 3, seed=9)
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     encoder = {"input_ids": make_ids(rows or 1, 80)} if model.config.is_encoder_decoder else {}

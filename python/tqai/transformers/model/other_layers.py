@@ -89,7 +89,7 @@ def forgets_its_past(layer: Any) -> bool:
 
 
 def tensors_of(layer: Any) -> list[torch.Tensor]:
-    """All tensors that a layer of transformers' own holds, each once."""
+    """All tensors that a layer holds as attributes, each once, whatever other threads do to it."""
     return list({id(tensor): tensor for tensor in _tensors(vars(layer))}.values())
 
 
@@ -97,7 +97,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for each in value.values():
+        for each in list(value.values()):
             yield from _tensors(each)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for each in value:

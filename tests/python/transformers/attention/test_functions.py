@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import tqai
+import transformers
 from caches import filled
 from conftest import TRANSFORMERS_4, Models, make_ids, make_model
 from tqai.transformers.attention import functions as attention
@@ -139,6 +140,8 @@ def test_the_soft_cap_is_applied_where_the_original_applies_it(
         return real(query, update, arguments)
 
     for implementation, cap in (("eager", 1.0), ("sdpa", 0.0)):
+        if implementation == "sdpa" and not transformers.Gemma2PreTrainedModel._supports_sdpa:
+            continue  # newer versions refuse what would ignore the cap
         model = models("gemma2", attn_implementation=implementation)
         tqai.patch(model, **SEALING)
         with pytest.MonkeyPatch.context() as patch:
