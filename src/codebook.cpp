@@ -16,7 +16,7 @@
 #include "ranges.hpp"
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr int kMaxLevel = 127;
 
@@ -65,8 +65,8 @@ class SphereLaw {
 };
 
 /// d · E[(T − c(T))²]. boundaries: one fewer than centroids.
-double distortion_of(const SphereLaw& law, std::span<const float> centroids,
-                     std::span<const float> boundaries) {
+TQAI_INLINE double distortion_of(const SphereLaw& law, std::span<const float> centroids,
+                                 std::span<const float> boundaries) {
   // E[T²] = 1/d, so only the terms with c are left to sum.
   double gain = 0.0;
   double mass = law.mass(-1.0);
@@ -85,7 +85,7 @@ double distortion_of(const SphereLaw& law, std::span<const float> centroids,
 
 /// Positive half of a start near the optimum: for many levels the best point density is the cube
 /// root of the law's (Panter and Dite).
-std::vector<double> companded(int head_dim, int count) {
+TQAI_INLINE std::vector<double> companded(int head_dim, int count) {
   constexpr int kSamples = 4096;
   std::vector<double> sums(kSamples + 1, 0.0);
   for (int i = 0; i < kSamples; ++i) {
@@ -112,7 +112,7 @@ struct Stationarity {
   std::vector<double> below;  // coupling with the centroid below
 };
 
-Stationarity stationarity(const SphereLaw& law, const std::vector<double>& c) {
+TQAI_INLINE Stationarity stationarity(const SphereLaw& law, const std::vector<double>& c) {
   const std::size_t n = c.size();
   Stationarity result{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n),
                       std::vector<double>(n)};
@@ -137,7 +137,7 @@ Stationarity stationarity(const SphereLaw& law, const std::vector<double>& c) {
 }
 
 /// Newton's step where the Hessian is positive definite, else Lloyd's, which always descends.
-std::vector<double> descent_step(const Stationarity& at) {
+TQAI_INLINE std::vector<double> descent_step(const Stationarity& at) {
   const std::size_t n = at.residual.size();
   std::vector<double> step(n);
   std::vector<double> upper(n);  // tridiagonal elimination (Thomas)
@@ -157,7 +157,7 @@ std::vector<double> descent_step(const Stationarity& at) {
 
 /// Positive half of the Lloyd–Max codebook. The law is log-concave, so the stationary point is the
 /// optimum (Fleischer 1964).
-std::vector<double> solve_exact(const SphereLaw& law, int count) {
+TQAI_INLINE std::vector<double> solve_exact(const SphereLaw& law, int count) {
   constexpr int kMaxSteps = 1000;
   constexpr double kTolerance = 1e-11;
   std::vector<double> centroids = companded(law.dim(), count);
@@ -209,15 +209,15 @@ double minimum(double low, double high, Function&& function) {
 // between them contribute g(a, m) − g(b, m) = (b − a)·edge_gain(m), and the last one g(c, 1): a sum
 // over edges, which is what dynamic programming can maximise.
 
-double edge_gain(const SphereLaw& law, double middle) {
+TQAI_INLINE double edge_gain(const SphereLaw& law, double middle) {
   return 2.0 * (middle * law.mass(middle) - law.moment(middle));
 }
 
-double last_gain(const SphereLaw& law, double c) {
+TQAI_INLINE double last_gain(const SphereLaw& law, double c) {
   return c * (2.0 * law.moment(1.0) - c * law.mass(1.0));
 }
 
-double gain_of(const SphereLaw& law, const std::vector<int>& levels, double step) {
+TQAI_INLINE double gain_of(const SphereLaw& law, const std::vector<int>& levels, double step) {
   double gain = last_gain(law, levels.back() * step);
   for (std::size_t i = 1; i < levels.size(); ++i) {
     const double middle = 0.5 * step * (levels[i - 1] + levels[i]);
@@ -233,7 +233,8 @@ struct GridSolution {
 };
 
 /// The `count` levels of 1…max_level that are best for this step; exact, O(count · max_level²).
-GridSolution best_levels(const SphereLaw& law, int count, std::size_t max_level, double step) {
+TQAI_INLINE GridSolution best_levels(const SphereLaw& law, int count, std::size_t max_level,
+                                     double step) {
   std::array<double, 2 * kMaxLevel> edge{};  // by the sum of its levels, for one level's distance
   for (std::size_t sum = 3; sum < edge.size(); ++sum) {
     edge[sum] = step * edge_gain(law, 0.5 * static_cast<double>(sum) * step);
@@ -276,7 +277,8 @@ GridSolution best_levels(const SphereLaw& law, int count, std::size_t max_level,
 /// Best levels and step for 2·count ≤ 128 centroids ±level·step. The distortion has many shallow
 /// minima over the step: a scan finds the best ones, better steps and levels in turn refine them.
 /// Within 0.1 % of a thirty times finer scan.
-GridSolution solve_grid(const SphereLaw& law, int count, int max_level, double largest_centroid) {
+TQAI_INLINE GridSolution solve_grid(const SphereLaw& law, int count, int max_level,
+                                    double largest_centroid) {
   const auto top_level = static_cast<std::size_t>(max_level);
   constexpr int kScan = 64;
   constexpr int kRefined = 2;
@@ -314,7 +316,7 @@ GridSolution solve_grid(const SphereLaw& law, int count, int max_level, double l
 }
 
 /// Step of the 256 levels −128…127.
-double best_uniform_step(const SphereLaw& law, double largest_centroid) {
+TQAI_INLINE double best_uniform_step(const SphereLaw& law, double largest_centroid) {
   std::vector<float> centroids(256);
   std::vector<float> boundaries(255);
   const auto distortion = [&](double step) {
@@ -330,9 +332,9 @@ double best_uniform_step(const SphereLaw& law, double largest_centroid) {
   return minimum(0.5 * step, 1.5 * step, distortion);
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-Codebook::Codebook(int head_dim, int bits, Grid grid)
+TQAI_INLINE Codebook::Codebook(int head_dim, int bits, Grid grid)
     : head_dim_(checked_head_dim("head_dim", head_dim)),
       bits_(checked_bits("bits", bits)),
       grid_(grid) {
@@ -361,7 +363,7 @@ Codebook::Codebook(int head_dim, int bits, Grid grid)
   distortion_ = distortion_of(law, centroids_, boundaries_);
 }
 
-std::uint8_t Codebook::encode(float coordinate) const noexcept {
+TQAI_INLINE std::uint8_t Codebook::encode(float coordinate) const noexcept {
   // The number of boundaries that are not above the coordinate, bit by bit.
   unsigned code = 0;
   for (unsigned bit = 1U << (bits_ - 1); bit != 0; bit >>= 1) {
@@ -370,7 +372,7 @@ std::uint8_t Codebook::encode(float coordinate) const noexcept {
   return static_cast<std::uint8_t>(code);
 }
 
-const Codebook& codebook(int head_dim, int bits, Grid grid) {
+TQAI_INLINE const Codebook& codebook(int head_dim, int bits, Grid grid) {
   // Never destroyed: caches in static storage may outlive any order of destruction.
   static auto& table = *new std::map<std::tuple<int, int, Grid>, Codebook>;
   static auto& mutex = *new std::mutex;

@@ -19,13 +19,13 @@
 #endif
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::array kLevels = {Level::scalar, Level::neon, Level::avx2, Level::avx512};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-bool runs(Level level) {
+TQAI_INLINE bool runs(Level level) {
   __builtin_cpu_init();
   if (level == Level::neon) return false;
   if (level == Level::avx2) {
@@ -74,7 +74,7 @@ bool runs(Level) { return false; }
 
 #endif
 
-std::string joined_names(const std::vector<Level>& levels) {
+TQAI_INLINE std::string joined_names(const std::vector<Level>& levels) {
   std::string names;
   for (const Level level : levels) {
     names += (names.empty() ? "" : ", ") + std::string(name_of(level));
@@ -82,9 +82,9 @@ std::string joined_names(const std::vector<Level>& levels) {
   return names;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-std::string_view name_of(Level level) noexcept {
+TQAI_INLINE std::string_view name_of(Level level) noexcept {
   switch (level) {
     case Level::neon: return "neon";
     case Level::avx2: return "avx2";
@@ -93,7 +93,7 @@ std::string_view name_of(Level level) noexcept {
   }
 }
 
-Level level_from_name(std::string_view name) {
+TQAI_INLINE Level level_from_name(std::string_view name) {
   for (const Level level : kLevels) {
     if (name == name_of(level)) return level;
   }
@@ -101,7 +101,7 @@ Level level_from_name(std::string_view name) {
                    "\"; allowed: " + joined_names({kLevels.begin(), kLevels.end()}));
 }
 
-std::vector<Level> available_levels() {
+TQAI_INLINE std::vector<Level> available_levels() {
   std::vector<Level> levels = {Level::scalar};
   for (const Level level : {Level::neon, Level::avx2, Level::avx512}) {
     if (runs(level)) levels.push_back(level);
@@ -109,7 +109,7 @@ std::vector<Level> available_levels() {
   return levels;
 }
 
-Level default_level() {
+TQAI_INLINE Level default_level() {
   const std::vector<Level> levels = available_levels();
   const char* name = std::getenv("TQAI_LEVEL");
   if (name == nullptr || *name == '\0') return levels.back();
@@ -121,7 +121,7 @@ Level default_level() {
                          " is not available on this machine; available: " + joined_names(levels));
 }
 
-int openmp_threads() noexcept {
+TQAI_INLINE int openmp_threads() noexcept {
 #ifdef _OPENMP
   return omp_get_max_threads();
 #else

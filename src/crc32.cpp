@@ -1,9 +1,10 @@
 #include "crc32.hpp"
 
 #include <array>
+#include <tqai/export.hpp>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::size_t kSlices = 8;
 using Tables = std::array<std::array<std::uint32_t, 256>, kSlices>;
@@ -26,11 +27,11 @@ constexpr Tables make_tables() {
   return tables;
 }
 
-constexpr Tables kTables = make_tables();
+TQAI_INLINE constexpr Tables kTables = make_tables();
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t before) noexcept {
+TQAI_INLINE std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t before) noexcept {
   const auto at = [&](std::size_t i) { return static_cast<std::uint32_t>(bytes[i]); };
   std::uint32_t crc = ~before;
   for (; bytes.size() >= kSlices; bytes = bytes.subspan(kSlices)) {

@@ -6,11 +6,12 @@
 
 #include <cmath>
 #include <cstddef>
+#include <tqai/export.hpp>
 
 #include "random.hpp"
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 // A square matrix, row-major, whose rows and columns from some index on are reflected.
 class Square {
@@ -41,9 +42,9 @@ class Square {
   std::vector<double> sums_;
 };
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-std::vector<double> haar_matrix(int dim, std::uint64_t seed) {
+TQAI_INLINE std::vector<double> haar_matrix(int dim, std::uint64_t seed) {
   const auto size = static_cast<std::size_t>(dim);
   Gaussian random(seed);
   Square gaussian(size);

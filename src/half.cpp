@@ -7,7 +7,7 @@
 // the readable versions, and the specification, are the scalar functions of the header.
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 // condition ? yes : no; a conditional expression would let the compiler move the floating-point
 // operation of one case into a branch, and then it cannot vectorise.
@@ -74,9 +74,10 @@ void narrow_all(const float* __restrict from, std::size_t count, void* to, Conve
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void convert_to_float(const void* from, DType dtype, std::size_t count, float* to) noexcept {
+TQAI_INLINE void convert_to_float(const void* from, DType dtype, std::size_t count,
+                                  float* to) noexcept {
   if (count == 0) return;
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;
@@ -85,7 +86,8 @@ void convert_to_float(const void* from, DType dtype, std::size_t count, float* t
   }
 }
 
-void convert_from_float(const float* from, std::size_t count, DType dtype, void* to) noexcept {
+TQAI_INLINE void convert_from_float(const float* from, std::size_t count, DType dtype,
+                                    void* to) noexcept {
   if (count == 0) return;
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;

@@ -1,14 +1,7 @@
 // The layout of packing.hpp: codes [coordinate, token] into groups of 8 lines, and those into
 // `bits` lines of bytes. The specification that the SIMD levels' decoding is tested against; plain
-// loops over lines, which compilers vectorise.
-#pragma once
-
-#include <cstdint>
-#include <cstring>
-#include <tqai/packing.hpp>
-
-namespace tqai {
-namespace {
+// loops over lines, which compilers vectorise. No
+// namespace, no guard and no includes: see rotate-inl.hpp.
 
 // One byte of each line. codes: [8] with stride kLineBytes; packed: [bits] with the same stride.
 template <int kBits>
@@ -189,6 +182,3 @@ inline void unpack_lines(bool keys, const std::uint8_t* packed, int coordinates,
     }
   }
 }
-
-}  // namespace
-}  // namespace tqai

@@ -1,30 +1,30 @@
 #include <tqai/packing.hpp>
 
-#include "pack-inl.hpp"
+#include "pack.hpp"
 
 namespace tqai {
 
-void pack_keys(const std::uint8_t* codes, int coordinates, int bits,
-               std::uint8_t* packed) noexcept {
+TQAI_INLINE void pack_keys(const std::uint8_t* codes, int coordinates, int bits,
+                           std::uint8_t* packed) noexcept {
   pack_lines(true, codes, coordinates, bits, packed);
 }
 
-void unpack_keys(const std::uint8_t* packed, int coordinates, int bits,
-                 std::uint8_t* codes) noexcept {
+TQAI_INLINE void unpack_keys(const std::uint8_t* packed, int coordinates, int bits,
+                             std::uint8_t* codes) noexcept {
   unpack_lines(true, packed, coordinates, bits, codes);
 }
 
-void pack_values(const std::uint8_t* codes, int coordinates, int bits,
-                 std::uint8_t* packed) noexcept {
+TQAI_INLINE void pack_values(const std::uint8_t* codes, int coordinates, int bits,
+                             std::uint8_t* packed) noexcept {
   pack_lines(false, codes, coordinates, bits, packed);
 }
 
-void unpack_values(const std::uint8_t* packed, int coordinates, int bits,
-                   std::uint8_t* codes) noexcept {
+TQAI_INLINE void unpack_values(const std::uint8_t* packed, int coordinates, int bits,
+                               std::uint8_t* codes) noexcept {
   unpack_lines(false, packed, coordinates, bits, codes);
 }
 
-TileLayout::TileLayout(int key_dim, int value_dim, int bits_k, int bits_v)
+TQAI_INLINE TileLayout::TileLayout(int key_dim, int value_dim, int bits_k, int bits_v)
     : key_segments_{{0, padded_dim(key_dim), bits_k}},
       value_segments_{{0, padded_dim(value_dim), bits_v}},
       value_codes_(packed_bytes(padded_dim(key_dim), bits_k)),

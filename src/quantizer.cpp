@@ -8,19 +8,19 @@
 
 #include "random.hpp"
 #include "ranges.hpp"
-#include "rotate-inl.hpp"
+#include "rotate.hpp"
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::uint16_t kHalfInfinity = 0x7C00;
 
-std::size_t bytes_for(int codes, int bits) {
+TQAI_INLINE std::size_t bytes_for(int codes, int bits) {
   return (static_cast<std::size_t>(codes) * static_cast<std::size_t>(bits) + 7) / 8;
 }
 
 // Little-endian in bits: the first code takes the lowest bits of the first byte.
-void pack_bits(const std::uint8_t* codes, int count, int bits, std::uint8_t* packed) {
+TQAI_INLINE void pack_bits(const std::uint8_t* codes, int count, int bits, std::uint8_t* packed) {
   unsigned pending = 0;
   int filled = 0;
   for (int i = 0; i < count; ++i) {
@@ -33,7 +33,7 @@ void pack_bits(const std::uint8_t* codes, int count, int bits, std::uint8_t* pac
   if (filled > 0) *packed = static_cast<std::uint8_t>(pending);
 }
 
-void unpack_bits(const std::uint8_t* packed, int count, int bits, std::uint8_t* codes) {
+TQAI_INLINE void unpack_bits(const std::uint8_t* packed, int count, int bits, std::uint8_t* codes) {
   const unsigned mask = (1U << bits) - 1U;
   unsigned pending = 0;
   int filled = 0;
@@ -48,13 +48,13 @@ void unpack_bits(const std::uint8_t* packed, int count, int bits, std::uint8_t* 
   }
 }
 
-float norm_of(const float* x, int dim) {
+TQAI_INLINE float norm_of(const float* x, int dim) {
   float sum = 0.0F;
   for (int i = 0; i < dim; ++i) sum = sum + x[i] * x[i];
   return std::sqrt(sum);
 }
 
-float dot(const float* a, const float* b, int dim) {
+TQAI_INLINE float dot(const float* a, const float* b, int dim) {
   constexpr int kLanes = 16;
   float lanes[kLanes] = {};
   int i = 0;
@@ -67,14 +67,15 @@ float dot(const float* a, const float* b, int dim) {
   return sum;
 }
 
-std::string text_of(double value) {
+TQAI_INLINE std::string text_of(double value) {
   char text[32];
   std::snprintf(text, sizeof text, "%.6g", value);
   return text;
 }
 
 /// Says why a row has no finite FP16 norm.
-[[noreturn]] void refuse_row(const float* row, std::int64_t index, int dim, const char* what) {
+[[noreturn]] TQAI_INLINE void refuse_row(const float* row, std::int64_t index, int dim,
+                                         const char* what) {
   const std::string prefix = "row " + std::to_string(index) + ": ";
   double sum = 0.0;
   for (int i = 0; i < dim; ++i) {
@@ -89,7 +90,7 @@ std::string text_of(double value) {
 }
 
 /// y = R · row / ‖row‖, or zeros; returns ‖row‖.
-float rotated_unit(const Rotation& rotation, const float* row, float* y) {
+TQAI_INLINE float rotated_unit(const Rotation& rotation, const float* row, float* y) {
   const int dim = rotation.head_dim();
   const float norm = norm_of(row, dim);
   const float inverse = norm > 0.0F ? 1.0F / norm : 0.0F;
@@ -99,7 +100,8 @@ float rotated_unit(const Rotation& rotation, const float* row, float* y) {
 }
 
 /// Rotated queries; the inner products need no other rotation: ⟨q, Rᵀŷ⟩ = ⟨Rq, ŷ⟩.
-std::vector<float> rotated(const Rotation& rotation, const float* queries, std::int64_t rows) {
+TQAI_INLINE std::vector<float> rotated(const Rotation& rotation, const float* queries,
+                                       std::int64_t rows) {
   std::vector<float> result(static_cast<std::size_t>(rows * rotation.head_dim()));
   rotation.apply(queries, result.data(), rows);
   return result;
@@ -107,30 +109,30 @@ std::vector<float> rotated(const Rotation& rotation, const float* queries, std::
 
 /// E[s · sign⟨s, r⟩] = √(2/π) · r/‖r‖ for Gaussian s: what makes d signs an unbiased estimate
 /// (arXiv:2504.19874, Alg. 2, line 11).
-float projection_scale(int dim) {
+TQAI_INLINE float projection_scale(int dim) {
   return static_cast<float>(std::sqrt(std::numbers::pi / 2.0) / dim);
 }
 
-void check_count(const char* name, std::int64_t count) {
+TQAI_INLINE void check_count(const char* name, std::int64_t count) {
   if (count >= 0) return;
   throw ValueError(std::string(name) + " = " + std::to_string(count) + "; allowed: 0 or more");
 }
 
-void check_buffer(const char* name, const void* data, std::int64_t rows) {
+TQAI_INLINE void check_buffer(const char* name, const void* data, std::int64_t rows) {
   if (data != nullptr || rows == 0) return;
   throw ValueError(std::string(name) + " is a null pointer for " + std::to_string(rows) +
                    " rows; allowed: only for none");
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-VectorQuantizer::VectorQuantizer(int head_dim, int bits)
+TQAI_INLINE VectorQuantizer::VectorQuantizer(int head_dim, int bits)
     : head_dim_(checked_head_dim("head_dim", head_dim)), bits_(checked_bits("bits", bits)) {}
 
-VectorQuantizer::~VectorQuantizer() = default;
+TQAI_INLINE VectorQuantizer::~VectorQuantizer() = default;
 
-void VectorQuantizer::encode(const float* vectors, std::int64_t rows, std::uint8_t* codes,
-                             std::uint16_t* norms) const {
+TQAI_INLINE void VectorQuantizer::encode(const float* vectors, std::int64_t rows,
+                                         std::uint8_t* codes, std::uint16_t* norms) const {
   check_count("rows", rows);
   check_buffer("vectors", vectors, rows);
   check_buffer("codes", codes, rows);
@@ -138,8 +140,8 @@ void VectorQuantizer::encode(const float* vectors, std::int64_t rows, std::uint8
   encode_rows(vectors, rows, codes, norms);
 }
 
-void VectorQuantizer::decode(const std::uint8_t* codes, const std::uint16_t* norms,
-                             std::int64_t rows, float* vectors) const {
+TQAI_INLINE void VectorQuantizer::decode(const std::uint8_t* codes, const std::uint16_t* norms,
+                                         std::int64_t rows, float* vectors) const {
   check_count("rows", rows);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
@@ -147,9 +149,10 @@ void VectorQuantizer::decode(const std::uint8_t* codes, const std::uint16_t* nor
   decode_rows(codes, norms, rows, vectors);
 }
 
-void VectorQuantizer::inner_products(const float* queries, std::int64_t query_rows,
-                                     const std::uint8_t* codes, const std::uint16_t* norms,
-                                     std::int64_t rows, float* products) const {
+TQAI_INLINE void VectorQuantizer::inner_products(const float* queries, std::int64_t query_rows,
+                                                 const std::uint8_t* codes,
+                                                 const std::uint16_t* norms, std::int64_t rows,
+                                                 float* products) const {
   check_count("query_rows", query_rows);
   check_count("rows", rows);
   check_buffer("queries", queries, query_rows);
@@ -159,8 +162,9 @@ void VectorQuantizer::inner_products(const float* queries, std::int64_t query_ro
   multiply_rows(queries, query_rows, codes, norms, rows, products);
 }
 
-void VectorQuantizer::check_shape(const char* name, std::array<std::int64_t, 2> shape,
-                                  std::array<std::int64_t, 2> allowed, std::int64_t row_stride) {
+TQAI_INLINE void VectorQuantizer::check_shape(const char* name, std::array<std::int64_t, 2> shape,
+                                              std::array<std::int64_t, 2> allowed,
+                                              std::int64_t row_stride) {
   const auto text = [](const std::array<std::int64_t, 2>& s) {
     return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + "]";
   };
@@ -174,7 +178,7 @@ void VectorQuantizer::check_shape(const char* name, std::array<std::int64_t, 2> 
   }
 }
 
-Quantizer::Quantizer(const QuantizerOptions& options)
+TQAI_INLINE Quantizer::Quantizer(const QuantizerOptions& options)
     : VectorQuantizer(options.head_dim, options.bits),
       options_(options),
       rotation_(options.head_dim, options.rotation, options.seed),
@@ -182,8 +186,8 @@ Quantizer::Quantizer(const QuantizerOptions& options)
   code_bytes_ = bytes_for(options.head_dim, options.bits);
 }
 
-void Quantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
-                            std::uint16_t* norms) const {
+TQAI_INLINE void Quantizer::encode_rows(const float* vectors, std::int64_t rows,
+                                        std::uint8_t* codes, std::uint16_t* norms) const {
   const int dim = head_dim();
   const auto levels = codebook_->levels();
   const auto centroids = codebook_->centroids();
@@ -212,8 +216,8 @@ void Quantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_
   }
 }
 
-void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
-                            std::int64_t rows, float* vectors) const {
+TQAI_INLINE void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
+                                        std::int64_t rows, float* vectors) const {
   const int dim = head_dim();
   const auto centroids = codebook_->centroids();
   std::uint8_t row_codes[kMaxHeadDim];
@@ -226,9 +230,9 @@ void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norm
   }
 }
 
-void Quantizer::multiply_rows(const float* queries, std::int64_t query_rows,
-                              const std::uint8_t* codes, const std::uint16_t* norms,
-                              std::int64_t rows, float* products) const {
+TQAI_INLINE void Quantizer::multiply_rows(const float* queries, std::int64_t query_rows,
+                                          const std::uint8_t* codes, const std::uint16_t* norms,
+                                          std::int64_t rows, float* products) const {
   const int dim = head_dim();
   const auto centroids = codebook_->centroids();
   const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);
@@ -244,7 +248,7 @@ void Quantizer::multiply_rows(const float* queries, std::int64_t query_rows,
   }
 }
 
-ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
+TQAI_INLINE ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
     : VectorQuantizer(options.head_dim, options.bits),
       options_(options),
       rotation_(options.head_dim, options.rotation, options.seed) {
@@ -269,8 +273,8 @@ ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
   }
 }
 
-void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows, std::uint8_t* codes,
-                                std::uint16_t* norms) const {
+TQAI_INLINE void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows,
+                                            std::uint8_t* codes, std::uint16_t* norms) const {
   const int dim = head_dim();
   float residual[kMaxHeadDim];
   float projected[kMaxHeadDim];
@@ -307,7 +311,7 @@ void ProdQuantizer::encode_rows(const float* vectors, std::int64_t rows, std::ui
   }
 }
 
-void ProdQuantizer::unpack(const std::uint8_t* codes, float* unit, float* signs) const {
+TQAI_INLINE void ProdQuantizer::unpack(const std::uint8_t* codes, float* unit, float* signs) const {
   const int dim = head_dim();
   std::uint8_t row_codes[kMaxHeadDim];
   unpack_bits(codes + centroid_bytes_, dim, 1, row_codes);
@@ -321,8 +325,8 @@ void ProdQuantizer::unpack(const std::uint8_t* codes, float* unit, float* signs)
   for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
 }
 
-void ProdQuantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
-                                std::int64_t rows, float* vectors) const {
+TQAI_INLINE void ProdQuantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
+                                            std::int64_t rows, float* vectors) const {
   const int dim = head_dim();
   const float scale = projection_scale(dim);
   float unit[kMaxHeadDim];
@@ -340,9 +344,9 @@ void ProdQuantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* 
   }
 }
 
-void ProdQuantizer::multiply_rows(const float* queries, std::int64_t query_rows,
-                                  const std::uint8_t* codes, const std::uint16_t* norms,
-                                  std::int64_t rows, float* products) const {
+TQAI_INLINE void ProdQuantizer::multiply_rows(const float* queries, std::int64_t query_rows,
+                                              const std::uint8_t* codes, const std::uint16_t* norms,
+                                              std::int64_t rows, float* products) const {
   const int dim = head_dim();
   const float scale = projection_scale(dim);
   const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);

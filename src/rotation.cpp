@@ -8,14 +8,16 @@
 #include "haar.hpp"
 #include "random.hpp"
 #include "ranges.hpp"
-#include "rotate-inl.hpp"
+#include "rotate.hpp"
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
-bool is_power_of_two(int value) { return std::has_single_bit(static_cast<unsigned>(value)); }
+TQAI_INLINE bool is_power_of_two(int value) {
+  return std::has_single_bit(static_cast<unsigned>(value));
+}
 
-RotationKind resolved(RotationKind kind, int head_dim) {
+TQAI_INLINE RotationKind resolved(RotationKind kind, int head_dim) {
   if (kind == RotationKind::automatic) {
     return is_power_of_two(head_dim) ? RotationKind::hadamard : RotationKind::haar;
   }
@@ -26,7 +28,7 @@ RotationKind resolved(RotationKind kind, int head_dim) {
   return kind;
 }
 
-void check_rows(const void* from, const void* to, std::int64_t rows) {
+TQAI_INLINE void check_rows(const void* from, const void* to, std::int64_t rows) {
   if (rows < 0) throw ValueError("rows = " + std::to_string(rows) + "; allowed: 0 or more");
   if (rows > 0 && (from == nullptr || to == nullptr)) {
     throw ValueError("null pointer for rows = " + std::to_string(rows) +
@@ -34,11 +36,13 @@ void check_rows(const void* from, const void* to, std::int64_t rows) {
   }
 }
 
-float hadamard_scale(int head_dim) { return 1.0F / std::sqrt(static_cast<float>(head_dim)); }
+TQAI_INLINE float hadamard_scale(int head_dim) {
+  return 1.0F / std::sqrt(static_cast<float>(head_dim));
+}
 
 /// Each row times the matrix whose columns are the rows of `columns`.
-void multiply_rows(const std::vector<float>& columns, const float* from, float* to,
-                   std::int64_t rows, int dim) {
+TQAI_INLINE void multiply_rows(const std::vector<float>& columns, const float* from, float* to,
+                               std::int64_t rows, int dim) {
   float result[kMaxHeadDim];  // `from` and `to` may be the same
   for (std::int64_t r = 0; r < rows; ++r) {
     matrix_row(columns.data(), from + r * dim, dim, result);
@@ -46,9 +50,9 @@ void multiply_rows(const std::vector<float>& columns, const float* from, float* 
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
+TQAI_INLINE Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
     : head_dim_(checked_head_dim("head_dim", head_dim)),
       kind_(resolved(kind, head_dim)),
       seed_(seed) {
@@ -70,7 +74,7 @@ Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t seed)
   }
 }
 
-void Rotation::apply(const float* x, float* y, std::int64_t rows) const {
+TQAI_INLINE void Rotation::apply(const float* x, float* y, std::int64_t rows) const {
   check_rows(x, y, rows);
   if (kind_ == RotationKind::haar) return multiply_rows(transposed_, x, y, rows, head_dim_);
   const float scale = hadamard_scale(head_dim_);
@@ -82,7 +86,7 @@ void Rotation::apply(const float* x, float* y, std::int64_t rows) const {
   }
 }
 
-void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) const {
+TQAI_INLINE void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) const {
   check_rows(y, x, rows);
   if (kind_ == RotationKind::haar) return multiply_rows(matrix_, y, x, rows, head_dim_);
   const float scale = hadamard_scale(head_dim_);
@@ -94,8 +98,8 @@ void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) con
   }
 }
 
-void Rotation::check_views(std::int64_t in_rows, std::int64_t in_cols, std::int64_t out_rows,
-                           std::int64_t out_cols) const {
+TQAI_INLINE void Rotation::check_views(std::int64_t in_rows, std::int64_t in_cols,
+                                       std::int64_t out_rows, std::int64_t out_cols) const {
   if (in_cols == head_dim_ && out_cols == head_dim_ && in_rows == out_rows) return;
   const auto shape = [](std::int64_t rows, std::int64_t cols) {
     return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";

@@ -1,6 +1,7 @@
 #include "threads.hpp"
 
 #include <atomic>
+#include <tqai/export.hpp>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,7 +15,7 @@
 
 namespace tqai {
 
-int usable_threads() noexcept {
+TQAI_INLINE int usable_threads() noexcept {
 #ifdef _OPENMP
   const int threads = omp_get_max_threads();
 #if defined(__unix__) || defined(__APPLE__)
@@ -33,7 +34,7 @@ int usable_threads() noexcept {
 
 #if defined(__SSE__) || defined(_M_X64)
 
-SubnormalNumbers::SubnormalNumbers() noexcept : saved_(_mm_getcsr()) {
+TQAI_INLINE SubnormalNumbers::SubnormalNumbers() noexcept : saved_(_mm_getcsr()) {
   constexpr unsigned kFlushToZero = 1U << 15;
   constexpr unsigned kDenormalsAreZero = 1U << 6;
   const auto saved = static_cast<unsigned>(saved_);
@@ -42,7 +43,7 @@ SubnormalNumbers::SubnormalNumbers() noexcept : saved_(_mm_getcsr()) {
   }
 }
 
-SubnormalNumbers::~SubnormalNumbers() {
+TQAI_INLINE SubnormalNumbers::~SubnormalNumbers() {
   const auto saved = static_cast<unsigned>(saved_);
   if (_mm_getcsr() != saved) _mm_setcsr(saved);
 }

@@ -257,3 +257,8 @@ class TQAI_API KvCache {
 };
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#define TQAI_CACHE_READ
+#include <tqai/header_only.hpp>
+#endif

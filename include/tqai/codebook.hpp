@@ -66,3 +66,7 @@ class TQAI_API Codebook {
 TQAI_API const Codebook& codebook(int head_dim, int bits, Grid grid);
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#include <tqai/header_only.hpp>
+#endif

@@ -30,3 +30,7 @@ TQAI_API Level default_level();
 TQAI_API int openmp_threads() noexcept;
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#include <tqai/header_only.hpp>
+#endif

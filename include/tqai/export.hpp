@@ -1,4 +1,4 @@
-// Visibility of the compiled library's symbols.
+// How the library's functions are compiled and seen.
 #pragma once
 
 // Keys that are NaN must be told from numbers, and sums keep their order.
@@ -17,4 +17,17 @@
 #define TQAI_API __attribute__((visibility("default")))
 #else
 #define TQAI_API
+#endif
+
+// With TQAI_HEADER_ONLY (docs/cpp.md) the library's functions are inline, and what is otherwise a
+// source file's own has a namespace with a name, so that all files of a program mean the same.
+#ifdef TQAI_HEADER_ONLY
+#ifdef TQAI_SHARED
+#error "TQAI_HEADER_ONLY and TQAI_SHARED: a library of headers alone is not shared"
+#endif
+#define TQAI_INLINE inline
+#define TQAI_LOCAL local
+#else
+#define TQAI_INLINE
+#define TQAI_LOCAL
 #endif

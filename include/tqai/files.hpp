@@ -114,3 +114,8 @@ TQAI_API std::vector<KvCache> load_caches(const std::filesystem::path& path,
                                           const LoadOptions& options = {});
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#define TQAI_FILES_READ
+#include <tqai/header_only.hpp>
+#endif

@@ -86,3 +86,7 @@ TQAI_API void convert_from_float(const float* from, std::size_t count, DType dty
                                  void* to) noexcept;
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#include <tqai/header_only.hpp>
+#endif

@@ -93,3 +93,7 @@ class TQAI_API TileLayout {
 };
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#include <tqai/header_only.hpp>
+#endif

@@ -189,3 +189,8 @@ class TQAI_API ProdQuantizer final : public VectorQuantizer {
 };
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#define TQAI_QUANTIZER_READ
+#include <tqai/header_only.hpp>
+#endif

@@ -71,3 +71,7 @@ class TQAI_API Rotation {
 };
 
 }  // namespace tqai
+
+#ifdef TQAI_HEADER_ONLY
+#include <tqai/header_only.hpp>
+#endif

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "../threads.hpp"
 #include "attend_units.hpp"
-#include "threads.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 using Batch = AttendUnits::Batch;
 using Item = AttendUnits::Item;
@@ -82,8 +82,9 @@ class Items {
   std::vector<Item> last_;
 };
 
-void attend_batch(const AttendUnits& units, const Batch& batch, const std::vector<Item>& todo,
-                  [[maybe_unused]] int threads) noexcept {
+TQAI_INLINE void attend_batch(const AttendUnits& units, const Batch& batch,
+                              const std::vector<Item>& todo,
+                              [[maybe_unused]] int threads) noexcept {
   const std::int64_t count = std::ssize(todo);
   const auto prepare = [&](std::int64_t i) { units.prepare(batch, i); };
   const auto attend_nth = [&](std::int64_t i) {
@@ -111,10 +112,11 @@ void attend_batch(const AttendUnits& units, const Batch& batch, const std::vecto
   for (std::int64_t i = 0; i < batch.count(); ++i) finish(i);
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void attend(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-            const ConstTensor& queries, const Tensor& output, const AttendOptions& options) {
+TQAI_INLINE void attend(const Context& context, std::span<const Row> rows, std::int64_t tokens,
+                        const ConstTensor& queries, const Tensor& output,
+                        const AttendOptions& options) {
   if (queries.shape[0] == 0 || queries.shape[1] == 0 || queries.shape[2] == 0) return;
   const SubnormalNumbers counted;
   const AttendUnits units(context, rows, tokens, queries, output, options);

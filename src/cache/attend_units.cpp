@@ -7,7 +7,7 @@
 #include <numeric>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 using kernels::kMaxHeads;
 using kernels::kMaxRows;
@@ -15,11 +15,11 @@ using kernels::kMaxRows;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-AttendUnits::AttendUnits(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-                         const ConstTensor& queries, const Tensor& output,
-                         const AttendOptions& options)
+TQAI_INLINE AttendUnits::AttendUnits(const Context& context, std::span<const Row> rows,
+                                     std::int64_t tokens, const ConstTensor& queries,
+                                     const Tensor& output, const AttendOptions& options)
     : context_(context),
       rows_(rows),
       tokens_(tokens),
@@ -59,7 +59,7 @@ AttendUnits::AttendUnits(const Context& context, std::span<const Row> rows, std:
                  sets_ * factor_floats_ + prepared_floats_;
 }
 
-AttendUnits::Unit AttendUnits::unit(std::int64_t index) const noexcept {
+TQAI_INLINE AttendUnits::Unit AttendUnits::unit(std::int64_t index) const noexcept {
   const std::int64_t block = index % blocks_;
   const std::int64_t head = index / blocks_ % context_.options.kv_heads;
   const std::int64_t first = block * kMaxRows;
@@ -67,13 +67,13 @@ AttendUnits::Unit AttendUnits::unit(std::int64_t index) const noexcept {
           static_cast<int>(std::min<std::int64_t>(kMaxRows, group_ * query_count_ - first))};
 }
 
-double AttendUnits::multiplications() const noexcept {
+TQAI_INLINE double AttendUnits::multiplications() const noexcept {
   const double dims = context_.options.head_dim + context_.options.value_head_dim;
   return static_cast<double>(units_) * kMaxRows * static_cast<double>(tokens_) * dims;
 }
 
 // Left as it is: zeroing would take as long as a short call's attention.
-AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most) {
+TQAI_INLINE AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most) {
   const auto count_of = [most](std::int64_t each) { return static_cast<std::size_t>(most * each); };
   lines_.reset(new Line[count_of(units.unit_floats_ / kLineFloats)]);
   states_.reset(new PartState[count_of(units.parts_)]);
@@ -81,7 +81,8 @@ AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most) {
   finite_.reset(new bool[count_of(kMaxRows)]);
 }
 
-AttendUnits::Work AttendUnits::work(const Batch& batch, std::int64_t index) const noexcept {
+TQAI_INLINE AttendUnits::Work AttendUnits::work(const Batch& batch,
+                                                std::int64_t index) const noexcept {
   Work work{};
   work.plain = reinterpret_cast<float*>(batch.lines_.get()) + index * unit_floats_;
   work.factors = work.plain + row_capacity_ * key_padded_;
@@ -95,7 +96,7 @@ AttendUnits::Work AttendUnits::work(const Batch& batch, std::int64_t index) cons
   return work;
 }
 
-void AttendUnits::prepare(const Batch& batch, std::int64_t index) const noexcept {
+TQAI_INLINE void AttendUnits::prepare(const Batch& batch, std::int64_t index) const noexcept {
   const Unit unit = this->unit(batch.first_ + index);
   const Work work = this->work(batch, index);
   const auto dim = static_cast<std::size_t>(context_.options.head_dim);
@@ -132,7 +133,7 @@ void AttendUnits::prepare(const Batch& batch, std::int64_t index) const noexcept
 }
 
 // A mask that adds NaN or +inf gives NaN, as in exact attention.
-void AttendUnits::fill_mask(const Unit& unit, const Work& work) const noexcept {
+TQAI_INLINE void AttendUnits::fill_mask(const Unit& unit, const Work& work) const noexcept {
   const Mask& mask = *options_.mask;
   const auto pick = [&mask](std::size_t axis, std::int64_t i) {
     return (mask.shape[axis] == 1 ? 0 : i) * mask.strides[axis];
@@ -167,9 +168,9 @@ void AttendUnits::fill_mask(const Unit& unit, const Work& work) const noexcept {
   }
 }
 
-void AttendUnits::set_range(const Unit& unit, const Work& work, std::int64_t start,
-                            std::int64_t* first, std::int64_t* end,
-                            kernels::Softmax& softmax) const noexcept {
+TQAI_INLINE void AttendUnits::set_range(const Unit& unit, const Work& work, std::int64_t start,
+                                        std::int64_t* first, std::int64_t* end,
+                                        kernels::Softmax& softmax) const noexcept {
   for (int r = 0; r < unit.rows; ++r) {
     const std::int64_t position = tokens_ - query_count_ + place(unit, r).query;
     std::int64_t from = options_.first_token;
@@ -182,8 +183,8 @@ void AttendUnits::set_range(const Unit& unit, const Work& work, std::int64_t sta
   softmax.mask = options_.mask ? work.mask + (start - mask_first_) : nullptr;
 }
 
-kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& work,
-                                    std::int64_t part) const noexcept {
+TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& work,
+                                                std::int64_t part) const noexcept {
   PartState& state = work.states[part];
   kernels::Softmax softmax{};
   softmax.rows = unit.rows;
@@ -199,7 +200,7 @@ kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& work,
   return softmax;
 }
 
-void AttendUnits::attend(const Batch& batch, const Item& item) const noexcept {
+TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item) const noexcept {
   if (item.part == 0) {
     for (int u = 0; u < item.count; ++u) {
       const Unit each = unit(batch.first_ + item.first + u);
@@ -247,8 +248,8 @@ void AttendUnits::attend(const Batch& batch, const Item& item) const noexcept {
   }
 }
 
-void AttendUnits::attend_exact(const Unit& unit, const Work& work,
-                               kernels::Softmax softmax) const noexcept {
+TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work,
+                                           kernels::Softmax softmax) const noexcept {
   const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];
@@ -264,8 +265,9 @@ void AttendUnits::attend_exact(const Unit& unit, const Work& work,
   attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);
 }
 
-void AttendUnits::attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
-                                std::span<const kernels::HeadRows> heads) const noexcept {
+TQAI_INLINE void AttendUnits::attend_sealed(
+    const Row& row, std::size_t first_block, std::size_t end_block,
+    std::span<const kernels::HeadRows> heads) const noexcept {
   const std::size_t count = end_block - first_block;
   kernels::TileSpan spans[kPartBlocks];
   for (std::size_t i = 0; i < count; ++i) {
@@ -277,7 +279,7 @@ void AttendUnits::attend_sealed(const Row& row, std::size_t first_block, std::si
                                   heads.data(), static_cast<int>(heads.size())});
 }
 
-void AttendUnits::finish(const Batch& batch, std::int64_t index) const noexcept {
+TQAI_INLINE void AttendUnits::finish(const Batch& batch, std::int64_t index) const noexcept {
   const Unit unit = this->unit(batch.first_ + index);
   const Work work = this->work(batch, index);
   const auto element = static_cast<std::int64_t>(size_of(output_.dtype));

@@ -6,8 +6,8 @@
 #include <span>
 #include <tqai/cache.hpp>
 
+#include "../kernels/kernels.hpp"
 #include "centres.hpp"
-#include "kernels/kernels.hpp"
 #include "row.hpp"
 
 namespace tqai::detail {

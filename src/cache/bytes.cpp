@@ -5,20 +5,22 @@
 #include <tqai/error.hpp>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::size_t kMostPadding = 64;
 
-std::size_t padding(std::size_t at, std::size_t unit) { return (unit - at % unit) % unit; }
+TQAI_INLINE std::size_t padding(std::size_t at, std::size_t unit) {
+  return (unit - at % unit) % unit;
+}
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void Writer::align(std::size_t unit) {
+TQAI_INLINE void Writer::align(std::size_t unit) {
   const std::byte zeros[kMostPadding] = {};
   write_from(zeros, padding(written_, unit));
 }
 
-void Reader::need(std::size_t count, std::size_t bytes) const {
+TQAI_INLINE void Reader::need(std::size_t count, std::size_t bytes) const {
   const std::size_t left = size_ - read_;
   if (count <= left / bytes) return;
   throw ValueError(
@@ -26,7 +28,7 @@ void Reader::need(std::size_t count, std::size_t bytes) const {
       " times " + std::to_string(bytes) + " bytes should follow, " + std::to_string(left) + " do");
 }
 
-void Reader::align(std::size_t unit) {
+TQAI_INLINE void Reader::align(std::size_t unit) {
   std::byte zeros[kMostPadding];
   const std::size_t count = padding(read_, unit);
   read_into(zeros, count);
@@ -37,18 +39,18 @@ void Reader::align(std::size_t unit) {
   }
 }
 
-bool Reader::keeps(std::size_t unit) const noexcept {
+TQAI_INLINE bool Reader::keeps(std::size_t unit) const noexcept {
   return owner_ && reinterpret_cast<std::uintptr_t>(here_) % unit == 0;
 }
 
-const std::byte* Reader::keep(std::size_t bytes) {
+TQAI_INLINE const std::byte* Reader::keep(std::size_t bytes) {
   need(bytes, 1);
   const std::byte* kept = here_ + read_;
   read_ += bytes;
   return kept;
 }
 
-void Reader::copy(std::span<std::byte> to) {
+TQAI_INLINE void Reader::copy(std::span<std::byte> to) {
   if (to.empty()) return;
   if (source_) {
     source_(to);

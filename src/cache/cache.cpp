@@ -6,12 +6,12 @@
 #include <tqai/cache.hpp>
 #include <vector>
 
+#include "../threads.hpp"
 #include "attend.hpp"
 #include "check.hpp"
 #include "gather.hpp"
 #include "row.hpp"
 #include "serialize.hpp"
-#include "threads.hpp"
 
 namespace tqai {
 
@@ -24,28 +24,28 @@ struct KvCache::State {
   detail::CountedVector<Row> rows;
 };
 
-namespace {
+namespace TQAI_LOCAL {
 
-std::array<std::int64_t, 4> shape_of(const Context& context, std::size_t batch, std::int64_t tokens,
-                                     int dim) {
+TQAI_INLINE std::array<std::int64_t, 4> shape_of(const Context& context, std::size_t batch,
+                                                 std::int64_t tokens, int dim) {
   return {static_cast<std::int64_t>(batch), context.options.kv_heads, tokens, dim};
 }
 
 constexpr const char* kKeyAxes = "batch, kv_heads, tokens, head_dim";
 constexpr const char* kValueAxes = "batch, kv_heads, tokens, value_head_dim";
 
-void check_dtype(const char* name, DType given, DType needed) {
+TQAI_INLINE void check_dtype(const char* name, DType given, DType needed) {
   if (given == needed) return;
   throw ValueError(std::string(name) + " are " + name_of(given) + "; this cache holds " +
                    name_of(needed) + ": convert them, or make a cache of that dtype");
 }
 
-void check_row(std::int64_t row, int batch) {
+TQAI_INLINE void check_row(std::int64_t row, int batch) {
   if (row >= 0 && row < batch) return;
   throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch));
 }
 
-void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t columns) {
+TQAI_INLINE void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t columns) {
   const std::array<std::int64_t, 4> full = {queries.shape[0], queries.shape[1], queries.shape[2],
                                             columns};
   bool fits = mask.shape[3] == columns;
@@ -61,8 +61,8 @@ void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t colum
 }
 
 // Copies the tensor's tokens of one batch row behind the row's exact ones.
-void copy_in(const Context& context, Row& row, const ConstTensor& keys, const ConstTensor& values,
-             std::int64_t batch_row) noexcept {
+TQAI_INLINE void copy_in(const Context& context, Row& row, const ConstTensor& keys,
+                         const ConstTensor& values, std::int64_t batch_row) noexcept {
   const std::int64_t tokens = keys.shape[2];
   const auto copy = [&](const ConstTensor& from, std::byte* to, int head, std::size_t bytes) {
     const auto element = static_cast<std::int64_t>(size_of(from.dtype));
@@ -88,9 +88,9 @@ struct Stand {
 };
 
 // tail: where its tokens stand when these are added.
-Stand stand(const Context& context, const Row& row, const detail::Positions& tail,
-            const std::optional<PositionTensor>& given, std::int64_t batch_row,
-            std::int64_t tokens) {
+TQAI_INLINE Stand stand(const Context& context, const Row& row, const detail::Positions& tail,
+                        const std::optional<PositionTensor>& given, std::int64_t batch_row,
+                        std::int64_t tokens) {
   detail::Positions positions;
   if (given && context.uses_positions()) {
     positions = detail::read_positions(*given, batch_row, context.sections());
@@ -101,8 +101,8 @@ Stand stand(const Context& context, const Row& row, const detail::Positions& tai
   return {tail.joined(positions), positions.next()};
 }
 
-std::int64_t most_sealable(const Context& context,
-                           const detail::CountedVector<Row>& rows) noexcept {
+TQAI_INLINE std::int64_t most_sealable(const Context& context,
+                                       const detail::CountedVector<Row>& rows) noexcept {
   std::int64_t most = 0;
   for (const Row& row : rows) most = std::max(most, detail::sealable(context, row));
   return most;
@@ -110,8 +110,8 @@ std::int64_t most_sealable(const Context& context,
 
 // What sealing will do to each row, without blocks where that is nothing; empty where it is nothing
 // for all of them. Of the rows themselves only capacity changes.
-std::vector<detail::Sealing> prepare_sealings(const Context& context,
-                                              detail::CountedVector<Row>& rows) {
+TQAI_INLINE std::vector<detail::Sealing> prepare_sealings(const Context& context,
+                                                          detail::CountedVector<Row>& rows) {
   if (most_sealable(context, rows) == 0) return {};
   struct Job {
     std::size_t row;
@@ -138,16 +138,17 @@ std::vector<detail::Sealing> prepare_sealings(const Context& context,
   return sealings;
 }
 
-void commit_all(detail::CountedVector<Row>& rows,
-                std::vector<detail::Sealing>&& sealings) noexcept {
+TQAI_INLINE void commit_all(detail::CountedVector<Row>& rows,
+                            std::vector<detail::Sealing>&& sealings) noexcept {
   for (std::size_t b = 0; b < sealings.size(); ++b) {
     if (!sealings[b].blocks.empty()) detail::commit(rows[b], std::move(sealings[b]));
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-KvCache::KvCache(const CacheOptions& options, int batch) : state_(std::make_unique<State>()) {
+TQAI_INLINE KvCache::KvCache(const CacheOptions& options, int batch)
+    : state_(std::make_unique<State>()) {
   if (batch < 1) {
     throw ValueError("batch = " + std::to_string(batch) + "; allowed: 1 or more");
   }
@@ -159,31 +160,34 @@ KvCache::KvCache(const CacheOptions& options, int batch) : state_(std::make_uniq
   state_->rows.resize(static_cast<std::size_t>(batch));
 }
 
-KvCache::KvCache(const KvCache& other) : state_(std::make_unique<State>(*other.state_)) {}
-KvCache::KvCache(KvCache&& other) noexcept = default;
-KvCache& KvCache::operator=(const KvCache& other) {
+TQAI_INLINE KvCache::KvCache(const KvCache& other)
+    : state_(std::make_unique<State>(*other.state_)) {}
+TQAI_INLINE KvCache::KvCache(KvCache&& other) noexcept = default;
+TQAI_INLINE KvCache& KvCache::operator=(const KvCache& other) {
   *this = KvCache(other);
   return *this;
 }
-KvCache& KvCache::operator=(KvCache&& other) noexcept = default;
-KvCache::~KvCache() = default;
+TQAI_INLINE KvCache& KvCache::operator=(KvCache&& other) noexcept = default;
+TQAI_INLINE KvCache::~KvCache() = default;
 
-const CacheOptions& KvCache::options() const noexcept { return state_->context.options; }
-int KvCache::batch() const noexcept { return static_cast<int>(state_->rows.size()); }
-std::int64_t KvCache::tokens() const noexcept { return state_->tokens; }
+TQAI_INLINE const CacheOptions& KvCache::options() const noexcept {
+  return state_->context.options;
+}
+TQAI_INLINE int KvCache::batch() const noexcept { return static_cast<int>(state_->rows.size()); }
+TQAI_INLINE std::int64_t KvCache::tokens() const noexcept { return state_->tokens; }
 
-std::int64_t KvCache::first_token() const noexcept {
+TQAI_INLINE std::int64_t KvCache::first_token() const noexcept {
   std::int64_t first = state_->tokens;
   for (const Row& row : state_->rows) first = std::min(first, row.first);
   return first;
 }
 
-std::int64_t KvCache::packed_tokens(int row) const {
+TQAI_INLINE std::int64_t KvCache::packed_tokens(int row) const {
   check_row(row, batch());
   return state_->rows[static_cast<std::size_t>(row)].sealed_tokens;
 }
 
-std::optional<Centering> KvCache::centering(int row, int head) const {
+TQAI_INLINE std::optional<Centering> KvCache::centering(int row, int head) const {
   if (row < 0 || row >= batch() || head < 0 || head >= options().kv_heads) {
     throw IndexError("row " + std::to_string(row) + ", head " + std::to_string(head) +
                      " of a batch of " + std::to_string(batch()) + " with " +
@@ -195,13 +199,13 @@ std::optional<Centering> KvCache::centering(int row, int head) const {
   return held.centre_sets[static_cast<std::size_t>(set)].kind(head);
 }
 
-int KvCache::centre_sets(int row) const {
+TQAI_INLINE int KvCache::centre_sets(int row) const {
   check_row(row, batch());
   return static_cast<int>(state_->rows[static_cast<std::size_t>(row)].centre_sets.size());
 }
 
-void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
-                     const std::optional<PositionTensor>& positions) {
+TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
+                                 const std::optional<PositionTensor>& positions) {
   const SubnormalNumbers counted;
   State& state = *state_;
   const Context& context = state.context;
@@ -248,14 +252,14 @@ void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
   state.tokens += tokens;
 }
 
-std::int64_t KvCache::seal() {
+TQAI_INLINE std::int64_t KvCache::seal() {
   const SubnormalNumbers counted;
   commit_all(state_->rows, prepare_sealings(state_->context, state_->rows));
   return most_sealable(state_->context, state_->rows);
 }
 
-void KvCache::attend(const ConstTensor& queries, const Tensor& output,
-                     const AttendOptions& options) const {
+TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& output,
+                                 const AttendOptions& options) const {
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
   const auto batch = static_cast<std::int64_t>(state.rows.size());
@@ -294,7 +298,8 @@ void KvCache::attend(const ConstTensor& queries, const Tensor& output,
   detail::attend(state.context, state.rows, state.tokens, queries, output, options);
 }
 
-void KvCache::gather(std::int64_t first, const Tensor& keys, const Tensor& values) const {
+TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
+                                 const Tensor& values) const {
   const SubnormalNumbers counted;
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
@@ -314,7 +319,7 @@ void KvCache::gather(std::int64_t first, const Tensor& keys, const Tensor& value
   detail::gather(state.context, state.rows, first, keys, values);
 }
 
-void KvCache::crop(std::int64_t tokens) {
+TQAI_INLINE void KvCache::crop(std::int64_t tokens) {
   State& state = *state_;
   if (tokens < 0 || tokens > state.tokens) {
     throw ValueError("crop to " + std::to_string(tokens) + " tokens; allowed: 0…" +
@@ -341,7 +346,7 @@ void KvCache::crop(std::int64_t tokens) {
   state.tokens = tokens;
 }
 
-void KvCache::select(std::span<const std::int64_t> rows) {
+TQAI_INLINE void KvCache::select(std::span<const std::int64_t> rows) {
   State& state = *state_;
   if (rows.empty()) throw ValueError("no rows were chosen; a batch needs 1 or more");
   for (const std::int64_t row : rows) check_row(row, batch());
@@ -351,7 +356,7 @@ void KvCache::select(std::span<const std::int64_t> rows) {
   state.rows = std::move(chosen);
 }
 
-void KvCache::set_padding(std::span<const std::int64_t> counts) {
+TQAI_INLINE void KvCache::set_padding(std::span<const std::int64_t> counts) {
   State& state = *state_;
   if (counts.size() != state.rows.size()) {
     throw ValueError(std::to_string(counts.size()) + " padding counts for a batch of " +
@@ -376,7 +381,7 @@ void KvCache::set_padding(std::span<const std::int64_t> counts) {
   state.rows = std::move(rows);
 }
 
-void KvCache::discard_before(std::int64_t token) {
+TQAI_INLINE void KvCache::discard_before(std::int64_t token) {
   State& state = *state_;
   if (token < 0 || token > state.tokens) {
     throw ValueError("discard before token " + std::to_string(token) + "; allowed: 0…" +
@@ -398,7 +403,7 @@ void KvCache::discard_before(std::int64_t token) {
   }
 }
 
-MemoryReport KvCache::memory() const {
+TQAI_INLINE MemoryReport KvCache::memory() const {
   const State& state = *state_;
   MemoryReport report;
   report.overhead_bytes = state.rows.capacity() * sizeof(Row);
@@ -431,24 +436,25 @@ MemoryReport KvCache::memory() const {
   return report;
 }
 
-const Rotation& KvCache::key_rotation() const noexcept {
+TQAI_INLINE const Rotation& KvCache::key_rotation() const noexcept {
   return state_->context.codec->key_rotation();
 }
-const Rotation& KvCache::value_rotation() const noexcept {
+TQAI_INLINE const Rotation& KvCache::value_rotation() const noexcept {
   return state_->context.codec->value_rotation();
 }
 
-std::size_t KvCache::serialized_bytes() const {
+TQAI_INLINE std::size_t KvCache::serialized_bytes() const {
   std::size_t bytes = 0;
   serialize([&bytes](std::span<const std::byte> more) { bytes += more.size(); });
   return bytes;
 }
 
-void KvCache::serialize(const std::function<void(std::span<const std::byte>)>& write) const {
+TQAI_INLINE void KvCache::serialize(
+    const std::function<void(std::span<const std::byte>)>& write) const {
   detail::write_cache(state_->context, state_->tokens, state_->rows, write);
 }
 
-std::vector<std::byte> KvCache::serialize() const {
+TQAI_INLINE std::vector<std::byte> KvCache::serialize() const {
   std::vector<std::byte> bytes;
   bytes.reserve(serialized_bytes());
   serialize([&bytes](std::span<const std::byte> more) {
@@ -457,12 +463,13 @@ std::vector<std::byte> KvCache::serialize() const {
   return bytes;
 }
 
-KvCache KvCache::deserialize(std::span<const std::byte> bytes, std::optional<Level> level) {
+TQAI_INLINE KvCache KvCache::deserialize(std::span<const std::byte> bytes,
+                                         std::optional<Level> level) {
   detail::Reader reader(bytes);
   return read(reader, level);
 }
 
-KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level) {
+TQAI_INLINE KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level) {
   detail::Header header = detail::read_header(reader);
   header.options.level = level;
   KvCache cache(header.options);

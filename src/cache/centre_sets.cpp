@@ -8,7 +8,7 @@
 #include "context.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 // A tile is badly served where its centre leaves this many times what a centre of its own would
 // leave, which no other tile could use as well. Prose of 1 400 tokens has 2.2 at most, in any head.
@@ -157,11 +157,12 @@ class Chooser {
   std::vector<bool> done_;  // tried already
 };
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-CentreChoice choose_centre_sets(const Context& context, const CountedVector<Centres>& held,
-                                const std::vector<std::vector<Moments>>& moments,
-                                std::int64_t row_tiles) {
+TQAI_INLINE CentreChoice choose_centre_sets(const Context& context,
+                                            const CountedVector<Centres>& held,
+                                            const std::vector<std::vector<Moments>>& moments,
+                                            std::int64_t row_tiles) {
   CentreChoice choice;
   choice.sets = held;
   Chooser chooser(context, moments, choice);

@@ -7,7 +7,7 @@
 #include "context.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 // A mean of n samples takes about one n-th of the energy of pure noise, by chance; more than twice
 // that is a mean worth having.
@@ -16,14 +16,14 @@ constexpr double kClearlyAMean = 2.0;
 constexpr double kClearlyLess = 0.9;
 // Frequencies are left in the keys again, weakest first, while all of them together raise the
 // energy that is quantised, and with it the error's, by no more than this.
-constexpr double kNegligible = 0.01;
+constexpr double kNegligibleLeft = 0.01;
 
-double squared(const std::vector<double>& values) {
+TQAI_INLINE double squared(const std::vector<double>& values) {
   return std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
 }
 
 // Several sums, as each addition would wait for the one before.
-float inner_product(const float* a, const float* b, int count) {
+TQAI_INLINE float inner_product(const float* a, const float* b, int count) {
   constexpr int kSums = 8;
   double sums[kSums] = {};
   int i = 0;
@@ -36,9 +36,9 @@ float inner_product(const float* a, const float* b, int count) {
   return static_cast<float>(std::accumulate(std::begin(sums), std::end(sums), 0.0));
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-Centres::Centres(const CentreShape& shape)
+TQAI_INLINE Centres::Centres(const CentreShape& shape)
     : memory_(shape,
               static_cast<std::size_t>(shape.kv_heads) *
                   (static_cast<std::size_t>(shape.head_dim + 2 * shape.pairs + 1) * sizeof(float) +
@@ -47,57 +47,57 @@ Centres::Centres(const CentreShape& shape)
   for (int head = 0; head < shape.kv_heads; ++head) kind(head) = Centering::none;
 }
 
-std::size_t Centres::means_offset() const noexcept {
+TQAI_INLINE std::size_t Centres::means_offset() const noexcept {
   const CentreShape& shape = memory_.header();
   return static_cast<std::size_t>(shape.kv_heads) * static_cast<std::size_t>(shape.head_dim) *
          sizeof(float);
 }
 
-std::size_t Centres::left_offset() const noexcept {
+TQAI_INLINE std::size_t Centres::left_offset() const noexcept {
   const CentreShape& shape = memory_.header();
   return means_offset() + static_cast<std::size_t>(shape.kv_heads) * 2 *
                               static_cast<std::size_t>(shape.pairs) * sizeof(float);
 }
 
-std::size_t Centres::kinds_offset() const noexcept {
+TQAI_INLINE std::size_t Centres::kinds_offset() const noexcept {
   return left_offset() + static_cast<std::size_t>(memory_.header().kv_heads) * sizeof(float);
 }
 
-const float* Centres::constant(int head) const noexcept {
+TQAI_INLINE const float* Centres::constant(int head) const noexcept {
   return reinterpret_cast<const float*>(memory_.payload()) +
          static_cast<std::ptrdiff_t>(head) * memory_.header().head_dim;
 }
 
-const float* Centres::means(int head) const noexcept {
+TQAI_INLINE const float* Centres::means(int head) const noexcept {
   return reinterpret_cast<const float*>(memory_.payload() + means_offset()) +
          static_cast<std::ptrdiff_t>(2 * head) * memory_.header().pairs;
 }
 
-float Centres::left(int head) const noexcept {
+TQAI_INLINE float Centres::left(int head) const noexcept {
   return reinterpret_cast<const float*>(memory_.payload() + left_offset())[head];
 }
 
-Centering Centres::kind(int head) const noexcept {
+TQAI_INLINE Centering Centres::kind(int head) const noexcept {
   return reinterpret_cast<const Centering*>(memory_.payload() + kinds_offset())[head];
 }
 
-float* Centres::constant(int head) noexcept {
+TQAI_INLINE float* Centres::constant(int head) noexcept {
   return const_cast<float*>(std::as_const(*this).constant(head));
 }
 
-float* Centres::means(int head) noexcept {
+TQAI_INLINE float* Centres::means(int head) noexcept {
   return const_cast<float*>(std::as_const(*this).means(head));
 }
 
-float& Centres::left(int head) noexcept {
+TQAI_INLINE float& Centres::left(int head) noexcept {
   return reinterpret_cast<float*>(memory_.payload() + left_offset())[head];
 }
 
-Centering& Centres::kind(int head) noexcept {
+TQAI_INLINE Centering& Centres::kind(int head) noexcept {
   return reinterpret_cast<Centering*>(memory_.payload() + kinds_offset())[head];
 }
 
-namespace {
+namespace TQAI_LOCAL {
 
 // What each centre takes away of the energy per token.
 struct Taken {
@@ -106,7 +106,7 @@ struct Taken {
   std::vector<double> strengths;  // [pairs], of the rope
 };
 
-Taken taken(const Context& context, const Moments& moments) {
+TQAI_INLINE Taken taken(const Context& context, const Moments& moments) {
   Taken taken;
   const RopeTables* tables = context.rope.get();
   taken.mean = squared(moments.mean);
@@ -125,9 +125,10 @@ Taken taken(const Context& context, const Moments& moments) {
   return taken;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void choose_centre(const Context& context, const Moments& moments, int head, Centres& centres) {
+TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, int head,
+                               Centres& centres) {
   const Centering wanted = context.options.centering;
   centres.left(head) = static_cast<float>(moments.energy);
   if (wanted == Centering::none) return;
@@ -156,7 +157,7 @@ void choose_centre(const Context& context, const Moments& moments, int head, Cen
   std::iota(weakest.begin(), weakest.end(), std::size_t{0});
   std::sort(weakest.begin(), weakest.end(),
             [&strong = strengths](std::size_t a, std::size_t b) { return strong[a] < strong[b]; });
-  double spare = kNegligible * std::max(rope_left, 0.0);
+  double spare = kNegligibleLeft * std::max(rope_left, 0.0);
   float* means = centres.means(head);
   for (const std::size_t f : weakest) {
     const int pair = static_cast<int>(f);
@@ -169,7 +170,7 @@ void choose_centre(const Context& context, const Moments& moments, int head, Cen
   }
 }
 
-double least_left(const Context& context, const Moments& moments) {
+TQAI_INLINE double least_left(const Context& context, const Moments& moments) {
   const auto [mean_energy, rope_energy, strengths] = taken(context, moments);
   double most = 0.0;
   switch (context.options.centering) {
@@ -181,7 +182,7 @@ double least_left(const Context& context, const Moments& moments) {
   return std::max(moments.energy - most, 0.0);
 }
 
-double left_by(const Centres& centres, int head, const Moments& moments) noexcept {
+TQAI_INLINE double left_by(const Centres& centres, int head, const Moments& moments) noexcept {
   // |k − c|² of the mean token, c turning as the keys do.
   double left = moments.energy;
   const float* constant = centres.constant(head);
@@ -200,7 +201,7 @@ double left_by(const Centres& centres, int head, const Moments& moments) noexcep
   return std::max(left, 0.0);
 }
 
-void copy_centre(const Centres& from, int head, Centres& to) noexcept {
+TQAI_INLINE void copy_centre(const Centres& from, int head, Centres& to) noexcept {
   const CentreShape& shape = from.memory().header();
   std::copy_n(from.constant(head), shape.head_dim, to.constant(head));
   std::copy_n(from.means(head), 2 * shape.pairs, to.means(head));
@@ -208,8 +209,8 @@ void copy_centre(const Centres& from, int head, Centres& to) noexcept {
   to.kind(head) = from.kind(head);
 }
 
-void add_centre(const Context& context, const Centres& centres, int head,
-                const kernels::TilePositions& positions, float factor, float* rows) {
+TQAI_INLINE void add_centre(const Context& context, const Centres& centres, int head,
+                            const kernels::TilePositions& positions, float factor, float* rows) {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const int dim = context.options.head_dim;
@@ -243,20 +244,20 @@ void add_centre(const Context& context, const Centres& centres, int head,
   }
 }
 
-bool CentreScores::has_rope(const Context& context, const Centres& centres) noexcept {
+TQAI_INLINE bool CentreScores::has_rope(const Context& context, const Centres& centres) noexcept {
   for (int head = 0; head < context.options.kv_heads; ++head) {
     if (centres.kind(head) == Centering::rope) return true;
   }
   return false;
 }
 
-std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
+TQAI_INLINE std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
   return std::int64_t{2} * kernels::kLanes * context.rope->pair_count();
 }
 
-CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
-                           const float* queries, std::ptrdiff_t stride, int rows,
-                           float* factors) noexcept {
+TQAI_INLINE CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
+                                       const float* queries, std::ptrdiff_t stride, int rows,
+                                       float* factors) noexcept {
   const Centering kind = centres.kind(head);
   if (kind == Centering::none) return;
   const float* constant = centres.constant(head);
@@ -305,7 +306,7 @@ CentreScores::CentreScores(const Context& context, const Centres& centres, int h
   rope_.sections = tables.sections();
 }
 
-kernels::RopeBias CentreScores::rope() const noexcept {
+TQAI_INLINE kernels::RopeBias CentreScores::rope() const noexcept {
   kernels::RopeBias bias = rope_;
   bias.pairs = pairs_;
   return bias;

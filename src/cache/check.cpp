@@ -6,12 +6,12 @@
 #include <cstdlib>
 #include <vector>
 
-#include "ranges.hpp"
+#include "../ranges.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
-void check_rope(const Rope& rope, int head_dim) {
+TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
   check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
   if (rope.rotary_dim % 2 != 0 ||
       rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
@@ -32,9 +32,9 @@ void check_rope(const Rope& rope, int head_dim) {
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-CacheOptions checked(CacheOptions options) {
+TQAI_INLINE CacheOptions checked(CacheOptions options) {
   constexpr int kMost = 1 << 30;
   check_range("kv_heads", options.kv_heads, 1, 1 << 16);
   checked_head_dim("head_dim", options.head_dim);
@@ -54,7 +54,7 @@ CacheOptions checked(CacheOptions options) {
   return options;
 }
 
-std::string shape_text(const std::array<std::int64_t, 4>& shape) {
+TQAI_INLINE std::string shape_text(const std::array<std::int64_t, 4>& shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) {
     text += (i == 0 ? "" : ", ") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
@@ -62,8 +62,8 @@ std::string shape_text(const std::array<std::int64_t, 4>& shape) {
   return text + "]";
 }
 
-void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
-                 const std::array<std::int64_t, 4>& wanted, const char* axes) {
+TQAI_INLINE void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
+                             const std::array<std::int64_t, 4>& wanted, const char* axes) {
   for (std::size_t i = 0; i < shape.size(); ++i) {
     if (shape[i] < 0 || (wanted[i] >= 0 && shape[i] != wanted[i])) {
       throw ValueError(std::string(name) + " has shape " + shape_text(shape) +
@@ -72,12 +72,12 @@ void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,
   }
 }
 
-void check_position(std::int64_t position) {
+TQAI_INLINE void check_position(std::int64_t position) {
   check_range("a token's position", position, -KvCache::kMaxPosition, KvCache::kMaxPosition);
 }
 
-void check_positions(const PositionTensor& positions, std::int64_t batch, std::int64_t tokens,
-                     int sections) {
+TQAI_INLINE void check_positions(const PositionTensor& positions, std::int64_t batch,
+                                 std::int64_t tokens, int sections) {
   const auto [rows, given, count] = positions.shape;
   const auto& strides = positions.strides;
   if ((rows != 1 && rows != batch) || (given != 1 && given != sections) || count != tokens) {
@@ -95,8 +95,9 @@ void check_positions(const PositionTensor& positions, std::int64_t batch, std::i
   }
 }
 
-void check_layout(const char* name, const void* data, const std::array<std::int64_t, 4>& shape,
-                  const std::array<std::int64_t, 4>& strides) {
+TQAI_INLINE void check_layout(const char* name, const void* data,
+                              const std::array<std::int64_t, 4>& shape,
+                              const std::array<std::int64_t, 4>& strides) {
   const bool empty = shape[0] == 0 || shape[1] == 0 || shape[2] == 0 || shape[3] == 0;
   if (data == nullptr && !empty) {
     throw ValueError(std::string(name) + " has no data; a pointer to " + shape_text(shape) +
@@ -108,7 +109,7 @@ void check_layout(const char* name, const void* data, const std::array<std::int6
   }
 }
 
-void check_written(const char* name, const Tensor& tensor) {
+TQAI_INLINE void check_written(const char* name, const Tensor& tensor) {
   check_layout(name, tensor.data, tensor.shape, tensor.strides);
   // From the innermost dimension outwards, each step must lead beyond all that the inner ones
   // reach.
@@ -131,13 +132,14 @@ void check_written(const char* name, const Tensor& tensor) {
   }
 }
 
-std::string number_text(float value) {
+TQAI_INLINE std::string number_text(float value) {
   char text[32];
   std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
   return text;
 }
 
-void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor) {
+TQAI_INLINE void check_vectors(const kernels::Kernels& kernels, const char* name,
+                               const ConstTensor& tensor) {
   const auto [batch, heads, tokens, dim] = tensor.shape;
   const auto element = static_cast<std::int64_t>(size_of(tensor.dtype));
   for (std::int64_t b = 0; b < batch; ++b) {

@@ -5,7 +5,7 @@
 #include <string>
 #include <tqai/cache.hpp>
 
-#include "kernels/kernels.hpp"
+#include "../kernels/kernels.hpp"
 
 namespace tqai::detail {
 

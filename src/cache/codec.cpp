@@ -5,12 +5,13 @@
 #include <tuple>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 // Values get another matrix than keys: with one seed for both a dense rotation measured worse.
 constexpr std::uint64_t kValueSeed = 0x9E37'79B9'7F4A'7C15;
 
-std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments, int head_dim) {
+TQAI_INLINE std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments,
+                                                  int head_dim) {
   std::vector<LevelTable> tables;
   for (const Segment& segment : segments) {
     const auto levels = codebook(head_dim, segment.bits, Grid::int8).levels();
@@ -20,8 +21,8 @@ std::vector<LevelTable> repeat_levels(const std::vector<Segment>& segments, int 
   return tables;
 }
 
-std::vector<std::optional<kernels::CodeBins>> bins_of(const std::vector<Segment>& segments,
-                                                      int head_dim) {
+TQAI_INLINE std::vector<std::optional<kernels::CodeBins>> bins_of(
+    const std::vector<Segment>& segments, int head_dim) {
   std::vector<std::optional<kernels::CodeBins>> bins;
   for (const Segment& segment : segments) {
     auto& of_segment = bins.emplace_back();
@@ -31,7 +32,7 @@ std::vector<std::optional<kernels::CodeBins>> bins_of(const std::vector<Segment>
   return bins;
 }
 
-std::vector<kernels::SegmentPlan> plan_segments(
+TQAI_INLINE std::vector<kernels::SegmentPlan> plan_segments(
     const std::vector<Segment>& segments, int head_dim, const std::vector<LevelTable>& tables,
     const std::vector<std::optional<kernels::CodeBins>>& bins) {
   std::vector<kernels::SegmentPlan> plans;
@@ -46,9 +47,9 @@ std::vector<kernels::SegmentPlan> plan_segments(
   return plans;
 }
 
-kernels::SidePlan plan_side(const Rotation& rotation,
-                            const std::vector<kernels::SegmentPlan>& segments, std::size_t codes,
-                            std::size_t norms) {
+TQAI_INLINE kernels::SidePlan plan_side(const Rotation& rotation,
+                                        const std::vector<kernels::SegmentPlan>& segments,
+                                        std::size_t codes, std::size_t norms) {
   const auto data_or_null = [](std::span<const float> values) {
     return values.empty() ? nullptr : values.data();
   };
@@ -63,9 +64,9 @@ kernels::SidePlan plan_side(const Rotation& rotation,
           data_or_null(rotation.transposed_matrix())};
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-Codec::Codec(const CacheOptions& options)
+TQAI_INLINE Codec::Codec(const CacheOptions& options)
     : key_rotation_(options.head_dim, options.rotation, options.seed),
       value_rotation_(options.value_head_dim, options.rotation, options.seed ^ kValueSeed),
       layout_(options.head_dim, options.value_head_dim, options.bits_k, options.bits_v),
@@ -82,7 +83,7 @@ Codec::Codec(const CacheOptions& options)
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),
           layout_.bytes()} {}
 
-std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
+TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;
   static std::mutex mutex;
   static std::map<Key, std::weak_ptr<const Codec>> table;

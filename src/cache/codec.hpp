@@ -11,8 +11,8 @@
 #include <tqai/rotation.hpp>
 #include <vector>
 
-#include "kernels/code_bins.hpp"
-#include "kernels/kernels.hpp"
+#include "../kernels/code_bins.hpp"
+#include "../kernels/kernels.hpp"
 
 namespace tqai::detail {
 

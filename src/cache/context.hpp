@@ -5,8 +5,8 @@
 #include <memory>
 #include <tqai/cache.hpp>
 
+#include "../kernels/kernels.hpp"
 #include "codec.hpp"
-#include "kernels/kernels.hpp"
 #include "rope_tables.hpp"
 
 namespace tqai::detail {

@@ -5,7 +5,7 @@
 #include <memory>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 // Writes vectors of one batch row and head into a tensor, token by token.
 class VectorWriter {
@@ -50,8 +50,9 @@ struct Range {
   std::int64_t end(std::int64_t part_end) const { return std::min(first + count, part_end); }
 };
 
-void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_t start, int head,
-                  const Range& range, const VectorWriter& keys, const VectorWriter& values) {
+TQAI_INLINE void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_t start,
+                              int head, const Range& range, const VectorWriter& keys,
+                              const VectorWriter& values) {
   if (!tokens) return;
   float scratch[kernels::kMaxDim];
   const std::byte* key = exact_keys(context, tokens, head);
@@ -65,8 +66,9 @@ void gather_exact(const Context& context, const ExactTokens& tokens, std::int64_
   }
 }
 
-void gather_head(const Context& context, const Row& row, int head, const Range& range,
-                 const VectorWriter& keys, const VectorWriter& values, float* vectors) noexcept {
+TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, const Range& range,
+                             const VectorWriter& keys, const VectorWriter& values,
+                             float* vectors) noexcept {
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);
     values.clear(t - range.first);
@@ -97,10 +99,10 @@ void gather_head(const Context& context, const Row& row, int head, const Range& 
   gather_exact(context, row.tail, start, head, range, keys, values);
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void gather(const Context& context, std::span<const Row> rows, std::int64_t first,
-            const Tensor& keys, const Tensor& values) {
+TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::int64_t first,
+                        const Tensor& keys, const Tensor& values) {
   const Range range{first, keys.shape[2]};
   const int heads = context.options.kv_heads;
   // Of a tile. Before anything is written, after which nothing may throw.

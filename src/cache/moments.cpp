@@ -6,12 +6,13 @@
 #include "context.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 // Σ k · e^(−i p ω_f) over 64 consecutive positions p.
-void turn_back(const RopeTables& tables, const PositionPhasors& phasors, const float* rows,
-               std::size_t dim, const kernels::TilePositions& positions, int f, double& real,
-               double& imaginary) noexcept {
+TQAI_INLINE void turn_back(const RopeTables& tables, const PositionPhasors& phasors,
+                           const float* rows, std::size_t dim,
+                           const kernels::TilePositions& positions, int f, double& real,
+                           double& imaginary) noexcept {
   const Complex middle = middle_phasor(tables, phasors, positions.first, f);
   // Σ (a + i b) · conj(e^(i distance ω)), by pairs of distances ± (j + 1/2), then turned back
   // to the middle. Four sums, or each addition would wait for the last.
@@ -37,9 +38,10 @@ void turn_back(const RopeTables& tables, const PositionPhasors& phasors, const f
 }
 
 // The same over positions of any kind.
-void turn_back_each(const RopeTables& tables, const PositionPhasors& phasors, const float* rows,
-                    std::size_t dim, const kernels::TilePositions& positions, int f, double& real,
-                    double& imaginary) noexcept {
+TQAI_INLINE void turn_back_each(const RopeTables& tables, const PositionPhasors& phasors,
+                                const float* rows, std::size_t dim,
+                                const kernels::TilePositions& positions, int f, double& real,
+                                double& imaginary) noexcept {
   const Complex start = distance_phasor(tables, f, 0);
   double a = 0.0;
   double b = 0.0;
@@ -56,10 +58,10 @@ void turn_back_each(const RopeTables& tables, const PositionPhasors& phasors, co
   imaginary = b;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-Complex middle_phasor(const RopeTables& tables, const PositionPhasors& phasors,
-                      std::int64_t position, int f) noexcept {
+TQAI_INLINE Complex middle_phasor(const RopeTables& tables, const PositionPhasors& phasors,
+                                  std::int64_t position, int f) noexcept {
   const auto pairs = static_cast<std::ptrdiff_t>(tables.pair_count());
   const std::int64_t near = position & (kernels::kNearPositions - 1);
   const float* tile = phasors.tiles + near / kTileTokens * 2 * pairs;
@@ -70,20 +72,21 @@ Complex middle_phasor(const RopeTables& tables, const PositionPhasors& phasors,
   return multiply(phasor, {far[f], far[pairs + f]});
 }
 
-Complex distance_phasor(const RopeTables& tables, int f, int t) noexcept {
+TQAI_INLINE Complex distance_phasor(const RopeTables& tables, int f, int t) noexcept {
   const float* cosines = tables.half() + static_cast<std::ptrdiff_t>(f) * kTileTokens;
   const float* sines = cosines + kTileTokens / 2;
   return t >= 32 ? Complex{cosines[t - 32], sines[t - 32]}
                  : Complex{cosines[31 - t], -sines[31 - t]};
 }
 
-Moments::Moments(const Context& context)
+TQAI_INLINE Moments::Moments(const Context& context)
     : mean(static_cast<std::size_t>(context.options.head_dim)),
       real(context.rope ? static_cast<std::size_t>(context.rope->pair_count()) : 0),
       imaginary(real.size()) {}
 
-void find_moments(const Context& context, const PositionPhasors& phasors, const std::byte* keys,
-                  const kernels::TilePositions& positions, Moments& moments) noexcept {
+TQAI_INLINE void find_moments(const Context& context, const PositionPhasors& phasors,
+                              const std::byte* keys, const kernels::TilePositions& positions,
+                              Moments& moments) noexcept {
   const std::size_t dim = moments.mean.size();
   double energy[kernels::kMaxDim] = {};
   alignas(64) float rows[kTileTokens * kernels::kMaxDim];
@@ -109,7 +112,7 @@ void find_moments(const Context& context, const PositionPhasors& phasors, const 
   moments.energy = std::accumulate(energy, energy + dim, 0.0) / moments.tokens;
 }
 
-Moments pooled(const std::vector<const Moments*>& parts) {
+TQAI_INLINE Moments pooled(const std::vector<const Moments*>& parts) {
   Moments all = *parts.front();
   for (std::size_t i = 1; i < parts.size(); ++i) {
     const Moments& more = *parts[i];

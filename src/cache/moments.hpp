@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernels/kernels.hpp"
+#include "../kernels/kernels.hpp"
 #include "rope_tables.hpp"
 
 namespace tqai::detail {

@@ -6,14 +6,14 @@
 
 namespace tqai::detail {
 
-Positions Positions::consecutive(std::int64_t first, std::int64_t count) noexcept {
+TQAI_INLINE Positions Positions::consecutive(std::int64_t first, std::int64_t count) noexcept {
   Positions positions;
   positions.first_ = first;
   positions.count_ = count;
   return positions;
 }
 
-Positions Positions::each(CountedVector<std::int32_t> each, int sections) noexcept {
+TQAI_INLINE Positions Positions::each(CountedVector<std::int32_t> each, int sections) noexcept {
   Positions positions;
   positions.count_ = static_cast<std::int64_t>(each.size()) / sections;
   positions.sections_ = sections;
@@ -29,12 +29,12 @@ Positions Positions::each(CountedVector<std::int32_t> each, int sections) noexce
   return positions;
 }
 
-std::int64_t Positions::next() const noexcept {
+TQAI_INLINE std::int64_t Positions::next() const noexcept {
   if (is_consecutive()) return first_ + count_;
   return std::int64_t{*std::max_element(each_.end() - sections_, each_.end())} + 1;
 }
 
-void Positions::write_to(std::int32_t* to, int sections) const noexcept {
+TQAI_INLINE void Positions::write_to(std::int32_t* to, int sections) const noexcept {
   if (!is_consecutive()) {
     std::copy(each_.begin(), each_.end(), to);
     return;
@@ -44,13 +44,13 @@ void Positions::write_to(std::int32_t* to, int sections) const noexcept {
   }
 }
 
-Positions Positions::part(std::int64_t from, std::int64_t count) const {
+TQAI_INLINE Positions Positions::part(std::int64_t from, std::int64_t count) const {
   if (is_consecutive()) return consecutive(first_ + from, count);
   const auto begin = each_.begin() + from * sections_;
   return each(CountedVector<std::int32_t>(begin, begin + count * sections_), sections_);
 }
 
-Positions Positions::joined(const Positions& more) const {
+TQAI_INLINE Positions Positions::joined(const Positions& more) const {
   if (count_ == 0) return more;
   if (more.count_ == 0) return *this;
   if (is_consecutive() && more.is_consecutive() && first_ + count_ == more.first_) {
@@ -63,7 +63,8 @@ Positions Positions::joined(const Positions& more) const {
   return each(std::move(all), sections);
 }
 
-Positions read_positions(const PositionTensor& positions, std::int64_t row, int sections) {
+TQAI_INLINE Positions read_positions(const PositionTensor& positions, std::int64_t row,
+                                     int sections) {
   const auto [batch, given, count] = positions.shape;
   const std::int64_t* from = positions.data + (batch == 1 ? 0 : row) * positions.strides[0];
   CountedVector<std::int32_t> each(static_cast<std::size_t>(count * sections));
@@ -76,7 +77,7 @@ Positions read_positions(const PositionTensor& positions, std::int64_t row, int 
   return Positions::each(std::move(each), sections);
 }
 
-Places places_of(const Positions& positions) {
+TQAI_INLINE Places places_of(const Positions& positions) {
   if (positions.is_consecutive()) return {};
   const int sections = positions.sections();
   const auto& each = positions.each();
@@ -96,12 +97,13 @@ Places places_of(const Positions& positions) {
   return places;
 }
 
-kernels::TilePositions tile_positions(std::int64_t first, const Places& places) noexcept {
+TQAI_INLINE kernels::TilePositions tile_positions(std::int64_t first,
+                                                  const Places& places) noexcept {
   if (!places) return {first, nullptr, 1};
   return {first, reinterpret_cast<const std::int32_t*>(places.payload()), places.header().sections};
 }
 
-void cover(const RopeTables& tables, const kernels::TilePositions& positions) noexcept {
+TQAI_INLINE void cover(const RopeTables& tables, const kernels::TilePositions& positions) noexcept {
   if (positions.each == nullptr) {
     tables.cover(positions.first, positions.first);
     return;

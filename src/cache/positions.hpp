@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <tqai/cache.hpp>
 
-#include "kernels/kernels.hpp"
+#include "../kernels/kernels.hpp"
 #include "memory.hpp"
 
 namespace tqai::detail {

@@ -8,10 +8,10 @@
 #include <tqai/packing.hpp>
 #include <tuple>
 
-#include "kernels/kernels.hpp"
+#include "../kernels/kernels.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr int kHalfTile = kTileTokens / 2;
 constexpr std::int64_t kNear = kernels::kNearPositions;
@@ -20,7 +20,7 @@ constexpr std::int64_t kNearTiles = kNear / kTileTokens;
 // Appends (even, odd) coefficients c of cos(angle x) ≈ Σ c x^(2n) and sin(angle x) ≈ Σ c x^(2n+1)
 // for |x| ≤ 1: the Chebyshev series of each up to there, in powers. Of angles up to 1 the next of
 // their terms, 2 J_8(1) = 2e-7 of the cosine, is what they are off by.
-void append_terms(double angle, std::vector<float>& to) {
+TQAI_INLINE void append_terms(double angle, std::vector<float>& to) {
   constexpr int kCount = 2 * kernels::kRopePowers;
   constexpr int kNodes = 32;
   constexpr double kPi = 3.14159265358979323846;
@@ -53,9 +53,9 @@ void append_terms(double angle, std::vector<float>& to) {
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-RopeTables::RopeTables(const Rope& rope)
+TQAI_INLINE RopeTables::RopeTables(const Rope& rope)
     : rope_(rope),
       interleaved_(rope.layout == Rope::Layout::interleaved),
       sections_(rope.sections),
@@ -92,7 +92,7 @@ RopeTables::RopeTables(const Rope& rope)
 }
 
 // e^(i position ω) of all pairs: real parts, then imaginary ones.
-void RopeTables::write_phasors(double position, float* to) const noexcept {
+TQAI_INLINE void RopeTables::write_phasors(double position, float* to) const noexcept {
   for (const float frequency : rope_.inv_freq) {
     *to++ = static_cast<float>(std::cos(position * static_cast<double>(frequency)));
   }
@@ -101,11 +101,11 @@ void RopeTables::write_phasors(double position, float* to) const noexcept {
   }
 }
 
-bool RopeTables::is_slow(int f) const noexcept {
+TQAI_INLINE bool RopeTables::is_slow(int f) const noexcept {
   return std::abs(rope_.inv_freq[static_cast<std::size_t>(f)]) * kHalfTile <= 1.0F;
 }
 
-void RopeTables::cover(std::int64_t first, std::int64_t last) const noexcept {
+TQAI_INLINE void RopeTables::cover(std::int64_t first, std::int64_t last) const noexcept {
   const std::size_t row = 2 * rope_.inv_freq.size();
   const auto write_once = [&](std::vector<bool>& has, std::int64_t index, double position,
                               float* table) {
@@ -124,7 +124,7 @@ void RopeTables::cover(std::int64_t first, std::int64_t last) const noexcept {
   }
 }
 
-std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
+TQAI_INLINE std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
   using Key = std::tuple<std::vector<float>, Rope::Layout, int, std::vector<std::uint8_t>>;
   static std::mutex mutex;
   static std::map<Key, std::weak_ptr<const RopeTables>> table;

@@ -4,18 +4,18 @@
 #include <cstring>
 #include <utility>
 
-#include "threads.hpp"
+#include "../threads.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
-ExactTokens make_exact(const Context& context, std::int64_t capacity) {
+TQAI_INLINE ExactTokens make_exact(const Context& context, std::int64_t capacity) {
   return {ExactShape{capacity, 0}, static_cast<std::size_t>(capacity) * context.token_bytes()};
 }
 
 // Appends tokens [from, from + count) of `source` to `target`, which nobody shares.
-void move_tokens(const Context& context, const ExactTokens& source, std::int64_t from,
-                 std::int64_t count, ExactTokens& target) noexcept {
+TQAI_INLINE void move_tokens(const Context& context, const ExactTokens& source, std::int64_t from,
+                             std::int64_t count, ExactTokens& target) noexcept {
   if (count == 0) return;
   const auto copy = [&](std::byte* to, const std::byte* origin, std::size_t bytes) {
     std::memcpy(to + static_cast<std::size_t>(target.header().tokens) * bytes,
@@ -31,8 +31,8 @@ void move_tokens(const Context& context, const ExactTokens& source, std::int64_t
 }
 
 // A copy of tokens [from, from + count) with the given capacity; empty for capacity 0.
-ExactTokens copy_tokens(const Context& context, const ExactTokens& source, std::int64_t from,
-                        std::int64_t count, std::int64_t capacity) {
+TQAI_INLINE ExactTokens copy_tokens(const Context& context, const ExactTokens& source,
+                                    std::int64_t from, std::int64_t count, std::int64_t capacity) {
   if (capacity == 0) return {};
   ExactTokens copy = make_exact(context, capacity);
   move_tokens(context, source, from, count, copy);
@@ -40,9 +40,9 @@ ExactTokens copy_tokens(const Context& context, const ExactTokens& source, std::
 }
 
 // Moments of the tiles from token `from` of the tail on, [kv_heads][blocks].
-std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& row,
-                                             std::int64_t from,
-                                             const CountedVector<BlockView>& blocks) {
+TQAI_INLINE std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& row,
+                                                         std::int64_t from,
+                                                         const CountedVector<BlockView>& blocks) {
   const auto heads = static_cast<std::size_t>(context.options.kv_heads);
   std::vector<std::vector<Moments>> moments(heads,
                                             std::vector<Moments>(blocks.size(), Moments(context)));
@@ -61,7 +61,7 @@ std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& 
 }
 
 // Gives the sealing's blocks their centres.
-void choose_centres(const Context& context, const Row& row, Sealing& sealing) {
+TQAI_INLINE void choose_centres(const Context& context, const Row& row, Sealing& sealing) {
   if (context.options.centering == Centering::none) {
     sealing.centre_sets = row.centre_sets;
     if (sealing.centre_sets.empty()) {
@@ -82,7 +82,7 @@ void choose_centres(const Context& context, const Row& row, Sealing& sealing) {
 }
 
 // Drops centre sets that no block refers to; one is kept for what will be sealed.
-void compact_sets(Row& row) noexcept {
+TQAI_INLINE void compact_sets(Row& row) noexcept {
   std::int32_t places[kMostCentreSets];
   std::fill_n(places, kMostCentreSets, -1);
   for (const BlockView& view : row.sealed) places[view.set] = 0;
@@ -101,7 +101,7 @@ void compact_sets(Row& row) noexcept {
 }
 
 // What follows the last of the row's tokens, of which there is at least one.
-std::int64_t position_after(const Row& row) noexcept {
+TQAI_INLINE std::int64_t position_after(const Row& row) noexcept {
   if (row.tail_positions.count() > 0) return row.tail_positions.next();
   if (row.sealed.empty()) return row.sink_positions.next();
   const BlockView& last = row.sealed.back();
@@ -114,21 +114,23 @@ std::int64_t position_after(const Row& row) noexcept {
   return std::int64_t{most} + 1;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept {
+TQAI_INLINE std::byte* exact_keys(const Context& context, const ExactTokens& tokens,
+                                  int head) noexcept {
   auto* payload = const_cast<std::byte*>(tokens.payload());
   return payload + static_cast<std::size_t>(head) *
                        static_cast<std::size_t>(tokens.header().capacity) * context.key_bytes();
 }
 
-std::byte* exact_values(const Context& context, const ExactTokens& tokens, int head) noexcept {
+TQAI_INLINE std::byte* exact_values(const Context& context, const ExactTokens& tokens,
+                                    int head) noexcept {
   return exact_keys(context, tokens, context.options.kv_heads) +
          static_cast<std::size_t>(head) * static_cast<std::size_t>(tokens.header().capacity) *
              context.value_bytes();
 }
 
-void reserve_tail(const Context& context, ExactTokens& tail, std::int64_t more) {
+TQAI_INLINE void reserve_tail(const Context& context, ExactTokens& tail, std::int64_t more) {
   const std::int64_t tokens = tail ? tail.header().tokens : 0;
   const std::int64_t needed = tokens + more;
   const std::int64_t capacity = tail ? tail.header().capacity : 0;
@@ -143,14 +145,15 @@ void reserve_tail(const Context& context, ExactTokens& tail, std::int64_t more) 
   tail = copy_tokens(context, tail, 0, tokens, std::max({needed, grown, capacity}));
 }
 
-std::int64_t sealable(const Context& context, const Row& row) noexcept {
+TQAI_INLINE std::int64_t sealable(const Context& context, const Row& row) noexcept {
   std::int64_t tail = row.tail_tokens();
   if (row.centre_sets.empty()) tail -= context.options.sink_tokens - row.sink_tokens();
   const std::int64_t beyond = tail - context.options.residual_window;
   return beyond < kTileTokens ? 0 : beyond / kTileTokens * kTileTokens;
 }
 
-std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens) noexcept {
+TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row,
+                                   std::int64_t tokens) noexcept {
   const CacheOptions& options = context.options;
   std::int64_t from = 0;
   if (row.centre_sets.empty()) from = options.sink_tokens - row.sink_tokens();
@@ -170,7 +173,7 @@ std::int64_t encodable(const Context& context, const Row& row, std::int64_t toke
   return tokens;
 }
 
-Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
+TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
   Sealing sealing;
   if (row.centre_sets.empty()) {
     sealing.new_sinks = context.options.sink_tokens - row.sink_tokens();
@@ -207,8 +210,8 @@ Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
   return sealing;
 }
 
-void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
-                 int head) noexcept {
+TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing,
+                             std::int64_t index, int head) noexcept {
   const CacheOptions& options = context.options;
   const Codec& codec = *context.codec;
   const auto from = static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens);
@@ -229,7 +232,7 @@ void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::
   context.kernels->encode(codec.plan().values, false, rows, tile);
 }
 
-void commit(Row& row, Sealing&& sealing) noexcept {
+TQAI_INLINE void commit(Row& row, Sealing&& sealing) noexcept {
   row.sinks = std::move(sealing.sinks);
   row.sink_positions = std::move(sealing.sink_positions);
   row.centre_sets = std::move(sealing.centre_sets);
@@ -241,7 +244,7 @@ void commit(Row& row, Sealing&& sealing) noexcept {
   }
 }
 
-void truncate(const Context& context, Row& row, std::int64_t held) {
+TQAI_INLINE void truncate(const Context& context, Row& row, std::int64_t held) {
   if (held >= row.held()) return;
   const std::int64_t before_tail = row.sink_tokens() + row.sealed_tokens;
   if (held >= before_tail) {
@@ -281,12 +284,12 @@ void truncate(const Context& context, Row& row, std::int64_t held) {
   row.next_position = position_after(row);
 }
 
-bool drops_any(const Row& row, std::int64_t count) noexcept {
+TQAI_INLINE bool drops_any(const Row& row, std::int64_t count) noexcept {
   if (count <= 0 || row.sink_tokens() > 0) return count > 0;
   return count >= (row.sealed.empty() ? kTileTokens : row.sealed.front().tokens);
 }
 
-Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t count) {
+TQAI_INLINE Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t count) {
   Dropping dropping;
   dropping.count = std::min(count, row.held());
   const std::int64_t sinks = row.sink_tokens();
@@ -309,7 +312,7 @@ Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t c
   return dropping;
 }
 
-void commit(Row& row, Dropping&& dropping) noexcept {
+TQAI_INLINE void commit(Row& row, Dropping&& dropping) noexcept {
   if (dropping.from_sinks > 0) {
     row.sinks = std::move(dropping.sinks);
     row.sink_positions = std::move(dropping.sink_positions);
@@ -332,7 +335,7 @@ void commit(Row& row, Dropping&& dropping) noexcept {
   }
 }
 
-void drop_padding(const Context& context, Row& row, std::int64_t count) {
+TQAI_INLINE void drop_padding(const Context& context, Row& row, std::int64_t count) {
   if (count == 0) return;
   Positions positions = row.tail_positions.part(count, row.tail_tokens() - count);
   row.tail =

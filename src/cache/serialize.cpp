@@ -10,11 +10,11 @@
 #include <tqai/codebook.hpp>
 #include <vector>
 
+#include "../crc32.hpp"
 #include "check.hpp"
-#include "crc32.hpp"
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
 // docs/format.md has the bytes. 1 had no positions and one centre set a row: its tokens stand at
@@ -25,28 +25,29 @@ constexpr std::uint32_t kVersion = 3;
 constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 
-void check_byte_order() {
+TQAI_INLINE void check_byte_order() {
   if constexpr (std::endian::native != std::endian::little) {
     throw UnsupportedError("caches are written and read on little-endian processors only");
   }
 }
 
-[[noreturn]] void refuse(const std::string& what) {
+[[noreturn]] TQAI_INLINE void refuse(const std::string& what) {
   throw ValueError("not the bytes of a cache, or damaged: " + what);
 }
 
-void require(bool holds, const char* what) {
+TQAI_INLINE void require(bool holds, const char* what) {
   if (!holds) refuse(what);
 }
 
-void require_range(const char* what, std::int64_t value, std::int64_t low, std::int64_t high) {
+TQAI_INLINE void require_range(const char* what, std::int64_t value, std::int64_t low,
+                               std::int64_t high) {
   if (value >= low && value <= high) return;
   refuse(std::string(what) + " = " + std::to_string(value) + "; allowed: " + std::to_string(low) +
          "…" + std::to_string(high));
 }
 
 // Of a part or a set: its place in a list of `size`.
-void require_index(const char* what, std::int64_t index, std::size_t size) {
+TQAI_INLINE void require_index(const char* what, std::int64_t index, std::size_t size) {
   if (index >= 0 && static_cast<std::size_t>(index) < size) return;
   refuse(std::string(what) + " = " + std::to_string(index) + " where there are " +
          std::to_string(size));
@@ -70,7 +71,7 @@ class Numbered {
   std::vector<const Object*> objects_;
 };
 
-void write_options(const CacheOptions& options, Writer& writer) {
+TQAI_INLINE void write_options(const CacheOptions& options, Writer& writer) {
   writer.write(kMagic);
   writer.write(kVersion);
   for (const int number :
@@ -99,24 +100,24 @@ struct CodebookMark {
   float step = 0.0F;
 };
 
-CodebookMark mark_of(int dim, int bits) {
+TQAI_INLINE CodebookMark mark_of(int dim, int bits) {
   const Codebook& book = codebook(dim, bits, Grid::int8);
   return {crc32(std::as_bytes(book.levels())), book.step()};
 }
 
-std::array<CodebookMark, 2> marks_of(const CacheOptions& options) {
+TQAI_INLINE std::array<CodebookMark, 2> marks_of(const CacheOptions& options) {
   return {mark_of(options.head_dim, options.bits_k),
           mark_of(options.value_head_dim, options.bits_v)};
 }
 
-void write_codebooks(const CacheOptions& options, Writer& writer) {
+TQAI_INLINE void write_codebooks(const CacheOptions& options, Writer& writer) {
   for (const CodebookMark& mark : marks_of(options)) {
     writer.write(mark.levels);
     writer.write(mark.step);
   }
 }
 
-void check_codebooks(const CacheOptions& options, Reader& reader) {
+TQAI_INLINE void check_codebooks(const CacheOptions& options, Reader& reader) {
   // Levels are whole numbers; steps come from sums that other processors may round otherwise.
   constexpr float kTolerance = 1e-5F;
   for (const CodebookMark& ours : marks_of(options)) {
@@ -131,13 +132,13 @@ void check_codebooks(const CacheOptions& options, Reader& reader) {
 }
 
 // The first one, then how many numbers there are, then each token's.
-void write_positions(const Positions& positions, Writer& writer) {
+TQAI_INLINE void write_positions(const Positions& positions, Writer& writer) {
   writer.write(positions.first());
   writer.write(static_cast<std::uint64_t>(positions.each().size()));
   writer.write_from(positions.each().data(), positions.each().size());
 }
 
-void write_block(const SealedTokens& block, Writer& writer) {
+TQAI_INLINE void write_block(const SealedTokens& block, Writer& writer) {
   const auto& [first_token, first_position, places, tiles, owner] = block.header();
   writer.write(first_token);
   writer.write(first_position);
@@ -145,7 +146,7 @@ void write_block(const SealedTokens& block, Writer& writer) {
   if (places) writer.write_from(places.payload(), places.payload_bytes());
 }
 
-void write_exact(const Context& context, const ExactTokens& exact, Writer& writer) {
+TQAI_INLINE void write_exact(const Context& context, const ExactTokens& exact, Writer& writer) {
   const auto tokens = static_cast<std::size_t>(exact.header().tokens);
   writer.write(exact.header().tokens);
   for (int head = 0; head < context.options.kv_heads; ++head) {
@@ -163,7 +164,7 @@ T enumerator(Reader& reader, T last, const char* what) {
   return static_cast<T>(value);
 }
 
-void check_exact(const Context& context, const ExactTokens& exact) {
+TQAI_INLINE void check_exact(const Context& context, const ExactTokens& exact) {
   const CacheOptions& options = context.options;
   const std::int64_t tokens = exact.header().tokens;
   const auto check = [&](const char* name, const std::byte* data, int dim) {
@@ -175,7 +176,7 @@ void check_exact(const Context& context, const ExactTokens& exact) {
   check("values", exact_values(context, exact, 0), options.value_head_dim);
 }
 
-std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
+TQAI_INLINE std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, sizeof(std::int64_t));
   std::vector<ExactTokens> parts;
@@ -192,20 +193,20 @@ std::vector<ExactTokens> read_exact(const Context& context, Reader& reader) {
   return parts;
 }
 
-void require_position(std::int64_t position) {
+TQAI_INLINE void require_position(std::int64_t position) {
   require_range("a token's position", position, -KvCache::kMaxPosition, KvCache::kMaxPosition);
 }
 
 // Of `count` tokens that stand one after another. The tables of an embedding end where positions
 // do.
-Positions consecutive(std::int64_t first, std::int64_t count) {
+TQAI_INLINE Positions consecutive(std::int64_t first, std::int64_t count) {
   require_position(first);
   if (count > 0) require_position(first + count - 1);
   return Positions::consecutive(first, count);
 }
 
 // Of `count` tokens.
-Positions read_positions(const Context& context, std::int64_t count, Reader& reader) {
+TQAI_INLINE Positions read_positions(const Context& context, std::int64_t count, Reader& reader) {
   const auto first = reader.read<std::int64_t>();
   const auto numbers = reader.read<std::uint64_t>();
   if (numbers == 0) return consecutive(first, count);
@@ -224,7 +225,7 @@ Positions read_positions(const Context& context, std::int64_t count, Reader& rea
   return Positions::each(std::move(each), static_cast<int>(sections));
 }
 
-Places read_places(const Context& context, Reader& reader) {
+TQAI_INLINE Places read_places(const Context& context, Reader& reader) {
   const auto sections = reader.read<std::uint32_t>();
   if (sections == 0) return {};
   const int most = context.uses_positions() ? context.sections() : 0;
@@ -241,7 +242,7 @@ Places read_places(const Context& context, Reader& reader) {
   return places;
 }
 
-SealedShape read_shape(const Context& context, std::uint32_t version, Reader& reader) {
+TQAI_INLINE SealedShape read_shape(const Context& context, std::uint32_t version, Reader& reader) {
   SealedShape shape;
   shape.first_token = reader.read<std::int64_t>();
   shape.first_position = shape.first_token;
@@ -254,7 +255,7 @@ SealedShape read_shape(const Context& context, std::uint32_t version, Reader& re
   return shape;
 }
 
-void check_norms(const Context& context, const SealedTokens& block) {
+TQAI_INLINE void check_norms(const Context& context, const SealedTokens& block) {
   const TileLayout& layout = context.codec->layout();
   for (int head = 0; head < context.options.kv_heads; ++head) {
     std::uint16_t norms[2 * kTileTokens];  // of keys, then of values
@@ -268,8 +269,8 @@ void check_norms(const Context& context, const SealedTokens& block) {
 }
 
 // Blocks whose tiles, from kTilesLast on, are still to be read.
-std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t version,
-                                      Reader& reader) {
+TQAI_INLINE std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t version,
+                                                  Reader& reader) {
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, sizeof(std::int64_t) + context.block_bytes());
   const bool kept = version >= kTilesLast && reader.keeps(kLineBytes);
@@ -291,7 +292,8 @@ std::vector<SealedTokens> read_blocks(const Context& context, std::uint32_t vers
   return blocks;
 }
 
-void read_payloads(const Context& context, std::vector<SealedTokens>& blocks, Reader& reader) {
+TQAI_INLINE void read_payloads(const Context& context, std::vector<SealedTokens>& blocks,
+                               Reader& reader) {
   reader.align(kLineBytes);
   for (SealedTokens& block : blocks) {
     if (block.header().owner) {
@@ -305,7 +307,7 @@ void read_payloads(const Context& context, std::vector<SealedTokens>& blocks, Re
 
 // A centre is a mean of keys that were sealed, turned or not: it is no longer than they were, and
 // what it leaves of others fits FP16.
-void check_centre(const Context& context, const Centres& centres, int head, int pairs) {
+TQAI_INLINE void check_centre(const Context& context, const Centres& centres, int head, int pairs) {
   const Centering kind = centres.kind(head);
   const Centering wanted = context.options.centering;
   const bool fits =
@@ -335,7 +337,8 @@ void check_centre(const Context& context, const Centres& centres, int head, int 
   require(centres.left(head) >= 0.0F, "an energy that is negative or NaN");
 }
 
-std::vector<Centres> read_centres(const Context& context, std::uint32_t version, Reader& reader) {
+TQAI_INLINE std::vector<Centres> read_centres(const Context& context, std::uint32_t version,
+                                              Reader& reader) {
   const int pairs = context.rope ? context.rope->pair_count() : 0;
   const auto heads = static_cast<std::size_t>(context.options.kv_heads);
   const auto constants = static_cast<std::size_t>(context.options.head_dim);
@@ -376,7 +379,8 @@ struct Parts {
   std::vector<Centres> centres;
 };
 
-void read_centre_sets(const Parts& parts, std::uint32_t version, Row& row, Reader& reader) {
+TQAI_INLINE void read_centre_sets(const Parts& parts, std::uint32_t version, Row& row,
+                                  Reader& reader) {
   std::uint32_t count = 1;
   if (version != kFirstVersion) {
     count = reader.read<std::uint32_t>();
@@ -398,7 +402,7 @@ constexpr std::size_t view_bytes(std::uint32_t version) {
   return version == kFirstVersion ? 8 : 12;
 }
 
-void read_tiles(const Parts& parts, std::uint32_t version, Row& row, Reader& reader) {
+TQAI_INLINE void read_tiles(const Parts& parts, std::uint32_t version, Row& row, Reader& reader) {
   const auto count = reader.read<std::uint32_t>();
   reader.need(count, view_bytes(version));
   require(count == 0 || !row.centre_sets.empty(), "tiles of a row without centres");
@@ -418,7 +422,8 @@ void read_tiles(const Parts& parts, std::uint32_t version, Row& row, Reader& rea
   }
 }
 
-Row read_row(const Context& context, const Parts& parts, std::uint32_t version, Reader& reader) {
+TQAI_INLINE Row read_row(const Context& context, const Parts& parts, std::uint32_t version,
+                         Reader& reader) {
   Row row;
   row.first = reader.read<std::int64_t>();
   require_range("a row's first token", row.first, 0, kMostTokens);
@@ -447,10 +452,10 @@ Row read_row(const Context& context, const Parts& parts, std::uint32_t version, 
   return row;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void write_cache(const Context& context, std::int64_t tokens, const CountedVector<Row>& rows,
-                 const Sink& sink) {
+TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
+                             const CountedVector<Row>& rows, const Sink& sink) {
   check_byte_order();
   Numbered<ExactTokens> exact;
   Numbered<SealedTokens> blocks;
@@ -496,7 +501,7 @@ void write_cache(const Context& context, std::int64_t tokens, const CountedVecto
   }
 }
 
-Header read_header(Reader& reader) {
+TQAI_INLINE Header read_header(Reader& reader) {
   check_byte_order();
   require(reader.read<std::uint32_t>() == kMagic, "it does not begin as one");
   Header header;
@@ -537,7 +542,7 @@ Header read_header(Reader& reader) {
   return header;
 }
 
-Contents read_contents(const Context& context, std::uint32_t version, Reader& reader) {
+TQAI_INLINE Contents read_contents(const Context& context, std::uint32_t version, Reader& reader) {
   if (version >= kTilesLast) check_codebooks(context.options, reader);
   Contents contents;
   contents.tokens = reader.read<std::int64_t>();

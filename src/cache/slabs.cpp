@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <tqai/export.hpp>
 #include <vector>
 
 // Under AddressSanitizer each block is on its own, so that reading one that was freed is found.
@@ -22,7 +23,7 @@
 #endif
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kLine = 64;
@@ -35,7 +36,7 @@ constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
 
 // Bytes of a slab of blocks of this size: the fewest huge pages of which less than 1 % is left
 // over, else those of which least is.
-std::size_t slab_bytes(std::size_t block) {
+TQAI_INLINE std::size_t slab_bytes(std::size_t block) {
   if (block >= kLargestSlab) return round_up(block, kHugePage);
   std::size_t best = 0;
   double least = 1.0;
@@ -51,14 +52,14 @@ std::size_t slab_bytes(std::size_t block) {
 }
 
 #ifdef TQAI_MMAP
-void* map_pages(std::size_t bytes) {
+TQAI_INLINE void* map_pages(std::size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   return memory;
 }
 
 // Aligned to a huge page: more is mapped than needed, and what is outside given back.
-void* map_slab(std::size_t bytes) {
+TQAI_INLINE void* map_slab(std::size_t bytes) {
   auto* mapped = static_cast<std::byte*>(map_pages(bytes + kHugePage));
   const std::size_t before =
       (kHugePage - reinterpret_cast<std::uintptr_t>(mapped) % kHugePage) % kHugePage;
@@ -71,7 +72,7 @@ void* map_slab(std::size_t bytes) {
   return slab;
 }
 
-void unmap_slab(void* slab, std::size_t bytes) noexcept { munmap(slab, bytes); }
+TQAI_INLINE void unmap_slab(void* slab, std::size_t bytes) noexcept { munmap(slab, bytes); }
 #else
 void* map_slab(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{kLine}); }
 
@@ -136,12 +137,12 @@ struct Pools {
 };
 
 // Never destroyed: caches may outlive the destructors of statics.
-[[maybe_unused]] Pools& pools() {
+[[maybe_unused]] TQAI_INLINE Pools& pools() {
   static auto* pools = new Pools;
   return *pools;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
 #ifdef TQAI_ASAN
 void* allocate_block(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{kLine}); }
@@ -150,14 +151,14 @@ void deallocate_block(void* block, std::size_t /*bytes*/) noexcept {
   ::operator delete(block, std::align_val_t{kLine});
 }
 #else
-void* allocate_block(std::size_t bytes) {
+TQAI_INLINE void* allocate_block(std::size_t bytes) {
   const std::size_t block = round_up(bytes, kLine);
   Pools& all = pools();
   const std::scoped_lock lock(all.mutex);
   return all.by_block.try_emplace(block, block).first->second.allocate();
 }
 
-void deallocate_block(void* block, std::size_t bytes) noexcept {
+TQAI_INLINE void deallocate_block(void* block, std::size_t bytes) noexcept {
   Pools& all = pools();
   const std::scoped_lock lock(all.mutex);
   all.by_block.find(round_up(bytes, kLine))->second.deallocate(block);

@@ -6,8 +6,8 @@
 #include <tqai/files.hpp>
 #include <vector>
 
-#include "cache/bytes.hpp"
-#include "crc32.hpp"
+#include "../cache/bytes.hpp"
+#include "../crc32.hpp"
 #include "file_format.hpp"
 #include "json_reader.hpp"
 #include "os_file.hpp"
@@ -28,14 +28,14 @@ struct CacheFile::State {
   }
 };
 
-namespace {
+namespace TQAI_LOCAL {
 
 using detail::JsonReader;
 
 using Metadata = std::map<std::string, std::string>;
 
 // A file's first part: the text between its length and the tensors.
-std::string read_text(const detail::InputFile& file) {
+TQAI_INLINE std::string read_text(const detail::InputFile& file) {
   std::uint64_t length = 0;
   if (file.size() < detail::kLengthBytes) throw ValueError("it has no header");
   file.read(0, std::as_writable_bytes(std::span(&length, 1)));
@@ -48,7 +48,8 @@ std::string read_text(const detail::InputFile& file) {
 }
 
 // `base`: where tensors begin in the file.
-FileTensor read_tensor(const std::string& name, std::uint64_t base, JsonReader& reader) {
+TQAI_INLINE FileTensor read_tensor(const std::string& name, std::uint64_t base,
+                                   JsonReader& reader) {
   FileTensor tensor;
   tensor.name = name;
   std::vector<std::int64_t> offsets;
@@ -86,7 +87,8 @@ FileTensor read_tensor(const std::string& name, std::uint64_t base, JsonReader& 
 }
 
 // One after another, from `base` to the file's end.
-void sort_and_check(std::uint64_t base, std::uint64_t size, std::vector<FileTensor>& tensors) {
+TQAI_INLINE void sort_and_check(std::uint64_t base, std::uint64_t size,
+                                std::vector<FileTensor>& tensors) {
   std::sort(tensors.begin(), tensors.end(), [](const FileTensor& a, const FileTensor& b) {
     return a.first != b.first ? a.first < b.first : a.bytes < b.bytes;
   });
@@ -103,14 +105,14 @@ void sort_and_check(std::uint64_t base, std::uint64_t size, std::vector<FileTens
   }
 }
 
-const std::string& entry_of(const Metadata& metadata, const std::string& name) {
+TQAI_INLINE const std::string& entry_of(const Metadata& metadata, const std::string& name) {
   static const std::string kNone;
   const auto found = metadata.find(name);
   return found == metadata.end() ? kNone : found->second;
 }
 
 // Eight hexadecimal digits for each tensor, in order.
-void take_checksums(const std::string& text, std::vector<FileTensor>& tensors) {
+TQAI_INLINE void take_checksums(const std::string& text, std::vector<FileTensor>& tensors) {
   constexpr std::size_t kDigits = 8;
   const auto digit = [&](std::size_t at) {
     const char c = text[at];
@@ -133,7 +135,7 @@ void take_checksums(const std::string& text, std::vector<FileTensor>& tensors) {
 }
 
 // Until version 2 they were in the header, as numbers.
-void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
+TQAI_INLINE void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
   JsonReader reader(header);
   reader.object([&](const std::string& key) {
     if (key != "checksums") return reader.skip();
@@ -147,7 +149,7 @@ void take_old_checksums(const std::string& header, std::vector<FileTensor>& tens
   reader.end();
 }
 
-std::uint32_t checksum_of(const std::string& text) {
+TQAI_INLINE std::uint32_t checksum_of(const std::string& text) {
   return detail::crc32(std::as_bytes(std::span(text)));
 }
 
@@ -199,9 +201,9 @@ class Stream {
   std::uint32_t checksum_ = 0;
 };
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-CacheFile::CacheFile(const std::filesystem::path& path)
+TQAI_INLINE CacheFile::CacheFile(const std::filesystem::path& path)
     : state_(new State{detail::InputFile(path), 0, {}, {}}) {
   if constexpr (std::endian::native != std::endian::little) {
     throw UnsupportedError("caches are written and read on little-endian processors only");
@@ -250,27 +252,30 @@ CacheFile::CacheFile(const std::filesystem::path& path)
   }
 }
 
-CacheFile::CacheFile(CacheFile&& other) noexcept = default;
-CacheFile& CacheFile::operator=(CacheFile&& other) noexcept = default;
-CacheFile::~CacheFile() = default;
+TQAI_INLINE CacheFile::CacheFile(CacheFile&& other) noexcept = default;
+TQAI_INLINE CacheFile& CacheFile::operator=(CacheFile&& other) noexcept = default;
+TQAI_INLINE CacheFile::~CacheFile() = default;
 
-int CacheFile::version() const noexcept { return state_->version; }
-const std::string& CacheFile::header() const noexcept { return state_->header; }
-const std::vector<FileTensor>& CacheFile::tensors() const noexcept { return state_->tensors; }
+TQAI_INLINE int CacheFile::version() const noexcept { return state_->version; }
+TQAI_INLINE const std::string& CacheFile::header() const noexcept { return state_->header; }
+TQAI_INLINE const std::vector<FileTensor>& CacheFile::tensors() const noexcept {
+  return state_->tensors;
+}
 
-bool CacheFile::holds(std::string_view name) const noexcept {
+TQAI_INLINE bool CacheFile::holds(std::string_view name) const noexcept {
   return std::any_of(state_->tensors.begin(), state_->tensors.end(),
                      [&](const FileTensor& tensor) { return tensor.name == name; });
 }
 
-const FileTensor& CacheFile::tensor(std::string_view name) const {
+TQAI_INLINE const FileTensor& CacheFile::tensor(std::string_view name) const {
   for (const FileTensor& tensor : state_->tensors) {
     if (tensor.name == name) return tensor;
   }
   throw IndexError(state_->file.path().string() + " has no tensor \"" + std::string(name) + "\"");
 }
 
-void CacheFile::read(std::string_view name, std::uint64_t first, std::span<std::byte> to) const {
+TQAI_INLINE void CacheFile::read(std::string_view name, std::uint64_t first,
+                                 std::span<std::byte> to) const {
   const FileTensor& held = tensor(name);
   if (first > held.bytes || to.size() > held.bytes - first) {
     throw IndexError("bytes " + std::to_string(first) + "…" + std::to_string(first + to.size()) +
@@ -279,14 +284,14 @@ void CacheFile::read(std::string_view name, std::uint64_t first, std::span<std::
   state_->file.read(held.first + first, to);
 }
 
-void CacheFile::verify(std::string_view name) const {
+TQAI_INLINE void CacheFile::verify(std::string_view name) const {
   const FileTensor& held = tensor(name);
   if (held.checksum && Stream(state_->file, held).checksum() != *held.checksum) {
     state_->refuse_damaged(held.name);
   }
 }
 
-KvCache CacheFile::load(std::string_view name, const LoadOptions& options) const {
+TQAI_INLINE KvCache CacheFile::load(std::string_view name, const LoadOptions& options) const {
   const State& state = *state_;
   const FileTensor& held = tensor(name);
   if (held.dtype != "U8" || held.shape.size() != 1 || held.bytes == 0) {
@@ -323,7 +328,8 @@ KvCache CacheFile::load(std::string_view name, const LoadOptions& options) const
   return *std::move(cache);
 }
 
-std::vector<KvCache> load_caches(const std::filesystem::path& path, const LoadOptions& options) {
+TQAI_INLINE std::vector<KvCache> load_caches(const std::filesystem::path& path,
+                                             const LoadOptions& options) {
   const CacheFile file(path);
   // Names are in the order of layers up to the number of their digits.
   constexpr std::string_view kBefore = "layers.";

@@ -5,11 +5,11 @@
 #include <tqai/error.hpp>
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
-bool is_digit(char c) { return c >= '0' && c <= '9'; }
+TQAI_INLINE bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-void put_utf8(std::uint32_t point, std::string& to) {
+TQAI_INLINE void put_utf8(std::uint32_t point, std::string& to) {
   const auto put = [&to](std::uint32_t byte) { to += static_cast<char>(byte); };
   if (point < 0x80) {
     put(point);
@@ -28,13 +28,13 @@ void put_utf8(std::uint32_t point, std::string& to) {
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void JsonReader::fail(const std::string& what) const {
+TQAI_INLINE void JsonReader::fail(const std::string& what) const {
   throw ValueError("not JSON: " + what + " at byte " + std::to_string(at_));
 }
 
-void JsonReader::white_space() noexcept {
+TQAI_INLINE void JsonReader::white_space() noexcept {
   while (at_ < text_.size()) {
     const char c = text_[at_];
     if (c != ' ' && c != '\n' && c != '\t' && c != '\r') return;
@@ -42,28 +42,28 @@ void JsonReader::white_space() noexcept {
   }
 }
 
-bool JsonReader::take(char wanted) noexcept {
+TQAI_INLINE bool JsonReader::take(char wanted) noexcept {
   white_space();
   if (at_ == text_.size() || text_[at_] != wanted) return false;
   ++at_;
   return true;
 }
 
-void JsonReader::expect(char wanted) {
+TQAI_INLINE void JsonReader::expect(char wanted) {
   if (take(wanted)) return;
   fail(std::string("no ") + wanted);
 }
 
-char JsonReader::next() {
+TQAI_INLINE char JsonReader::next() {
   if (at_ == text_.size()) fail("it ends too early");
   return text_[at_++];
 }
 
-void JsonReader::enter() {
+TQAI_INLINE void JsonReader::enter() {
   if (++depth_ > kMostDepth) fail("too many levels");
 }
 
-void JsonReader::object(const std::function<void(const std::string& key)>& each) {
+TQAI_INLINE void JsonReader::object(const std::function<void(const std::string& key)>& each) {
   expect('{');
   enter();
   std::set<std::string> seen;
@@ -79,7 +79,7 @@ void JsonReader::object(const std::function<void(const std::string& key)>& each)
   leave();
 }
 
-void JsonReader::array(const std::function<void()>& each) {
+TQAI_INLINE void JsonReader::array(const std::function<void()>& each) {
   expect('[');
   enter();
   if (!take(']')) {
@@ -91,7 +91,7 @@ void JsonReader::array(const std::function<void()>& each) {
   leave();
 }
 
-std::string JsonReader::string() {
+TQAI_INLINE std::string JsonReader::string() {
   expect('"');
   std::string text;
   for (char c = next(); c != '"'; c = next()) {
@@ -108,7 +108,7 @@ std::string JsonReader::string() {
   return text;
 }
 
-std::uint32_t JsonReader::hex() {
+TQAI_INLINE std::uint32_t JsonReader::hex() {
   std::uint32_t value = 0;
   for (int i = 0; i < 4; ++i) {
     const char c = next();
@@ -122,7 +122,7 @@ std::uint32_t JsonReader::hex() {
   return value;
 }
 
-void JsonReader::escape(std::string& to) {
+TQAI_INLINE void JsonReader::escape(std::string& to) {
   const char c = next();
   switch (c) {
     case '"':
@@ -147,7 +147,7 @@ void JsonReader::escape(std::string& to) {
   put_utf8(point, to);
 }
 
-void JsonReader::utf8(unsigned char first, std::string& to) {
+TQAI_INLINE void JsonReader::utf8(unsigned char first, std::string& to) {
   const int more = first >= 0xF0 ? 3 : first >= 0xE0 ? 2 : 1;
   if (first < 0xC2 || first > 0xF4) fail("no UTF-8");
   std::uint32_t point = first & (0x3FU >> more);
@@ -163,7 +163,7 @@ void JsonReader::utf8(unsigned char first, std::string& to) {
   put_utf8(point, to);
 }
 
-std::int64_t JsonReader::count() {
+TQAI_INLINE std::int64_t JsonReader::count() {
   white_space();
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
   const std::size_t start = at_;
@@ -180,7 +180,7 @@ std::int64_t JsonReader::count() {
   return value;
 }
 
-void JsonReader::number() {
+TQAI_INLINE void JsonReader::number() {
   const auto digits = [this] {
     if (at_ == text_.size() || !is_digit(text_[at_])) fail("no number");
     while (at_ < text_.size() && is_digit(text_[at_])) ++at_;
@@ -201,12 +201,12 @@ void JsonReader::number() {
   }
 }
 
-void JsonReader::word(std::string_view word) {
+TQAI_INLINE void JsonReader::word(std::string_view word) {
   if (text_.substr(at_, word.size()) != word) fail("no value");
   at_ += word.size();
 }
 
-void JsonReader::skip() {
+TQAI_INLINE void JsonReader::skip() {
   white_space();
   if (at_ == text_.size()) fail("it ends too early");
   switch (text_[at_]) {
@@ -220,12 +220,12 @@ void JsonReader::skip() {
   }
 }
 
-void JsonReader::end() {
+TQAI_INLINE void JsonReader::end() {
   white_space();
   if (at_ != text_.size()) fail("more than one value");
 }
 
-std::string json_string(std::string_view text) {
+TQAI_INLINE std::string json_string(std::string_view text) {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string quoted = "\"";
   for (const char c : text) {

@@ -19,13 +19,13 @@
 #endif
 
 namespace tqai::detail {
-namespace {
+namespace TQAI_LOCAL {
 
 constexpr std::intptr_t kClosed = -1;
 // Of one call to the system, some of which take no more than 31 bits.
 constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;
 
-std::error_code last_error() {
+TQAI_INLINE std::error_code last_error() {
 #ifdef _WIN32
   return {static_cast<int>(GetLastError()), std::system_category()};
 #else
@@ -33,14 +33,14 @@ std::error_code last_error() {
 #endif
 }
 
-[[noreturn]] void cannot(const char* be_done, const std::filesystem::path& path,
-                         std::error_code reason = last_error()) {
+[[noreturn]] TQAI_INLINE void cannot(const char* be_done, const std::filesystem::path& path,
+                                     std::error_code reason = last_error()) {
   throw FileError(path.string() + " could not be " + be_done, reason);
 }
 
 // A name that no other process thinks of. Names may have no more than 255 bytes, so it does not
 // contain the file's own.
-std::string partial_name() {
+TQAI_INLINE std::string partial_name() {
   constexpr char kDigits[] = "0123456789abcdef";
   std::random_device random;
   std::string name = ".";
@@ -49,7 +49,7 @@ std::string partial_name() {
 }
 
 // What `path` stands for: links are followed, also to what does not exist yet.
-std::filesystem::path resolved(const std::filesystem::path& path) {
+TQAI_INLINE std::filesystem::path resolved(const std::filesystem::path& path) {
   constexpr int kMostLinks = 40;
   std::filesystem::path target = path;
   for (int links = 0;; ++links) {
@@ -75,9 +75,10 @@ OVERLAPPED at_offset(std::uint64_t at) {
 }
 #endif
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-InputFile::InputFile(const std::filesystem::path& path) : path_(path), handle_(kClosed) {
+TQAI_INLINE InputFile::InputFile(const std::filesystem::path& path)
+    : path_(path), handle_(kClosed) {
 #ifdef _WIN32
   const HANDLE file = CreateFileW(path.c_str(), GENERIC_READ,
                                   FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
@@ -113,19 +114,19 @@ InputFile::InputFile(const std::filesystem::path& path) : path_(path), handle_(k
 #endif
 }
 
-InputFile::InputFile(InputFile&& other) noexcept
+TQAI_INLINE InputFile::InputFile(InputFile&& other) noexcept
     : path_(std::move(other.path_)),
       handle_(std::exchange(other.handle_, kClosed)),
       size_(other.size_) {}
 
-InputFile& InputFile::operator=(InputFile&& other) noexcept {
+TQAI_INLINE InputFile& InputFile::operator=(InputFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(handle_, other.handle_);
   std::swap(size_, other.size_);
   return *this;
 }
 
-InputFile::~InputFile() {
+TQAI_INLINE InputFile::~InputFile() {
   if (handle_ == kClosed) return;
 #ifdef _WIN32
   CloseHandle(handle_of(handle_));
@@ -134,7 +135,7 @@ InputFile::~InputFile() {
 #endif
 }
 
-void InputFile::read(std::uint64_t at, std::span<std::byte> to) const {
+TQAI_INLINE void InputFile::read(std::uint64_t at, std::span<std::byte> to) const {
   while (!to.empty()) {
     const std::size_t wanted = std::min(to.size(), kMostAtOnce);
 #ifdef _WIN32
@@ -158,7 +159,8 @@ void InputFile::read(std::uint64_t at, std::span<std::byte> to) const {
   }
 }
 
-std::shared_ptr<const std::byte> InputFile::map(std::uint64_t at, std::size_t bytes) const {
+TQAI_INLINE std::shared_ptr<const std::byte> InputFile::map(std::uint64_t at,
+                                                            std::size_t bytes) const {
 #ifdef _WIN32
   SYSTEM_INFO system;
   GetSystemInfo(&system);
@@ -189,7 +191,8 @@ std::shared_ptr<const std::byte> InputFile::map(std::uint64_t at, std::size_t by
   return {pages, static_cast<const std::byte*>(memory) + before};
 }
 
-Replacement::Replacement(const std::filesystem::path& path) : path_(path), target_(resolved(path)) {
+TQAI_INLINE Replacement::Replacement(const std::filesystem::path& path)
+    : path_(path), target_(resolved(path)) {
   const std::filesystem::path partial = target_.parent_path() / partial_name();
 #ifdef _WIN32
   const DWORD held = GetFileAttributesW(target_.c_str());
@@ -225,16 +228,16 @@ Replacement::Replacement(const std::filesystem::path& path) : path_(path), targe
 #endif
 }
 
-Replacement::~Replacement() {
+TQAI_INLINE Replacement::~Replacement() {
   close();
   if (partial_.empty()) return;
   std::error_code ignored;
   std::filesystem::remove(partial_, ignored);
 }
 
-void Replacement::fail() const { cannot("written", path_); }
+TQAI_INLINE void Replacement::fail() const { cannot("written", path_); }
 
-void Replacement::close() noexcept {
+TQAI_INLINE void Replacement::close() noexcept {
   if (handle_ == kClosed) return;
 #ifdef _WIN32
   CloseHandle(handle_of(handle_));
@@ -244,7 +247,7 @@ void Replacement::close() noexcept {
   handle_ = kClosed;
 }
 
-void Replacement::write(std::span<const std::byte> bytes) {
+TQAI_INLINE void Replacement::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const std::size_t wanted = std::min(bytes.size(), kMostAtOnce);
 #ifdef _WIN32
@@ -262,7 +265,7 @@ void Replacement::write(std::span<const std::byte> bytes) {
   }
 }
 
-void Replacement::rewrite(std::uint64_t at, std::span<const std::byte> bytes) {
+TQAI_INLINE void Replacement::rewrite(std::uint64_t at, std::span<const std::byte> bytes) {
 #ifdef _WIN32
   LARGE_INTEGER place;
   place.QuadPart = static_cast<LONGLONG>(at);
@@ -273,7 +276,7 @@ void Replacement::rewrite(std::uint64_t at, std::span<const std::byte> bytes) {
   write(bytes);
 }
 
-void Replacement::commit() {
+TQAI_INLINE void Replacement::commit() {
 #ifdef _WIN32
   if (!FlushFileBuffers(handle_of(handle_))) fail();
   close();

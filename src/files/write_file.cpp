@@ -7,13 +7,13 @@
 #include <tqai/files.hpp>
 #include <vector>
 
-#include "crc32.hpp"
+#include "../crc32.hpp"
 #include "file_format.hpp"
 #include "json_reader.hpp"
 #include "os_file.hpp"
 
 namespace tqai {
-namespace {
+namespace TQAI_LOCAL {
 
 using detail::json_string;
 
@@ -27,7 +27,7 @@ struct Part {
 };
 
 // What `write` is to give; nothing where that is open.
-std::optional<std::uint64_t> bytes_of(const FileEntry& entry) {
+TQAI_INLINE std::optional<std::uint64_t> bytes_of(const FileEntry& entry) {
   std::uint64_t bytes = detail::element_bytes(entry.dtype);
   if (bytes == 0 || (!entry.shape && entry.dtype != "U8")) {
     throw ValueError("tensor \"" + entry.name + "\" is of dtype \"" + entry.dtype +
@@ -44,7 +44,7 @@ std::optional<std::uint64_t> bytes_of(const FileEntry& entry) {
   return bytes;
 }
 
-std::vector<Part> parts_of(std::span<const FileEntry> entries) {
+TQAI_INLINE std::vector<Part> parts_of(std::span<const FileEntry> entries) {
   std::vector<Part> parts;
   std::set<std::string> names;
   for (const FileEntry& entry : entries) {
@@ -60,14 +60,14 @@ std::vector<Part> parts_of(std::span<const FileEntry> entries) {
   return parts;
 }
 
-std::string hexadecimal(std::uint32_t value) {
+TQAI_INLINE std::string hexadecimal(std::uint32_t value) {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string text;
   for (int shift = 28; shift >= 0; shift -= 4) text += kDigits[value >> shift & 0xFU];
   return text;
 }
 
-std::string header_text(const std::vector<Part>& parts, std::string_view header) {
+TQAI_INLINE std::string header_text(const std::vector<Part>& parts, std::string_view header) {
   std::string checksums;
   for (const Part& part : parts) {
     if (!checksums.empty()) checksums += ' ';
@@ -118,7 +118,7 @@ class Output {
   std::vector<std::byte> buffer_;
 };
 
-void write_part(Part& part, std::uint64_t first, Output& output) {
+TQAI_INLINE void write_part(Part& part, std::uint64_t first, Output& output) {
   part.first = first;
   part.bytes = 0;
   const std::optional<std::uint64_t> wanted = bytes_of(*part.entry);
@@ -133,7 +133,7 @@ void write_part(Part& part, std::uint64_t first, Output& output) {
   }
 }
 
-void check_header(std::string_view header) {
+TQAI_INLINE void check_header(std::string_view header) {
   try {
     detail::JsonReader reader(header);
     reader.object([&reader](const std::string&) { reader.skip(); });
@@ -143,10 +143,10 @@ void check_header(std::string_view header) {
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-void write_file(const std::filesystem::path& path, std::span<const FileEntry> entries,
-                std::string_view header) {
+TQAI_INLINE void write_file(const std::filesystem::path& path, std::span<const FileEntry> entries,
+                            std::string_view header) {
   if constexpr (std::endian::native != std::endian::little) {
     throw UnsupportedError("caches are written and read on little-endian processors only");
   }
@@ -181,12 +181,12 @@ void write_file(const std::filesystem::path& path, std::span<const FileEntry> en
   file.commit();
 }
 
-std::string layer_tensor(std::size_t layer) {
+TQAI_INLINE std::string layer_tensor(std::size_t layer) {
   return "layers." + std::to_string(layer) + ".packed";
 }
 
-void save_caches(const std::filesystem::path& path, std::span<const KvCache* const> layers,
-                 std::string_view header) {
+TQAI_INLINE void save_caches(const std::filesystem::path& path,
+                             std::span<const KvCache* const> layers, std::string_view header) {
   std::vector<FileEntry> entries;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const KvCache* cache = layers[layer];

@@ -1,7 +1,8 @@
 // Attention over sealed tiles: the float part, around the level's integer one, `Integer`: its
 // `prepare`, `score`, `accumulate`, `read_halves`, `round_weights`, `fetch`, `kQueryBytes`
 // (integer-inl.hpp).
-#pragma once
+#ifndef TQAI_ATTEND_INL
+#define TQAI_ATTEND_INL
 
 #include "conversions-inl.hpp"
 #include "fetch-inl.hpp"
@@ -9,8 +10,8 @@
 #include "rope-inl.hpp"
 #include "softmax-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // Products of a weight of at most 1 and a value's norm that are too small to matter.
 constexpr float kNegligibleProduct = 1e-22F;
@@ -166,5 +167,7 @@ void attend_tiles(const AttendTiles& args) noexcept {
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_ATTEND_INL

@@ -20,13 +20,14 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define TQAI_LEVEL_NAMESPACE avx2_level
 #define TQAI_VECTOR_LANES 8
 #include "integer-inl.hpp"
 #include "parts-inl.hpp"
 #include "table-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 struct Avx2 {
   using Vec = __m256i;
@@ -182,10 +183,10 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
-    kernels::round_weights(products, inverse, weights);
+    TQAI_LEVEL_NAMESPACE::round_weights(products, inverse, weights);
   }
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
-    kernels::read_halves(from, to);
+    TQAI_LEVEL_NAMESPACE::read_halves(from, to);
   }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
     _mm256_storeu_ps(
@@ -356,12 +357,20 @@ struct Avx2Lanes : PlainLanes {
   }
 };
 
-}  // namespace
+constexpr Kernels kKernels = table_of<Integer<Avx2>, Avx2Lanes>(Level::avx2);
+constexpr Parts kParts = parts_of<Integer<Avx2>>();
 
-constinit const Kernels kAvx2Kernels = table_of<Integer<Avx2>, Avx2Lanes>(Level::avx2);
-constinit const Parts kAvx2Parts = parts_of<Integer<Avx2>>();
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+namespace tqai::kernels {
+
+TQAI_INLINE constinit const Kernels kAvx2Kernels = avx2_level::kKernels;
+TQAI_INLINE constinit const Parts kAvx2Parts = avx2_level::kParts;
 
 }  // namespace tqai::kernels
+
+#include "level_end.hpp"
 
 #if defined(__clang__)
 #pragma clang attribute pop

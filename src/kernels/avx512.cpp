@@ -19,19 +19,21 @@
     apply_to = function)
 #elif defined(__GNUC__)
 // GCC 12 takes the undefined upper parts inside its own intrinsics for uninitialised variables.
+#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma")
 #endif
 
+#define TQAI_LEVEL_NAMESPACE avx512_level
 #define TQAI_VECTOR_LANES 16
 #include "integer-inl.hpp"
 #include "parts-inl.hpp"
 #include "table-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 struct Avx512 {
   using Vec = __m512i;
@@ -324,17 +326,26 @@ struct Avx512Lanes : PlainLanes {
   }
 };
 
-}  // namespace
+constexpr Kernels kKernels = table_of<Integer<Avx512>, Avx512Lanes>(Level::avx512);
+constexpr Parts kParts = parts_of<Integer<Avx512>>();
 
-constinit const Kernels kAvx512Kernels = table_of<Integer<Avx512>, Avx512Lanes>(Level::avx512);
-constinit const Parts kAvx512Parts = parts_of<Integer<Avx512>>();
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+namespace tqai::kernels {
+
+TQAI_INLINE constinit const Kernels kAvx512Kernels = avx512_level::kKernels;
+TQAI_INLINE constinit const Parts kAvx512Parts = avx512_level::kParts;
 
 }  // namespace tqai::kernels
+
+#include "level_end.hpp"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #elif defined(__GNUC__)
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 
 #endif  // TQAI_X86

@@ -3,14 +3,15 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <tqai/export.hpp>
 
 namespace tqai::kernels {
-namespace {
+namespace TQAI_LOCAL {
 
 // Products with `scale` are off by 1e-5 at most, fused or not.
 constexpr double kClearance = 1e-4;
 
-bool parts(std::span<const float> boundaries, float scale) {
+TQAI_INLINE bool parts(std::span<const float> boundaries, float scale) {
   double previous = -std::numeric_limits<double>::infinity();
   for (const float boundary : boundaries) {
     const double scaled = static_cast<double>(boundary) * static_cast<double>(scale);
@@ -21,9 +22,9 @@ bool parts(std::span<const float> boundaries, float scale) {
   return true;
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-CodeBins::CodeBins(std::span<const float> ascending) : limit(ascending.back()) {
+TQAI_INLINE CodeBins::CodeBins(std::span<const float> ascending) : limit(ascending.back()) {
   const int most = ascending.size() < kNarrowSize / 2 ? kNarrowSize : kMaxSize;
   for (size = kNarrowSize; size <= most; size *= 2) {
     // The outermost boundaries in the outermost bins, or a little further in.

@@ -1,5 +1,6 @@
 // Other numbers as floats, and floats as integers.
-#pragma once
+#ifndef TQAI_CONVERSIONS_INL
+#define TQAI_CONVERSIONS_INL
 
 #include <bit>
 #include <cstdint>
@@ -8,8 +9,8 @@
 
 #include "floats-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // FP16 to fp32 without branches; finite values only.
 inline float half_lane(std::uint16_t half) noexcept {
@@ -64,5 +65,7 @@ inline void round_weights(const float* __restrict products, float inverse,
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_CONVERSIONS_INL

@@ -5,9 +5,9 @@
 #include "parts.hpp"
 
 namespace tqai::kernels {
-namespace {
+namespace TQAI_LOCAL {
 
-void check_available(Level level) {
+TQAI_INLINE void check_available(Level level) {
   bool available = false;
   std::string names;
   for (const Level candidate : available_levels()) {
@@ -20,9 +20,9 @@ void check_available(Level level) {
   }
 }
 
-}  // namespace
+}  // namespace TQAI_LOCAL
 
-const Kernels& kernels(Level level) {
+TQAI_INLINE const Kernels& kernels(Level level) {
   check_available(level);
   switch (level) {
 #ifdef TQAI_X86
@@ -35,7 +35,7 @@ const Kernels& kernels(Level level) {
   }
 }
 
-const Parts& parts(Level level) {
+TQAI_INLINE const Parts& parts(Level level) {
   check_available(level);
   switch (level) {
 #ifdef TQAI_X86

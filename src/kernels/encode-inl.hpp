@@ -1,6 +1,7 @@
 // Sealing and opening tiles: 16 tokens side by side in lanes. The steps are plain loops over lanes;
 // those of PlainLanes have versions of their own at some levels.
-#pragma once
+#ifndef TQAI_ENCODE_INL
+#define TQAI_ENCODE_INL
 
 #include <algorithm>
 #include <bit>
@@ -11,11 +12,12 @@
 #include "code_bins.hpp"
 #include "conversions-inl.hpp"
 #include "kernels.hpp"
-#include "pack-inl.hpp"
 #include "rotate-lanes-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
+
+#include "../pack-inl.hpp"
 
 // Squared lengths. Four sums, of coordinates c mod 4: one would wait for each addition.
 inline void squared_lengths(const LaneRows& x, int dim, float* norm2) noexcept {
@@ -202,7 +204,8 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
   std::memcpy(tile + side.norms, halves, sizeof halves);
 }
 
-void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows) noexcept {
+TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* tile,
+                        float* rows) noexcept {
   EncodeScratch scratch;
   std::uint16_t halves[kTileTokens];
   std::memcpy(halves, tile + side.norms, sizeof halves);
@@ -227,8 +230,8 @@ void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* ro
   }
 }
 
-bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim, std::int64_t stride,
-                float max_norm) noexcept {
+TQAI_INLINE bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim,
+                            std::int64_t stride, float max_norm) noexcept {
   const auto element = static_cast<std::int64_t>(size_of(dtype));
   float row[kMaxDim];
   const int padded = padded_dim(dim);
@@ -256,5 +259,7 @@ bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim, std:
   return true;
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_ENCODE_INL

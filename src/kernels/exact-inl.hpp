@@ -1,11 +1,12 @@
 // Attention over exact tokens, 64 at a time, in fp32.
-#pragma once
+#ifndef TQAI_EXACT_INL
+#define TQAI_EXACT_INL
 
 #include "conversions-inl.hpp"
 #include "softmax-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // A block's keys or values as fp32 rows whose length is a multiple of 16.
 struct ExactBlock {
@@ -176,5 +177,7 @@ void attend_exact(const AttendExact& args) noexcept {
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_EXACT_INL

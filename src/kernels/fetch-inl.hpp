@@ -1,10 +1,11 @@
 // Fetching what attention reads next while it computes.
-#pragma once
+#ifndef TQAI_FETCH_INL
+#define TQAI_FETCH_INL
 
 #include "kernels.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // What will be read next, to be fetched meanwhile; may be empty.
 struct Ahead {
@@ -64,5 +65,7 @@ struct NextTile {
   }
 };
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_FETCH_INL

@@ -1,7 +1,8 @@
 // Registers of floats, in plain loops and vector types that compilers turn into instructions of the
 // target region they are included in. Nothing here is reassociated, or fused unless it says so
 // (-ffp-contract=off), so every level gives the same bits.
-#pragma once
+#ifndef TQAI_FLOATS_INL
+#define TQAI_FLOATS_INL
 
 #include <bit>
 #include <cmath>
@@ -12,7 +13,8 @@
 
 // Where compilers would make a call of what has its arguments in registers, which then go through
 // memory; and where inlining what is rare makes them leave what is not a call.
-#if defined(__GNUC__)
+#ifdef TQAI_HOT
+#elif defined(__GNUC__)
 #define TQAI_HOT [[gnu::always_inline]] inline
 #define TQAI_COLD [[gnu::noinline]] inline
 #else
@@ -20,8 +22,8 @@
 #define TQAI_COLD inline
 #endif
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // As many floats as a register of the target region holds, for loops whose sums must stay in
 // registers; everything else is left to the vectoriser. Lane by lane the same at any width.
@@ -246,5 +248,7 @@ inline bool any_above(FloatVec vec, float bound) noexcept {
 #endif
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_FLOATS_INL

@@ -1,5 +1,6 @@
 // Elementary functions, of one float or of a register of them, with the same bits at every level.
-#pragma once
+#ifndef TQAI_FUNCTIONS_INL
+#define TQAI_FUNCTIONS_INL
 
 #include <bit>
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 #include "floats-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 constexpr float kLog2E = 1.44269504F;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -94,5 +95,7 @@ inline float tanh_lane(float x) noexcept {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(t) | (bits & 0x80000000U));
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_FUNCTIONS_INL

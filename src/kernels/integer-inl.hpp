@@ -19,13 +19,14 @@
 //   kRowBlock, kMaxSums          rows and sums that registers hold
 //   value_blocks(rows)           value blocks side by side, which share the weights' loads
 //   value_chains(rows)           sums of each; with those side by side enough to hide latencies
-#pragma once
+#ifndef TQAI_INTEGER_INL
+#define TQAI_INTEGER_INL
 
 #include "conversions-inl.hpp"
 #include "fetch-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // No lambda here takes or returns a Vec: GCC compiles lambdas without the region's target.
 template <typename Ops>
@@ -356,5 +357,7 @@ struct Integer {
   }
 };
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_INTEGER_INL

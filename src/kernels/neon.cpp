@@ -19,14 +19,15 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
+#define TQAI_LEVEL_NAMESPACE neon_level
 #define TQAI_VECTOR_LANES 4
 #define TQAI_NEON 1
 #include "integer-inl.hpp"
 #include "parts-inl.hpp"
 #include "table-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 struct Neon {
   using Vec = uint8x16_t;
@@ -140,22 +141,30 @@ struct Neon {
   static Acc add(Acc a, Acc b) noexcept { return vaddq_s32(a, b); }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
-    kernels::round_weights(products, inverse, weights);
+    TQAI_LEVEL_NAMESPACE::round_weights(products, inverse, weights);
   }
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
-    kernels::read_halves(from, to);
+    TQAI_LEVEL_NAMESPACE::read_halves(from, to);
   }
   static void add_scaled(float* p, Acc acc, float step) noexcept {
     vst1q_f32(p, vfmaq_n_f32(vld1q_f32(p), vcvtq_f32_s32(acc), step));
   }
 };
 
-}  // namespace
+constexpr Kernels kKernels = table_of<Integer<Neon>, PlainLanes>(Level::neon);
+constexpr Parts kParts = parts_of<Integer<Neon>>();
 
-constinit const Kernels kNeonKernels = table_of<Integer<Neon>, PlainLanes>(Level::neon);
-constinit const Parts kNeonParts = parts_of<Integer<Neon>>();
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+namespace tqai::kernels {
+
+TQAI_INLINE constinit const Kernels kNeonKernels = neon_level::kKernels;
+TQAI_INLINE constinit const Parts kNeonParts = neon_level::kParts;
 
 }  // namespace tqai::kernels
+
+#include "level_end.hpp"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,13 +1,14 @@
 // A level's Parts, from its integer part.
-#pragma once
+#ifndef TQAI_PARTS_INL
+#define TQAI_PARTS_INL
 
 #include <algorithm>
 
 #include "attend-inl.hpp"
 #include "parts.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // Parts::score.
 template <typename Integer>
@@ -36,5 +37,7 @@ constexpr Parts parts_of() noexcept {
   return {score<Integer>, accumulate<Integer>, add_rope};
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_PARTS_INL

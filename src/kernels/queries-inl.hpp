@@ -1,5 +1,6 @@
 // Query rows as integers, for attention over sealed tiles.
-#pragma once
+#ifndef TQAI_QUERIES_INL
+#define TQAI_QUERIES_INL
 
 #include <cmath>
 #include <new>
@@ -8,8 +9,8 @@
 #include "functions-inl.hpp"
 #include "kernels.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // Query rows as int8 in one term, q ≈ step · a, or two, q ≈ step · (kTermRatio · a + b). After the
 // rotation one term is off by about 0.7 % of the query's length, next to the 10 % that 4-bit keys
@@ -125,5 +126,7 @@ void prepare_queries(const SidePlan& keys, const float* queries, int rows,
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_QUERIES_INL

@@ -1,12 +1,13 @@
 // The part of the scores that RoPE-centred keys leave out, for the 64 consecutive positions of a
 // tile at once, or for positions of any kind token by token.
-#pragma once
+#ifndef TQAI_ROPE_INL
+#define TQAI_ROPE_INL
 
 #include "floats-inl.hpp"
 #include "kernels.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 constexpr int kHalfTile = kTileTokens / 2;
 
@@ -177,8 +178,8 @@ TQAI_COLD void add_rope_by_token(const RopeBias& bias, const TilePositions& posi
 }
 
 // Adds the bias of a tile to the rows' scores.
-void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
-              float (*scores)[kTileTokens]) noexcept {
+TQAI_INLINE void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
+                          float (*scores)[kTileTokens]) noexcept {
   if (positions.each != nullptr) {
     add_rope_by_token(bias, positions, rows, scores);
     return;
@@ -197,5 +198,7 @@ void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_ROPE_INL

@@ -1,5 +1,6 @@
 // Rotations of 16 tokens at once, side by side in lanes.
-#pragma once
+#ifndef TQAI_ROTATE_LANES_INL
+#define TQAI_ROTATE_LANES_INL
 
 #include <cmath>
 #include <cstring>
@@ -7,8 +8,8 @@
 #include "floats-inl.hpp"
 #include "kernels.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // [coordinates, 16 tokens]
 using LaneRows = float[kMaxDim][kLanes];
@@ -123,5 +124,7 @@ inline void rotate_back_lanes(const SidePlan& side, LaneRows& x, LaneRows& scrat
   }
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_ROTATE_LANES_INL

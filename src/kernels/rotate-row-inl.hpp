@@ -1,6 +1,7 @@
 // One row at a time: queries into the rotated domain, with Rotation's results, parts of outputs
 // together and back.
-#pragma once
+#ifndef TQAI_ROTATE_ROW_INL
+#define TQAI_ROTATE_ROW_INL
 
 #include <bit>
 #include <cmath>
@@ -9,10 +10,11 @@
 
 #include "conversions-inl.hpp"
 #include "kernels.hpp"
-#include "rotate-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
+
+#include "../rotate-inl.hpp"
 
 // Elsewhere a fused multiply-add may be a call.
 #if defined(__GNUC__) && (TQAI_VECTOR_LANES > 4 || defined(TQAI_ARM64))
@@ -110,7 +112,8 @@ constexpr float kLargestQuery = 1e30F;
 
 // Kernels::load_scaled. A function of the level, as a rotation that reads wider than what was
 // written just before waits for it.
-bool load_scaled(const void* from, DType dtype, int count, float factor, float* to) noexcept {
+TQAI_INLINE bool load_scaled(const void* from, DType dtype, int count, float factor,
+                             float* to) noexcept {
   constexpr std::uint32_t kInfinite = 0x7F800000U;
   constexpr auto kTooLarge = std::bit_cast<std::uint32_t>(kLargestQuery);
   // half_lane makes an infinity 2^16, which no finite half reaches.
@@ -134,12 +137,12 @@ inline void add_apart(const float* __restrict from, float factor, int count,
 }
 
 // Kernels::add_scaled.
-void add_scaled(const float* from, float factor, int count, float* to) noexcept {
+TQAI_INLINE void add_scaled(const float* from, float factor, int count, float* to) noexcept {
   add_apart(from, factor, count, to);
 }
 
 // Kernels::rotate.
-void rotate(const SidePlan& side, const float* x, float* y) noexcept {
+TQAI_INLINE void rotate(const SidePlan& side, const float* x, float* y) noexcept {
   if (side.signs == nullptr) return multiply_matrix(side.transposed, x, side.dim, y);
   multiply_row(x, side.signs, side.dim, y);
   fwht(y, side.dim);
@@ -147,12 +150,14 @@ void rotate(const SidePlan& side, const float* x, float* y) noexcept {
 }
 
 // Kernels::rotate_back.
-void rotate_back(const SidePlan& side, const float* y, float* x) noexcept {
+TQAI_INLINE void rotate_back(const SidePlan& side, const float* y, float* x) noexcept {
   if (side.signs == nullptr) return multiply_matrix(side.matrix, y, side.dim, x);
   std::memcpy(x, y, static_cast<std::size_t>(side.dim) * sizeof(float));
   fwht(x, side.dim);
   scale_signed_row(x, side.dim, 1.0F / std::sqrt(static_cast<float>(side.dim)), side.signs);
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_ROTATE_ROW_INL

@@ -1,20 +1,21 @@
 // The specification: plain C++ for every processor.
+#define TQAI_LEVEL_NAMESPACE scalar_level
 #define TQAI_VECTOR_LANES 4
 #include "parts-inl.hpp"
 #include "table-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 struct Integer {
   static constexpr int kQueryBytes = 1;
 
   static void read_halves(const std::uint8_t* from, float* to) noexcept {
-    kernels::read_halves(from, to);
+    scalar_level::read_halves(from, to);
   }
   static void fetch(Fetch& /*ahead*/) noexcept {}
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
-    kernels::round_weights(products, inverse, weights);
+    scalar_level::round_weights(products, inverse, weights);
   }
 
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
@@ -57,9 +58,17 @@ struct Integer {
   }
 };
 
-}  // namespace
+constexpr Kernels kKernels = table_of<Integer, PlainLanes>(Level::scalar);
+constexpr Parts kParts = parts_of<Integer>();
 
-constinit const Kernels kScalarKernels = table_of<Integer, PlainLanes>(Level::scalar);
-constinit const Parts kScalarParts = parts_of<Integer>();
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+namespace tqai::kernels {
+
+TQAI_INLINE constinit const Kernels kScalarKernels = scalar_level::kKernels;
+TQAI_INLINE constinit const Parts kScalarParts = scalar_level::kParts;
 
 }  // namespace tqai::kernels
+
+#include "level_end.hpp"

@@ -1,5 +1,6 @@
 // The running softmax over blocks of 64 tokens (arXiv:1805.02867), in base 2.
-#pragma once
+#ifndef TQAI_SOFTMAX_INL
+#define TQAI_SOFTMAX_INL
 
 #include <algorithm>
 #include <cstring>
@@ -9,8 +10,8 @@
 #include "kernels.hpp"
 #include "tile-row-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // Rows of one block of 64 tokens.
 struct Block {
@@ -118,5 +119,7 @@ TQAI_HOT bool weigh_roughly(const Softmax& softmax, int row, RowVecs& vecs) noex
   return any_above(add_to_lanes(vecs, softmax.sums[row]), kNegligibleSum);
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_SOFTMAX_INL

@@ -1,13 +1,14 @@
 // A level's table, from its integer part and its lanes.
-#pragma once
+#ifndef TQAI_TABLE_INL
+#define TQAI_TABLE_INL
 
 #include "attend-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "rotate-row-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 // Integer: as attend-inl.hpp wants it; Lanes: PlainLanes (encode-inl.hpp) or what does better.
 template <typename Integer, typename Lanes>
@@ -26,5 +27,7 @@ constexpr Kernels table_of(Level level) noexcept {
           acceptable};
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_TABLE_INL

@@ -1,10 +1,11 @@
 // A row of a tile, 64 floats, in registers.
-#pragma once
+#ifndef TQAI_TILE_ROW_INL
+#define TQAI_TILE_ROW_INL
 
 #include "floats-inl.hpp"
 
-namespace tqai::kernels {
-namespace {
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 constexpr int kRowVecs = kTileTokens / kVectorLanes;
 using RowVecs = FloatVec[kRowVecs];
@@ -41,5 +42,7 @@ inline FloatVec add_to_lanes(const RowVecs& row, float* sums) noexcept {
   return largest;
 }
 
-}  // namespace
-}  // namespace tqai::kernels
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_TILE_ROW_INL

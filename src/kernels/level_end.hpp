@@ -1,0 +1,20 @@
+// Closes a level's file: the next level includes the -inl.hpp headers for itself. No include guard.
+#undef TQAI_LEVEL_NAMESPACE
+#undef TQAI_VECTOR_LANES
+#undef TQAI_NEON
+#undef TQAI_ATTEND_INL
+#undef TQAI_CONVERSIONS_INL
+#undef TQAI_ENCODE_INL
+#undef TQAI_EXACT_INL
+#undef TQAI_FETCH_INL
+#undef TQAI_FLOATS_INL
+#undef TQAI_FUNCTIONS_INL
+#undef TQAI_INTEGER_INL
+#undef TQAI_PARTS_INL
+#undef TQAI_QUERIES_INL
+#undef TQAI_ROPE_INL
+#undef TQAI_ROTATE_LANES_INL
+#undef TQAI_ROTATE_ROW_INL
+#undef TQAI_SOFTMAX_INL
+#undef TQAI_TABLE_INL
+#undef TQAI_TILE_ROW_INL
