@@ -15,3 +15,18 @@ function(tqai_own_code target)
     target_link_options(${target} PRIVATE -fsanitize=${sanitizers})
   endif()
 endfunction()
+
+# tqai_own_c_code(target): the same for what is written in C.
+function(tqai_own_c_code target)
+  if(MSVC)
+    target_compile_options(${target} PRIVATE /W4 /utf-8 $<$<BOOL:${TQAI_WERROR}>:/WX>)
+  else()
+    target_compile_options(${target} PRIVATE -Wall -Wextra -pedantic
+                                             $<$<BOOL:${TQAI_WERROR}>:-Werror>)
+  endif()
+  if(TQAI_SANITIZE)
+    list(JOIN TQAI_SANITIZE "," sanitizers)
+    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all)
+    target_link_options(${target} PRIVATE -fsanitize=${sanitizers})
+  endif()
+endfunction()

@@ -1,0 +1,42 @@
+# cmake -DNM=… -DLIBRARY=… -DMAP=… -DHEADER=… -P exports.cmake: fails unless the functions that the
+# header declares, those that the linker's map lists, and those that the shared library exports with a
+# version are the same.
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "TQAI_C_API [^;]*;" declarations "${header}")
+set(declared)
+foreach(declaration IN LISTS declarations)
+  string(REGEX MATCH "(tqai_[a-z_]+)\\(" _ "${declaration}")
+  list(APPEND declared ${CMAKE_MATCH_1})
+endforeach()
+string(REGEX REPLACE "#define TQAI_C_API [^\n]*" "" header "${header}")
+
+file(STRINGS ${MAP} lines REGEX "^ +tqai_[a-z_]+;$")
+set(listed)
+foreach(line IN LISTS lines)
+  string(REGEX MATCH "tqai_[a-z_]+" name "${line}")
+  list(APPEND listed ${name})
+endforeach()
+
+execute_process(COMMAND ${NM} -D --defined-only --with-symbol-versions ${LIBRARY}
+                OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL " T tqai_[a-z_]+@@TQAI_[0-9]+" versioned "${symbols}")
+set(exported)
+foreach(symbol IN LISTS versioned)
+  string(REGEX MATCH "tqai_[a-z_]+" name "${symbol}")
+  list(APPEND exported ${name})
+endforeach()
+
+foreach(names declared listed exported)
+  list(SORT ${names})
+  list(REMOVE_DUPLICATES ${names})
+endforeach()
+list(LENGTH declared count)
+if(count LESS 30)
+  message(FATAL_ERROR "only ${count} functions were found in ${HEADER}: was it read?")
+endif()
+if(NOT declared STREQUAL listed)
+  message(FATAL_ERROR "declared:\n${declared}\nlisted in ${MAP}:\n${listed}")
+endif()
+if(NOT listed STREQUAL exported)
+  message(FATAL_ERROR "listed:\n${listed}\nexported with a version:\n${exported}")
+endif()
