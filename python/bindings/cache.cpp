@@ -259,7 +259,7 @@ None: each token is one further than the one before.)")
           },
           R"(Compresses what has left the residual window; returns how many tokens of a row cannot be,
 because of a vector longer than max_norm.)")
-      .def("attend", &attend, arg("queries"), arg("output"), kw_only(), arg("scale") = py::none(),
+      .def("attend", &attend, arg("queries"), arg("output"), arg("scale") = py::none(),
            arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
            arg("mask") = py::none(), arg("sink_scores") = 0,
            R"(Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into

@@ -1,3 +1,5 @@
+#include <pybind11/gil_safe_call_once.h>
+
 #include "bindings.hpp"
 
 namespace tqai::python {
@@ -12,18 +14,46 @@ DType dtype_of(ElementType type, const char* name) {
   }
 }
 
+// Like pybind11's cast, which takes longer for a tuple's items than a token's numbers do to be
+// copied.
+std::int64_t integer(PyObject* object) {
+  const long long value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
 template <std::size_t kCount>
 std::array<std::int64_t, kCount> numbers(const py::handle& object, const char* name) {
-  const auto sequence = py::reinterpret_borrow<py::sequence>(object);
-  if (!PySequence_Check(object.ptr()) || py::len(sequence) != kCount) {
-    throw ValueError(
-        std::string(name) + " has " +
-        (PySequence_Check(object.ptr()) ? std::to_string(py::len(sequence)) : std::string("no")) +
-        " dimensions; " + std::to_string(kCount) + " are needed");
+  const bool is_sequence = PySequence_Check(object.ptr()) != 0;
+  if (!is_sequence || py::len(object) != kCount) {
+    throw ValueError(std::string(name) + " has " +
+                     (is_sequence ? std::to_string(py::len(object)) : std::string("no")) +
+                     " dimensions; " + std::to_string(kCount) + " are needed");
   }
   std::array<std::int64_t, kCount> values{};
-  for (std::size_t i = 0; i < kCount; ++i) values[i] = sequence[i].cast<std::int64_t>();
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto place = static_cast<Py_ssize_t>(i);
+    values[i] = PyTuple_Check(object.ptr())
+                    ? integer(PyTuple_GET_ITEM(object.ptr(), place))
+                    : integer(py::object(py::reinterpret_borrow<py::sequence>(object)[i]).ptr());
+  }
   return values;
+}
+
+// A cast asks the enumeration for the member's value, in Python.
+ElementType type_of(const py::handle& member) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<std::array<py::object, 4>> storage;
+  const auto& members = storage
+                            .call_once_and_store_result([] {
+                              return std::array<py::object, 4>{
+                                  py::cast(ElementType::float32), py::cast(ElementType::float16),
+                                  py::cast(ElementType::bfloat16), py::cast(ElementType::boolean)};
+                            })
+                            .get_stored();
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    if (members[i].is(member)) return static_cast<ElementType>(i);
+  }
+  return member.cast<ElementType>();  // throws
 }
 
 }  // namespace
@@ -33,7 +63,7 @@ TensorReference reference_of(const py::tuple& tuple, const char* name) {
     throw ValueError(std::string(name) + " is a tuple of " + std::to_string(tuple.size()) +
                      "; (address, dtype, shape, strides) is needed");
   }
-  return {reinterpret_cast<void*>(tuple[0].cast<std::uintptr_t>()), tuple[1].cast<ElementType>(),
+  return {reinterpret_cast<void*>(tuple[0].cast<std::uintptr_t>()), type_of(tuple[1]),
           numbers<4>(tuple[2], name), numbers<4>(tuple[3], name)};
 }
 

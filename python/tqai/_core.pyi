@@ -53,7 +53,7 @@ class KvCache:
         (address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
         None: each token is one further than the one before.
         """
-    def attend(self, queries: tuple, output: tuple, *, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def attend(self, queries: tuple, output: tuple, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into
         output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads or 1, n,

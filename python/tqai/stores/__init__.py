@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tqai import _core
@@ -75,29 +73,53 @@ def append(
     if isinstance(store, TorchStore):
         store.append(keys, values, None if positions is None else positions.numpy())
         return
-    rows = rows_contiguous(keys), rows_contiguous(values)  # alive while their address is used
+    keys, values = rows_contiguous(keys), rows_contiguous(values)  # alive till the call is done
     at = None
     if positions is not None:
-        at = positions.data_ptr(), tuple(positions.shape), positions.stride()
-    store.append(ref(rows[0]), ref(rows[1]), at)
+        at = positions.data_ptr(), positions.shape, positions.stride()
+    store.append(ref(keys), ref(values), at)
 
 
-def attend(store: Store, queries: torch.Tensor, **options: Any) -> torch.Tensor:
+def attend(
+    store: Store,
+    queries: torch.Tensor,
+    *,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    causal: bool = True,
+    window: int = 0,
+    first_token: int = 0,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of queries [batch, query_heads, n, head_dim]; see ``TorchStore.attend``."""
     if isinstance(store, TorchStore):
-        return store.attend(queries, **options)
-    mask, sinks = options.pop("mask", None), options.pop("sinks", None)
+        return store.attend(
+            queries,
+            scale=scale,
+            soft_cap=soft_cap,
+            causal=causal,
+            window=window,
+            first_token=first_token,
+            mask=mask,
+            sinks=sinks,
+        )
     batch, heads, count, _ = queries.shape
     output = queries.new_empty(batch, count, heads, store.value_head_dim)
     if sinks is not None:
         sinks = sinks.float().reshape(-1).contiguous()
-    rows = rows_contiguous(queries)
+    queries = rows_contiguous(queries)
+    # By place: pybind11 takes as long to look up eight names as a short cache takes to be read.
     store.attend(
-        ref(rows),
+        ref(queries),
         ref(output),
-        mask=None if mask is None else mask_ref(mask),
-        sink_scores=0 if sinks is None else sinks.data_ptr(),
-        **options,
+        scale,
+        soft_cap,
+        causal,
+        window,
+        first_token,
+        None if mask is None else mask_ref(mask),
+        0 if sinks is None else sinks.data_ptr(),
     )
     return output
 

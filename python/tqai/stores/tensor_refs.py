@@ -25,12 +25,12 @@ def ref(tensor: torch.Tensor) -> Ref:
 
     The caller keeps `tensor` alive while the reference is used.
     """
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def mask_ref(mask: torch.Tensor) -> Ref:
     """As ``ref``, for an attention mask: bool as well, and any strides."""
-    return mask.data_ptr(), _MASK_DTYPES[mask.dtype], tuple(mask.shape), mask.stride()
+    return mask.data_ptr(), _MASK_DTYPES[mask.dtype], mask.shape, mask.stride()
 
 
 def is_mask_dtype(dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tqai import stores
 from tqai.stores.tensor_refs import is_mask_dtype
@@ -141,7 +142,7 @@ def _attend_update(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not _pays_for_prefill(update):
+    if update.queries == 1 or not _pays_for_prefill(update):
         result = _attend_once(original, module, query, update, mask, kwargs)
     elif _is_of_others(update, query, mask):
         update.layer.settle(update.fresh is not None)
@@ -308,7 +309,7 @@ def _kernel_arguments(
         return None
     if mask is None and not update.is_cross and queries != update.queries:
         return None
-    if _wants_weights(module, kwargs) and original is not original_attention("sdpa", module):
+    if original is not ALL_ATTENTION_FUNCTIONS["sdpa"] and _wants_weights(module, kwargs):
         return None
     if mask is None and queries > 1:  # what no mask means then differs between implementations
         if not update.is_cross or getattr(module, "is_causal", True):
@@ -337,8 +338,9 @@ def _kernel_arguments(
 
 
 def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    config = getattr(module, "config", None)
-    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+    if "output_attentions" in kwargs:
+        return bool(kwargs["output_attentions"])
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 def _fits(mask: torch.Tensor, update: Update | compiled.Mark, query: torch.Tensor) -> bool:

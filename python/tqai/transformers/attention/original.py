@@ -36,20 +36,27 @@ class PatchedName(str):
     what is registered for tqai, by a hash of its own: that is how transformers looks up functions.
     """
 
-    __slots__ = ()
+    __slots__ = ("_hash", "_names")
+    _hash: int
+    _names: tuple[str, str]
+
+    def __new__(cls, original: str) -> PatchedName:
+        name = super().__new__(cls, original)
+        name._names = original, PATCHED_NAMES[original]
+        name._hash = hash(name._names[1])  # asked for several times a layer and token
+        return name
 
     def __hash__(self) -> int:
-        return hash(PATCHED_NAMES[str(self)])
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         # A dictionary compares the keys of its own that have the same hash.
-        text = str(self)
-        return isinstance(other, str) and str.__str__(other) in (text, PATCHED_NAMES[text])
+        return isinstance(other, str) and str.__str__(other) in self._names
 
     def __ne__(self, other: object) -> bool:
         # Up to transformers 5.0 attention modules have no other way to tqai's function than a name
         # that is not "eager"; whoever else compares, as the config does, is told the name.
-        if other == "eager" and not _LOOKS_UP and _EAGER in sys._getframe(1).f_globals:
+        if not _LOOKS_UP and other == "eager" and _EAGER in sys._getframe(1).f_globals:
             return True
         return not self == other
 
@@ -121,7 +128,10 @@ def takes_unknown(attention: Attention, kwargs: dict[str, Any]) -> bool:
     if attention not in _unknown:
         parameters = inspect.signature(attention).parameters
         _unknown[attention] = tuple(sorted(set(parameters) - _UNDERSTOOD))
-    return any(kwargs.get(name) is not None for name in _unknown[attention])
+    for name in _unknown[attention]:
+        if kwargs.get(name) is not None:
+            return True
+    return False
 
 
 _unknown: dict[Attention, tuple[str, ...]] = {}

@@ -105,13 +105,12 @@ class Update:
         Where autograd records, gradients reach fresh keys and values, and a backward pass through
         keys and values from the cache raises RuntimeError.
         """
-        views = []
-        for which, tensor in enumerate((keys, values)):
-            if torch.is_grad_enabled() and tensor.requires_grad:
-                views.append(_Tracked.apply(tensor, self, which))
-            else:
-                views.append(TqaiView(self, which, tensor))
-        return views[0], views[1]
+        return self._view(0, keys), self._view(1, values)
+
+    def _view(self, which: int, tensor: torch.Tensor) -> TqaiView:
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return _Tracked.apply(tensor, self, which)
+        return view_of(self, which, tensor)
 
 
 class TqaiView(torch.Tensor):
@@ -125,18 +124,6 @@ class TqaiView(torch.Tensor):
     which: int
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, update: Update, which: int, like: torch.Tensor) -> TqaiView:
-        batch, heads, _, head_dim = like.shape
-        shape = (batch, heads, update.length, head_dim)
-        view = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        view.update = update
-        view.which = which
-        return view
-
-    def __init__(self, update: Update, which: int, like: torch.Tensor) -> None:
-        pass
 
     def dense(self) -> torch.Tensor:
         """The dequantised values; see ``Update.dense``."""
@@ -189,6 +176,19 @@ class TqaiView(torch.Tensor):
         )
 
 
+def view_of(update: Update, which: int, like: torch.Tensor) -> TqaiView:
+    """The keys (0) or values (1) of an update, with the rows, heads, dtype and device of `like`."""
+    batch, heads, _, head_dim = like.shape
+    shape = batch, heads, update.length, head_dim
+    # Not the class's constructor: two a layer and token are made, and it takes half as long again.
+    view = torch.Tensor._make_wrapper_subclass(
+        TqaiView, shape, dtype=like.dtype, device=like.device
+    )
+    view.update = update
+    view.which = which
+    return view
+
+
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
@@ -209,7 +209,7 @@ class _Tracked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, update: Update, which: int) -> torch.Tensor:
         ctx.fresh = update.fresh is not None
-        return TqaiView(update, which, tensor)
+        return view_of(update, which, tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:

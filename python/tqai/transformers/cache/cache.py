@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
-from tqai.transformers.attention.view import TqaiView
 from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Before, Passes, copy_of
@@ -193,15 +192,15 @@ class TqaiCache(Passes, DynamicCache):
             ValueError: where it does not: it is another model's, or has read its text with other
                 weights than the model now has.
         """
-        own = self.geometry.describe()
         if geometry is not self.geometry and geometry != self.geometry:
             raise ValueError(
-                f"this cache was made for {own}, not for {geometry.describe()}; make one with "
-                "tqai.new_cache(model)"
+                f"this cache was made for {self.geometry.describe()}, not for "
+                f"{geometry.describe()}; make one with tqai.new_cache(model)"
             )
         now = geometry.weights()
         if now is self.weights:
             return
+        own = self.geometry.describe()
         # Of the model that it was made for, an empty cache takes whatever weights it has.
         others = geometry is not self.geometry and self.weights is None and self.geometry.is_alive()
         read_with = self.geometry.weights() if others else self.weights
@@ -260,16 +259,16 @@ class TqaiCache(Passes, DynamicCache):
                 if layer_idx not in self._before:
                     tokens = key_states.shape[2] if key_states.ndim == 4 else 0
                     self._before[layer_idx] = Before(layer, tokens)
+                if type(layer) is not TqaiLayer:
+                    self._changed_states |= has_states(layer)
                 if isinstance(layer, TqaiLayer):
                     layer.turned = self.turned
-                self._changed_states |= has_states(layer)
-                keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                    # transformers' own method does no more for layers that are all there.
+                    return layer.update(key_states, value_states, *args, **kwargs)
+                return super().update(key_states, value_states, layer_idx, *args, **kwargs)
             except BaseException:
                 self.roll_back()
                 raise
-        if isinstance(keys, TqaiView):
-            keys.update.cache = owner
-        return keys, values
 
     def _update_traced(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -404,7 +403,8 @@ class TqaiCache(Passes, DynamicCache):
 
     def expect_states(self) -> None:
         """Says that recurrent states are about to change: some models do that on their own."""
-        self._changed_states = any(map(has_states, self.layers))
+        others = (layer for layer in self.layers if type(layer) is not TqaiLayer)
+        self._changed_states = any(map(has_states, others))
 
     def forget_before(self) -> None:
         """Forgets how the layers were before the pass."""

@@ -17,7 +17,7 @@ from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops import MAX_NORM, TILE_TOKENS
 from tqai.transformers.attention import compiled
-from tqai.transformers.attention.view import Owner, TqaiView, Update
+from tqai.transformers.attention.view import Owner, TqaiView, Update, view_of
 from tqai.transformers.model.heads import Heads, Latents, check_head_dim
 from tqai.transformers.model.positions import Turned
 
@@ -82,6 +82,8 @@ class TqaiLayer(CacheLayerMixin):
         """Counts changes, so that a view can tell whether it is out of date."""
         self.padding: list[int] = []
         """Tokens at the start of each row that are padding."""
+        self._added: tuple[Any, ...] | None = None
+        """Shapes, dtypes and devices of the last tokens: others like them need no check."""
         self._seals_later = False
         self._warned = False
         self.turned: Turned | None = None
@@ -155,32 +157,38 @@ class TqaiLayer(CacheLayerMixin):
             NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
         """
         keys, values = _plain(key_states), _plain(value_states)
-        self._check(keys, values)
-        was_empty = self.get_seq_length() == 0
-        length, first = self.get_mask_sizes(keys.shape[-2])
-        dtype = torch.promote_types(keys.dtype, values.dtype)
+        like = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+        core = self.core
+        held = 0 if core is None else core.tokens
         self._keep_reading()
         try:
-            core = self._store_for(keys, values, dtype)
+            if core is None or like != self._added:
+                self._check(keys, values)
+                core = self._store_for(keys, values)
             positions = self._take_positions(keys)
-            stores.append(core, keys.to(dtype), values.to(dtype), positions)
+            stores.append(core, *_of_one_dtype(keys, values), positions)
         except (ValueError, NotImplementedError) as error:
             raise self._named(error) from error
+        queries = keys.shape[2]
         if self.core is None:
             self.dtypes = keys.dtype, values.dtype
-            self.padding = [0] * core.batch
-        self.core = core
-        self.seen = core.tokens
+            self.padding = [0] * keys.shape[0]
+        self.core, self._added = core, like
+        self.seen = held + queries
         self.version += 1
-        self._seals_later = not was_empty and not self.seals_at_once(keys.shape[2])
-        if self.is_sliding and not was_empty and not self.record_past:
-            core.discard_before(first)
+        self._seals_later = held > 0 and not self.seals_at_once(queries)
+        first = 0
+        if self.is_sliding:
+            first = self._first_visible(held)
+            if held > 0 and not self.record_past:
+                core.discard_before(first)
         fresh = None
-        if was_empty:
+        if held == 0:
             # Contiguous, as the plain cache would hold them, so that results are equal bit for bit.
             fresh = keys.contiguous(), values.contiguous()
-        update = Update(self, first, length, keys.shape[-2], fresh)
+        update = Update(self, first, held - first + queries, queries, fresh)
         update.positions = positions
+        update.cache = None if self.owner is None else self.owner()
         return update.views(keys, values)
 
     def get_seq_length(self) -> int:
@@ -256,7 +264,7 @@ class TqaiLayer(CacheLayerMixin):
     def is_packed(self) -> bool:
         """Whether any token of any row is held as codes."""
         core = self.core
-        return core is not None and any(core.packed_tokens(row) for row in range(core.batch))
+        return core is not None and any(map(core.packed_tokens, range(core.batch)))
 
     def gather(self, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised keys and values of tokens first…first + length − 1 in the layer's dtypes.
@@ -302,8 +310,8 @@ class TqaiLayer(CacheLayerMixin):
     def settle(self, was_empty: bool) -> None:
         """Called when attention over an update is done: seals what has left the residual window,
         if that is not to wait for the end of the forward pass."""
-        assert self.core is not None
         if was_empty and self.is_sliding and not self.record_past:
+            assert self.core is not None
             self._keep_reading()
             self.core.discard_before(self._first_visible(self.core.tokens))
         if not self._seals_later:
@@ -354,13 +362,14 @@ class TqaiLayer(CacheLayerMixin):
         self.padding = [min(count, tokens) for count in self.padding]
 
     def take_note(self) -> None:
-        """Remembers for tracing what the store holds."""
+        """Called when the store is another, or holds other tokens than ``update`` has added."""
         self.seen = 0 if self.core is None else self.core.tokens
         self.has_packed = self.is_packed()
+        self._added = None
 
     def view(self, like: torch.Tensor, which: int, first: int, length: int) -> TqaiView:
         """A view of keys (0) or values (1), made when a traced graph is run as it is."""
-        return TqaiView(Update(self, first, length, 0, None), which, like)
+        return view_of(Update(self, first, length, 0, None), which, like)
 
     def _first_visible(self, tokens: int) -> int:
         """First token that a query after `tokens` tokens sees."""
@@ -381,7 +390,7 @@ class TqaiLayer(CacheLayerMixin):
             update = self._read()
             self._reading = weak_ref(update)  # the layer must not keep what keeps the layer
         dim = (self.core.head_dim, self.core.value_head_dim)[which]
-        return TqaiView(update, which, self._like(dim, self.dtypes[which]))
+        return view_of(update, which, self._like(dim, self.dtypes[which]))
 
     def _read(self) -> Update:
         """Stands for all tokens that a next query would see."""
@@ -422,7 +431,7 @@ class TqaiLayer(CacheLayerMixin):
         self.padding = [self.padding[row] for row in rows]
         self.version += 1
 
-    def _store_for(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> Store:
+    def _store_for(self, keys: torch.Tensor, values: torch.Tensor) -> Store:
         """The layer's store, where these tensors can be added; a new one if there is none."""
         if self.core is not None:
             return stores.moved(self.core, self.settings, keys.device)
@@ -432,6 +441,7 @@ class TqaiLayer(CacheLayerMixin):
         settings = self.settings
         if keys.shape[1] == 1 and (keys.shape[3], values.shape[3]) in self.latents:
             settings = settings.of_latents()
+        dtype = torch.promote_types(keys.dtype, values.dtype)
         return stores.make_store(
             settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
         )
@@ -495,6 +505,13 @@ class TqaiLayer(CacheLayerMixin):
     def _named(self, error: ValueError | NotImplementedError) -> Exception:
         """What the store complains about, with the layer's number."""
         return type(error)(f"layer {self.index}: {error}")
+
+
+def _of_one_dtype(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if keys.dtype is values.dtype:
+        return keys, values
+    dtype = torch.promote_types(keys.dtype, values.dtype)
+    return keys.to(dtype), values.to(dtype)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

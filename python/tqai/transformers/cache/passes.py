@@ -51,11 +51,12 @@ class Call:
 class Before:
     """How a layer was before an update."""
 
+    _store: stores.Store | None = None
+    _state: dict[str, Any] | None = None
+
     def __init__(self, layer: Any, tokens: int) -> None:
         """`tokens`: how many the update brings."""
         self.length = int(layer.get_seq_length())
-        self._store: stores.Store | None = None
-        self._state: dict[str, Any] | None = None
         if isinstance(layer, TqaiLayer):
             self._padding = layer.padding
             if layer.core is not None and self.length > 0 and layer.seals_at_once(tokens):

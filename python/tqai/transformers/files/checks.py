@@ -175,9 +175,7 @@ def check_store(
         for dim, dtype in zip((core.head_dim, core.value_head_dim), dtypes, strict=True)
     )
     dtype = torch.promote_types(*dtypes)
-    held, usual = (
-        options_in(each) for each in (data, layer._store_for(keys, values, dtype).serialize())
-    )
+    held, usual = (options_in(each) for each in (data, layer._store_for(keys, values).serialize()))
     if held.dtype != dtype:
         raise ValueError(f"{where} holds {held.dtype}, and its header says {dtype}")
     for name in _COMPARED:

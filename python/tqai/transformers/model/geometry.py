@@ -90,6 +90,9 @@ _geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
     """The geometry of `model`, or of the model that `model` is the decoder of."""
+    known = _geometries.get(model)
+    if known is not None:  # a decoder, which is its own
+        return known
     decoder = decoder_of(model)
     watch_of(decoder).surround(model)
     if decoder not in _geometries:

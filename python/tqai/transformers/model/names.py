@@ -24,7 +24,8 @@ Parameters = Mapping[str, inspect.Parameter]
 
 def cache_name(module: torch.nn.Module) -> str | None:
     """The name by which the module's forward takes a cache; None where it takes none."""
-    return _cache_among(_parameters(module))
+    replaced = _replaced(module)
+    return _cache_of_class(type(module)) if replaced is None else _cache_among(replaced)
 
 
 @lru_cache(maxsize=1)
@@ -89,8 +90,19 @@ def _parameters(module: torch.nn.Module) -> Parameters:
 
     A forward that takes whatever comes, as wrappers do, is passed over for the one behind it.
     """
-    replaced = vars(module).get("forward")
-    return (replaced is not None and _named(replaced)) or _parameters_of_class(type(module))
+    replaced = _replaced(module)
+    return _parameters_of_class(type(module)) if replaced is None else replaced
+
+
+def _replaced(module: torch.nn.Module) -> Parameters | None:
+    """Those of a forward that stands in the place of the class's, on this module alone."""
+    own = vars(module).get("forward")
+    return None if own is None else _named(own) or None
+
+
+@lru_cache(maxsize=256)
+def _cache_of_class(kind: type[torch.nn.Module]) -> str | None:
+    return _cache_among(_parameters_of_class(kind))
 
 
 @lru_cache(maxsize=256)

@@ -16,8 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -369,10 +369,12 @@ class _Glance:
             for part in parts
             if part.adapter is not None
         ]
-        self._children = _ids(self._parents, _CHILDREN)
-        tensors = self._tensors() or []
+        self._children = list(map(id, _values(self._parents, _CHILDREN) or ()))
+        places = self._tensors() or []
+        self._ids = list(map(id, places))
+        self._taken = [tensor is not None for tensor in places]
+        tensors = list(compress(places, self._taken))
         leaves = [leaf for tensor in tensors for leaf in leaves_of(tensor)]
-        self._ids = list(map(id, tensors))
         self._leaves = [ref(leaf) for leaf in leaves]
         self._are_tensors = all(map(is_, leaves, tensors)) and len(leaves) == len(tensors)
         self._versions = list(map(_VERSION, leaves))
@@ -383,7 +385,8 @@ class _Glance:
         self._values = list(map(_VALUE, self._words))
 
     def _tensors(self) -> list[Any] | None:
-        """The tensors that the usual modules hold now; None where a module is gone."""
+        """What the usual modules hold now, a None for each tensor that they do without; or None
+        where a module is gone."""
         tensors = _values(self._owners, _PARAMETERS)
         for reference, keys in self._buffers:
             module = reference()
@@ -393,10 +396,11 @@ class _Glance:
         return tensors
 
     def is_current(self) -> bool:
-        tensors = self._tensors()
-        if tensors is None or list(map(id, tensors)) != self._ids:
+        # All of it is done by functions in C, without a step of Python's for each tensor.
+        places = self._tensors()
+        if places is None or list(map(id, places)) != self._ids:
             return False
-        leaves = tensors
+        leaves = list(compress(places, self._taken))
         if not self._are_tensors:
             leaves = [reference() for reference in self._leaves]
             if any(leaf is None for leaf in leaves):
@@ -407,7 +411,8 @@ class _Glance:
             and not any(map(torch.UntypedStorage._expired, self._storage_ids))
             # The memory of the words is there still, by the above.
             and list(map(_VALUE, self._words)) == self._values
-            and _ids(self._parents, _CHILDREN) == self._children
+            and (children := _values(self._parents, _CHILDREN)) is not None
+            and list(map(id, children)) == self._children
             and all(other.is_current() for other in self._others)
             and all(_is_set(*each) for each in self._adapters)
         )
@@ -420,16 +425,10 @@ _VERSION, _ADDRESS = torch.Tensor._version.__get__, torch.Tensor.data_ptr
 
 def _values(references: list[ref[nn.Module]], collection: Callable[..., Any]) -> list[Any] | None:
     """All that is in a collection of these modules; None where one is gone."""
-    modules = [reference() for reference in references]
-    if None in modules:
+    modules = list(map(ref.__call__, references))
+    if not all(map(is_not, modules, repeat(None))):
         return None
-    values = chain.from_iterable(map(dict.values, map(collection, modules)))
-    return [value for value in values if value is not None]
-
-
-def _ids(references: list[ref[nn.Module]], collection: Callable[..., Any]) -> list[int] | None:
-    values = _values(references, collection)
-    return None if values is None else list(map(id, values))
+    return list(chain.from_iterable(map(dict.values, map(collection, modules))))
 
 
 def _saved(module: nn.Module) -> tuple[str, ...]:
