@@ -5,27 +5,15 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <span>
 #include <tqai/cache.hpp>
 
 #include "any_operations.hpp"
+#include "small_caches.hpp"
 
 namespace {
 
 constexpr std::size_t kMostChoices = 25;
-
-// Caches whose making or every token takes long are as the small ones, and leave less time for
-// those. Numbers as docs/format.md has them.
-bool takes_long(std::span<const std::byte> bytes) {
-  constexpr std::size_t kOptions = 8;
-  std::int32_t options[3] = {};  // kv_heads, head_dim, value_head_dim
-  if (bytes.size() < kOptions + sizeof(options)) return false;
-  std::memcpy(options, bytes.data() + kOptions, sizeof(options));
-  constexpr std::int32_t kMostHeads = 8;
-  constexpr std::int32_t kMostDim = 64;
-  return options[0] > kMostHeads || options[1] > kMostDim || options[2] > kMostDim;
-}
 
 }  // namespace
 
@@ -36,7 +24,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       std::min<std::size_t>(input.back() % (kMostChoices + 1), input.size() - 1);
   input = input.first(input.size() - 1);
   const auto bytes = std::as_bytes(input.first(input.size() - count));
-  if (takes_long(bytes)) return 0;
+  if (tqai::fuzz::takes_long(bytes)) return 0;
   try {
     tqai::KvCache cache = tqai::KvCache::deserialize(bytes);
     constexpr int kMostRows = 16;

@@ -5,12 +5,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <random>
 #include <string>
 #include <tqai/cache.hpp>
+#include <tqai/files.hpp>
 #include <vector>
 
 namespace {
@@ -127,6 +129,24 @@ void write_caches(const Folder& folder) {
   }
 }
 
+// A file of two layers, and an application's header.
+void write_file(const Folder& folder, const std::filesystem::path& path) {
+  const KvCache first = cache_of({"", Centering::mean, 0, DType::bf16, 2, 72, 1});
+  const KvCache second = cache_of({"", Centering::automatic, 0, DType::f32, 4, 3, 2});
+  const KvCache* const layers[] = {&first, &second};
+  save_caches(path, layers, R"({"model": "a\u00e9\n", "more": [1, -2.5e3, null, {"x": true}]})");
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  std::filesystem::remove(path);
+  std::uint64_t length = 0;
+  std::memcpy(&length, bytes.data(), sizeof(length));
+  const auto header = static_cast<std::ptrdiff_t>(sizeof(length) + length);
+  std::vector<std::uint8_t> input(bytes.begin() + sizeof(length), bytes.begin() + header);
+  input.push_back(0);
+  input.insert(input.end(), bytes.begin() + header, bytes.end());
+  folder.write("layers", input);
+}
+
 void write_codes(const Folder& folder) {
   std::mt19937_64 random(5);
   for (std::uint8_t bits = 0; bits < 8; ++bits) {
@@ -148,6 +168,7 @@ int main(int argc, char** argv) {
   const std::filesystem::path folder = argv[1];
   write_caches(Folder(folder / "cache"));
   write_golden(Folder(folder / "cache"), argv[2]);
+  write_file(Folder(folder / "file"), folder / "file.safetensors");
   write_codes(Folder(folder / "packing"));
   return 0;
 }
