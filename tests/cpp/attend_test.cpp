@@ -214,6 +214,32 @@ TEST_F(Attention, BooleanAndAdditiveMasksHideTheSame) {
   EXPECT_EQ(attend(cache, queries, late).data, attend(cache, queries, whole).data);
 }
 
+TEST_F(Attention, MasksOfSixteenBitsAddTheirValues) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  const Array queries({1, 4, 1, 64}, engine_);
+  const float values[] = {0.0F, -1.5F, 0.25F, -std::numeric_limits<float>::infinity()};
+  std::vector<float> added(200);
+  std::vector<std::uint16_t> half(added.size());
+  std::vector<std::uint16_t> bfloat(added.size());
+  for (std::size_t i = 0; i < added.size(); ++i) {
+    added[i] = values[i % 4];
+    half[i] = to_half(added[i]);
+    bfloat[i] = to_bfloat16(added[i]);
+  }
+  const auto masked = [&](const void* data, Mask::Kind kind) {
+    AttendOptions options;
+    options.mask = Mask{data, kind, {1, 1, 1, 200}, {0, 0, 0, 1}};
+    return attend(cache, queries, options).data;
+  };
+  const auto expected = masked(added.data(), Mask::Kind::f32);
+  EXPECT_NE(expected, attend(cache, queries).data);
+  EXPECT_EQ(masked(half.data(), Mask::Kind::f16), expected);
+  EXPECT_EQ(masked(bfloat.data(), Mask::Kind::bf16), expected);
+}
+
 TEST_F(Attention, ChunksReadThePastAsSingleStepsDo) {
   KvCache chunked(geometry(64));
   KvCache single(geometry(64));

@@ -108,11 +108,38 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   EXPECT_TRUE(
       contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{3}); }), "sealed"));
 
+  EXPECT_TRUE(contains(refused([](auto& o) { o.first_token = 151; }), "first_token = 151"));
+  EXPECT_TRUE(contains(refused([](auto& o) { o.window = -1; }), "window = -1"));
+  EXPECT_TRUE(contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{0, 0}); }),
+                       "2 padding counts for a batch of 1"));
+  for (const std::int64_t token : {-1, 151}) {
+    EXPECT_TRUE(contains(message_of([&] { cache.discard_before(token); }), "allowed: 0…150"));
+  }
+  ConstTensor nowhere = Tokens::slice(all.keys, 0, 5);
+  nowhere.data = nullptr;
+  EXPECT_TRUE(contains(message_of([&] { cache.append(nowhere, nowhere); }), "no data"));
+  for (const auto& [row, head] : {std::pair{1, 0}, {-1, 0}, {0, 2}, {0, -1}}) {
+    EXPECT_THROW((void)cache.centering(row, head), IndexError) << row << ", " << head;
+  }
+
   EXPECT_EQ(cache.tokens(), 150);
   EXPECT_EQ(gather(cache, 0, 150).keys.data, before.keys.data);
   EXPECT_EQ(gather(cache, 0, 150).values.data, before.values.data);
   all.append_to(cache, 150, 50);  // and goes on
   EXPECT_EQ(cache.tokens(), 200);
+}
+
+// Without an embedding positions are of no use, but must still be some for these tokens.
+TEST_F(CacheErrors, PositionsOfACacheWithoutEmbedding) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 5, 64, engine_);
+  const std::vector<std::int64_t> at = {7, 3, 9, 9, 1};
+  const PositionTensor positions{at.data(), {1, 1, 5}, {0, 0, 1}};
+  cache.append(all.keys, all.values, positions);
+  EXPECT_EQ(cache.tokens(), 5);
+  const PositionTensor few{at.data(), {1, 1, 4}, {0, 0, 1}};
+  EXPECT_TRUE(contains(message_of([&] { cache.append(all.keys, all.values, few); }), "[1, 1, 4]"));
+  EXPECT_EQ(gather(cache, 0, 5).keys.data, all.keys.data);
 }
 
 }  // namespace
