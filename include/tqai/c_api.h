@@ -1,4 +1,5 @@
-/* tqai for C, and for languages that call C. What the functions do is said at length in cache.hpp,
+/** @file
+ * tqai for C, and for languages that call C. What the functions do is said at length in cache.hpp,
  * files.hpp, codebook.hpp and quantizer.hpp; here is what C adds.
  *
  * Errors: every function that can fail returns a tqai_status. tqai_last_error() says what was
@@ -28,6 +29,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/** @cond visibility */
 #if defined(TQAI_SHARED) && defined(_WIN32)
 #ifdef TQAI_BUILDING
 #define TQAI_C_API __declspec(dllexport)
@@ -39,38 +41,42 @@
 #else
 #define TQAI_C_API
 #endif
+/** @endcond */
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Of this header. It changes where something that exists is changed or taken away; a library whose
+/** Of this header. It changes where something that exists is changed or taken away; a library whose
  * tqai_abi_version() is another cannot be used with it. */
 #define TQAI_ABI_VERSION 1
+/** TQAI_ABI_VERSION of the library that is linked. */
 TQAI_C_API uint32_t tqai_abi_version(void);
-/* Of the library that is linked; TQAI_VERSION is this header's. */
+/** Of this header. */
 #define TQAI_VERSION "0.1.0"
+/** Of the library that is linked. */
 TQAI_C_API const char* tqai_version(void);
 
+/** TQAI_OK, or what went wrong. */
 typedef int32_t tqai_status;
 enum {
   TQAI_OK = 0,
-  TQAI_VALUE_ERROR = 1, /* an argument is not allowed, or bytes are damaged */
-  TQAI_INDEX_ERROR = 2, /* a row, head, token or tensor that does not exist */
-  TQAI_UNSUPPORTED = 3, /* legal, but nothing that this build or processor can do */
-  TQAI_FILE_ERROR = 4,  /* the system refused to open, read or write a file */
+  TQAI_VALUE_ERROR = 1, /**< an argument is not allowed, or bytes are damaged */
+  TQAI_INDEX_ERROR = 2, /**< a row, head, token or tensor that does not exist */
+  TQAI_UNSUPPORTED = 3, /**< legal, but nothing that this build or processor can do */
+  TQAI_FILE_ERROR = 4,  /**< the system refused to open, read or write a file */
   TQAI_NO_MEMORY = 5,
-  TQAI_INTERNAL_ERROR = 6 /* a mistake of the library's */
+  TQAI_INTERNAL_ERROR = 6 /**< a mistake of the library's */
 };
-/* Of the last call of this thread that failed; "" before there was one. In UTF-8, at most 1023
+/** Of the last call of this thread that failed; "" before there was one. In UTF-8, at most 1023
  * bytes; valid until the thread's next call that fails. */
 TQAI_C_API const char* tqai_last_error(void);
 
-/* The kernel level that new handles take: the fastest, or what TQAI_LEVEL names. *name: "scalar",
+/** The kernel level that new handles take: the fastest, or what TQAI_LEVEL names. *name: "scalar",
  * "neon", "avx2" or "avx512", for ever. */
 TQAI_C_API tqai_status tqai_default_level(const char** name);
 
-enum { TQAI_F32 = 0, TQAI_F16 = 1, TQAI_BF16 = 2, TQAI_BOOL = 3 /* masks alone; bytes */ };
+enum { TQAI_F32 = 0, TQAI_F16 = 1, TQAI_BF16 = 2, TQAI_BOOL = 3 /**< masks alone; bytes */ };
 enum { TQAI_ROTATION_AUTO = 0, TQAI_ROTATION_HADAMARD = 1, TQAI_ROTATION_HAAR = 2 };
 enum {
   TQAI_CENTERING_AUTO = 0,
@@ -81,219 +87,243 @@ enum {
 enum { TQAI_ROPE_HALF_SPLIT = 0, TQAI_ROPE_INTERLEAVED = 1 };
 enum { TQAI_GRID_EXACT = 0, TQAI_GRID_INT8 = 1 };
 
-/* A borrowed 4-dimensional tensor, the last dimension contiguous. */
+/** A borrowed 4-dimensional tensor, the last dimension contiguous. */
 typedef struct tqai_tensor {
-  const void* data;
-  int32_t dtype; /* TQAI_F32, TQAI_F16 or TQAI_BF16; of masks TQAI_BOOL too */
-  int64_t shape[4];
-  int64_t strides[4];
+  const void* data;   /**< first element */
+  int32_t dtype;      /**< TQAI_F32, TQAI_F16 or TQAI_BF16; of masks TQAI_BOOL too */
+  int64_t shape[4];   /**< elements along each dimension */
+  int64_t strides[4]; /**< in elements */
 } tqai_tensor;
 
-/* The same, to be written: no two elements at one address. */
+/** The same, to be written: no two elements at one address. */
 typedef struct tqai_output {
-  void* data;
-  int32_t dtype;
-  int64_t shape[4];
-  int64_t strides[4];
+  void* data;         /**< first element */
+  int32_t dtype;      /**< TQAI_F32, TQAI_F16 or TQAI_BF16 */
+  int64_t shape[4];   /**< elements along each dimension */
+  int64_t strides[4]; /**< in elements */
 } tqai_output;
 
-/* Positions of tokens, [batch or 1, sections, tokens]. */
+/** Positions of tokens, [batch or 1, sections, tokens]. */
 typedef struct tqai_positions {
-  const int64_t* data;
-  int64_t shape[3];
-  int64_t strides[3];
+  const int64_t* data; /**< first element */
+  int64_t shape[3];    /**< as above */
+  int64_t strides[3];  /**< in elements */
 } tqai_positions;
 
 /* ---- Caches --------------------------------------------------------------------------------- */
 
-/* Keys and values of one attention layer for a batch of rows (tqai::KvCache). */
+/** Keys and values of one attention layer for a batch of rows (tqai::KvCache). */
 typedef struct tqai_cache tqai_cache;
 
+/** What a cache is made of; the comments say the defaults. */
 typedef struct tqai_cache_options {
-  size_t size;
-  int32_t batch;           /* 1 */
-  int32_t kv_heads;        /* to be set */
-  int32_t head_dim;        /* to be set: 8 to 512 */
-  int32_t value_head_dim;  /* 0: as head_dim */
-  int32_t dtype;           /* TQAI_F32: of keys and values */
-  int32_t bits_k;          /* 4: 1 to 8 a coordinate */
-  int32_t bits_v;          /* 2 */
-  int32_t sink_tokens;     /* 4: first tokens, exact for ever */
-  int32_t residual_window; /* 128: last tokens, exact */
-  int32_t rotation;        /* TQAI_ROTATION_AUTO */
-  int32_t centering;       /* TQAI_CENTERING_AUTO */
-  int32_t rotary_dim;      /* 0: no rotary embedding is known */
-  int32_t rope_layout;     /* TQAI_ROPE_HALF_SPLIT */
-  const float* inv_freq;   /* [rotary_dim / 2], radians a token; NULL without one */
-  const uint8_t* sections; /* [rotary_dim / 2], or NULL: all pairs are of section 0 */
-  uint64_t seed;           /* of the rotations */
-  const char* level;       /* NULL: tqai_default_level */
+  size_t size;             /**< written by the _init */
+  int32_t batch;           /**< 1 */
+  int32_t kv_heads;        /**< to be set */
+  int32_t head_dim;        /**< to be set: 8 to 512 */
+  int32_t value_head_dim;  /**< 0: as head_dim */
+  int32_t dtype;           /**< TQAI_F32: of keys and values */
+  int32_t bits_k;          /**< 4: 1 to 8 a coordinate */
+  int32_t bits_v;          /**< 2 */
+  int32_t sink_tokens;     /**< 4: first tokens, exact for ever */
+  int32_t residual_window; /**< 128: last tokens, exact */
+  int32_t rotation;        /**< TQAI_ROTATION_AUTO */
+  int32_t centering;       /**< TQAI_CENTERING_AUTO */
+  int32_t rotary_dim;      /**< 0: no rotary embedding is known */
+  int32_t rope_layout;     /**< TQAI_ROPE_HALF_SPLIT */
+  const float* inv_freq;   /**< [rotary_dim / 2], radians a token; NULL without one */
+  const uint8_t* sections; /**< [rotary_dim / 2], or NULL: all pairs are of section 0 */
+  uint64_t seed;           /**< of the rotations */
+  const char* level;       /**< NULL: tqai_default_level */
 } tqai_cache_options;
 
+/** What of the tokens a query sees, and how scores become weights. */
 typedef struct tqai_attend_options {
-  size_t size;
-  int32_t has_scale; /* 0: scale is 1/sqrt(head_dim) */
-  float scale;
-  float soft_cap;           /* 0: none */
-  int32_t causal;           /* 1: none of the queries sees tokens after its own */
-  int64_t window;           /* 0: none */
-  int64_t first_token;      /* 0: tokens before it are not seen */
-  const tqai_tensor* mask;  /* NULL: none. [batch or 1, query_heads or 1, queries, tokens -
+  size_t size;              /**< written by the _init */
+  int32_t has_scale;        /**< 0: scale is 1/sqrt(head_dim) */
+  float scale;              /**< multiplies q k, where has_scale is 1 */
+  float soft_cap;           /**< 0: none */
+  int32_t causal;           /**< 1: none of the queries sees tokens after its own */
+  int64_t window;           /**< 0: none */
+  int64_t first_token;      /**< 0: tokens before it are not seen */
+  const tqai_tensor* mask;  /**< NULL: none. [batch or 1, query_heads or 1, queries, tokens -
                              * first_token]; TQAI_BOOL: nonzero = seen; else added to the scores */
-  const float* sink_scores; /* NULL: none. [query_heads] */
+  const float* sink_scores; /**< NULL: none. [query_heads] */
 } tqai_attend_options;
 
+/** What a cache is, with the defaults filled in. */
 typedef struct tqai_cache_info {
-  size_t size;
-  int32_t batch;
-  int32_t kv_heads;
-  int32_t head_dim;
-  int32_t value_head_dim;
-  int32_t dtype;
-  int32_t bits_k;
-  int32_t bits_v;
-  int32_t sink_tokens;
-  int32_t residual_window;
-  int64_t tokens;      /* of each row, padding and discarded ones included */
-  int64_t first_token; /* that some row still holds */
-  const char* level;   /* for ever */
+  size_t size;             /**< written by the _init */
+  int32_t batch;           /**< rows */
+  int32_t kv_heads;        /**< key/value heads */
+  int32_t head_dim;        /**< of keys and queries */
+  int32_t value_head_dim;  /**< of values */
+  int32_t dtype;           /**< TQAI_F32, TQAI_F16 or TQAI_BF16 */
+  int32_t bits_k;          /**< a coordinate of keys */
+  int32_t bits_v;          /**< a coordinate of values */
+  int32_t sink_tokens;     /**< first tokens, exact */
+  int32_t residual_window; /**< last tokens, exact */
+  int64_t tokens;          /**< of each row, padding and discarded ones included */
+  int64_t first_token;     /**< that some row still holds */
+  const char* level;       /**< for ever */
 } tqai_cache_info;
 
+/** Bytes that a cache holds (tqai::MemoryReport). */
 typedef struct tqai_memory {
-  size_t size;
-  int64_t tokens;
-  int64_t packed_tokens;
-  size_t packed_bytes;
-  size_t exact_bytes;
-  size_t overhead_bytes;
-  size_t total_bytes;
-  size_t mapped_bytes; /* tiles in pages of files; not in the total */
-  size_t uncompressed_bytes;
+  size_t size;               /**< written by the _init */
+  int64_t tokens;            /**< held by all rows */
+  int64_t packed_tokens;     /**< of those, in tiles */
+  size_t packed_bytes;       /**< of tiles */
+  size_t exact_bytes;        /**< of exact tokens */
+  size_t overhead_bytes;     /**< of headers, lists, centres */
+  size_t total_bytes;        /**< of these three */
+  size_t mapped_bytes;       /**< tiles in pages of files; not in the total */
+  size_t uncompressed_bytes; /**< of the same tokens in the dtype */
 } tqai_memory;
 
+/** Writes the size and the defaults. */
 TQAI_C_API void tqai_cache_options_init(tqai_cache_options* options);
+/** Writes the size and the defaults. */
 TQAI_C_API void tqai_attend_options_init(tqai_attend_options* options);
+/** Writes the size. */
 TQAI_C_API void tqai_cache_info_init(tqai_cache_info* info);
+/** Writes the size. */
 TQAI_C_API void tqai_memory_init(tqai_memory* memory);
 
+/** An empty cache. */
 TQAI_C_API tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** cache);
+/** Ends a handle; NULL is let be. */
 TQAI_C_API void tqai_cache_destroy(tqai_cache* cache);
-/* Shares the tiles. */
+/** Shares the tiles. */
 TQAI_C_API tqai_status tqai_cache_copy(const tqai_cache* cache, tqai_cache** copy);
 
-/* keys: [batch, kv_heads, n, head_dim], values: [batch, kv_heads, n, value_head_dim], of the
+/** keys: [batch, kv_heads, n, head_dim], values: [batch, kv_heads, n, value_head_dim], of the
  * cache's dtype. positions: NULL where each token is one further than the one before. */
 TQAI_C_API tqai_status tqai_cache_append(tqai_cache* cache, const tqai_tensor* keys,
                                          const tqai_tensor* values,
                                          const tqai_positions* positions);
-/* *held, unless held is NULL: tokens of a row, at most, that are too long to be compressed. */
+/** *held, unless held is NULL: tokens of a row, at most, that are too long to be compressed. */
 TQAI_C_API tqai_status tqai_cache_seal(tqai_cache* cache, int64_t* held);
-/* queries: [batch, query_heads, n, head_dim], those of the last n tokens; output: [batch, n,
+/** queries: [batch, query_heads, n, head_dim], those of the last n tokens; output: [batch, n,
  * query_heads, value_head_dim]. options: NULL for the defaults. */
 TQAI_C_API tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* queries,
                                          const tqai_output* output,
                                          const tqai_attend_options* options);
-/* Decompresses tokens from `first` on, as many as the tensors hold. */
+/** Decompresses tokens from `first` on, as many as the tensors hold. */
 TQAI_C_API tqai_status tqai_cache_gather(const tqai_cache* cache, int64_t first,
                                          const tqai_output* keys, const tqai_output* values);
-/* Forgets all tokens from `tokens` on. */
+/** Forgets all tokens from `tokens` on. */
 TQAI_C_API tqai_status tqai_cache_crop(tqai_cache* cache, int64_t tokens);
-/* Row i becomes a copy of row rows[i]; the batch becomes `count`. */
+/** Row i becomes a copy of row rows[i]; the batch becomes `count`. */
 TQAI_C_API tqai_status tqai_cache_select(tqai_cache* cache, const int64_t* rows, size_t count);
-/* counts: [batch], the first tokens of each row that are padding. */
+/** counts: [batch], the first tokens of each row that are padding. */
 TQAI_C_API tqai_status tqai_cache_set_padding(tqai_cache* cache, const int64_t* counts,
                                               size_t count);
+/** Says that tokens before `token` will never be seen again. */
 TQAI_C_API tqai_status tqai_cache_discard_before(tqai_cache* cache, int64_t token);
+/** Tokens of a row that are held as codes. */
 TQAI_C_API tqai_status tqai_cache_packed_tokens(const tqai_cache* cache, int32_t row,
                                                 int64_t* tokens);
+/** Fills `info`, after its _init. */
 TQAI_C_API tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_info* info);
+/** Fills `memory`, after its _init. */
 TQAI_C_API tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory);
-/* Bytes that all caches of the process hold. */
+/** Bytes that all caches of the process hold. */
 TQAI_C_API size_t tqai_allocated_bytes(void);
 
+/** Bytes that tqai_cache_serialize writes. */
 TQAI_C_API tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes);
-/* Writes that many bytes at `to`; TQAI_VALUE_ERROR where `capacity` is less. */
+/** Writes that many bytes at `to`; TQAI_VALUE_ERROR where `capacity` is less. */
 TQAI_C_API tqai_status tqai_cache_serialize(const tqai_cache* cache, void* to, size_t capacity);
-/* level: NULL for tqai_default_level. */
+/** level: NULL for tqai_default_level. */
 TQAI_C_API tqai_status tqai_cache_deserialize(const void* bytes, size_t size, const char* level,
                                               tqai_cache** cache);
 
 /* ---- Files ---------------------------------------------------------------------------------- */
 
-/* Paths are UTF-8. header: a JSON object of the application's, or NULL for an empty one. */
+/** Paths are UTF-8. header: a JSON object of the application's, or NULL for an empty one. */
 TQAI_C_API tqai_status tqai_save(const char* path, const tqai_cache* const* layers, size_t count,
                                  const char* header);
 
-/* A file that tqai_save or the Python package wrote, open for reading (tqai::CacheFile). */
+/** A file that tqai_save or the Python package wrote, open for reading (tqai::CacheFile). */
 typedef struct tqai_file tqai_file;
 
+/** How caches come out of files. */
 typedef struct tqai_load_options {
-  size_t size;
-  int32_t mapped;    /* 0; 1: tiles stay in the file's pages, see files.hpp */
-  int32_t verify;    /* 1: checksums are compared */
-  const char* level; /* NULL: tqai_default_level */
+  size_t size;       /**< written by the _init */
+  int32_t mapped;    /**< 0; 1: tiles stay in the file's pages, see files.hpp */
+  int32_t verify;    /**< 1: checksums are compared */
+  const char* level; /**< NULL: tqai_default_level */
 } tqai_load_options;
 
+/** Writes the size and the defaults. */
 TQAI_C_API void tqai_load_options_init(tqai_load_options* options);
+/** Reads the header and checks it. */
 TQAI_C_API tqai_status tqai_file_open(const char* path, tqai_file** file);
+/** Ends a handle; NULL is let be. */
 TQAI_C_API void tqai_file_destroy(tqai_file* file);
-/* The application's JSON object. */
+/** The application's JSON object. */
 TQAI_C_API tqai_status tqai_file_header(const tqai_file* file, const char** header);
-/* *holds: 1 where the file has a compressed layer of this number, else 0. */
+/** *holds: 1 where the file has a compressed layer of this number, else 0. */
 TQAI_C_API tqai_status tqai_file_holds(const tqai_file* file, size_t layer, int32_t* holds);
-/* options: NULL for the defaults. The file may be destroyed before the cache. */
+/** options: NULL for the defaults. The file may be destroyed before the cache. */
 TQAI_C_API tqai_status tqai_file_load(const tqai_file* file, size_t layer,
                                       const tqai_load_options* options, tqai_cache** cache);
 
 /* ---- Codebooks and quantisers --------------------------------------------------------------- */
 
-/* Lives as long as the process. */
+/** Lives as long as the process. */
 typedef struct tqai_codebook tqai_codebook;
 
-/* head_dim 8 to 512, bits 1 to 8; grid TQAI_GRID_EXACT or TQAI_GRID_INT8. Milliseconds the first
+/** head_dim 8 to 512, bits 1 to 8; grid TQAI_GRID_EXACT or TQAI_GRID_INT8. Milliseconds the first
  * time. */
 TQAI_C_API tqai_status tqai_codebook_get(int32_t head_dim, int32_t bits, int32_t grid,
                                          const tqai_codebook** codebook);
-/* *centroids: [2^bits], ascending. */
+/** *centroids: [2^bits], ascending. */
 TQAI_C_API tqai_status tqai_codebook_centroids(const tqai_codebook* codebook,
                                                const float** centroids, size_t* count);
-/* *boundaries: [2^bits - 1]. */
+/** *boundaries: [2^bits - 1]. */
 TQAI_C_API tqai_status tqai_codebook_boundaries(const tqai_codebook* codebook,
                                                 const float** boundaries, size_t* count);
-/* Centroid i is step * levels[i]; no levels and a step of 0 for the exact grid. */
+/** Centroid i is step * levels[i]; no levels and a step of 0 for the exact grid. */
 TQAI_C_API tqai_status tqai_codebook_levels(const tqai_codebook* codebook, const int8_t** levels,
                                             size_t* count, float* step);
-/* Expected squared error of a unit vector. */
+/** Expected squared error of a unit vector. */
 TQAI_C_API tqai_status tqai_codebook_distortion(const tqai_codebook* codebook, double* distortion);
 
-/* Single vectors to codes and FP16 norms (tqai::Quantizer, tqai::ProdQuantizer). */
+/** Single vectors to codes and FP16 norms (tqai::Quantizer, tqai::ProdQuantizer). */
 typedef struct tqai_quantizer tqai_quantizer;
 
+/** What a quantiser is made of; the comments say the defaults. */
 typedef struct tqai_quantizer_options {
-  size_t size;
-  int32_t head_dim;         /* to be set: 8 to 512 */
-  int32_t bits;             /* 4 */
-  int32_t rotation;         /* TQAI_ROTATION_AUTO */
-  int32_t grid;             /* TQAI_GRID_EXACT */
-  int32_t norm_correction;  /* 1; not for unbiased ones */
-  int32_t unbiased;         /* 0: least error; 1: unbiased inner products */
-  uint64_t seed;            /* of the rotation */
-  uint64_t projection_seed; /* of unbiased ones */
+  size_t size;              /**< written by the _init */
+  int32_t head_dim;         /**< to be set: 8 to 512 */
+  int32_t bits;             /**< 4 */
+  int32_t rotation;         /**< TQAI_ROTATION_AUTO */
+  int32_t grid;             /**< TQAI_GRID_EXACT */
+  int32_t norm_correction;  /**< 1; not for unbiased ones */
+  int32_t unbiased;         /**< 0: least error; 1: unbiased inner products */
+  uint64_t seed;            /**< of the rotation */
+  uint64_t projection_seed; /**< of unbiased ones */
 } tqai_quantizer_options;
 
+/** Writes the size and the defaults. */
 TQAI_C_API void tqai_quantizer_options_init(tqai_quantizer_options* options);
+/** A quantiser of vectors of one dimension. */
 TQAI_C_API tqai_status tqai_quantizer_create(const tqai_quantizer_options* options,
                                              tqai_quantizer** quantizer);
+/** Ends a handle; NULL is let be. */
 TQAI_C_API void tqai_quantizer_destroy(tqai_quantizer* quantizer);
-/* Of one vector. */
+/** Of one vector. */
 TQAI_C_API tqai_status tqai_quantizer_sizes(const tqai_quantizer* quantizer, size_t* code_bytes,
                                             int32_t* norms);
-/* vectors: [rows, head_dim]; codes: [rows, code_bytes]; norms: [rows, norms], FP16 bits. */
+/** vectors: [rows, head_dim]; codes: [rows, code_bytes]; norms: [rows, norms], FP16 bits. */
 TQAI_C_API tqai_status tqai_quantizer_encode(const tqai_quantizer* quantizer, const float* vectors,
                                              int64_t rows, uint8_t* codes, uint16_t* norms);
+/** The inverse, up to the quantisation error. */
 TQAI_C_API tqai_status tqai_quantizer_decode(const tqai_quantizer* quantizer, const uint8_t* codes,
                                              const uint16_t* norms, int64_t rows, float* vectors);
-/* queries: [query_rows, head_dim]; products: [query_rows, rows]. */
+/** queries: [query_rows, head_dim]; products: [query_rows, rows]. */
 TQAI_C_API tqai_status tqai_quantizer_inner_products(const tqai_quantizer* quantizer,
                                                      const float* queries, int64_t query_rows,
                                                      const uint8_t* codes, const uint16_t* norms,

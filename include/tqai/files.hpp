@@ -53,11 +53,11 @@ TQAI_API std::string layer_tensor(std::size_t layer);
 
 /// A tensor in a file.
 struct FileTensor {
-  std::string name;
-  std::string dtype;  ///< as safetensors has it
-  std::vector<std::int64_t> shape;
-  std::uint64_t first = 0;  ///< its first byte in the file
-  std::uint64_t bytes = 0;
+  std::string name;                       ///< as in the file
+  std::string dtype;                      ///< as safetensors has it
+  std::vector<std::int64_t> shape;        ///< elements along each dimension
+  std::uint64_t first = 0;                ///< its first byte in the file
+  std::uint64_t bytes = 0;                ///< of all its elements
   std::optional<std::uint32_t> checksum;  ///< CRC-32; nothing where the file has none
 };
 
@@ -81,7 +81,9 @@ class TQAI_API CacheFile {
   /// Reads the header. Throws FileError where the file cannot be read, ValueError for one that is
   /// no file of caches, of a version that is not known, or damaged.
   explicit CacheFile(const std::filesystem::path& path);
+  /// Leaves `other` fit for nothing but to be assigned to or destroyed.
   CacheFile(CacheFile&& other) noexcept;
+  /// As the move; the file that was open here is closed.
   CacheFile& operator=(CacheFile&& other) noexcept;
   ~CacheFile();
 
@@ -93,6 +95,7 @@ class TQAI_API CacheFile {
   const std::vector<FileTensor>& tensors() const noexcept;
   /// Throws IndexError where there is none of this name.
   const FileTensor& tensor(std::string_view name) const;
+  /// Whether there is a tensor of this name.
   bool holds(std::string_view name) const noexcept;
 
   /// Bytes [first, first + to.size()) of a tensor. Throws IndexError for what does not exist.
