@@ -1,6 +1,7 @@
 #include "centres.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -12,8 +13,12 @@ namespace TQAI_LOCAL {
 // A mean of n samples takes about one n-th of the energy of pure noise, by chance; more than twice
 // that is a mean worth having.
 constexpr double kClearlyAMean = 2.0;
-// The RoPE centre must leave at most this share of what the mean leaves: it costs time.
+// The RoPE centre must leave at most this share of what the mean leaves, or would leave of the same
+// keys elsewhere, not being worse where they are: it costs time.
 constexpr double kClearlyLess = 0.9;
+// How far elsewhere may be. The mean of the first tokens is no good for later ones where slow
+// frequencies have turned by then.
+constexpr double kReach = 1 << 15;
 // Frequencies are left in the keys again, weakest first, while all of them together raise the
 // energy that is quantised, and with it the error's, by no more than this.
 constexpr double kNegligibleLeft = 0.01;
@@ -103,8 +108,15 @@ namespace TQAI_LOCAL {
 struct Taken {
   double mean = 0.0;
   double rope = 0.0;
+  double lost = 0.0;              // of what the mean takes away, up to kReach positions further on
   std::vector<double> strengths;  // [pairs], of the rope
 };
+
+// The mean over distances of 0 to kReach of |e^(i distance ω) − 1|².
+TQAI_INLINE double drift(double frequency) {
+  const double angle = kReach * frequency;
+  return angle == 0.0 ? 0.0 : 2.0 * (1.0 - std::sin(angle) / angle);
+}
 
 TQAI_INLINE Taken taken(const Context& context, const Moments& moments) {
   Taken taken;
@@ -116,10 +128,13 @@ TQAI_INLINE Taken taken(const Context& context, const Moments& moments) {
     taken.strengths[f] =
         moments.real[f] * moments.real[f] + moments.imaginary[f] * moments.imaginary[f];
     const int pair = static_cast<int>(f);
+    double of_mean = 0.0;
     for (const int c : {tables->first_of(pair), tables->second_of(pair)}) {
-      constant -=
+      of_mean +=
           moments.mean[static_cast<std::size_t>(c)] * moments.mean[static_cast<std::size_t>(c)];
     }
+    constant -= of_mean;
+    taken.lost += of_mean * drift(static_cast<double>(tables->rope().inv_freq[f]));
   }
   taken.rope = constant + std::accumulate(taken.strengths.begin(), taken.strengths.end(), 0.0);
   return taken;
@@ -135,12 +150,15 @@ TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, i
   const bool automatic = wanted == Centering::automatic;
   const double count = moments.tokens;
   const RopeTables* tables = context.rope.get();
-  const auto [mean_energy, rope_energy, strengths] = taken(context, moments);
+  const auto [mean_energy, rope_energy, lost, strengths] = taken(context, moments);
   const double mean_left = moments.energy - mean_energy;
   const double rope_left = moments.energy - rope_energy;
-  const bool use_rope = tables != nullptr && (wanted == Centering::rope ||
-                                              (automatic && rope_left < kClearlyLess * mean_left &&
-                                               rope_energy > kClearlyAMean * rope_left / count));
+  const bool is_less =
+      rope_left < kClearlyLess * mean_left ||
+      (kClearlyLess * rope_left < mean_left && rope_left < kClearlyLess * (mean_left + lost));
+  const bool use_rope = tables != nullptr &&
+                        (wanted == Centering::rope ||
+                         (automatic && is_less && rope_energy > kClearlyAMean * rope_left / count));
   const bool use_mean =
       wanted == Centering::mean || (automatic && mean_energy > kClearlyAMean * mean_left / count);
   if (!use_rope && !use_mean) return;
@@ -171,7 +189,7 @@ TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, i
 }
 
 TQAI_INLINE double least_left(const Context& context, const Moments& moments) {
-  const auto [mean_energy, rope_energy, strengths] = taken(context, moments);
+  const auto [mean_energy, rope_energy, lost, strengths] = taken(context, moments);
   double most = 0.0;
   switch (context.options.centering) {
     case Centering::none: break;

@@ -2,6 +2,7 @@
 #include "cache/centres.hpp"
 
 #include <cmath>
+#include <numeric>
 
 #include "cache/row.hpp"
 #include "cache_helpers.hpp"
@@ -76,6 +77,40 @@ TEST_F(Centres, RopeIsChosenForTurnedBiasesAndTakesTheErrorAway) {
       EXPECT_LT(error[2], 0.012) << dim;
     }
   }
+}
+
+// Over a few tokens slow frequencies hardly turn, and the mean takes their bias away as well as the
+// turned mean does; not for tokens that stand elsewhere.
+TEST_F(Centres, AMeanThatHoldsHereAloneIsNotChosen) {
+  Rope rope = test::rope_of(64);
+  for (std::size_t f = 0; f < rope.inv_freq.size(); ++f) {
+    rope.inv_freq[f] = 1e-3F / static_cast<float>(1 + f % 8);
+  }
+  const Tokens all = turned_tokens(1, 3300, 64, rope, engine_);
+  CacheOptions options = geometry(64);
+  options.rope = rope;
+  KvCache cache(options);
+  all.append_to(cache, 0, 100);
+  cache.seal();
+  std::vector<std::int64_t> stand(300);
+  std::iota(stand.begin(), stand.end(), std::int64_t{3000});
+  cache.append(Tokens::slice(all.keys, 3000, 300), Tokens::slice(all.values, 3000, 300),
+               PositionTensor{stand.data(), {1, 1, 300}, {0, 300, 1}});
+  cache.seal();
+  EXPECT_EQ(cache.packed_tokens(0), 64 + 256);
+  EXPECT_EQ(cache.centre_sets(0), 1);
+  for (int head = 0; head < 2; ++head) EXPECT_EQ(cache.centering(0, head), Centering::rope);
+  const auto gathered = gather(cache, 100, 256);
+  double sum = 0.0;
+  for (int head = 0; head < 2; ++head) {
+    for (std::int64_t t = 0; t < 256; ++t) {
+      for (int c = 0; c < 64; ++c) {
+        const float* got = gathered.keys.at(0, head, t);
+        sum += std::pow(static_cast<double>(got[c] - all.keys.at(0, head, 3000 + t)[c]), 2);
+      }
+    }
+  }
+  EXPECT_LT(sum / (2 * 256 * 64), 0.012);
 }
 
 TEST_F(Centres, OtherLayoutsOrFrequenciesDoNotHelp) {

@@ -15,6 +15,7 @@ from tqai.stores.torch_ops.positions import Positions
 # The same thresholds as in src/cache/centres.cpp, where each is explained.
 _CLEARLY_A_MEAN = 2.0
 _CLEARLY_LESS = 0.9
+_REACH = 1 << 15
 _NEGLIGIBLE = 0.01
 
 
@@ -160,6 +161,18 @@ def _taken(mean: np.ndarray, turned: np.ndarray, steady: np.ndarray) -> tuple[np
     return np.square(mean).sum(-1), rope, strengths
 
 
+def _lost(options: Options, mean: np.ndarray) -> np.ndarray:
+    """[kv_heads]: what the mean [kv_heads, head_dim] takes away here, and no longer elsewhere."""
+    if options.rope is None:
+        return np.zeros(len(mean))
+    inv_freq, layout = np.array(options.rope[0]), options.rope[1]
+    pairs = np.arange(len(inv_freq))
+    first = pairs if layout == "half_split" else 2 * pairs
+    second = first + (len(pairs) if layout == "half_split" else 1)
+    drift = 2.0 * (1.0 - np.sinc(_REACH / np.pi * inv_freq))
+    return ((np.square(mean[:, first]) + np.square(mean[:, second])) * drift).sum(-1)
+
+
 def choose_centres(options: Options, moments: Moments) -> RowCentres:
     """One set for all of these tiles together, as the options say."""
     mean, turned, energy = moments.mean.mean(1), moments.turned.mean(1), moments.energy.mean(1)
@@ -171,9 +184,12 @@ def choose_centres(options: Options, moments: Moments) -> RowCentres:
     use_rope = np.full(heads, options.centering == "rope")
     if options.centering == "auto":
         use_mean = mean_energy > _CLEARLY_A_MEAN * mean_left / tokens
-        use_rope = (rope_left < _CLEARLY_LESS * mean_left) & (
-            rope_energy > _CLEARLY_A_MEAN * rope_left / tokens
+        use_rope = rope_left < _CLEARLY_LESS * mean_left
+        elsewhere = mean_left + _lost(options, mean)
+        use_rope |= (_CLEARLY_LESS * rope_left < mean_left) & (
+            rope_left < _CLEARLY_LESS * elsewhere
         )
+        use_rope &= rope_energy > _CLEARLY_A_MEAN * rope_left / tokens
     use_rope &= has_rope
     use_mean &= ~use_rope
     constant = np.where(
