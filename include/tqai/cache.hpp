@@ -118,6 +118,12 @@ struct MemoryReport {
 /// Bytes now held by all caches of this process. Thread-safe.
 TQAI_API std::size_t allocated_bytes() noexcept;
 
+/// Tokens first … first + count − 1.
+struct TokenSpan {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+
 /// Keys and values of one attention layer for a batch of rows, compressed by TurboQuant
 /// (arXiv:2504.19874) but for the first and the last tokens, and attention over them.
 ///
@@ -207,6 +213,15 @@ class TQAI_API KvCache {
   /// not use up the sink tokens. counts: [batch], each in 0…tokens(). Only before anything is
   /// sealed or discarded, else ValueError; a later call may not lower a count.
   void set_padding(std::span<const std::int64_t> counts);
+
+  /// Takes out of the rows those of the last n tokens that no query will ever see, such as padding
+  /// between the turns of a conversation: they take neither window nor bytes, are never seen, and
+  /// read as zeros. hidden: [batch, n], not 0 for these. Tokens keep their index, by which masks
+  /// go. Throws ValueError for another size, and where one is sealed already.
+  void leave_out(std::span<const std::uint8_t> hidden);
+
+  /// What `leave_out` has taken out of row `row`, but for padding at its start. Throws IndexError.
+  std::vector<TokenSpan> left_out(int row) const;
 
   /// Says that tokens before `token` will never be seen again (sliding windows): whole tiles and
   /// exact tokens before it are freed. Sinks too.

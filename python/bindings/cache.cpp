@@ -294,6 +294,25 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
           },
           arg("counts"), "The first counts[row] tokens of each row are padding.")
       .def(
+          "leave_out",
+          [](LockedCache& cache, const std::vector<std::uint8_t>& hidden) {
+            cache.change([&](KvCache& held) { held.leave_out(hidden); });
+          },
+          arg("hidden"),
+          R"(Takes those of the last n tokens out of the rows that no query will ever see. hidden:
+[batch · n] bytes, not 0 for these.)")
+      .def(
+          "left_out",
+          [](const LockedCache& cache, int row) {
+            std::vector<std::pair<std::int64_t, std::int64_t>> spans;
+            for (const TokenSpan& span :
+                 cache.peek([&](const KvCache& held) { return held.left_out(row); })) {
+              spans.emplace_back(span.first, span.count);
+            }
+            return spans;
+          },
+          arg("row"), "What leave_out() has taken out of a row: first token and count, each.")
+      .def(
           "discard_before",
           [](LockedCache& cache, std::int64_t token) {
             cache.change([token](KvCache& held) { held.discard_before(token); });

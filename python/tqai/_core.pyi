@@ -83,6 +83,15 @@ class KvCache:
         """
         Decompresses the tokens from `first` on; padding and discarded ones become zeros.
         """
+    def leave_out(self, hidden: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        """
+        Takes those of the last n tokens out of the rows that no query will ever see. hidden:
+        [batch · n] bytes, not 0 for these.
+        """
+    def left_out(self, row: typing.SupportsInt | typing.SupportsIndex) -> list[tuple[int, int]]:
+        """
+        What leave_out() has taken out of a row: first token and count, each.
+        """
     def memory(self) -> dict:
         """
         Bytes held, by part.

@@ -165,18 +165,31 @@ TQAI_INLINE void AttendUnits::fill_mask(const Unit& unit, const Work& work) cons
       work.finite[r] = false;
       std::fill_n(row, mask_columns_, 0.0F);
     }
+    close_gaps(rows_[static_cast<std::size_t>(unit.batch_row)], row);
+  }
+}
+
+TQAI_INLINE void AttendUnits::close_gaps(const Row& row, float* mask) const noexcept {
+  if (row.gaps.empty()) return;
+  auto gap = row.gaps.begin();
+  std::int64_t token = row.first;
+  for (std::int64_t place = row.first; place < row.first + row.held(); ++place, ++token) {
+    for (; gap != row.gaps.end() && gap->first <= token; ++gap) token += gap->count;
+    mask[place - mask_first_] = mask[token - mask_first_];
   }
 }
 
 TQAI_INLINE void AttendUnits::set_range(const Unit& unit, const Work& work, std::int64_t start,
                                         std::int64_t* first, std::int64_t* end,
                                         kernels::Softmax& softmax) const noexcept {
+  const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   for (int r = 0; r < unit.rows; ++r) {
     const std::int64_t position = tokens_ - query_count_ + place(unit, r).query;
     std::int64_t from = options_.first_token;
     if (options_.window > 0) from = std::max(from, position - options_.window + 1);
-    first[r] = from - start;
-    end[r] = (options_.causal || options_.window > 0 ? position + 1 : tokens_) - start;
+    first[r] = place_of(row, from) - start;
+    const bool sees_later = !options_.causal && options_.window == 0;
+    end[r] = place_of(row, sees_later ? tokens_ : position + 1) - start;
   }
   softmax.first = first;
   softmax.end = end;

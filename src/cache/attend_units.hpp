@@ -126,13 +126,15 @@ class AttendUnits {
   }
 
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
+  // Puts a mask row's columns where the row's tokens have their places.
+  void close_gaps(const Row& row, float* mask) const noexcept;
   void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax) const noexcept;
   // Blocks of one part and one centre set.
   void attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
                      std::span<const kernels::HeadRows> heads) const noexcept;
   // The state of a part, nothing seen so far.
   kernels::Softmax begin(const Unit& unit, const Work& work, std::int64_t part) const noexcept;
-  // Points softmax at the tokens from token `start` on.
+  // Points softmax at the tokens from place `start` on.
   void set_range(const Unit& unit, const Work& work, std::int64_t start, std::int64_t* first,
                  std::int64_t* end, kernels::Softmax& softmax) const noexcept;
 
@@ -149,7 +151,7 @@ class AttendUnits {
   std::int64_t units_;
   std::int64_t row_capacity_;    // of a unit: rows that the largest has
   std::int64_t parts_;           // of the longest batch row
-  std::int64_t mask_first_ = 0;  // token of a mask row's first float
+  std::int64_t mask_first_ = 0;  // place of a mask row's first float
   std::int64_t mask_columns_ = 0;
   std::int64_t mask_stride_ = 0;
   int key_padded_;

@@ -178,7 +178,7 @@ TQAI_INLINE std::int64_t KvCache::tokens() const noexcept { return state_->token
 
 TQAI_INLINE std::int64_t KvCache::first_token() const noexcept {
   std::int64_t first = state_->tokens;
-  for (const Row& row : state_->rows) first = std::min(first, row.first);
+  for (const Row& row : state_->rows) first = std::min(first, token_at(row, row.first));
   return first;
 }
 
@@ -338,8 +338,14 @@ TQAI_INLINE void KvCache::crop(std::int64_t tokens) {
       row = Row{};
       continue;
     }
-    detail::truncate(state.context, row, std::max<std::int64_t>(tokens - row.first, 0));
-    row.first = std::min(row.first, tokens);
+    const std::int64_t place = place_of(row, tokens);
+    detail::truncate(state.context, row, std::max<std::int64_t>(place - row.first, 0));
+    row.first = std::min(row.first, place);
+    std::erase_if(row.gaps, [=](const TokenSpan& gap) { return gap.first >= tokens; });
+    if (!row.gaps.empty()) {
+      TokenSpan& last = row.gaps.back();
+      last.count = std::min(last.count, tokens - last.first);
+    }
     if (row.held() == 0) row.next_position = std::min(tokens, kMaxPosition + 1);
   }
   state.rows = std::move(rows);
@@ -364,21 +370,46 @@ TQAI_INLINE void KvCache::set_padding(std::span<const std::int64_t> counts) {
   }
   for (std::size_t b = 0; b < counts.size(); ++b) {
     const Row& row = state.rows[b];
-    if (counts[b] < row.first || counts[b] > state.tokens) {
+    if (place_of(row, counts[b]) < row.first || counts[b] > state.tokens) {
       throw ValueError("row " + std::to_string(b) + " with " + std::to_string(counts[b]) +
                        " tokens of padding; allowed: " + std::to_string(row.first) + "…" +
                        std::to_string(state.tokens));
     }
-    if (counts[b] > row.first && !row.centre_sets.empty()) {
+    if (place_of(row, counts[b]) > row.first && !row.centre_sets.empty()) {
       throw ValueError("row " + std::to_string(b) +
                        " has sealed tokens already; padding must be said before");
     }
   }
   detail::CountedVector<Row> rows = state.rows;
   for (std::size_t b = 0; b < counts.size(); ++b) {
-    detail::drop_padding(state.context, rows[b], counts[b] - rows[b].first);
+    detail::drop_padding(state.context, rows[b], place_of(rows[b], counts[b]) - rows[b].first);
   }
   state.rows = std::move(rows);
+}
+
+TQAI_INLINE void KvCache::leave_out(std::span<const std::uint8_t> hidden) {
+  State& state = *state_;
+  const std::size_t count = hidden.size() / state.rows.size();
+  if (count * state.rows.size() != hidden.size() || std::cmp_greater(count, state.tokens)) {
+    throw ValueError(std::to_string(hidden.size()) + " marks of hidden tokens for a batch of " +
+                     std::to_string(state.rows.size()) + " with " + std::to_string(state.tokens) +
+                     " tokens; needed: [batch, n] of the last n tokens");
+  }
+  detail::CountedVector<Row> rows = state.rows;
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    const auto of_row = hidden.subspan(b * count, count);
+    if (std::all_of(of_row.begin(), of_row.end(), [](std::uint8_t mark) { return mark == 0; })) {
+      continue;
+    }
+    detail::leave_out(state.context, rows[b], state.tokens, of_row);
+  }
+  state.rows = std::move(rows);
+}
+
+TQAI_INLINE std::vector<TokenSpan> KvCache::left_out(int row) const {
+  check_row(row, batch());
+  const auto& gaps = state_->rows[static_cast<std::size_t>(row)].gaps;
+  return {gaps.begin(), gaps.end()};
 }
 
 TQAI_INLINE void KvCache::discard_before(std::int64_t token) {
@@ -387,15 +418,16 @@ TQAI_INLINE void KvCache::discard_before(std::int64_t token) {
     throw ValueError("discard before token " + std::to_string(token) + "; allowed: 0…" +
                      std::to_string(state.tokens));
   }
-  if (std::none_of(state.rows.begin(), state.rows.end(),
-                   [token](const Row& row) { return detail::drops_any(row, token - row.first); })) {
+  if (std::none_of(state.rows.begin(), state.rows.end(), [token](const Row& row) {
+        return detail::drops_any(row, place_of(row, token) - row.first);
+      })) {
     return;
   }
   std::vector<detail::Dropping> droppings;
   droppings.reserve(state.rows.size());
   for (const Row& row : state.rows) {
-    droppings.push_back(
-        detail::prepare_dropping(state.context, row, std::max<std::int64_t>(token - row.first, 0)));
+    droppings.push_back(detail::prepare_dropping(
+        state.context, row, std::max<std::int64_t>(place_of(row, token) - row.first, 0)));
   }
   // From here on nothing may throw.
   for (std::size_t b = 0; b < droppings.size(); ++b) {
@@ -420,7 +452,8 @@ TQAI_INLINE MemoryReport KvCache::memory() const {
     add(row.sinks, report.exact_bytes);
     add(row.tail, report.exact_bytes);
     report.overhead_bytes += row.centre_sets.capacity() * sizeof(detail::Centres) +
-                             row.sink_positions.bytes() + row.tail_positions.bytes();
+                             row.sink_positions.bytes() + row.tail_positions.bytes() +
+                             row.gaps.capacity() * sizeof(TokenSpan);
     for (const detail::Centres& centres : row.centre_sets) {
       add(centres.memory(), report.overhead_bytes);
     }

@@ -27,6 +27,9 @@ class VectorWriter {
       write(token, scratch);
     }
   }
+  void move(std::int64_t from, std::int64_t to) const noexcept {
+    std::memmove(at(to), at(from), dim() * size_of(tensor_.dtype));
+  }
   void clear(std::int64_t token) const noexcept {
     std::memset(at(token), 0, dim() * size_of(tensor_.dtype));
   }
@@ -41,7 +44,7 @@ class VectorWriter {
   char* base_;
 };
 
-// Token i of the tensors is token first + i of the cache; both ends of a part are clipped to it.
+// Token i of the tensors is the one at place first + i; both ends of a part are clipped to it.
 struct Range {
   std::int64_t first;
   std::int64_t count;
@@ -99,6 +102,19 @@ TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, c
   gather_exact(context, row.tail, start, head, range, keys, values);
 }
 
+// Tokens that were written by their places from place `first` on, to where they belong.
+TQAI_INLINE void spread(const Row& row, const Range& tokens, std::int64_t first,
+                        const VectorWriter& vectors) {
+  for (std::int64_t i = tokens.count - 1; i >= 0; --i) {
+    const std::int64_t place = place_of(row, tokens.first + i);
+    if (token_at(row, place) == tokens.first + i) {
+      vectors.move(place - first, i);
+    } else {
+      vectors.clear(i);
+    }
+  }
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::int64_t first,
@@ -109,9 +125,14 @@ TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::
   const std::unique_ptr<float[]> vectors(new float[std::size_t{kTileTokens} * kernels::kMaxDim]);
   for (std::size_t b = 0; b < rows.size(); ++b) {
     for (int head = 0; head < heads; ++head) {
-      const auto row = static_cast<std::int64_t>(b);
-      gather_head(context, rows[b], head, range, VectorWriter(keys, row, head),
-                  VectorWriter(values, row, head), vectors.get());
+      const VectorWriter to_keys(keys, static_cast<std::int64_t>(b), head);
+      const VectorWriter to_values(values, static_cast<std::int64_t>(b), head);
+      const std::int64_t place = place_of(rows[b], first);
+      const std::int64_t end = place_of(rows[b], first + range.count);
+      gather_head(context, rows[b], head, {place, end - place}, to_keys, to_values, vectors.get());
+      if (rows[b].gaps.empty()) continue;
+      spread(rows[b], range, place, to_keys);
+      spread(rows[b], range, place, to_values);
     }
   }
 }

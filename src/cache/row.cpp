@@ -335,6 +335,57 @@ TQAI_INLINE void commit(Row& row, Dropping&& dropping) noexcept {
   }
 }
 
+TQAI_INLINE void leave_out(const Context& context, Row& row, std::int64_t end,
+                           std::span<const std::uint8_t> hidden) {
+  const std::int64_t begin = end - std::ssize(hidden);
+  const std::int64_t tail_start = row.first + row.sink_tokens() + row.sealed_tokens;
+  std::vector<bool> out(static_cast<std::size_t>(row.tail_tokens()), false);
+  CountedVector<TokenSpan> gaps = row.gaps;
+  std::int64_t leading = 0;
+  for (std::int64_t token = begin; token < end; ++token) {
+    if (hidden[static_cast<std::size_t>(token - begin)] == 0) continue;
+    const std::int64_t place = place_of(row, token);
+    if (place < row.first || token_at(row, place) != token) continue;  // not held as it is
+    if (place < tail_start) {
+      throw ValueError("token " + std::to_string(token) +
+                       " is sealed already; tokens must be left out before");
+    }
+    out[static_cast<std::size_t>(place - tail_start)] = true;
+    if (place == row.first + leading) {  // padding at the start
+      ++leading;
+    } else if (!gaps.empty() && gaps.back().first + gaps.back().count == token) {
+      ++gaps.back().count;
+    } else {
+      gaps.push_back({token, 1});
+    }
+  }
+  if (std::find(out.begin(), out.end(), true) == out.end()) return;
+  const auto is_out = [&out](std::int64_t i) { return bool{out[static_cast<std::size_t>(i)]}; };
+  // A prefill's capacity is given back, as by sealing.
+  const std::int64_t left = std::count(out.begin(), out.end(), false);
+  const std::int64_t usual = context.options.residual_window + kTileTokens;
+  ExactTokens tail =
+      make_exact(context, std::min(row.tail.header().capacity, std::max(left, usual)));
+  Positions positions;
+  for (std::int64_t from = 0; from < row.tail_tokens();) {
+    std::int64_t to = from + 1;
+    while (to < row.tail_tokens() && is_out(to) == is_out(from)) ++to;
+    if (!is_out(from)) {
+      move_tokens(context, row.tail, from, to - from, tail);
+      positions = positions.joined(row.tail_positions.part(from, to - from));
+    }
+    from = to;
+  }
+  if (!context.uses_positions()) {  // none are kept, and the next token follows
+    positions = Positions::consecutive(row.tail_positions.first() + leading, left);
+    row.next_position = positions.next();
+  }
+  row.tail = std::move(tail);
+  row.tail_positions = std::move(positions);
+  row.gaps = std::move(gaps);
+  row.first += leading;
+}
+
 TQAI_INLINE void drop_padding(const Context& context, Row& row, std::int64_t count) {
   if (count == 0) return;
   Positions positions = row.tail_positions.part(count, row.tail_tokens() - count);

@@ -1,8 +1,10 @@
 // One batch row of a cache: what it holds, and how tokens move from exact to sealed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <tqai/cache.hpp>
 
 #include "centre_sets.hpp"
@@ -56,10 +58,12 @@ inline kernels::TilePositions positions_of(const BlockView& view) noexcept {
 std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept;
 std::byte* exact_values(const Context& context, const ExactTokens& tokens, int head) noexcept;
 
-/// Tokens held, in order: sinks, sealed, tail; the first of them is token `first`. Before the first
-/// sealing all are in the tail. Copies share everything.
+/// Tokens held, in order: sinks, sealed, tail. Before the first sealing all are in the tail. Their
+/// places follow each other from `first` on: a token's place is its index, less the tokens in gaps
+/// before it. Copies share everything.
 struct Row {
   std::int64_t first = 0;
+  CountedVector<TokenSpan> gaps;   // left out, in order, none touches the next
   std::int64_t next_position = 0;  // of a token that comes without
   ExactTokens sinks;               // may be empty
   Positions sink_positions;
@@ -73,6 +77,25 @@ struct Row {
   std::int64_t tail_tokens() const noexcept { return tail ? tail.header().tokens : 0; }
   std::int64_t held() const noexcept { return sink_tokens() + sealed_tokens + tail_tokens(); }
 };
+
+/// The place of token `token`; in a gap, that of the next token.
+inline std::int64_t place_of(const Row& row, std::int64_t token) noexcept {
+  std::int64_t before = 0;
+  for (const TokenSpan& gap : row.gaps) {
+    if (token <= gap.first) break;
+    before += std::min(gap.count, token - gap.first);
+  }
+  return token - before;
+}
+
+/// The token at place `place`.
+inline std::int64_t token_at(const Row& row, std::int64_t place) noexcept {
+  for (const TokenSpan& gap : row.gaps) {
+    if (place < gap.first) break;
+    place += gap.count;
+  }
+  return place;
+}
 
 /// Makes room for `more` tokens in a tail, and nobody else a reader of it. Changes no content; may
 /// throw.
@@ -130,6 +153,12 @@ Dropping prepare_dropping(const Context& context, const Row& row, std::int64_t c
 
 /// Makes it the row's state; `row.first` follows.
 void commit(Row& row, Dropping&& dropping) noexcept;
+
+/// Leaves out those of the row's last tokens that `hidden` says, [count], the last of which is
+/// token `end` − 1. Throws ValueError where one is sealed already; may throw before anything
+/// changed.
+void leave_out(const Context& context, Row& row, std::int64_t end,
+               std::span<const std::uint8_t> hidden);
 
 /// Drops exactly `count` tokens from the front of a row that has nothing sealed. May throw before
 /// anything changed.

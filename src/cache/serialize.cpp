@@ -1,5 +1,6 @@
 #include "serialize.hpp"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -18,10 +19,12 @@ namespace TQAI_LOCAL {
 
 constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
 // docs/format.md has the bytes. 1 had no positions and one centre set a row: its tokens stand at
-// their index. 2 had each block's tiles beside its header, and no codebooks.
+// their index. 2 had each block's tiles beside its header, and no codebooks. 4 says what rows have
+// left out, and is written where one has.
 constexpr std::uint32_t kFirstVersion = 1;
 constexpr std::uint32_t kTilesLast = 3;
-constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kWithGaps = 4;
+constexpr std::uint32_t kVersion = 4;
 constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 
@@ -71,9 +74,9 @@ class Numbered {
   std::vector<const Object*> objects_;
 };
 
-TQAI_INLINE void write_options(const CacheOptions& options, Writer& writer) {
+TQAI_INLINE void write_options(const CacheOptions& options, std::uint32_t version, Writer& writer) {
   writer.write(kMagic);
-  writer.write(kVersion);
+  writer.write(version);
   for (const int number :
        {options.kv_heads, options.head_dim, options.value_head_dim, options.bits_k, options.bits_v,
         options.sink_tokens, options.residual_window}) {
@@ -136,6 +139,14 @@ TQAI_INLINE void write_positions(const Positions& positions, Writer& writer) {
   writer.write(positions.first());
   writer.write(static_cast<std::uint64_t>(positions.each().size()));
   writer.write_from(positions.each().data(), positions.each().size());
+}
+
+TQAI_INLINE void write_gaps(const Row& row, Writer& writer) {
+  writer.write(static_cast<std::uint32_t>(row.gaps.size()));
+  for (const TokenSpan& gap : row.gaps) {
+    writer.write(gap.first);
+    writer.write(gap.count);
+  }
 }
 
 TQAI_INLINE void write_block(const SealedTokens& block, Writer& writer) {
@@ -422,11 +433,28 @@ TQAI_INLINE void read_tiles(const Parts& parts, std::uint32_t version, Row& row,
   }
 }
 
+TQAI_INLINE void read_gaps(Row& row, Reader& reader) {
+  const auto count = reader.read<std::uint32_t>();
+  reader.need(count, sizeof(TokenSpan));
+  row.gaps.reserve(count);
+  std::int64_t least = 0;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    TokenSpan gap;
+    gap.first = reader.read<std::int64_t>();
+    gap.count = reader.read<std::int64_t>();
+    require_range("the first of the tokens that a row left out", gap.first, least, kMostTokens);
+    require_range("how many tokens a row left out", gap.count, 1, kMostTokens);
+    least = gap.first + gap.count + 1;
+    row.gaps.push_back(gap);
+  }
+}
+
 TQAI_INLINE Row read_row(const Context& context, const Parts& parts, std::uint32_t version,
                          Reader& reader) {
   Row row;
   row.first = reader.read<std::int64_t>();
   require_range("a row's first token", row.first, 0, kMostTokens);
+  if (version >= kWithGaps) read_gaps(row, reader);
   row.sinks = part_of(parts.exact, reader);
   row.tail = part_of(parts.exact, reader);
   const std::int64_t sinks = row.sink_tokens();
@@ -467,7 +495,9 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
     for (const BlockView& view : row.sealed) blocks.add(view.block);
   }
   Writer writer(sink);
-  write_options(context.options, writer);
+  const bool have_gaps =
+      std::any_of(rows.begin(), rows.end(), [](const Row& row) { return !row.gaps.empty(); });
+  write_options(context.options, have_gaps ? kWithGaps : kTilesLast, writer);
   write_codebooks(context.options, writer);
   writer.write(tokens);
   writer.write(static_cast<std::uint32_t>(exact.objects().size()));
@@ -481,6 +511,7 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   writer.write(static_cast<std::uint32_t>(rows.size()));
   for (const Row& row : rows) {
     writer.write(row.first);
+    if (have_gaps) write_gaps(row, writer);
     writer.write(exact.add(row.sinks));
     writer.write(exact.add(row.tail));
     writer.write(row.next_position);
@@ -558,8 +589,12 @@ TQAI_INLINE Contents read_contents(const Context& context, std::uint32_t version
   for (std::uint32_t i = 0; i < batch; ++i) {
     contents.rows.push_back(read_row(context, parts, version, reader));
     const Row& row = contents.rows.back();
-    require_range("a row's number of tokens", row.first + row.held(), contents.tokens,
+    std::int64_t left_out = 0;
+    for (const TokenSpan& gap : row.gaps) left_out += gap.count;
+    require_range("a row's number of tokens", row.first + row.held() + left_out, contents.tokens,
                   contents.tokens);
+    const std::int64_t end = row.gaps.empty() ? 0 : row.gaps.back().first + row.gaps.back().count;
+    require_range("the end of what a row left out", end, 0, contents.tokens);
   }
   if (version >= kTilesLast) read_payloads(context, parts.blocks, reader);
   require(reader.at_end(), "more bytes follow");

@@ -44,7 +44,7 @@ class AnyOperations {
   }
 
   void apply_next(KvCache& cache) {
-    switch (next() % 10) {
+    switch (next() % 11) {
       case 0: append(cache, {}); break;
       case 1: append_at_positions(cache); break;
       case 2: cache.seal(); break;
@@ -59,6 +59,7 @@ class AnyOperations {
       case 6: gather(cache); break;
       case 7: attend(cache); break;
       case 8: cache.discard_before(token_of(cache)); break;
+      case 9: leave_out(cache); break;
       default: set_padding(cache); break;
     }
   }
@@ -159,6 +160,13 @@ class AnyOperations {
                   {cache.batch(), count, heads, value_dim},
                   {heads * count * value_dim, heads * value_dim, value_dim, 1}},
                  options);
+  }
+
+  void leave_out(KvCache& cache) {
+    const std::int64_t count = std::min<std::int64_t>(next(), cache.tokens());
+    std::vector<std::uint8_t> hidden(static_cast<std::size_t>(cache.batch() * count));
+    for (std::uint8_t& mark : hidden) mark = next() % 2;
+    cache.leave_out(hidden);
   }
 
   void set_padding(KvCache& cache) {

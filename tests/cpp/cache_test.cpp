@@ -12,9 +12,11 @@ namespace {
 
 using test::Array;
 using test::attend;
+using test::contains;
 using test::gather;
 using test::Gathered;
 using test::geometry;
+using test::message_of;
 using test::rows_of_head;
 using test::Tokens;
 using test::worst_error;
@@ -147,6 +149,178 @@ TEST_F(Cache, PaddingIsNeverSeenAndTakesNoSinks) {
   const Gathered gathered = gather(cache, 0, 200);
   EXPECT_EQ(test::norm(rows_of_head(gathered.keys, 1, 0)[36]), 0.0);
   EXPECT_NE(test::norm(rows_of_head(gathered.keys, 1, 0)[37]), 0.0);
+}
+
+// Two rows of 330 tokens, from the second of which some are left out as they come: at its start, in
+// between and at the end.
+struct LeftOut {
+  static constexpr std::int64_t kPieces[] = {90, 150, 90};
+  std::vector<bool> out = std::vector<bool>(330, false);
+  std::vector<std::int64_t> kept;
+
+  LeftOut() {
+    for (std::size_t t = 0; t < out.size(); ++t) {
+      out[t] = t < 3 || (t >= 20 && t < 33) || (t >= 80 && t < 170) || t == 200 || t >= 322;
+      if (!out[t]) kept.push_back(static_cast<std::int64_t>(t));
+    }
+  }
+  void append(KvCache& cache, const Tokens& all) const {
+    std::int64_t first = 0;
+    for (const std::int64_t count : kPieces) {
+      all.append_to(cache, first, count);
+      std::vector<std::uint8_t> hidden(static_cast<std::size_t>(2 * count), 0);
+      for (std::int64_t t = 0; t < count; ++t) {
+        hidden[static_cast<std::size_t>(count + t)] = out[static_cast<std::size_t>(first + t)];
+      }
+      cache.leave_out(hidden);
+      cache.leave_out(hidden);  // once more makes no difference
+      cache.seal();
+      first += count;
+    }
+  }
+  // What is kept of the second row, in a cache of its own.
+  KvCache alone(const Tokens& all) const {
+    std::mt19937_64 engine;
+    Tokens some(1, 2, std::ssize(kept), 64, engine);
+    for (int h = 0; h < 2; ++h) {
+      for (std::int64_t i = 0; i < std::ssize(kept); ++i) {
+        const std::int64_t from = kept[static_cast<std::size_t>(i)];
+        std::copy_n(all.keys.at(1, h, from), 64, some.keys.at(0, h, i));
+        std::copy_n(all.values.at(1, h, from), 64, some.values.at(0, h, i));
+      }
+    }
+    KvCache cache(geometry(64));
+    std::int64_t at = 0;
+    std::int64_t end = 0;
+    for (const std::int64_t count : kPieces) {
+      end += count;
+      const auto first = at;
+      while (at < std::ssize(kept) && kept[static_cast<std::size_t>(at)] < end) ++at;
+      some.append_to(cache, first, at - first);
+      cache.seal();
+    }
+    return cache;
+  }
+};
+
+TEST_F(Cache, WhatIsLeftOutTakesNeitherWindowNorBytes) {
+  const Tokens all(2, 2, 330, 64, engine_);
+  const LeftOut left_out;
+  KvCache cache(geometry(64), 2);
+  left_out.append(cache, all);
+  const KvCache alone = left_out.alone(all);
+  EXPECT_EQ(cache.tokens(), 330);
+  EXPECT_EQ(cache.packed_tokens(1), alone.packed_tokens(0));
+  EXPECT_EQ(cache.memory().tokens, 330 + alone.tokens());
+  EXPECT_TRUE(cache.left_out(0).empty());
+  EXPECT_EQ(cache.left_out(1).size(), 4U);
+  EXPECT_EQ(cache.left_out(1)[1].first, 80);
+  EXPECT_EQ(cache.left_out(1)[1].count, 90);
+  const KvCache read = KvCache::deserialize(cache.serialize());
+  for (const KvCache* each : {static_cast<const KvCache*>(&cache), &read}) {
+    const Gathered got = gather(*each, 0, 330);
+    const Gathered expected = gather(alone, 0, alone.tokens());
+    for (int h = 0; h < 2; ++h) {
+      std::size_t at = 0;
+      for (std::size_t t = 0; t < left_out.out.size(); ++t) {
+        if (left_out.out[t]) {
+          EXPECT_EQ(test::norm(rows_of_head(got.values, 1, h)[t]), 0.0) << t;
+        } else {
+          EXPECT_EQ(rows_of_head(got.keys, 1, h)[t], rows_of_head(expected.keys, 0, h)[at]) << t;
+          EXPECT_EQ(rows_of_head(got.values, 1, h)[t], rows_of_head(expected.values, 0, h)[at++]);
+        }
+      }
+    }
+    // A part of it.
+    EXPECT_EQ(rows_of_head(gather(*each, 75, 30).keys, 1, 0)[4], rows_of_head(got.keys, 1, 0)[79]);
+  }
+}
+
+TEST_F(Cache, MasksAndWindowsGoByTokensWhereSomeAreLeftOut) {
+  const Tokens all(2, 2, 330, 64, engine_);
+  const LeftOut left_out;
+  KvCache cache(geometry(64), 2);
+  left_out.append(cache, all);
+  const KvCache alone = left_out.alone(all);
+  const Array queries({2, 4, 1, 64}, engine_);
+  Array second({1, 4, 1, 64});
+  std::copy_n(queries.at(1, 0, 0), 4 * 64, second.data.begin());
+  std::vector<std::uint8_t> mask(330);
+  std::vector<std::uint8_t> of_kept;
+  for (std::size_t t = 0; t < mask.size(); ++t) mask[t] = t % 3 != 0;
+  for (const std::int64_t t : left_out.kept) of_kept.push_back(mask[static_cast<std::size_t>(t)]);
+  const auto count = static_cast<std::int64_t>(of_kept.size());
+  AttendOptions options;
+  AttendOptions alike;
+  const auto compare = [&] {
+    const Array output = attend(cache, queries, options);
+    const Array expected = attend(alone, second, alike);
+    for (std::size_t i = 0; i < expected.data.size(); ++i) {
+      ASSERT_EQ(output.at(1, 0, 0)[i], expected.data[i]);
+    }
+  };
+  compare();
+  options.mask = Mask{mask.data(), Mask::Kind::boolean, {1, 1, 1, 330}, {0, 0, 0, 1}};
+  alike.mask = Mask{of_kept.data(), Mask::Kind::boolean, {1, 1, 1, count}, {0, 0, 0, 1}};
+  compare();
+  options = alike = {};
+  options.window = 200;  // tokens 130 and later, of which those from 170 on are held
+  ASSERT_EQ(left_out.kept[64], 170);
+  alike.window = static_cast<int>(count - 64);
+  compare();
+  options = alike = {};
+  options.first_token = 100;
+  alike.first_token = 64;
+  compare();
+}
+
+TEST_F(Cache, CropsAndDiscardsGoByTokensWhereSomeAreLeftOut) {
+  const Tokens all(2, 2, 330, 64, engine_);
+  const LeftOut left_out;
+  for (const std::int64_t tokens : {325, 200, 120, 80, 40, 25, 2}) {
+    KvCache cache(geometry(64), 2);
+    left_out.append(cache, all);
+    KvCache alone = left_out.alone(all);
+    const auto kept = std::lower_bound(left_out.kept.begin(), left_out.kept.end(), tokens);
+    cache.crop(tokens);
+    alone.crop(kept - left_out.kept.begin());
+    EXPECT_EQ(cache.tokens(), tokens);
+    EXPECT_EQ(cache.packed_tokens(1), alone.packed_tokens(0));
+    EXPECT_EQ(cache.memory().tokens, tokens + alone.tokens()) << tokens;
+    const std::vector<std::byte> bytes = cache.serialize();
+    EXPECT_EQ(KvCache::deserialize(bytes).serialize(), bytes);
+    const Tokens more(2, 2, 10, 64, engine_);
+    more.append_to(cache, 0, 10);
+    const Gathered got = gather(cache, tokens, 10);
+    EXPECT_EQ(rows_of_head(got.keys, 1, 1)[9], rows_of_head(more.keys, 1, 1)[9]) << tokens;
+  }
+  CacheOptions options = geometry(64);
+  options.sink_tokens = 0;
+  KvCache cache(options, 1);
+  const Tokens one(1, 2, 400, 64, engine_);
+  one.append_to(cache, 0, 100);
+  std::vector<std::uint8_t> hidden(100, 0);
+  std::fill(hidden.begin() + 50, hidden.end(), std::uint8_t{1});
+  cache.leave_out(hidden);
+  one.append_to(cache, 100, 300);
+  cache.seal();
+  cache.discard_before(113);  // the first 50 tokens and 13 more: no whole tile
+  EXPECT_EQ(cache.first_token(), 0);
+  cache.discard_before(114);
+  EXPECT_EQ(cache.first_token(), 114);
+  EXPECT_EQ(cache.memory().tokens, 350 - 64);
+}
+
+TEST_F(Cache, WhatIsSealedCannotBeLeftOut) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 200, 64, engine_);
+  all.append_to(cache, 0, 200);
+  cache.seal();
+  EXPECT_TRUE(contains(message_of([&] { cache.leave_out(std::vector<std::uint8_t>(190, 1)); }),
+                       "token 10 is sealed already"));
+  EXPECT_EQ(cache.memory().tokens, 200);
+  EXPECT_TRUE(contains(message_of([&] { cache.leave_out(std::vector<std::uint8_t>(201, 0)); }),
+                       "201 marks of hidden tokens for a batch of 1 with 200 tokens"));
 }
 
 TEST_F(Cache, DiscardFreesWholeTiles) {

@@ -48,7 +48,7 @@ from tqai.transformers.model.geometry import (
     reads_encoder,
 )
 from tqai.transformers.model.parts import parts_of
-from tqai.transformers.model.positions import ARGUMENT, Turned, TurnWatch
+from tqai.transformers.model.positions import ARGUMENT, MASK, Turned, TurnWatch
 from tqai.transformers.remarks import remark_on
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()
@@ -265,7 +265,7 @@ class _CacheHook:
         given = names.given(decoder, args, kwargs)
         cache = given.get(str(names.cache_name(decoder)))
         cross = given.get("encoder_hidden_states") is not None
-        turned = self.turns.begin(given.get(ARGUMENT))
+        turned = self.turns.begin(given.get(ARGUMENT), given.get(MASK))
         if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.check_model(geometry_of(decoder))
         if isinstance(cache, TqaiCache) and cross:
@@ -300,18 +300,20 @@ class _CacheHook:
         """As Dynamo sees it: what goes with the model is looked at when the graph runs."""
         caches = [given for given in (*args, *kwargs.values()) if type(given) is TqaiCache]
         if len(caches) == 1 and kwargs.get("encoder_hidden_states") is None:
-            compiled.begin(caches[0], self, kwargs.get(ARGUMENT))
+            compiled.begin(caches[0], self, kwargs.get(ARGUMENT), kwargs.get(MASK))
             return None
         if decoder.training or kwargs.get("use_cache") is False:
             return None
         return compiled.outside(self, decoder, args, kwargs)
 
-    def begin(self, cache: TqaiCache, positions: torch.Tensor | None) -> None:
+    def begin(
+        self, cache: TqaiCache, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> None:
         """What a compiled pass over `cache` begins with."""
         self.set_names()
         cache.check_model(geometry_of(self.decoder))
         cache.begin_pass(self.decoder)
-        cache.turned = self.turns.begin(positions)
+        cache.turned = self.turns.begin(positions, mask)
 
 
 def _end_pass(

@@ -37,8 +37,8 @@ class Query:
     def count(self) -> int:
         return self.states.shape[3]
 
-    def bias(self, start: int, end: int) -> torch.Tensor | None:
-        """What is added to the scores of tokens start…end − 1, for what is seen of them.
+    def bias(self, rows: Rows, start: int, end: int) -> torch.Tensor | None:
+        """What is added to the scores of what `rows` hold at spots start…end − 1, where it is seen.
 
         [rows or 1, kv_heads or 1, group or 1, n, end − start]; None where all queries see all.
         """
@@ -48,17 +48,23 @@ class Query:
         if self.mask is not None:
             # Tokens before first_token are seen by none, whatever stands there.
             columns = slice(max(start - self.first_token, 0), max(end - self.first_token, 0))
-            bias = self.mask[..., columns]
+            if rows.gaps:
+                tokens = rows.tokens_at(start, end, device) - self.first_token
+                bias = self.mask[..., tokens.clamp(min=0)]
+            else:
+                bias = self.mask[..., columns]
             if bias.dtype == torch.bool:
                 bias = torch.where(bias, 0.0, -torch.inf)
             bias = torch.nn.functional.pad(bias.float(), (end - start - bias.shape[-1], 0))
+        spots = start, end
+        start, end = rows.token_at(start), rows.token_at(end - 1) + 1
         before = start < self.first_token
         after = (self.causal or self.window > 0) and end - 1 > oldest
         left = self.window > 0 and start <= self.tokens - 1 - self.window
         if not (before or after or left):
             return bias
         hidden = None
-        key = torch.arange(start, end, device=device)
+        key = rows.tokens_at(*spots, device)
         query = torch.arange(oldest, self.tokens, device=device)[:, None]
         if before:
             hidden = key < self.first_token
@@ -115,7 +121,7 @@ def _exact_parts(
     parts = []
     for part, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
         if part.tokens > 0:
-            parts.append((*part.part(0, part.tokens), query.bias(start, start + part.tokens)))
+            parts.append((*part.part(0, part.tokens), query.bias(rows, start, start + part.tokens)))
     if len(parts) == 2 and parts[0][2] is None and parts[1][2] is None:
         keys, values = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
         return [(keys, values, None)]
@@ -136,11 +142,11 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             count = min(step, page.count - at)
             first = page.first + at * TILE_TOKENS
             tokens = min(count * TILE_TOKENS, page.end - first)
-            if query.first_token >= first + tokens:
+            if query.first_token > rows.token_at(first + tokens - 1):
                 continue
             stand = page.positions.part(at * TILE_TOKENS, (at + count) * TILE_TOKENS)
             centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
-            bias = query.bias(first, first + tokens)
+            bias = query.bias(rows, first, first + tokens)
             tiles = page.read(at, count)
             state = attend_tiles(
                 context.codec, state, rotated, tiles, tokens, centre, bias, query.soft_cap

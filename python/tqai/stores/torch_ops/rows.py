@@ -83,9 +83,9 @@ class Exact:
 class Rows:
     """Some rows of a batch that hold tokens of the same positions, in the same parts.
 
-    Held are, in order, sinks, sealed tokens and the tail; the first of them is token `first`.
-    Before the first sealing all are in the tail. Nothing changes but the tail's buffer, behind its
-    end.
+    Held are, in order, sinks, sealed tokens and the tail. Their spots follow each other from
+    `first` on: a token's spot is its index, less the tokens in ``gaps`` before it. Before the first
+    sealing all are in the tail. Nothing changes but the tail's buffer, behind its end.
     """
 
     places: tuple[int, ...]
@@ -100,6 +100,8 @@ class Rows:
     tail_positions: Positions = Positions()
     next_position: int = 0
     """Of a token that comes without."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """First token and count of what the rows have left out, in order."""
 
     @property
     def index(self) -> torch.Tensor:
@@ -116,8 +118,81 @@ class Rows:
 
     @property
     def tail_start(self) -> int:
-        """The token that the tail begins with."""
+        """The spot that the tail begins with."""
         return self.first + self.sinks.tokens + self.sealed_tokens
+
+    def spot_of(self, token: int) -> int:
+        """Of a token; in a gap, that of the next one."""
+        before = sum(min(count, token - first) for first, count in self.gaps if first < token)
+        return token - before
+
+    def token_at(self, spot: int) -> int:
+        """What `spot_of` gives `spot` for."""
+        for first, count in self.gaps:
+            if spot < first:
+                break
+            spot += count
+        return spot
+
+    def tokens_at(self, start: int, end: int, device: torch.device) -> torch.Tensor:
+        """Those at spots start…end − 1."""
+        tokens = torch.arange(start, end, device=device)
+        for first, count in self.gaps:
+            tokens = torch.where(tokens < first, tokens, tokens + count)
+        return tokens
+
+    def left_out(self, context: Context, end: int, hidden: list[bool]) -> Rows:
+        """Without those of the tokens before `end`, the last ones, that `hidden` marks.
+
+        Raises:
+            ValueError: where one is sealed already.
+        """
+        kept = [True] * self.tail.tokens
+        gaps, leading = list(self.gaps), 0
+        for token, is_hidden in enumerate(hidden, end - len(hidden)):
+            spot = self.spot_of(token)
+            if not is_hidden or spot < self.first or self.token_at(spot) != token:
+                continue
+            if spot < self.tail_start:
+                raise ValueError(f"token {token} is sealed already; tokens must be left out before")
+            kept[spot - self.tail_start] = False
+            if spot == self.first + leading:  # padding at the start
+                leading += 1
+            elif gaps and sum(gaps[-1]) == token:
+                gaps[-1] = gaps[-1][0], gaps[-1][1] + 1
+            else:
+                gaps.append((token, 1))
+        if all(kept):
+            return self
+        index = torch.tensor(kept, device=self.tail.keys.device).nonzero()[:, 0]
+        keys, values = (part[:, :, index] for part in self.tail.part(0, self.tail.tokens))
+        positions, at = Positions(), 0
+        for keep, run in groupby(kept):
+            upto = at + len(list(run))
+            if keep:
+                positions = positions.joined(self.tail_positions.part(at, upto))
+            at = upto
+        next_position = self.next_position
+        if not context.uses_positions:  # none are kept, and the next token follows
+            positions = Positions(self.tail_positions.first + leading, len(index))
+            next_position = positions.next
+        return replace(
+            self,
+            tail=Exact(keys, values, len(index)),
+            tail_positions=positions,
+            next_position=next_position,
+            first=self.first + leading,
+            gaps=tuple(gaps),
+        )
+
+    def cropped(self, tokens: int) -> Rows:
+        """With the tokens before `tokens`."""
+        spot = self.spot_of(tokens)
+        kept = self.truncated(max(spot - self.first, 0)).starting(min(self.first, spot))
+        gaps = tuple(
+            (first, min(count, tokens - first)) for first, count in self.gaps if first < tokens
+        )
+        return replace(kept, gaps=gaps)
 
     def appended(
         self, context: Context, keys: torch.Tensor, values: torch.Tensor, positions: Positions

@@ -24,7 +24,8 @@ from tqai.stores.torch_ops.pages import PAGE_TILES, Page
 from tqai.stores.torch_ops.positions import Positions
 from tqai.stores.torch_ops.rows import Exact, Rows
 
-_MAGIC, _VERSION, _NOTHING = 0x49415154, 3, 0xFFFFFFFF
+_MAGIC, _NOTHING = 0x49415154, 0xFFFFFFFF
+_VERSION, _WITH_GAPS = 3, 4
 _LINE = 64
 """Tiles begin at a multiple of so many bytes."""
 _DTYPES = tuple(DTYPES)
@@ -35,9 +36,14 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
     writer = _Writer()
     exact, blocks, centres = _Numbered(), _Numbered(), _Numbered()
     rows_of = {place: (rows, at) for rows in held for at, place in enumerate(rows.places)}
+    have_gaps = any(rows.gaps for rows in held)
     for place in range(batch):
         rows, at = rows_of[place]
         writer.put("<i8", rows.first)
+        if have_gaps:
+            writer.put("<u4", len(rows.gaps))
+            for gap in rows.gaps:
+                writer.put("<i8", *gap)
         for part in (rows.sinks, rows.tail):
             writer.put("<u4", exact.add((id(part), at), (part, at)) if part.tokens else _NOTHING)
         writer.put("<i8", rows.next_position)
@@ -54,7 +60,7 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
             writer.put("<i4", min(TILE_TOKENS, page.tokens - tile * TILE_TOKENS), page.set)
     listed = writer.take()
 
-    _write_options(options, writer)
+    _write_options(options, _WITH_GAPS if have_gaps else _VERSION, writer)
     for dim, bits in _codebooks(options):
         levels, step = _mark(dim, bits)
         writer.put("<u4", levels)
@@ -95,7 +101,7 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         ValueError: for bytes that neither wrote.
     """
     _core.KvCache.deserialize(data)  # checks every length and number
-    if data[4] != _VERSION:  # of an older version: C++ brings it up to date
+    if data[4] not in (_VERSION, _WITH_GAPS):  # of an older version: C++ brings it up to date
         data = _core.KvCache.deserialize(data).serialize()
     reader = _Reader(data)
     options = _read_options(reader)
@@ -124,7 +130,8 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
         left = reader.tensor(torch.float32, options.kv_heads)
         kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
         centres.append(RowCentres(constant.numpy(), means.numpy(), left.numpy(), kinds))
-    rows = [_Row.read(reader, options, exact, stands) for _ in range(reader.get("<u4"))]
+    has_gaps = data[4] == _WITH_GAPS
+    rows = [_Row.read(reader, options, exact, stands, has_gaps) for _ in range(reader.get("<u4"))]
     reader.align(_LINE)
     tile_bytes = codec_of(options, torch.device("cpu")).tile_bytes
     blocks = [
@@ -148,7 +155,7 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
             for i in range(len(one.centres))
         )
         pages = tuple(_pages([row.tiles for row in some], blocks, device))
-        stand = one.sink_positions, one.tail_positions, one.next_position
+        stand = one.sink_positions, one.tail_positions, one.next_position, one.gaps
         held.append(Rows(tuple(places), sinks, tail, one.first, pages, sets, *stand))
     return options, tokens, held
 
@@ -194,8 +201,8 @@ def _mark(dim: int, bits: int) -> tuple[int, float]:
     return zlib.crc32(book.levels.tobytes()), book.step
 
 
-def _write_options(options: Options, writer: _Writer) -> None:
-    writer.put("<u4", _MAGIC, _VERSION)
+def _write_options(options: Options, version: int, writer: _Writer) -> None:
+    writer.put("<u4", _MAGIC, version)
     writer.put("<i4", options.kv_heads, options.head_dim, options.value_head_dim)
     writer.put("<i4", options.bits_k, options.bits_v, options.sink_tokens, options.residual_window)
     writer.put("<u1", _DTYPES.index(options.dtype), ROTATIONS.index(options.rotation))
@@ -280,6 +287,7 @@ class _Row(NamedTuple):
     next_position: int
     sink_positions: Positions
     tail_positions: Positions
+    gaps: tuple[tuple[int, int], ...]
     history: Any
     """Equal for rows that can be held together."""
 
@@ -290,8 +298,11 @@ class _Row(NamedTuple):
         options: Options,
         exact: list[Any],
         blocks: list[tuple[int, Positions]],
+        has_gaps: bool,
     ) -> _Row:
         first = reader.get("<i8")
+        count = reader.get("<u4") if has_gaps else 0
+        gaps = tuple((reader.get("<i8"), reader.get("<i8")) for _ in range(count))
         sinks, tail = reader.get("<u4"), reader.get("<u4")
         next_position = reader.get("<i8")
         lengths = [0 if i == _NOTHING else exact[i][0].shape[1] for i in (sinks, tail)]
@@ -307,8 +318,8 @@ class _Row(NamedTuple):
             (stand.first, b"" if stand.each is None else stand.each.tobytes())
             for stand in all_stands
         )
-        history = first, *lengths, len(centres), spans, places, next_position
-        return cls(first, sinks, tail, centres, tiles, next_position, *stands, history)
+        history = first, *lengths, len(centres), spans, places, next_position, gaps
+        return cls(first, sinks, tail, centres, tiles, next_position, *stands, gaps, history)
 
 
 class _Numbered:

@@ -89,7 +89,7 @@ class TorchStore:
     @property
     def first_token(self) -> int:
         """First token that some row still holds."""
-        return min(rows.first for rows in self._held.rows)
+        return min(rows.token_at(rows.first) for rows in self._held.rows)
 
     @property
     def rows(self) -> Sequence[Rows]:
@@ -267,10 +267,11 @@ class TorchStore:
                 for dim, dtype in zip(dims, dtypes, strict=True)
             )
             for rows in held.rows:
-                for start, key, value in _parts(self._context, rows, first, first + length):
-                    at = slice(start - first, start - first + key.shape[2])
-                    keys[rows.index, :, at] = key.to(keys.dtype)
-                    values[rows.index, :, at] = value.to(values.dtype)
+                spots = rows.spot_of(first), rows.spot_of(first + length)
+                for start, key, value in _parts(self._context, rows, *spots):
+                    at = rows.tokens_at(start, start + key.shape[2], self.device) - first
+                    keys[rows.index[:, None], :, at] = key.transpose(1, 2).to(keys.dtype)
+                    values[rows.index[:, None], :, at] = value.transpose(1, 2).to(values.dtype)
         return keys, values
 
     def crop(self, tokens: int) -> None:
@@ -289,7 +290,7 @@ class TorchStore:
             if tokens == 0:
                 exact = self._empty(len(rows.places))
                 return Rows(rows.places, exact, exact)
-            kept = rows.truncated(max(tokens - rows.first, 0)).starting(min(rows.first, tokens))
+            kept = rows.cropped(tokens)
             return kept if kept.held > 0 else replace(kept, next_position=tokens)
 
         self._change(cropped, tokens)
@@ -341,14 +342,44 @@ class TorchStore:
                     changed.append(part.without_padding(count - rows.first))
         self._held = replace(self._held, rows=changed)
 
+    def leave_out(self, hidden: Sequence[bool]) -> None:
+        """Takes those of the last n tokens out of the rows that no query will ever see.
+
+        hidden: [batch · n].
+
+        Raises:
+            ValueError: for another number, and where one is sealed already.
+        """
+        count = len(hidden) // self.batch
+        if count * self.batch != len(hidden) or count > self.tokens:
+            raise ValueError(
+                f"{len(hidden)} marks of hidden tokens for a batch of {self.batch} with "
+                f"{self.tokens} tokens; needed: [batch, n] of the last n tokens"
+            )
+        with self._plain():
+            changed = []
+            for rows in self._held.rows:
+                alike: dict[tuple[bool, ...], list[int]] = {}
+                for at, place in enumerate(rows.places):
+                    marks = tuple(map(bool, hidden[place * count : (place + 1) * count]))
+                    alike.setdefault(marks, []).append(at)
+                for marks, group in alike.items():
+                    part = rows.select(group, tuple(rows.places[at] for at in group))
+                    changed.append(part.left_out(self._context, self.tokens, list(marks)))
+        self._held = replace(self._held, rows=changed)
+
+    def left_out(self, row: int) -> list[tuple[int, int]]:
+        """What ``leave_out`` has taken out of a row: first token and count, each."""
+        return list(self._held.find(row)[0].gaps)
+
     def discard_before(self, token: int) -> None:
         """Frees what only tokens before `token` need."""
         if not 0 <= token <= self.tokens:
             raise ValueError(f"discard before token {token}; allowed: 0…{self.tokens}")
         self._change(
             lambda rows: (
-                rows.without_front(self._context, token - rows.first)
-                if token > rows.first
+                rows.without_front(self._context, rows.spot_of(token) - rows.first)
+                if rows.spot_of(token) > rows.first
                 else rows
             )
         )
@@ -477,7 +508,7 @@ def _choose(states: torch.Tensor, rows: Rows) -> torch.Tensor:
 def _parts(
     context: Context, rows: Rows, first: int, end: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """What `rows` hold of tokens first…end − 1: the first token, keys and values, part by part."""
+    """What `rows` hold at spots first…end − 1: the first spot, keys and values, part by part."""
     for exact, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
         a, b = max(first, start), min(end, start + exact.tokens)
         if a < b:

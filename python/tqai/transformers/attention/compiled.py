@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tqai import stores
-from tqai.transformers.attention.padding import leading_hidden
+from tqai.transformers.attention.padding import hidden_tokens
 from tqai.transformers.attention.view import NOT_DIFFERENTIABLE
 
 _numbers = itertools.count(1)
@@ -71,9 +71,10 @@ class Mark:
     is_cross = False
 
 
-def begin(cache: Any, hook: Any, positions: Any) -> None:
+def begin(cache: Any, hook: Any, positions: Any, mask: Any) -> None:
     """Begins a pass over `cache`; when it runs, ``hook.begin`` does."""
-    _begin(cache.handle, hook.handle, positions if isinstance(positions, Tensor) else None)
+    given = (each if isinstance(each, Tensor) else None for each in (positions, mask))
+    _begin(cache.handle, hook.handle, *given)
 
 
 def end(cache: Any) -> None:
@@ -207,9 +208,9 @@ def _nothing(*args: Any) -> None:
     return None
 
 
-@_writes("begin(Tensor hook, Tensor? positions) -> ()")
-def _begin(handle: Tensor, hook: Tensor, positions: Tensor | None) -> None:
-    _target(hook).begin(_target(handle), positions)
+@_writes("begin(Tensor hook, Tensor? positions, Tensor? mask) -> ()")
+def _begin(handle: Tensor, hook: Tensor, positions: Tensor | None, mask: Tensor | None) -> None:
+    _target(hook).begin(_target(handle), positions, mask)
 
 
 @torch.library.custom_op("tqai::end", mutates_args=("handle",), schema="(Tensor(a!) handle) -> ()")
@@ -248,9 +249,9 @@ def _settle(
 ) -> None:
     target = _target(handle).layers[layer]
     if mask is not None and queries > 1:
-        hidden = leading_hidden(mask, queries, length, rows)
+        hidden = hidden_tokens(mask, queries, length, rows)
         if hidden is not None:
-            target.mark_padding(hidden, queries)
+            target.mark_hidden(hidden)
     target.settle(fresh)
 
 
@@ -292,9 +293,12 @@ def _attend(
     value_dim: int,
 ) -> Tensor:
     cache = _target(handle)
+    target = cache.layers[layer]
     try:
+        if target.has_gaps:
+            target.check_gaps(mask, first)
         return stores.attend(
-            cache.layers[layer].core,
+            target.core,
             query,
             mask=mask,
             sinks=sinks,

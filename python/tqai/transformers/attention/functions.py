@@ -22,7 +22,7 @@ from tqai.transformers.attention.original import (
     original_attention,
     takes_unknown,
 )
-from tqai.transformers.attention.padding import leading_hidden
+from tqai.transformers.attention.padding import hidden_tokens
 from tqai.transformers.attention.stepwise_prefill import causal_mask, steps
 from tqai.transformers.attention.view import TqaiView, Undifferentiable, Update, update_of
 
@@ -152,9 +152,9 @@ def _attend_update(
         result = _attend_in_steps(original, module, query, update, mask, kwargs), None
     if not update.settled and update.is_current():
         if mask is not None and update.queries > 1:
-            hidden = leading_hidden(mask, update.queries, update.length, query.shape[0])
+            hidden = hidden_tokens(mask, update.queries, update.length, query.shape[0])
             if hidden is not None:
-                update.layer.mark_padding(hidden, update.queries)
+                update.layer.mark_hidden(hidden)
         update.layer.settle(update.fresh is not None)
         update.settled = True
     return result
@@ -170,6 +170,8 @@ def _attend_once(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     layer = update.layer
     _check_device(query, update)
+    if layer.has_gaps and not update.settled:
+        layer.check_gaps(mask, update.first)
     if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
         core = layer.core
         assert core is not None
@@ -232,9 +234,7 @@ def _attend_in_steps(
             f"none; {type(module).__name__} attends otherwise: use exact_prefill=True"
         )
     hidden = (
-        None
-        if mask is None
-        else leading_hidden(mask, update.queries, update.length, query.shape[0])
+        None if mask is None else hidden_tokens(mask, update.queries, update.length, query.shape[0])
     )
     outputs = []
     for at, step in steps(update, hidden, mask):

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import torch
 
 from tqai import stores
-from tqai.transformers.attention.view import Layer, Update
+from tqai.transformers.attention.view import Update
 
 STEP = 64
 """Tokens at a time: as many as are sealed together."""
 
 
 def steps(
-    update: Update, hidden: list[int] | None, mask: torch.Tensor | None
+    update: Update, hidden: torch.Tensor | None, mask: torch.Tensor | None
 ) -> Iterator[tuple[int, Update]]:
     """Adds the tokens of `update` to its layer once more, ``STEP`` at a time or a few more.
 
@@ -27,7 +27,7 @@ def steps(
     stands for it.
 
     Args:
-        hidden: [batch], padding at the start of each row, where the layer was empty.
+        hidden: [batch, queries] bool, tokens that no query sees.
         mask: as attention takes it, [batch or 1, heads or 1, queries, length]. Tokens that it lets
             look ahead, as those of an image, go in one step with what they see.
     """
@@ -44,10 +44,10 @@ def steps(
         count = end - at
         positions = None if update.positions is None else update.positions[..., at : at + count]
         stores.append(core, *(rows[:, :, at : at + count] for rows in (keys, values)), positions)
-        if hidden is not None and start == 0:
-            _drop_padding(layer, [min(tokens, at + count) for tokens in hidden])
         length = start + at + count - update.first
         yield at, Update(layer, update.first, length, count, None)
+        if hidden is not None:
+            layer.mark_hidden(hidden[:, at : at + count])
         core.seal()
         at = end
 
@@ -70,13 +70,6 @@ def _ends(update: Update, mask: torch.Tensor | None) -> list[int]:
             ends.append(end)
             end += STEP
     return [*ends, count]
-
-
-def _drop_padding(layer: Layer, counts: list[int]) -> None:
-    assert layer.core is not None
-    if counts != layer.padding:
-        layer.core.set_padding(counts)
-        layer.padding = counts
 
 
 def causal_mask(update: Update, sliding_window: int | None) -> torch.Tensor:

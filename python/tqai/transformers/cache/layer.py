@@ -17,6 +17,7 @@ from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops import MAX_NORM, TILE_TOKENS
 from tqai.transformers.attention import compiled
+from tqai.transformers.attention.padding import shown
 from tqai.transformers.attention.view import Owner, TqaiView, Update, view_of
 from tqai.transformers.model.heads import Heads, Latents, check_head_dim
 from tqai.transformers.model.positions import Turned
@@ -88,6 +89,10 @@ class TqaiLayer(CacheLayerMixin):
         self._warned = False
         self.turned: Turned | None = None
         """What the next update's keys are turned by, where that is known."""
+        self.told: Turned | None = None
+        """What the last update's pass was told of padding."""
+        self.has_gaps = False
+        """Whether padding between other tokens may have been dropped."""
         self.seen = 0
         """Tokens that the store holds, for tracing, which cannot ask it; see ``compiled``."""
         self.has_packed = False
@@ -276,28 +281,59 @@ class TqaiLayer(CacheLayerMixin):
         assert self.core is not None and self.dtypes is not None
         return stores.gather(self.core, first, length, self.dtypes)
 
-    def mark_padding(self, hidden: list[int], queries: int) -> None:
-        """Drops padding at the start of rows, so that it takes up neither sinks nor bytes.
+    def mark_hidden(self, hidden: torch.Tensor) -> None:
+        """Drops padding, so that it takes up neither sinks, window nor bytes.
 
-        hidden: [batch], how many of the last `queries` tokens, from the first of them on, no query
-        sees. Rows that have real tokens already, and layers that have sealed or dropped tokens,
-        keep what they have: there the mask alone hides the padding.
+        hidden: [batch, n] bool on the CPU, which of the last n tokens no query has seen. At the
+        start of a row that alone makes them padding. Further on it may be a sparse mask's doing,
+        and they are dropped where the decoder was told that they are padding too.
         """
         core = self.core
         assert core is not None
-        start = core.tokens - queries
+        start = core.tokens - hidden.shape[1]
+        leading = (hidden.long().cumprod(1).sum(1)).tolist()
         counts = [
             start + more if had == start else had
-            for had, more in zip(self.padding, hidden, strict=True)
+            for had, more in zip(self.padding, leading, strict=True)
         ]
-        if counts == self.padding or self.is_packed() or self._first_visible(start) > 0:
+        if counts != self.padding and self._first_visible(start) == 0:
+            self._keep_reading()
+            try:
+                core.set_padding(counts)
+            except (ValueError, NotImplementedError) as error:
+                raise self._named(error) from error
+            self.padding = counts
+        told = self.told and self.told.told_padding(core.batch, start, core.tokens)
+        if told is None:
             return
-        self._keep_reading()
-        try:
-            core.set_padding(counts)
-        except (ValueError, NotImplementedError) as error:
-            raise self._named(error) from error
-        self.padding = counts
+        inner = hidden & told
+        for row, count in enumerate(self.padding):
+            inner[row, : max(count - start, 0)] = False
+        if inner.any():
+            self._keep_reading()
+            core.leave_out(inner.flatten().tolist())
+            self.has_gaps = True
+
+    def check_gaps(self, mask: torch.Tensor | None, first: int) -> None:
+        """Looks whether tokens that were dropped as padding still are.
+
+        mask: [batch or 1, heads or 1, n, tokens − first], bool or additive, or None.
+
+        Raises:
+            ValueError: where `mask` shows one.
+        """
+        assert self.core is not None
+        for row in range(self.core.batch):
+            for start, count in self.core.left_out(row):
+                if start + count <= first:
+                    continue
+                if mask is None or shown(mask, row, start - first, count):
+                    raise ValueError(
+                        f"layer {self.index}: tokens {start}…{start + count - 1} of row {row} were "
+                        "padding in the pass that brought them and are not held; the mask of this "
+                        "pass shows them: give it an attention_mask that is 0 there, or make a "
+                        "cache with tqai.new_cache(model) and read the text again"
+                    )
 
     def seals_at_once(self, tokens: int) -> bool:
         """Whether what so many more tokens push out of the window is sealed after attention.
@@ -314,6 +350,7 @@ class TqaiLayer(CacheLayerMixin):
             assert self.core is not None
             self._keep_reading()
             self.core.discard_before(self._first_visible(self.core.tokens))
+        self.told = None
         if not self._seals_later:
             self.seal()
 
@@ -420,7 +457,7 @@ class TqaiLayer(CacheLayerMixin):
         state = dict(vars(self))
         state.pop("owner", None)
         state.pop("_reading", None)
-        return state
+        return {**state, "turned": None, "told": None}
 
     def _select(self, rows: list[int]) -> None:
         if self.core is None:
@@ -449,6 +486,7 @@ class TqaiLayer(CacheLayerMixin):
     def _take_positions(self, keys: torch.Tensor) -> torch.Tensor | None:
         """What the new keys were turned by; see ``Turned.of``."""
         turned, self.turned = self.turned, None
+        self.told = turned if keys.shape[2] > 1 else None
         if turned is None or self.rope is None:
             return None
         return turned.of(self.index, self.rope.section_count, keys.shape[0], keys.shape[2])

@@ -247,6 +247,7 @@ def _restore(
     layer.core = stores.moved(core, layer.settings, device)
     layer.dtypes = dtypes
     layer.padding = described["padding"]
+    layer.has_gaps = any(core.left_out(row) for row in range(core.batch))
     layer.take_note()
 
 

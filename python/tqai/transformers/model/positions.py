@@ -20,14 +20,17 @@ from tqai.stores.torch_ops.positions import MAX_POSITION
 
 ARGUMENT = "position_ids"
 """What decoders and rotary modules call them."""
+MASK = "attention_mask"
+"""What decoders call what tells them of padding, [batch, tokens], or the mask made of it."""
 
 
 class Turned:
     """What the keys of one forward pass are turned by."""
 
-    def __init__(self, given: Any) -> None:
-        """`given`: the decoder's argument, if it got one."""
+    def __init__(self, given: Any, mask: Any = None) -> None:
+        """`given` and `mask`: the decoder's arguments, if it got some."""
         self._given = given if is_positions(given) else None
+        self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self._calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
         self._made: dict[Any, torch.Tensor | None] = {}
         self._found: dict[tuple[int, int, int, int], torch.Tensor | None] = {}
@@ -50,6 +53,16 @@ class Turned:
         if asked not in self._found:
             self._found[asked] = self._find(sections, batch, tokens)
         return self._found[asked]
+
+    def told_padding(self, batch: int, first: int, end: int) -> torch.Tensor | None:
+        """Which of tokens first…end − 1 are padding, as the decoder was told.
+
+        [batch, end − first] bool; None where it was told nothing.
+        """
+        mask = self._mask
+        if mask is None or mask.shape[0] != batch or mask.shape[1] < end:
+            return None
+        return mask[:, first:end].cpu() == 0
 
     def _find(self, sections: int, batch: int, tokens: int) -> torch.Tensor | None:
         """The last that the model's rotary modules were called with, where they fit."""
@@ -83,11 +96,11 @@ class TurnWatch:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def begin(self, given: Any) -> Turned | None:
-        """A pass begins, whose decoder got `given` as its positions."""
+    def begin(self, given: Any, mask: Any = None) -> Turned | None:
+        """A pass begins, whose decoder got `given` as its positions and `mask` as its mask."""
         if torch.compiler.is_compiling():  # what a graph has read is known when all of it has run
             return None
-        self._local.turned = Turned(given)
+        self._local.turned = Turned(given, mask)
         return self._local.turned
 
     def install(self, decoder: torch.nn.Module) -> None:

@@ -23,6 +23,11 @@ def states(tokens: int, batch: int = 2, seed: int = 0, **options: object) -> tor
     return torch.randn(2, batch, HEADS, tokens, DIM, generator=generator).to(**options)
 
 
+def hidden(tokens: int, *counts: int) -> torch.Tensor:
+    """[rows, tokens] bool: the first counts[row] ones."""
+    return torch.arange(tokens) < torch.tensor(counts)[:, None]
+
+
 def layer_with(tokens: int, settings: Settings = EXACT, window: int | None = None) -> TqaiLayer:
     layer = TqaiLayer(0, settings, window)
     layer.update(*states(tokens))
@@ -286,7 +291,7 @@ def test_a_vector_too_long_for_its_norm_stays_exact_and_is_remarked_on_once() ->
 def test_padding_takes_no_bytes_and_moves_with_its_row() -> None:
     layer = TqaiLayer(0, PACKING)
     layer.update(*states(200))
-    layer.mark_padding([150, 0], 200)
+    layer.mark_hidden(hidden(200, 150, 0))
     layer.settle(was_empty=True)
     assert [layer.core.packed_tokens(row) for row in range(2)] == [0, 128]
     assert layer.core.memory()["tokens"] == 250
@@ -300,9 +305,9 @@ def test_padding_takes_no_bytes_and_moves_with_its_row() -> None:
 
 def test_padding_may_span_several_updates() -> None:
     layer = TqaiLayer(0, EXACT)
-    for hidden in ([10, 4], [3, 0], [5, 5]):
+    for counts in ([10, 4], [3, 0], [5, 5]):
         layer.update(*states(10))
-        layer.mark_padding(hidden, 10)
+        layer.mark_hidden(hidden(10, *counts))
     assert layer.padding == [13, 4]
     assert layer.core.memory()["tokens"] == 60 - 17
 
