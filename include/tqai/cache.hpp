@@ -273,7 +273,7 @@ class TQAI_API KvCache {
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #define TQAI_CACHE_READ
 #include <tqai/header_only.hpp>
 #endif

@@ -67,6 +67,6 @@ TQAI_API const Codebook& codebook(int head_dim, int bits, Grid grid);
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #include <tqai/header_only.hpp>
 #endif

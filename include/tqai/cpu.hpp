@@ -31,6 +31,6 @@ TQAI_API int openmp_threads() noexcept;
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #include <tqai/header_only.hpp>
 #endif

@@ -19,15 +19,19 @@
 #define TQAI_API
 #endif
 
-// With TQAI_HEADER_ONLY (docs/cpp.md) the library's functions are inline, and what is otherwise a
-// source file's own has a namespace with a name, so that all files of a program mean the same.
-#ifdef TQAI_HEADER_ONLY
+// The library compiled from its headers (docs/cpp.md): with TQAI_HEADER_ONLY by each file of a
+// program, as inline functions; with TQAI_IMPLEMENTATION by the one file that defines it. What is
+// otherwise a source file's own then has a namespace with a name, so that all files mean the same.
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #ifdef TQAI_SHARED
-#error "TQAI_HEADER_ONLY and TQAI_SHARED: a library of headers alone is not shared"
+#error "TQAI_SHARED: a library that is compiled from its headers is not shared"
 #endif
-#define TQAI_INLINE inline
 #define TQAI_LOCAL local
 #else
-#define TQAI_INLINE
 #define TQAI_LOCAL
+#endif
+#ifdef TQAI_HEADER_ONLY
+#define TQAI_INLINE inline
+#else
+#define TQAI_INLINE
 #endif

@@ -118,7 +118,7 @@ TQAI_API std::vector<KvCache> load_caches(const std::filesystem::path& path,
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #define TQAI_FILES_READ
 #include <tqai/header_only.hpp>
 #endif

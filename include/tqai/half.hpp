@@ -87,6 +87,6 @@ TQAI_API void convert_from_float(const float* from, std::size_t count, DType dty
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #include <tqai/header_only.hpp>
 #endif

@@ -1,10 +1,10 @@
-// The library's sources, for TQAI_HEADER_ONLY; there the other headers end with this one. They
-// include one another, so it comes several times, and counts once all are read. The sources lie
-// below this folder where tqai is installed, beside include/ where it is not.
+// The library's sources, for TQAI_HEADER_ONLY and TQAI_IMPLEMENTATION; there the other headers end
+// with this one. They include one another, so it comes several times, and counts once all are read.
+// The sources lie below this folder where tqai is installed, beside include/ where it is not.
 #include <tqai/cache.hpp>
 #include <tqai/quantizer.hpp>
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #if defined(TQAI_CACHE_READ) && defined(TQAI_QUANTIZER_READ)
 #if __has_include("../tqai/src/header_only_sources.hpp")
 #include "../tqai/src/header_only_sources.hpp"

@@ -94,6 +94,6 @@ class TQAI_API TileLayout {
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #include <tqai/header_only.hpp>
 #endif

@@ -190,7 +190,7 @@ class TQAI_API ProdQuantizer final : public VectorQuantizer {
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #define TQAI_QUANTIZER_READ
 #include <tqai/header_only.hpp>
 #endif

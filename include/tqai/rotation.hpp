@@ -72,6 +72,6 @@ class TQAI_API Rotation {
 
 }  // namespace tqai
 
-#ifdef TQAI_HEADER_ONLY
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
 #include <tqai/header_only.hpp>
 #endif

@@ -142,7 +142,7 @@ TEST_F(Files, ReadingAndWritingTakeNoSecondCopy) {
   const KvCache* layers[] = {&cache};
   const std::size_t before = most();
   save_caches(path_, layers);
-  EXPECT_LT(most() - before, held / 10 + (1U << 19));
+  EXPECT_LT(most(), before + held / 10 + (1U << 19));  // it may fall: the system rounds
 #endif
 }
 
