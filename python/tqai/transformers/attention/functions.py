@@ -307,12 +307,14 @@ def _kernel_arguments(
         return None
     if takes_unknown(original, kwargs) or kwargs.get("dropout"):
         return None
-    if mask is None and not update.is_cross and queries != update.queries:
-        return None
     if original is not ALL_ATTENTION_FUNCTIONS["sdpa"] and _wants_weights(module, kwargs):
         return None
+    # A mask says everything: models with bidirectional or chunked spans put them there.
+    causal = mask is None and not update.is_cross
+    if causal and queries != update.queries:
+        return None
     if mask is None and queries > 1:  # what no mask means then differs between implementations
-        if not update.is_cross or getattr(module, "is_causal", True):
+        if causal or getattr(module, "is_causal", True):
             return None
     if mask is not None and not _fits(mask, update, query):
         return None
@@ -329,8 +331,7 @@ def _kernel_arguments(
     return {
         "scale": kwargs.get("scaling"),
         "soft_cap": float(soft_cap) if formula.soft_cap else 0.0,
-        # A mask says everything: models with bidirectional or chunked spans put them there.
-        "causal": mask is None and not update.is_cross,
+        "causal": causal,
         "window": (update.layer.sliding_window or 0) if mask is None else 0,
         "mask": mask,
         "sinks": sinks if formula.sinks else None,

@@ -107,12 +107,9 @@ class Update:
         Where autograd records, gradients reach fresh keys and values, and a backward pass through
         keys and values from the cache raises RuntimeError.
         """
-        return self._view(0, keys), self._view(1, values)
-
-    def _view(self, which: int, tensor: torch.Tensor) -> TqaiView:
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            return _Tracked.apply(tensor, self, which)
-        return view_of(self, which, tensor)
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            return _Tracked.apply(keys, self, 0), _Tracked.apply(values, self, 1)
+        return view_of(self, 0, keys), view_of(self, 1, values)
 
 
 class TqaiView(torch.Tensor):
