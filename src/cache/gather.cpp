@@ -119,6 +119,7 @@ TQAI_INLINE void spread(const Row& row, const Range& tokens, std::int64_t first,
 
 TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::int64_t first,
                         const Tensor& keys, const Tensor& values) {
+  if (keys.shape[2] == 0) return;  // then there may be no memory either
   const Range range{first, keys.shape[2]};
   const int heads = context.options.kv_heads;
   // Of a tile. Before anything is written, after which nothing may throw.

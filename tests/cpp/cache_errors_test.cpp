@@ -85,6 +85,8 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   for (const float cap : {kNan, kInfinity, -1.0F, 1e-39F}) {
     EXPECT_TRUE(contains(refused([&](auto& o) { o.soft_cap = cap; }), "soft_cap = ")) << cap;
   }
+  const Tensor nothing{nullptr, DType::f32, {1, 2, 0, 64}, {0, 64, 64, 1}};
+  EXPECT_NO_THROW(cache.gather(3, nothing, nothing));  // UBSan: nothing is added to null
   // Outputs whose elements share addresses: threads would write the same bytes.
   std::vector<float> output(2 * 64);
   const auto overlapping = [&](std::array<std::int64_t, 4> strides) {

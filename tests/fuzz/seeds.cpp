@@ -147,6 +147,18 @@ void write_file(const Folder& folder, const std::filesystem::path& path) {
   folder.write("layers", input);
 }
 
+void write_calls(const Folder& folder) {
+  for (std::uint8_t kind = 0; kind < 8; ++kind) {
+    // Settings, and each call in turn with arguments that are right.
+    std::vector<std::uint8_t> bytes(24, kind);
+    for (std::uint8_t call = 0; call < 24; ++call) {
+      bytes.push_back(call);
+      bytes.insert(bytes.end(), 11, static_cast<std::uint8_t>(7 * kind + 5 * call));
+    }
+    folder.write("calls" + std::to_string(kind), bytes);
+  }
+}
+
 void write_codes(const Folder& folder) {
   std::mt19937_64 random(5);
   for (std::uint8_t bits = 0; bits < 8; ++bits) {
@@ -168,6 +180,7 @@ int main(int argc, char** argv) {
   const std::filesystem::path folder = argv[1];
   write_caches(Folder(folder / "cache"));
   write_golden(Folder(folder / "cache"), argv[2]);
+  write_calls(Folder(folder / "c_api"));
   write_file(Folder(folder / "file"), folder / "file.safetensors");
   write_codes(Folder(folder / "packing"));
   return 0;

@@ -1,0 +1,239 @@
+// Calls of the C interface with arguments that are right, wrong, missing or out of range. Tensors
+// lie in buffers that hold them: what a pointer's owner got wrong cannot be found by the library.
+//
+// An input is the settings of a cache, and the calls with their arguments, a byte or two each.
+#include <tqai/c_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+class Choices {
+ public:
+  Choices(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
+  bool empty() const { return size_ == 0; }
+  std::uint8_t next() {
+    if (size_ == 0) return 0;
+    --size_;
+    return *data_++;
+  }
+  // Mostly the likely one; else something small, negative or far beyond.
+  std::int64_t number(std::int64_t likely) {
+    const std::uint8_t choice = next();
+    if (choice < 200) return likely;
+    constexpr std::int64_t kFar[] = {-1, 0, 1, 1 << 30, INT64_MAX, INT64_MIN};
+    if (choice < 206) return kFar[choice - 200];
+    return next();
+  }
+  std::int32_t setting(std::int32_t likely) { return static_cast<std::int32_t>(number(likely)); }
+
+ private:
+  const std::uint8_t* data_;
+  std::size_t size_;
+};
+
+bool is_ok(tqai_status status) {
+  if (status == TQAI_OK) return true;
+  if (status == TQAI_INTERNAL_ERROR || status < 0 || status > TQAI_INTERNAL_ERROR) std::abort();
+  if (tqai_last_error() == nullptr || std::strlen(tqai_last_error()) == 0) std::abort();
+  return false;
+}
+
+constexpr std::size_t kElements = std::size_t{1} << 14;
+
+// A tensor within kElements floats, mostly of the shape that is right.
+template <typename Tensor, typename Pointer>
+Tensor tensor(Choices& choices, Pointer data, std::int32_t dtype, const std::int64_t (&right)[4]) {
+  Tensor tensor{};
+  tensor.data = choices.next() == 255 ? nullptr : data;
+  tensor.dtype = choices.setting(dtype);
+  std::int64_t reach = 1;
+  for (int axis = 4; axis-- > 0;) {
+    tensor.shape[axis] = choices.number(right[axis]);
+    tensor.strides[axis] = reach;
+    if (tensor.shape[axis] > 0) {
+      // Sizes of many turns would take for ever, wherever they lie.
+      tensor.shape[axis] = std::min<std::int64_t>(tensor.shape[axis], 1000);
+      reach *= tensor.shape[axis];
+    }
+    if (reach > static_cast<std::int64_t>(kElements)) {
+      reach = 1;
+      tensor.shape[axis] = 0;
+    }
+  }
+  return tensor;
+}
+
+class Calls {
+ public:
+  explicit Calls(Choices choices) : choices_(choices) {}
+  ~Calls() { tqai_cache_destroy(cache_); }
+  Calls(const Calls&) = delete;
+  Calls& operator=(const Calls&) = delete;
+
+  void run() {
+    create();
+    while (cache_ != nullptr && !choices_.empty()) call();
+  }
+
+ private:
+  void create() {
+    tqai_cache_options options;
+    tqai_cache_options_init(&options);
+    const float frequencies[] = {1.0F, 0.1F, 0.01F, 0.001F};
+    const std::uint8_t sections[] = {0, 1, 2, 1};
+    options.batch = std::min(choices_.setting(1 + choices_.next() % 3), 4);
+    options.kv_heads = std::min(choices_.setting(1 + choices_.next() % 2), 4);
+    options.head_dim = choices_.setting(8);
+    if (options.head_dim > 64) options.head_dim = 8;
+    options.value_head_dim = choices_.setting(8);
+    if (options.value_head_dim > 64) options.value_head_dim = 0;
+    options.dtype = choices_.setting(choices_.next() % 3);
+    options.bits_k = choices_.setting(1 + choices_.next() % 8);
+    options.bits_v = choices_.setting(1 + choices_.next() % 8);
+    options.sink_tokens = choices_.setting(2);
+    options.residual_window = choices_.setting(4);
+    options.rotation = choices_.setting(0);
+    options.centering = choices_.setting(choices_.next() % 4);
+    if (choices_.next() % 2 == 0) {
+      options.rotary_dim = std::min(choices_.setting(8), 8);
+      options.rope_layout = choices_.setting(0);
+      options.inv_freq = frequencies;
+      options.sections = choices_.next() % 2 == 0 ? sections : nullptr;
+    }
+    options.seed = choices_.next();
+    if (is_ok(tqai_cache_create(&options, &cache_)) != (cache_ != nullptr)) std::abort();
+  }
+
+  tqai_cache_info info() {
+    tqai_cache_info info;
+    tqai_cache_info_init(&info);
+    if (!is_ok(tqai_cache_get_info(cache_, &info))) std::abort();
+    return info;
+  }
+
+  void call() {
+    const tqai_cache_info now = info();
+    switch (choices_.next() % 12) {
+      case 0:
+      case 1: append(now); break;
+      case 2: {
+        std::int64_t held = 0;
+        is_ok(tqai_cache_seal(cache_, choices_.next() % 2 == 0 ? &held : nullptr));
+        break;
+      }
+      case 3: attend(now); break;
+      case 4: {
+        const std::int64_t tokens = std::min<std::int64_t>(now.tokens, 100);
+        const auto keys = tensor<tqai_output>(choices_, room_.data(), TQAI_F32,
+                                              {now.batch, now.kv_heads, tokens, now.head_dim});
+        const auto values =
+            tensor<tqai_output>(choices_, more_room_.data(), TQAI_F32,
+                                {now.batch, now.kv_heads, tokens, now.value_head_dim});
+        is_ok(tqai_cache_gather(cache_, choices_.number(now.tokens - tokens), &keys, &values));
+        break;
+      }
+      case 5: is_ok(tqai_cache_crop(cache_, choices_.number(now.tokens / 2))); break;
+      case 6: {
+        const std::int64_t rows[] = {choices_.number(0), choices_.number(now.batch - 1),
+                                     choices_.number(0)};
+        is_ok(tqai_cache_select(cache_, choices_.next() == 255 ? nullptr : rows,
+                                choices_.next() % 4));
+        break;
+      }
+      case 7: {
+        const std::int64_t counts[] = {choices_.number(1), choices_.number(2), choices_.number(0),
+                                       choices_.number(3)};
+        const auto batch = static_cast<std::size_t>(now.batch);
+        is_ok(tqai_cache_set_padding(cache_, counts, choices_.next() < 250 ? batch : 4));
+        break;
+      }
+      case 8: is_ok(tqai_cache_discard_before(cache_, choices_.number(now.tokens / 3))); break;
+      case 9: {
+        tqai_cache* copy = nullptr;
+        if (!is_ok(tqai_cache_copy(cache_, &copy))) std::abort();
+        std::swap(copy, cache_);
+        tqai_cache_destroy(copy);
+        break;
+      }
+      case 10: through_bytes(); break;
+      default: {
+        tqai_memory memory;
+        tqai_memory_init(&memory);
+        if (!is_ok(tqai_cache_get_memory(cache_, &memory))) std::abort();
+        std::int64_t packed = 0;
+        is_ok(tqai_cache_packed_tokens(cache_, choices_.setting(0), &packed));
+        break;
+      }
+    }
+  }
+
+  void append(const tqai_cache_info& now) {
+    const std::int64_t count = 1 + choices_.next() % 90;
+    const auto keys = tensor<tqai_tensor>(choices_, numbers_.data(), now.dtype,
+                                          {now.batch, now.kv_heads, count, now.head_dim});
+    const auto values = tensor<tqai_tensor>(choices_, numbers_.data(), now.dtype,
+                                            {now.batch, now.kv_heads, count, now.value_head_dim});
+    std::vector<std::int64_t> numbers;
+    for (std::int64_t i = 0; i < 3 * count; ++i) numbers.push_back(i % count * (i % 2));
+    numbers[0] = choices_.number(0);
+    tqai_positions positions{numbers.data(), {1, choices_.next() % 4, count}, {0, count, 1}};
+    const bool given = choices_.next() % 2 == 0;
+    is_ok(tqai_cache_append(cache_, &keys, &values, given ? &positions : nullptr));
+  }
+
+  void attend(const tqai_cache_info& now) {
+    const std::int64_t count = 1 + choices_.next() % 3;
+    const std::int64_t heads = now.kv_heads * std::int64_t{1 + choices_.next() % 2};
+    const auto queries = tensor<tqai_tensor>(choices_, numbers_.data(), TQAI_F32,
+                                             {now.batch, heads, count, now.head_dim});
+    const auto output = tensor<tqai_output>(choices_, room_.data(), TQAI_F32,
+                                            {now.batch, count, heads, now.value_head_dim});
+    tqai_attend_options options;
+    tqai_attend_options_init(&options);
+    options.first_token = choices_.number(0);
+    options.window = choices_.number(0);
+    options.causal = choices_.next() % 2;
+    options.soft_cap = choices_.next() % 4 == 0 ? 30.0F : 0.0F;
+    const auto mask = tensor<tqai_tensor>(
+        choices_, numbers_.data(), TQAI_F32,
+        {1, 1, count, std::max<std::int64_t>(now.tokens - options.first_token % 1000, 0)});
+    if (choices_.next() % 3 == 0) options.mask = &mask;
+    is_ok(tqai_cache_attend(cache_, &queries, &output, choices_.next() < 250 ? &options : nullptr));
+  }
+
+  void through_bytes() {
+    std::size_t size = 0;
+    if (!is_ok(tqai_cache_serialized_bytes(cache_, &size))) std::abort();
+    std::vector<std::uint8_t> bytes(size);
+    if (is_ok(tqai_cache_serialize(cache_, bytes.data(), size - 1))) std::abort();
+    if (!is_ok(tqai_cache_serialize(cache_, bytes.data(), size))) std::abort();
+    if (choices_.next() % 4 == 0) {
+      bytes[choices_.next() * size / 256] ^= static_cast<std::uint8_t>(1U << choices_.next() % 8);
+    }
+    tqai_cache* back = nullptr;
+    if (!is_ok(tqai_cache_deserialize(bytes.data(), size, nullptr, &back))) return;
+    std::swap(back, cache_);
+    tqai_cache_destroy(back);
+  }
+
+  Choices choices_;
+  // Shared by all inputs: to make them takes longer than most calls.
+  inline static const std::vector<float> numbers_ = std::vector<float>(kElements, 0.5F);
+  inline static std::vector<float> room_ = std::vector<float>(kElements);
+  inline static std::vector<float> more_room_ = std::vector<float>(kElements);
+  tqai_cache* cache_ = nullptr;
+};
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  Calls(Choices(data, std::min<std::size_t>(size, 300))).run();
+  return 0;
+}
