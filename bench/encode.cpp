@@ -9,6 +9,7 @@
 #include "bench.hpp"
 #include "cache/codec.hpp"
 #include "kernels/kernels.hpp"
+#include "threads.hpp"
 
 namespace tqai::bench {
 namespace {
@@ -27,9 +28,10 @@ void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, L
   for (float& value : rows) value = normal(engine);
   std::vector<std::uint8_t> tile(codec.layout().bytes());
   const kernels::Kernels& kernels = kernels::kernels(level);
+  const ThreadMemory memory(1, kernels::kCodingBytes);
   const kernels::SidePlan& side = keys ? codec.plan().keys : codec.plan().values;
   for (auto _ : state) {
-    kernels.encode(side, keys, rows.data(), tile.data());
+    kernels.encode(side, keys, rows.data(), tile.data(), memory.of(0));
     benchmark::DoNotOptimize(tile.data());
   }
   state.counters["per vector"] =

@@ -2,8 +2,14 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <memory>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace tqai {
 
@@ -50,25 +56,55 @@ class FirstError {
   std::exception_ptr error_;
 };
 
-/// work(i) for each i in 0…count − 1, by several threads where there are `worth` of them or more.
-/// What `work` throws comes out of here, when no thread is at work any more; some i may be left out
-/// then. The order does not matter, nor does the number of threads.
+/// Working memory of several threads, 64-byte aligned, whose contents are undefined.
+class ThreadMemory {
+ public:
+  /// Throws std::bad_alloc.
+  ThreadMemory(int threads, std::size_t bytes)
+      : lines_((bytes + sizeof(Line) - 1) / sizeof(Line)),
+        memory_(new Line[lines_ * static_cast<std::size_t>(threads)]) {}
+  /// That of one, `bytes`.
+  std::byte* of(int thread) const noexcept {
+    return memory_[lines_ * static_cast<std::size_t>(thread)].bytes;
+  }
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  std::size_t lines_;  // of a thread
+  std::unique_ptr<Line[]> memory_;
+};
+
+/// work(i, memory) for each i in 0…count − 1, by several threads where there are `worth` of them or
+/// more; memory: the thread's, `bytes` of it. What `work` throws comes out of here, when no thread
+/// is at work any more; some i may be left out then. The order does not matter, nor does the number
+/// of threads. Throws std::bad_alloc before any work.
 template <class Work>
-void parallel_for(std::int64_t count, [[maybe_unused]] std::int64_t worth, const Work& work) {
+void parallel_for(std::int64_t count, std::int64_t worth, std::size_t bytes, const Work& work) {
+  const int threads = count >= worth ? usable_threads() : 1;
+  const ThreadMemory memory(threads, bytes);
 #ifdef _OPENMP
-  if (count >= worth && usable_threads() > 1) {
+  if (threads > 1) {
     FirstError error;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
       const SubnormalNumbers counted;
+      std::byte* const own = memory.of(omp_get_thread_num());
 #pragma omp for schedule(static)
-      for (std::int64_t i = 0; i < count; ++i) error.guard([&] { work(i); });
+      for (std::int64_t i = 0; i < count; ++i) error.guard([&] { work(i, own); });
     }
     error.rethrow();
     return;
   }
 #endif
-  for (std::int64_t i = 0; i < count; ++i) work(i);
+  for (std::int64_t i = 0; i < count; ++i) work(i, memory.of(0));
+}
+
+/// The same without memory: work(i).
+template <class Work>
+void parallel_for(std::int64_t count, std::int64_t worth, const Work& work) {
+  parallel_for(count, worth, 0, [&](std::int64_t i, std::byte* /*memory*/) { work(i); });
 }
 
 }  // namespace tqai

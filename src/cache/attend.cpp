@@ -87,19 +87,20 @@ TQAI_INLINE void attend_batch(const AttendUnits& units, const Batch& batch,
                               [[maybe_unused]] int threads) noexcept {
   const std::int64_t count = std::ssize(todo);
   const auto prepare = [&](std::int64_t i) { units.prepare(batch, i); };
-  const auto attend_nth = [&](std::int64_t i) {
-    units.attend(batch, todo[static_cast<std::size_t>(i)]);
+  const auto attend_nth = [&](std::int64_t i, int thread) {
+    units.attend(batch, todo[static_cast<std::size_t>(i)], thread);
   };
   const auto finish = [&](std::int64_t i) { units.finish(batch, i); };
 #ifdef _OPENMP
   if (threads > 1) {
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
       const SubnormalNumbers counted;
+      const int thread = omp_get_thread_num();
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < batch.count(); ++i) prepare(i);
 #pragma omp for schedule(dynamic)
-      for (std::int64_t i = 0; i < count; ++i) attend_nth(i);
+      for (std::int64_t i = 0; i < count; ++i) attend_nth(i, thread);
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < batch.count(); ++i) finish(i);
     }
@@ -108,7 +109,7 @@ TQAI_INLINE void attend_batch(const AttendUnits& units, const Batch& batch,
 #endif
   // A parallel region of one thread would cost a microsecond.
   for (std::int64_t i = 0; i < batch.count(); ++i) prepare(i);
-  for (std::int64_t i = 0; i < count; ++i) attend_nth(i);
+  for (std::int64_t i = 0; i < count; ++i) attend_nth(i, 0);
   for (std::int64_t i = 0; i < batch.count(); ++i) finish(i);
 }
 
@@ -122,8 +123,8 @@ TQAI_INLINE void attend(const Context& context, std::span<const Row> rows, std::
   const AttendUnits units(context, rows, tokens, queries, output, options);
   const std::int64_t most =
       std::clamp<std::int64_t>(kBatchFloats / units.floats(), 1, units.count());
-  Batch batch(units, most);
   const int threads = units.multiplications() > kWorthThreads ? usable_threads() : 1;
+  Batch batch(units, most, threads);
   Items items(units, most, threads);
   // From here on nothing may throw: neither in threads nor with a part of the output written.
   for (std::int64_t first = 0; first < units.count(); first += most) {

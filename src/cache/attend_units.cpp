@@ -73,7 +73,11 @@ TQAI_INLINE double AttendUnits::multiplications() const noexcept {
 }
 
 // Left as it is: zeroing would take as long as a short call's attention.
-TQAI_INLINE AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most) {
+TQAI_INLINE AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most, int threads)
+    : widened_(threads,
+               sizeof(float) * kernels::exact_floats(units.context_.options.dtype,
+                                                     units.context_.options.head_dim,
+                                                     units.context_.options.value_head_dim)) {
   const auto count_of = [most](std::int64_t each) { return static_cast<std::size_t>(most * each); };
   lines_.reset(new Line[count_of(units.unit_floats_ / kLineFloats)]);
   states_.reset(new PartState[count_of(units.parts_)]);
@@ -213,12 +217,13 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
   return softmax;
 }
 
-TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item) const noexcept {
+TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int thread) const noexcept {
   if (item.part == 0) {
     for (int u = 0; u < item.count; ++u) {
       const Unit each = unit(batch.first_ + item.first + u);
       const Work memory = work(batch, item.first + u);
-      attend_exact(each, memory, begin(each, memory, 0));
+      attend_exact(each, memory, begin(each, memory, 0),
+                   reinterpret_cast<float*>(batch.widened_.of(thread)));
     }
     return;
   }
@@ -261,8 +266,8 @@ TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item) const
   }
 }
 
-TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work,
-                                           kernels::Softmax softmax) const noexcept {
+TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax,
+                               float* widened) const noexcept {
   const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];
@@ -272,7 +277,7 @@ TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work,
     context_.kernels->attend_exact(
         {exact_keys(context_, tokens, unit.kv_head), exact_values(context_, tokens, unit.kv_head),
          context_.options.dtype, context_.options.head_dim, context_.options.value_head_dim,
-         tokens.header().tokens, work.plain, softmax});
+         tokens.header().tokens, work.plain, widened, softmax});
   };
   attend(row.sinks, row.first);
   attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);

@@ -9,6 +9,7 @@
 #include "../kernels/kernels.hpp"
 #include "centres.hpp"
 #include "row.hpp"
+#include "../threads.hpp"
 
 namespace tqai::detail {
 
@@ -58,8 +59,8 @@ class AttendUnits {
   /// Working memory of a batch: units first() … first() + count() − 1.
   class Batch {
    public:
-    /// For up to `most` units. Throws std::bad_alloc.
-    Batch(const AttendUnits& units, std::int64_t most);
+    /// For up to `most` units and so many threads. Throws std::bad_alloc.
+    Batch(const AttendUnits& units, std::int64_t most, int threads);
     void move_to(std::int64_t first, std::int64_t count) noexcept {
       first_ = first;
       count_ = count;
@@ -75,6 +76,7 @@ class AttendUnits {
     std::unique_ptr<PartState[]> states_;
     std::unique_ptr<CentreScores[]> centres_;
     std::unique_ptr<bool[]> finite_;
+    ThreadMemory widened_;  // kernels::AttendExact
   };
   /// A part of `count` units from the batch's unit `first` on: one of exact tokens, or up to
   /// kMaxHeads of one batch row.
@@ -86,7 +88,8 @@ class AttendUnits {
 
   /// index: of a unit in the batch.
   void prepare(const Batch& batch, std::int64_t index) const noexcept;
-  void attend(const Batch& batch, const Item& item) const noexcept;
+  /// thread: its number.
+  void attend(const Batch& batch, const Item& item, int thread) const noexcept;
   void finish(const Batch& batch, std::int64_t index) const noexcept;
 
  private:
@@ -128,7 +131,8 @@ class AttendUnits {
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
   // Puts a mask row's columns where the row's tokens have their places.
   void close_gaps(const Row& row, float* mask) const noexcept;
-  void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax) const noexcept;
+  void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax,
+                    float* widened) const noexcept;
   // Blocks of one part and one centre set.
   void attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,
                      std::span<const kernels::HeadRows> heads) const noexcept;

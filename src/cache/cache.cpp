@@ -131,10 +131,11 @@ TQAI_INLINE std::vector<detail::Sealing> prepare_sealings(const Context& context
       }
     }
   }
-  parallel_for(static_cast<std::int64_t>(jobs.size()), 8, [&](std::int64_t i) {
-    const Job& job = jobs[static_cast<std::size_t>(i)];
-    detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head);
-  });
+  parallel_for(
+      std::ssize(jobs), 8, detail::encoding_bytes(context), [&](std::int64_t i, std::byte* memory) {
+        const Job& job = jobs[static_cast<std::size_t>(i)];
+        detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head, memory);
+      });
   return sealings;
 }
 

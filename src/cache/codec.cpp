@@ -85,8 +85,9 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
 
 TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;
-  static std::mutex mutex;
-  static std::map<Key, std::weak_ptr<const Codec>> table;
+  // Never destroyed: caches in static storage may outlive any order of destruction.
+  static auto& mutex = *new std::mutex;
+  static auto& table = *new std::map<Key, std::weak_ptr<const Codec>>;
   const Key key{options.head_dim, options.value_head_dim, options.bits_k,
                 options.bits_v,   options.rotation,       options.seed};
   const std::scoped_lock lock(mutex);

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+
+#include "../threads.hpp"
 
 namespace tqai::detail {
 namespace TQAI_LOCAL {
@@ -70,8 +71,8 @@ TQAI_INLINE void gather_exact(const Context& context, const ExactTokens& tokens,
 }
 
 TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, const Range& range,
-                             const VectorWriter& keys, const VectorWriter& values,
-                             float* vectors) noexcept {
+                 const VectorWriter& keys, const VectorWriter& values, std::byte* memory) noexcept {
+  auto* vectors = reinterpret_cast<float*>(memory + kernels::kCodingBytes);
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);
     values.clear(t - range.first);
@@ -86,13 +87,13 @@ TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, c
       const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.header().tiles) +
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
       const int dim = context.options.head_dim;
-      context.kernels->decode(context.codec->plan().keys, true, tile, vectors);
+      context.kernels->decode(context.codec->plan().keys, true, tile, vectors, memory);
       add_centre(context, row.centre_sets[static_cast<std::size_t>(view.set)], head,
                  positions_of(view), 1.0F, vectors);
       for (std::int64_t t = begin; t < end; ++t) {
         keys.write(t - range.first, vectors + (t - start) * dim);
       }
-      context.kernels->decode(context.codec->plan().values, false, tile, vectors);
+      context.kernels->decode(context.codec->plan().values, false, tile, vectors, memory);
       for (std::int64_t t = begin; t < end; ++t) {
         values.write(t - range.first, vectors + (t - start) * context.options.value_head_dim);
       }
@@ -123,14 +124,15 @@ TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::
   const Range range{first, keys.shape[2]};
   const int heads = context.options.kv_heads;
   // Of a tile. Before anything is written, after which nothing may throw.
-  const std::unique_ptr<float[]> vectors(new float[std::size_t{kTileTokens} * kernels::kMaxDim]);
+  const ThreadMemory memory(
+      1, kernels::kCodingBytes + std::size_t{kTileTokens} * kernels::kMaxDim * sizeof(float));
   for (std::size_t b = 0; b < rows.size(); ++b) {
     for (int head = 0; head < heads; ++head) {
       const VectorWriter to_keys(keys, static_cast<std::int64_t>(b), head);
       const VectorWriter to_values(values, static_cast<std::int64_t>(b), head);
       const std::int64_t place = place_of(rows[b], first);
       const std::int64_t end = place_of(rows[b], first + range.count);
-      gather_head(context, rows[b], head, {place, end - place}, to_keys, to_values, vectors.get());
+      gather_head(context, rows[b], head, {place, end - place}, to_keys, to_values, memory.of(0));
       if (rows[b].gaps.empty()) continue;
       spread(rows[b], range, place, to_keys);
       spread(rows[b], range, place, to_values);

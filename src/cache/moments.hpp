@@ -47,9 +47,10 @@ struct Moments {
 };
 
 /// Those of a tile: keys contiguous [64, head_dim] in the context's dtype; positions that `phasors`
-/// have. Thread-safe for different `moments`, which have room.
+/// have. Thread-safe for different `moments`, which have room. rows: working memory, [64,
+/// head_dim].
 void find_moments(const Context& context, const PositionPhasors& phasors, const std::byte* keys,
-                  const kernels::TilePositions& positions, Moments& moments) noexcept;
+                  const kernels::TilePositions& positions, float* rows, Moments& moments) noexcept;
 
 /// Of the tokens of several; at least one.
 Moments pooled(const std::vector<const Moments*>& parts);

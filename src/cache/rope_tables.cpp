@@ -126,8 +126,9 @@ TQAI_INLINE void RopeTables::cover(std::int64_t first, std::int64_t last) const 
 
 TQAI_INLINE std::shared_ptr<const RopeTables> shared_rope_tables(const Rope& rope) {
   using Key = std::tuple<std::vector<float>, Rope::Layout, int, std::vector<std::uint8_t>>;
-  static std::mutex mutex;
-  static std::map<Key, std::weak_ptr<const RopeTables>> table;
+  // Never destroyed: caches in static storage may outlive any order of destruction.
+  static auto& mutex = *new std::mutex;
+  static auto& table = *new std::map<Key, std::weak_ptr<const RopeTables>>;
   const std::scoped_lock lock(mutex);
   std::weak_ptr<const RopeTables>& entry =
       table[Key{rope.inv_freq, rope.layout, rope.rotary_dim, rope.sections}];

@@ -48,14 +48,16 @@ TQAI_INLINE std::vector<std::vector<Moments>> moments_of(const Context& context,
                                             std::vector<Moments>(blocks.size(), Moments(context)));
   const PositionPhasors phasors = context.rope ? context.rope->phasors() : PositionPhasors{};
   const auto count = static_cast<std::int64_t>(heads * blocks.size());
-  parallel_for(count, 16, [&](std::int64_t i) {
+  const std::size_t bytes =
+      std::size_t{kTileTokens} * static_cast<std::size_t>(context.options.head_dim) * sizeof(float);
+  parallel_for(count, 16, bytes, [&](std::int64_t i, std::byte* memory) {
     const auto block = static_cast<std::size_t>(i) / heads;
     const auto head = static_cast<std::size_t>(i) % heads;
     const auto token = static_cast<std::size_t>(from) + block * kTileTokens;
     find_moments(
         context, phasors,
         exact_keys(context, row.tail, static_cast<int>(head)) + token * context.key_bytes(),
-        positions_of(blocks[block]), moments[head][block]);
+        positions_of(blocks[block]), reinterpret_cast<float*>(memory), moments[head][block]);
   });
   return moments;
 }
@@ -210,26 +212,31 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
   return sealing;
 }
 
-TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing,
-                             std::int64_t index, int head) noexcept {
+TQAI_INLINE std::size_t encoding_bytes(const Context& context) noexcept {
+  const int dim = std::max(context.options.head_dim, context.options.value_head_dim);
+  return kernels::kCodingBytes + static_cast<std::size_t>(kTileTokens * dim) * sizeof(float);
+}
+
+TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
+                 int head, std::byte* memory) noexcept {
   const CacheOptions& options = context.options;
   const Codec& codec = *context.codec;
   const auto from = static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens);
   BlockView& view = sealing.blocks[static_cast<std::size_t>(index)];
   auto* tile = reinterpret_cast<std::uint8_t*>(view.block.payload()) +
                static_cast<std::size_t>(head) * codec.layout().bytes();
-  alignas(64) float rows[kTileTokens * kernels::kMaxDim];
+  auto* rows = reinterpret_cast<float*>(memory + kernels::kCodingBytes);
 
   convert_to_float(exact_keys(context, row.tail, head) + from * context.key_bytes(), options.dtype,
                    static_cast<std::size_t>(kTileTokens * options.head_dim), rows);
   add_centre(context, sealing.centre_sets[static_cast<std::size_t>(view.set)], head,
              positions_of(view), -1.0F, rows);
-  context.kernels->encode(codec.plan().keys, true, rows, tile);
+  context.kernels->encode(codec.plan().keys, true, rows, tile, memory);
 
   convert_to_float(exact_values(context, row.tail, head) + from * context.value_bytes(),
                    options.dtype, static_cast<std::size_t>(kTileTokens * options.value_head_dim),
                    rows);
-  context.kernels->encode(codec.plan().values, false, rows, tile);
+  context.kernels->encode(codec.plan().values, false, rows, tile, memory);
 }
 
 TQAI_INLINE void commit(Row& row, Sealing&& sealing) noexcept {

@@ -125,7 +125,9 @@ Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens);
 
 /// Encodes one head of block `index`. Thread-safe for different (index, head).
 void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
-                 int head) noexcept;
+                 int head, std::byte* memory) noexcept;
+/// Bytes of its working memory, 64-byte aligned.
+std::size_t encoding_bytes(const Context& context) noexcept;
 
 /// Makes the sealing the row's state.
 void commit(Row& row, Sealing&& sealing) noexcept;

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "code_bins.hpp"
@@ -124,11 +125,13 @@ struct PlainLanes {
   }
 };
 
-struct EncodeScratch {
+// In the callers' working memory.
+struct CodingScratch {
   alignas(64) LaneRows x;
   alignas(64) LaneRows y;
   alignas(64) std::uint8_t codes[kMaxDim * kTileTokens];
 };
+static_assert(sizeof(CodingScratch) == kCodingBytes);
 
 // Quads [padded / 4, 64 tokens, 4 coordinates] into the side's segments. Quads are lines of keys.
 template <typename Lanes>
@@ -164,8 +167,9 @@ inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* til
 }
 
 template <typename Lanes>
-void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept {
-  EncodeScratch scratch;
+void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile,
+            std::byte* memory) noexcept {
+  CodingScratch& scratch = *new (memory) CodingScratch;
   std::uint16_t halves[kTileTokens];
   const float turned =
       side.signs != nullptr ? 1.0F / std::sqrt(static_cast<float>(side.dim)) : 1.0F;
@@ -204,9 +208,9 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
   std::memcpy(tile + side.norms, halves, sizeof halves);
 }
 
-TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* tile,
-                        float* rows) noexcept {
-  EncodeScratch scratch;
+TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows,
+            std::byte* memory) noexcept {
+  CodingScratch& scratch = *new (memory) CodingScratch;
   std::uint16_t halves[kTileTokens];
   std::memcpy(halves, tile + side.norms, sizeof halves);
   unpack_side(side, keys, tile, scratch.codes);

@@ -8,22 +8,19 @@
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
-// A block's keys or values as fp32 rows whose length is a multiple of 16.
-struct ExactBlock {
-  alignas(64) float storage[kTileTokens * kMaxDim];
-
-  // Rows [tokens, dim] of dtype; what comes back has `padded` floats a row, zero beyond dim.
-  const float* read(const void* rows, DType dtype, int dim, int padded, int tokens) noexcept {
-    if (dtype == DType::f32 && dim == padded) return static_cast<const float*>(rows);
-    const std::ptrdiff_t bytes = dim * static_cast<std::ptrdiff_t>(size_of(dtype));
-    for (int t = 0; t < tokens; ++t) {
-      float* row = storage + static_cast<std::ptrdiff_t>(t) * padded;
-      widen(static_cast<const char*>(rows) + t * bytes, dtype, dim, row);
-      for (int c = dim; c < padded; ++c) row[c] = 0.0F;
-    }
-    return storage;
+// A block's keys or values as fp32 rows whose length is a multiple of 16. rows: [tokens, dim] of
+// dtype; what comes back has `padded` floats a row, zero beyond dim, in `widened` where need be.
+inline const float* read_rows(const void* rows, DType dtype, int dim, int padded, int tokens,
+                              float* widened) noexcept {
+  if (dtype == DType::f32 && dim == padded) return static_cast<const float*>(rows);
+  const std::ptrdiff_t bytes = dim * static_cast<std::ptrdiff_t>(size_of(dtype));
+  for (int t = 0; t < tokens; ++t) {
+    float* row = widened + static_cast<std::ptrdiff_t>(t) * padded;
+    widen(static_cast<const char*>(rows) + t * bytes, dtype, dim, row);
+    for (int c = dim; c < padded; ++c) row[c] = 0.0F;
   }
-};
+  return widened;
+}
 
 // Sums of products in 16 lanes, of 16 tokens; then lanes and tokens exchanged.
 struct TokenSums {
@@ -126,7 +123,6 @@ inline void for_row_blocks(int rows, Body&& body) noexcept {
 }
 
 struct ExactScratch {
-  ExactBlock rows;
   Block block;
   TokenSums sums;
 };
@@ -148,8 +144,8 @@ void attend_exact(const AttendExact& args) noexcept {
     if (!sight.any(start, tokens)) continue;
     const bool whole = sight.whole(start, tokens);
     const float* keys =
-        scratch.rows.read(static_cast<const char*>(args.keys) + start * args.key_dim * element,
-                          args.dtype, args.key_dim, key_padded, tokens);
+        read_rows(static_cast<const char*>(args.keys) + start * args.key_dim * element, args.dtype,
+                  args.key_dim, key_padded, tokens, args.widened);
     for (int at = 0; at < tokens; at += kLanes) {
       const float* group = keys + static_cast<std::ptrdiff_t>(at) * key_padded;
       const int count = std::min(tokens - at, kLanes);
@@ -167,8 +163,8 @@ void attend_exact(const AttendExact& args) noexcept {
       store_row(block.scores[r], vecs);
     }
     const float* values =
-        scratch.rows.read(static_cast<const char*>(args.values) + start * args.value_dim * element,
-                          args.dtype, args.value_dim, value_padded, tokens);
+        read_rows(static_cast<const char*>(args.values) + start * args.value_dim * element,
+                  args.dtype, args.value_dim, value_padded, tokens, args.widened);
     for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
       accumulate_exact<kRows>(block.scores + first, values, value_padded, tokens,
                               softmax.output + first * softmax.output_stride,

@@ -1,6 +1,7 @@
 // The kernels: one table of functions per level, all with the same results.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <tqai/cpu.hpp>
@@ -16,6 +17,9 @@ inline constexpr int kMaxRows = 8;
 inline constexpr int kMaxHeads = 32;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = padded_dim(kMaxHeadDim);
+/// Bytes of working memory that coding and decoding a tile needs, 64-byte aligned. Not on the stack,
+/// of which a thread may have no more than that (musl's have 128 KB).
+inline constexpr std::size_t kCodingBytes = std::size_t{3} * 64 * kMaxDim;
 /// Floats that the plain loops treat side by side, at every level.
 inline constexpr int kLanes = 16;
 
@@ -142,8 +146,19 @@ struct AttendExact {
   int value_dim;
   std::int64_t tokens;
   const float* queries;  // [rows, padded_dim(key_dim)], padding 0, finite
+  float* widened;        // working memory, 64-byte aligned: exact_floats
   Softmax softmax;
 };
+
+/// Floats of AttendExact's working memory: what a block's vectors take where they are not read in
+/// place.
+constexpr std::size_t exact_floats(DType dtype, int key_dim, int value_dim) noexcept {
+  const auto of = [dtype](int dim) {
+    const bool in_place = dtype == DType::f32 && dim == padded_dim(dim);
+    return in_place ? std::size_t{0} : static_cast<std::size_t>(padded_dim(dim) * kTileTokens);
+  };
+  return std::max(of(key_dim), of(value_dim));
+}
 
 struct Kernels {
   Level level;
@@ -178,11 +193,14 @@ struct Kernels {
   void (*rotate_back)(const SidePlan& side, const float* y, float* x) noexcept;
 
   /// Norms, rotates, quantises and packs 64 vectors. rows: [64, dim] fp32, finite; `tile`: the
-  /// head's tile, whose part of this side is written. Same bits at every level.
-  void (*encode)(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile) noexcept;
+  /// head's tile, whose part of this side is written; `memory`: kCodingBytes. Same bits at every
+  /// level.
+  void (*encode)(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile,
+                 std::byte* memory) noexcept;
 
   /// The inverse: rows [64, dim], in the original domain. Same bits at every level.
-  void (*decode)(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows) noexcept;
+  void (*decode)(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows,
+                 std::byte* memory) noexcept;
 
   /// Whether all elements are finite and, where `max_norm` > 0, no row is longer.
   /// rows: [rows, dim] of dtype, `stride` elements apart.

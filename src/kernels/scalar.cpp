@@ -26,15 +26,18 @@ struct Integer {
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
                     const std::uint8_t* words, const std::int32_t* /*bias*/, int rows,
                     std::int32_t* scores, Ahead /*ahead*/) noexcept {
-    std::uint8_t codes[kMaxDim * kTileTokens];
-    unpack_keys(packed, segment.count, segment.bits, codes);
-    for (int r = 0; r < rows; ++r) {
-      std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
-      for (int t = 0; t < kTileTokens; ++t) row[t] = 0;
-      for (int c = 0; c < segment.count; ++c) {
-        const auto q = static_cast<std::int8_t>(words[r * segment.count + c]);
-        for (int t = 0; t < kTileTokens; ++t) {
-          row[t] += q * segment.levels[codes[c * kTileTokens + t]];
+    std::fill_n(scores, rows * kTileTokens, 0);
+    for (int first = 0; first < segment.count; first += kCoordinateBlock) {
+      std::uint8_t codes[kCoordinateBlock * kTileTokens];
+      unpack_keys(packed + packed_bytes(first, segment.bits), kCoordinateBlock, segment.bits,
+                  codes);
+      for (int r = 0; r < rows; ++r) {
+        std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
+        for (int c = 0; c < kCoordinateBlock; ++c) {
+          const auto q = static_cast<std::int8_t>(words[r * segment.count + first + c]);
+          for (int t = 0; t < kTileTokens; ++t) {
+            row[t] += q * segment.levels[codes[c * kTileTokens + t]];
+          }
         }
       }
     }
@@ -43,16 +46,19 @@ struct Integer {
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
                          const std::uint8_t* weights, const float* steps, int rows, float* output,
                          std::int64_t stride, Ahead /*ahead*/) noexcept {
-    std::uint8_t codes[kMaxDim * kTileTokens];
-    unpack_values(packed, segment.count, segment.bits, codes);
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < segment.count; ++c) {
-        std::int32_t sum = 0;
-        for (int t = 0; t < kTileTokens; ++t) {
-          sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+    for (int first = 0; first < segment.count; first += kCoordinateBlock) {
+      std::uint8_t codes[kCoordinateBlock * kTileTokens];
+      unpack_values(packed + packed_bytes(first, segment.bits), kCoordinateBlock, segment.bits,
+                    codes);
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < kCoordinateBlock; ++c) {
+          std::int32_t sum = 0;
+          for (int t = 0; t < kTileTokens; ++t) {
+            sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+          }
+          float& out = output[r * stride + first + c];
+          out = fused(static_cast<float>(sum), steps[r], out);
         }
-        float& out = output[r * stride + c];
-        out = fused(static_cast<float>(sum), steps[r], out);
       }
     }
   }

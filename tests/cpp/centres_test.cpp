@@ -164,10 +164,11 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       context.rope->cover(-2'000'000, 100'003);
       std::vector<detail::Moments> moments(5, detail::Moments(context));
       std::vector<const detail::Moments*> parts;
+      std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
       for (std::size_t i = 0; i < moments.size(); ++i) {
-        detail::find_moments(context, context.rope->phasors(),
-                             keys + i * kTileTokens * context.key_bytes(),
-                             {7 + static_cast<std::int64_t>(i) * kTileTokens}, moments[i]);
+        detail::find_moments(
+            context, context.rope->phasors(), keys + i * kTileTokens * context.key_bytes(),
+            {7 + static_cast<std::int64_t>(i) * kTileTokens}, rows.data(), moments[i]);
         parts.push_back(&moments[i]);
       }
       detail::choose_centre(context, detail::pooled(parts), 0, centres);
@@ -177,7 +178,7 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
             static_cast<std::size_t>(detail::CentreScores::factor_floats(context)));
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
                                           factors.data());
-        std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens, 0.0F);
+        rows.assign(rows.size(), 0.0F);
         detail::add_centre(context, centres, 0, {first}, 1.0F, rows.data());
         for (const Level level : available_levels()) {
           float bias[5][kTileTokens];

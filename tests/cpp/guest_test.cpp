@@ -1,4 +1,6 @@
 // The library in an application's process: whatever that has told its processor, and forked or not.
+#include <cstdlib>
+#include <optional>
 #include <tqai/cache.hpp>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -105,6 +107,51 @@ TEST(Fork, AChildOfAProcessThatUsedThreadsComputesTheSame) {
 }
 
 #endif
+
+// A cache in static storage, used where all that was made after its holder is destroyed.
+class Late {
+ public:
+  void hold() {
+    options_ = geometry(64);
+    options_.rope = test::rope_of(64);
+    cache_.emplace(options_);
+    tokens_.append_to(*cache_, 0, 100);
+  }
+  ~Late() {
+    // What a destroyed map leaves is written over.
+    const std::vector<std::vector<std::byte>> rubbish(1000,
+                                                      std::vector<std::byte>(90, std::byte{0xFF}));
+    tokens_.append_to(*cache_, 100, 100);
+    cache_->seal();
+    CacheOptions others = options_;
+    others.seed = 5;
+    others.rope->inv_freq.front() = 0.5F;
+    KvCache other(others);
+    tokens_.append_to(other, 0, 200);
+    other.seal();
+    const bool right = attend(other, queries_).data != attend(*cache_, queries_).data &&
+                       other.memory().packed_tokens > 0 && rubbish.size() == 1000;
+    std::_Exit(right ? 7 : 1);
+  }
+
+ private:
+  std::mt19937_64 engine_ = test::random_engine(13);
+  Tokens tokens_{1, 2, 200, 64, engine_};
+  Array queries_{{1, 4, 1, 64}, engine_};
+  CacheOptions options_;
+  std::optional<KvCache> cache_;
+};
+
+TEST(StaticDestructorDeathTest, MayUseACache) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";  // a process of its own, with no maps yet
+  EXPECT_EXIT(
+      {
+        static Late late;
+        late.hold();
+        std::exit(0);
+      },
+      testing::ExitedWithCode(7), "");
+}
 
 }  // namespace
 }  // namespace tqai

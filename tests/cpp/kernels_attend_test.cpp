@@ -24,8 +24,9 @@ TQAI_AT_EVERY_LEVEL(Levels);
 void encode(const detail::Codec& codec, const std::vector<float>& keys,
             const std::vector<float>& values, std::uint8_t* tile) {
   const Kernels& scalar = kernels::kernels(Level::scalar);
-  scalar.encode(codec.plan().keys, true, keys.data(), tile);
-  scalar.encode(codec.plan().values, false, values.data(), tile);
+  test::Memory memory;
+  scalar.encode(codec.plan().keys, true, keys.data(), tile, memory.bytes());
+  scalar.encode(codec.plan().values, false, values.data(), tile, memory.bytes());
 }
 
 struct Attended {
@@ -82,7 +83,7 @@ class Head {
     rows.softmax.first = first_.data();
     rows.softmax.end = end_.data();
     rows.softmax.max = state_.max.data();
-    rows.softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state_.sums.data());
+    rows.softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state_.sums.data());
     rows.softmax.output = state_.output.data();
     return rows;
   }
@@ -406,11 +407,11 @@ Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {
   softmax.first = &first;
   softmax.end = &tokens;
   softmax.max = state.max.data();
-  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
+  softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state.sums.data());
   softmax.output = state.output.data();
   softmax.output_stride = kDim;
   kernels.attend_exact(
-      {keys.data(), values.data(), DType::f32, kDim, kDim, tokens, query.data(), softmax});
+      {keys.data(), values.data(), DType::f32, kDim, kDim, tokens, query.data(), nullptr, softmax});
   return state;
 }
 

@@ -33,6 +33,19 @@ class Levels : public EveryLevel {
   static const kernels::Kernels& scalar() { return kernels::kernels(Level::scalar); }
 };
 
+// Working memory for a kernel, 64-byte aligned.
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes = kernels::kCodingBytes) : lines_(bytes / sizeof(Line) + 1) {}
+  std::byte* bytes() noexcept { return lines_.front().bytes; }
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  std::vector<Line> lines_;
+};
+
 // Tiles with vectors of all sizes, a zero vector and a one-hot one among them.
 inline std::vector<float> tile_rows(int dim, std::mt19937_64& engine) {
   auto rows = random_normal(static_cast<std::size_t>(dim) * kTileTokens, engine);

@@ -91,6 +91,7 @@ TEST_P(Levels, WeightedSumsAreExact) {
 
 TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
   auto engine = test::random_engine(3);
+  test::Memory memory;
   for (int bits = 1; bits <= 8; ++bits) {
     for (const int dim : {8, 16, 18, 40, 41, 63, 64, 80, 96, 128, 256, 512}) {
       const auto codec = make_codec(dim, bits);
@@ -99,13 +100,13 @@ TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
         const auto& side = keys ? codec.plan().keys : codec.plan().values;
         std::vector<std::uint8_t> tile(codec.layout().bytes(), 0);
         std::vector<std::uint8_t> expected(tile.size(), 0);
-        level().encode(side, keys, rows.data(), tile.data());
-        scalar().encode(side, keys, rows.data(), expected.data());
+        level().encode(side, keys, rows.data(), tile.data(), memory.bytes());
+        scalar().encode(side, keys, rows.data(), expected.data(), memory.bytes());
         ASSERT_EQ(tile, expected) << "bits " << bits << ", d " << dim;
         std::vector<float> decoded(rows.size());
         std::vector<float> expected_rows(rows.size());
-        level().decode(side, keys, tile.data(), decoded.data());
-        scalar().decode(side, keys, tile.data(), expected_rows.data());
+        level().decode(side, keys, tile.data(), decoded.data(), memory.bytes());
+        scalar().decode(side, keys, tile.data(), expected_rows.data(), memory.bytes());
         ASSERT_EQ(
             0, std::memcmp(decoded.data(), expected_rows.data(), decoded.size() * sizeof(float)));
       }
@@ -140,17 +141,20 @@ TEST_P(Levels, RotationsAreThoseOfTheLibraryBitForBit) {
 // The scalar level is the specification; this is the specification of the scalar level.
 TEST(Encode, CodesAreNearestCentroidsOfTheRotatedUnitVector) {
   auto engine = test::random_engine(4);
+  test::Memory memory;
   for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8}) {
     for (const int dim : kDims) {
       const auto codec = make_codec(dim, bits);
       const Codebook& book = codebook(dim, bits, Grid::int8);
       const auto rows = tile_rows(dim, engine);
       std::vector<std::uint8_t> tile(codec.layout().bytes());
-      kernels::kernels(Level::scalar).encode(codec.plan().keys, true, rows.data(), tile.data());
+      kernels::kernels(Level::scalar)
+          .encode(codec.plan().keys, true, rows.data(), tile.data(), memory.bytes());
       std::vector<std::uint8_t> codes(static_cast<std::size_t>(padded_dim(dim)) * kTileTokens);
       unpack_keys(tile.data(), padded_dim(dim), bits, codes.data());
       std::vector<float> decoded(rows.size());
-      kernels::kernels(Level::scalar).decode(codec.plan().keys, true, tile.data(), decoded.data());
+      kernels::kernels(Level::scalar)
+          .decode(codec.plan().keys, true, tile.data(), decoded.data(), memory.bytes());
       for (int t = 0; t < kTileTokens; ++t) {
         const float* x = rows.data() + t * dim;
         double length = 0.0;
