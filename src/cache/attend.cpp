@@ -43,7 +43,7 @@ class Items {
       last_.assign(whole, items_.end());
       items_.erase(whole, items_.end());
     }
-    for (std::int64_t i = 0; i < batch.count(); ++i) items_.push_back({i, 1, 0});
+    add_exact(batch);
     int last_units = 0;
     for (const Item& item : last_) last_units += item.count;
     const int share = std::max(1, last_units / (kShares * threads_));
@@ -67,10 +67,26 @@ class Items {
       const std::int64_t run_end = round_up(batch.first() + first + 1, run) - batch.first();
       const std::int64_t end = std::min(batch.count(), run_end);
       const std::int64_t parts = units_.parts(batch.first() + first);
-      for (std::int64_t part = 1; part < parts; ++part) {
+      const std::int64_t exact_parts = units_.exact_parts(batch.first() + first);
+      for (std::int64_t part = exact_parts; part < parts; ++part) {
         for (std::int64_t u = first; u < end; u += most) {
           items_.push_back({u, static_cast<int>(std::min(most, end - u)), part});
         }
+      }
+      first = end;
+    }
+  }
+
+  // The exact parts: the units of a kv head one after another, so that they find its tokens in a
+  // cache.
+  void add_exact(const Batch& batch) noexcept {
+    for (std::int64_t first = 0; first < batch.count();) {
+      const std::int64_t head_end =
+          round_up(batch.first() + first + 1, units_.per_head()) - batch.first();
+      const std::int64_t end = std::min(batch.count(), head_end);
+      const std::int64_t parts = units_.exact_parts(batch.first() + first);
+      for (std::int64_t part = 0; part < parts; ++part) {
+        for (std::int64_t u = first; u < end; ++u) items_.push_back({u, 1, part});
       }
       first = end;
     }

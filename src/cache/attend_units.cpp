@@ -218,11 +218,13 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
 }
 
 TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int thread) const noexcept {
-  if (item.part == 0) {
+  const std::int64_t batch_row = unit(batch.first_ + item.first).batch_row;
+  const std::int64_t exact_parts = exact_parts_of(batch_row);
+  if (item.part < exact_parts) {
     for (int u = 0; u < item.count; ++u) {
       const Unit each = unit(batch.first_ + item.first + u);
       const Work memory = work(batch, item.first + u);
-      attend_exact(each, memory, begin(each, memory, 0),
+      attend_exact(each, memory, item.part, begin(each, memory, item.part),
                    reinterpret_cast<float*>(batch.widened_.of(thread)));
     }
     return;
@@ -230,8 +232,8 @@ TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int t
   kernels::HeadRows heads[kMaxHeads];
   std::int64_t first[kMaxHeads][kMaxRows];
   std::int64_t end[kMaxHeads][kMaxRows];
-  const Row& row = rows_[static_cast<std::size_t>(unit(batch.first_ + item.first).batch_row)];
-  const std::size_t first_block = static_cast<std::size_t>(item.part - 1) * kPartBlocks;
+  const Row& row = rows_[static_cast<std::size_t>(batch_row)];
+  const std::size_t first_block = static_cast<std::size_t>(item.part - exact_parts) * kPartBlocks;
   const std::size_t end_block = std::min(first_block + kPartBlocks, row.sealed.size());
   std::int64_t start = row.first + row.sink_tokens();
   for (std::size_t i = 0; i < first_block; ++i) {
@@ -266,21 +268,29 @@ TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int t
   }
 }
 
-TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax,
-                               float* widened) const noexcept {
+TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work, std::int64_t part,
+                               kernels::Softmax softmax, float* widened) const noexcept {
   const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];
-  const auto attend = [&](const ExactTokens& tokens, std::int64_t start) {
-    if (!tokens) return;
-    set_range(unit, work, start, first, end, softmax);
+  // Tokens [from, to) of those, of which the first is token `start`.
+  const auto attend = [&](const ExactTokens& tokens, std::int64_t start, std::int64_t from,
+                          std::int64_t to) {
+    if (from >= to) return;
+    set_range(unit, work, start + from, first, end, softmax);
+    const auto skipped = static_cast<std::size_t>(from);
     context_.kernels->attend_exact(
-        {exact_keys(context_, tokens, unit.kv_head), exact_values(context_, tokens, unit.kv_head),
+        {exact_keys(context_, tokens, unit.kv_head) + skipped * context_.key_bytes(),
+         exact_values(context_, tokens, unit.kv_head) + skipped * context_.value_bytes(),
          context_.options.dtype, context_.options.head_dim, context_.options.value_head_dim,
-         tokens.header().tokens, work.plain, widened, softmax});
+         to - from, work.plain, widened, softmax});
   };
-  attend(row.sinks, row.first);
-  attend(row.tail, row.first + row.sink_tokens() + row.sealed_tokens);
+  const std::int64_t sinks = row.sink_tokens();
+  const std::int64_t from = part * kPartTokens;
+  const std::int64_t to = std::min(from + kPartTokens, sinks + row.tail_tokens());
+  attend(row.sinks, row.first, from, std::min(to, sinks));
+  attend(row.tail, row.first + sinks + row.sealed_tokens, std::max(from, sinks) - sinks,
+         to - sinks);
 }
 
 TQAI_INLINE void AttendUnits::attend_sealed(
@@ -304,6 +314,7 @@ TQAI_INLINE void AttendUnits::finish(const Batch& batch, std::int64_t index) con
   const int dim = context_.options.value_head_dim;
   const std::int64_t part_floats = row_capacity_ * value_padded_;
   const std::int64_t parts = parts_of(unit.batch_row);
+  const std::int64_t exact_parts = exact_parts_of(unit.batch_row);
   float merged[kernels::kMaxDim];
   float packed[kernels::kMaxDim];
   float unrotated[kernels::kMaxDim];
@@ -325,10 +336,10 @@ TQAI_INLINE void AttendUnits::finish(const Batch& batch, std::int64_t index) con
       context_.kernels->add_scaled(state.sums[r], share, kernels::kLanes, sums);
       const float* from =
           work.outputs + p * part_floats + static_cast<std::ptrdiff_t>(r) * value_padded_;
-      context_.kernels->add_scaled(from, share, dim, p == 0 ? merged : packed);
+      context_.kernels->add_scaled(from, share, dim, p < exact_parts ? merged : packed);
     }
     // Sealed values were summed in their rotated domain.
-    if (parts > 1) {
+    if (parts > exact_parts) {
       context_.kernels->rotate_back(context_.codec->plan().values, packed, unrotated);
       for (int c = 0; c < dim; ++c) merged[c] += unrotated[c];
     }

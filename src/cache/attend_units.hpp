@@ -1,6 +1,7 @@
 // One call of attention over a cache's rows, as units of work that threads can share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -13,19 +14,20 @@
 
 namespace tqai::detail {
 
-// Sealed blocks are attended in parts of this many, whatever the number of threads, so that results
-// do not depend on it.
+// Tokens are attended to in parts of this many blocks, whatever the number of threads, so that
+// results do not depend on it; and of no more, as a part's sums are single floats, which round.
 inline constexpr std::size_t kPartBlocks = 64;
+inline constexpr std::int64_t kPartTokens = std::int64_t{kPartBlocks} * kTileTokens;
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t unit) {
   return divide_up(a, unit) * unit;
 }
 
-/// The units of a call: (batch row, kv head, block of query rows), each with one part of exact
-/// tokens and one per kPartBlocks sealed blocks. A unit is prepared, its parts attended to in any
-/// order, then it is finished. Units are held in batches, to bound what lies between. Thread-safe
-/// for different units, and for different parts of one.
+/// The units of a call: (batch row, kv head, block of query rows), each with a part per
+/// kPartTokens exact tokens, sinks first, then one per kPartBlocks sealed blocks. A unit is
+/// prepared, its parts attended to in any order, then it is finished. Units are held in batches, to
+/// bound what lies between. Thread-safe for different units, and for different parts of one.
 class AttendUnits {
  public:
   AttendUnits(const Context& context, std::span<const Row> rows, std::int64_t tokens,
@@ -35,8 +37,11 @@ class AttendUnits {
   /// Units of a kv head, and of a batch row: they follow one another.
   std::int64_t per_head() const noexcept { return blocks_; }
   std::int64_t per_row() const noexcept { return context_.options.kv_heads * blocks_; }
-  /// Parts of unit `index`; part 0 is of exact tokens.
+  /// Parts of unit `index`, and how many of them, the first ones, are of exact tokens.
   std::int64_t parts(std::int64_t index) const noexcept { return parts_of(unit(index).batch_row); }
+  std::int64_t exact_parts(std::int64_t index) const noexcept {
+    return exact_parts_of(unit(index).batch_row);
+  }
   std::int64_t most_parts() const noexcept { return parts_; }
   /// Of all units, about.
   double multiplications() const noexcept;
@@ -78,8 +83,8 @@ class AttendUnits {
     std::unique_ptr<bool[]> finite_;
     ThreadMemory widened_;  // kernels::AttendExact
   };
-  /// A part of `count` units from the batch's unit `first` on: one of exact tokens, or up to
-  /// kMaxHeads of one batch row.
+  /// A part of `count` units from the batch's unit `first` on: one for a part of exact tokens, else
+  /// up to kMaxHeads of one batch row.
   struct Item {
     std::int64_t first;
     int count;
@@ -122,16 +127,20 @@ class AttendUnits {
   }
   Work work(const Batch& batch, std::int64_t index) const noexcept;
 
-  // Exact tokens are part 0; sealed blocks the next ones.
+  std::int64_t exact_parts_of(std::int64_t batch_row) const noexcept {
+    const Row& row = rows_[static_cast<std::size_t>(batch_row)];
+    const std::int64_t tokens = row.sink_tokens() + row.tail_tokens();
+    return std::max<std::int64_t>(divide_up(tokens, kPartTokens), 1);
+  }
   std::int64_t parts_of(std::int64_t batch_row) const noexcept {
     const auto blocks = std::ssize(rows_[static_cast<std::size_t>(batch_row)].sealed);
-    return 1 + divide_up(blocks, std::int64_t{kPartBlocks});
+    return exact_parts_of(batch_row) + divide_up(blocks, std::int64_t{kPartBlocks});
   }
 
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
   // Puts a mask row's columns where the row's tokens have their places.
   void close_gaps(const Row& row, float* mask) const noexcept;
-  void attend_exact(const Unit& unit, const Work& work, kernels::Softmax softmax,
+  void attend_exact(const Unit& unit, const Work& work, std::int64_t part, kernels::Softmax softmax,
                     float* widened) const noexcept;
   // Blocks of one part and one centre set.
   void attend_sealed(const Row& row, std::size_t first_block, std::size_t end_block,

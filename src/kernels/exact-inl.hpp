@@ -64,17 +64,13 @@ inline void score_exact(const float* queries, const float* keys, int padded, int
   }
 }
 
-// output[r] += Σ_t weights[r, t] · values[t], in order of tokens, of kVecs registers of
-// coordinates.
+// output[r] += Σ_t weights[r, t] · values[t], of kVecs registers of coordinates. A block's sum, in
+// order of tokens, is rounded on its own: added to what came before, each of many equal tokens
+// would be rounded the same way.
 template <int kRows, int kVecs>
 inline void accumulate_columns(const float (*weights)[kTileTokens], const float* values, int padded,
                                int tokens, float* output, std::int64_t stride) noexcept {
-  FloatVec sums[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) {
-      sums[r][v] = load_floats(output + r * stride + v * kVectorLanes);
-    }
-  }
+  FloatVec sums[kRows][kVecs] = {};
   for (int t = 0; t < tokens; ++t) {
     const float* value = values + static_cast<std::ptrdiff_t>(t) * padded;
     FloatVec parts[kVecs];
@@ -85,7 +81,8 @@ inline void accumulate_columns(const float (*weights)[kTileTokens], const float*
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVecs; ++v) {
-      store_floats(output + r * stride + v * kVectorLanes, sums[r][v]);
+      float* to = output + r * stride + v * kVectorLanes;
+      store_floats(to, load_floats(to) + sums[r][v]);
     }
   }
 }

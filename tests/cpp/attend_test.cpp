@@ -114,6 +114,63 @@ TEST_P(EveryLevel, ExactTokensAreAttendedInFp32) {
   }
 }
 
+// In one running sum each of many equal terms is rounded the same way.
+TEST_P(EveryLevel, ManyEqualExactTokensKeepTheirValue) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    CacheOptions options = geometry(16, 4, 4, 1);
+    options.level = GetParam();
+    options.residual_window = 1 << 20;
+    options.dtype = dtype;
+    KvCache cache(options);
+    const std::int64_t tokens = 100'000;
+    const auto value = from_bfloat16(to_bfloat16(0.7F));
+    const std::vector<float> wide(16, value);
+    const std::vector<std::uint16_t> narrow(16, to_bfloat16(value));
+    const ConstTensor same{dtype == DType::f32 ? static_cast<const void*>(wide.data())
+                                               : static_cast<const void*>(narrow.data()),
+                           dtype,
+                           {1, 1, tokens, 16},
+                           {0, 0, 0, 1}};
+    cache.append(same, same);
+    const Array output = attend(cache, Array({1, 1, 1, 16}, 1.0F));
+    for (const float x : output.data) EXPECT_NEAR(x, value, 1e-6 * static_cast<double>(value));
+  }
+}
+
+// Sinks and the tail are cut into parts together.
+TEST_P(EveryLevel, PartsOfExactTokensAgreeWithDouble) {
+  auto engine = test::random_engine(77);
+  const Tokens all(1, 1, 9100, 16, engine);
+  for (const int sinks : {0, 4, 4200}) {
+    CacheOptions options = geometry(16, 4, 4, 1);
+    options.level = GetParam();
+    options.sink_tokens = sinks;
+    options.residual_window = 4300;
+    KvCache cache(options);
+    all.append_to(cache, 0, 9100);
+    cache.seal();
+    ASSERT_GT(cache.packed_tokens(0), 0);
+    KvCache exact = [&] {
+      CacheOptions wide = options;
+      wide.residual_window = 10'000;
+      KvCache held(wide);
+      all.append_to(held, 0, 9100);
+      return held;
+    }();
+    const Array queries({1, 2, 3, 16}, engine);
+    for (const std::int64_t window : {0, 6000}) {
+      AttendOptions attend_options;
+      attend_options.window = window;
+      test::ReferenceOptions reference;
+      reference.window = window;
+      EXPECT_LT(worst_error(exact, queries, attend(exact, queries, attend_options), reference),
+                kExactError);
+      EXPECT_LT(worst_error(cache, queries, attend(cache, queries, attend_options), reference),
+                test::kPackedError);
+    }
+  }
+}
+
 TEST_P(EveryLevel, NothingToSeeGivesZeros) {
   CacheOptions options = geometry(64);
   options.level = GetParam();
