@@ -177,13 +177,19 @@ class TQAI_API KvCache {
   /// Largest position that `append` takes, and the negative of the smallest.
   static constexpr std::int64_t kMaxPosition = (std::int64_t{1} << 30) - 1;
 
-  /// Largest norm of a key or value in a tile: what FP16 holds with room for centring and norm
-  /// correction. A longer one stays exact for ever, as do the tokens after it.
+  /// Largest norm of a key or value in a tile. It is less where FP16 could not hold the norm of any
+  /// vector as long, after norm correction and for keys after centring: at 4 bits 11 000 for values
+  /// of 512 coordinates, and half of that for keys. A longer one stays exact for ever, as do the
+  /// tokens after it.
+  ///
+  /// Short ones: from 6e-5 down FP16 norms are coarse, and the codes make up for that, so that errors
+  /// stay what the bits allow down to norms of about 6e-8. Below, codes lose precision as well, and
+  /// from about 1e-8 down (8 bits: 1e-9) vectors become zeros.
   static constexpr float kMaxNorm = 16376.0F;
 
   /// Seals what has left the window; without it the next `append` does. O(tokens · head_dim · log).
   /// Returns how many tokens of a row, at most, have left it and stay exact because of a vector
-  /// longer than kMaxNorm; 0 where there is none.
+  /// that is too long for a tile (kMaxNorm); 0 where there is none.
   std::int64_t seal();
 
   /// Softmax attention. queries: [batch, query_heads, n, head_dim], query_heads a multiple of

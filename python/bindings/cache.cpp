@@ -258,7 +258,7 @@ None: each token is one further than the one before.)")
             return cache.change([](KvCache& held) { return held.seal(); });
           },
           R"(Compresses what has left the residual window; returns how many tokens of a row cannot be,
-because of a vector longer than max_norm.)")
+because of a vector that is too long for a tile.)")
       .def("attend", &attend, arg("queries"), arg("output"), arg("scale") = py::none(),
            arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
            arg("mask") = py::none(), arg("sink_scores") = 0,

@@ -103,7 +103,7 @@ class KvCache:
     def seal(self) -> int:
         """
         Compresses what has left the residual window; returns how many tokens of a row cannot be,
-        because of a vector longer than max_norm.
+        because of a vector that is too long for a tile.
         """
     def select(self, rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """

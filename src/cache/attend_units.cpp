@@ -217,7 +217,8 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
   return softmax;
 }
 
-TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int thread) const noexcept {
+TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item,
+                                     int thread) const noexcept {
   const std::int64_t batch_row = unit(batch.first_ + item.first).batch_row;
   const std::int64_t exact_parts = exact_parts_of(batch_row);
   if (item.part < exact_parts) {
@@ -269,7 +270,8 @@ TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item, int t
 }
 
 TQAI_INLINE void AttendUnits::attend_exact(const Unit& unit, const Work& work, std::int64_t part,
-                               kernels::Softmax softmax, float* widened) const noexcept {
+                                           kernels::Softmax softmax,
+                                           float* widened) const noexcept {
   const Row& row = rows_[static_cast<std::size_t>(unit.batch_row)];
   std::int64_t first[kMaxRows];
   std::int64_t end[kMaxRows];

@@ -8,9 +8,9 @@
 #include <tqai/cache.hpp>
 
 #include "../kernels/kernels.hpp"
+#include "../threads.hpp"
 #include "centres.hpp"
 #include "row.hpp"
-#include "../threads.hpp"
 
 namespace tqai::detail {
 

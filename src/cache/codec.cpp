@@ -1,5 +1,8 @@
 #include "codec.hpp"
 
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -64,6 +67,22 @@ TQAI_INLINE kernels::SidePlan plan_side(const Rotation& rotation,
           data_or_null(rotation.transposed_matrix())};
 }
 
+// A tile stores the norm over the length of what a unit vector's codes stand for. That is shortest
+// of a vector along one rotated axis, whose coordinate is cut to the outermost level while all
+// others get the innermost one.
+TQAI_INLINE float longest_vector(int dim, int bits) {
+  const Codebook& book = codebook(dim, bits, Grid::int8);
+  const auto levels = book.levels();
+  int innermost = 127;
+  for (const int level : levels) innermost = std::min(innermost, std::abs(level));
+  const int outermost = std::min<int>(levels.back(), -levels.front());
+  const double squares =
+      static_cast<double>(outermost) * outermost + (dim - 1.0) * innermost * innermost;
+  constexpr double kRounding = 0.999;
+  return static_cast<float>(kRounding * static_cast<double>(kMaxHalf * book.step()) *
+                            std::sqrt(squares));
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE Codec::Codec(const CacheOptions& options)
@@ -81,7 +100,9 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
       plan_{
           plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),
-          layout_.bytes()} {}
+          layout_.bytes()},
+      longest_key_(longest_vector(options.head_dim, options.bits_k)),
+      longest_value_(longest_vector(options.value_head_dim, options.bits_v)) {}
 
 TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;

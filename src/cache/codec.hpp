@@ -29,6 +29,10 @@ class Codec {
   const kernels::TilePlan& plan() const noexcept { return plan_; }
   const Rotation& key_rotation() const noexcept { return key_rotation_; }
   const Rotation& value_rotation() const noexcept { return value_rotation_; }
+  /// Length up to which FP16 holds the norm that a tile stores of any key less its centre, and of
+  /// any value.
+  float longest_key() const noexcept { return longest_key_; }
+  float longest_value() const noexcept { return longest_value_; }
 
  private:
   Rotation key_rotation_;
@@ -41,6 +45,8 @@ class Codec {
   std::vector<kernels::SegmentPlan> key_segments_;
   std::vector<kernels::SegmentPlan> value_segments_;
   kernels::TilePlan plan_{};
+  float longest_key_;
+  float longest_value_;
 };
 
 /// The codec of these options; one for all caches that need the same. Thread-safe.

@@ -1,6 +1,7 @@
 // What the rows of a cache share.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <tqai/cache.hpp>
@@ -27,6 +28,16 @@ struct Context {
   /// Of one exact token of all heads.
   std::size_t token_bytes() const noexcept {
     return static_cast<std::size_t>(options.kv_heads) * (key_bytes() + value_bytes());
+  }
+  /// Of keys and values in a tile. Less its centre, which is no longer than such keys, a key may be
+  /// twice as long.
+  float longest_key() const noexcept {
+    const float less_centre = codec->longest_key();
+    return std::min(KvCache::kMaxNorm,
+                    options.centering == Centering::none ? less_centre : 0.5F * less_centre);
+  }
+  float longest_value() const noexcept {
+    return std::min(KvCache::kMaxNorm, codec->longest_value());
   }
   /// Whether centres may turn with the position.
   bool uses_positions() const noexcept {

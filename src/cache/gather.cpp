@@ -71,7 +71,8 @@ TQAI_INLINE void gather_exact(const Context& context, const ExactTokens& tokens,
 }
 
 TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, const Range& range,
-                 const VectorWriter& keys, const VectorWriter& values, std::byte* memory) noexcept {
+                             const VectorWriter& keys, const VectorWriter& values,
+                             std::byte* memory) noexcept {
   auto* vectors = reinterpret_cast<float*>(memory + kernels::kCodingBytes);
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);

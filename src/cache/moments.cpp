@@ -84,8 +84,9 @@ TQAI_INLINE Moments::Moments(const Context& context)
       real(context.rope ? static_cast<std::size_t>(context.rope->pair_count()) : 0),
       imaginary(real.size()) {}
 
-TQAI_INLINE void find_moments(const Context& context, const PositionPhasors& phasors, const std::byte* keys,
-                  const kernels::TilePositions& positions, float* rows, Moments& moments) noexcept {
+TQAI_INLINE void find_moments(const Context& context, const PositionPhasors& phasors,
+                              const std::byte* keys, const kernels::TilePositions& positions,
+                              float* rows, Moments& moments) noexcept {
   const std::size_t dim = moments.mean.size();
   double energy[kernels::kMaxDim] = {};
   convert_to_float(keys, context.options.dtype, dim * kTileTokens, rows);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <utility>
 
 #include "../threads.hpp"
@@ -10,7 +12,11 @@ namespace tqai::detail {
 namespace TQAI_LOCAL {
 
 TQAI_INLINE ExactTokens make_exact(const Context& context, std::int64_t capacity) {
-  return {ExactShape{capacity, 0}, static_cast<std::size_t>(capacity) * context.token_bytes()};
+  const auto tokens = static_cast<std::size_t>(capacity);
+  if (tokens > std::numeric_limits<std::size_t>::max() / 2 / context.token_bytes()) {
+    throw std::bad_alloc();
+  }
+  return {ExactShape{capacity, 0}, tokens * context.token_bytes()};
 }
 
 // Appends tokens [from, from + count) of `source` to `target`, which nobody shares.
@@ -159,15 +165,17 @@ TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row,
   const CacheOptions& options = context.options;
   std::int64_t from = 0;
   if (row.centre_sets.empty()) from = options.sink_tokens - row.sink_tokens();
-  const auto fits = [&](const std::byte* rows, int dim, std::int64_t token) {
+  const auto fits = [&](const std::byte* rows, int dim, float longest, std::int64_t token) {
     const auto bytes = static_cast<std::size_t>(dim) * size_of(options.dtype);
     return context.kernels->acceptable(rows + static_cast<std::size_t>(token) * bytes,
-                                       options.dtype, kTileTokens, dim, dim, KvCache::kMaxNorm);
+                                       options.dtype, kTileTokens, dim, dim, longest);
   };
   for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
     for (int head = 0; head < options.kv_heads; ++head) {
-      if (!fits(exact_keys(context, row.tail, head), options.head_dim, from + done) ||
-          !fits(exact_values(context, row.tail, head), options.value_head_dim, from + done)) {
+      if (!fits(exact_keys(context, row.tail, head), options.head_dim, context.longest_key(),
+                from + done) ||
+          !fits(exact_values(context, row.tail, head), options.value_head_dim,
+                context.longest_value(), from + done)) {
         return done;
       }
     }
@@ -217,8 +225,8 @@ TQAI_INLINE std::size_t encoding_bytes(const Context& context) noexcept {
   return kernels::kCodingBytes + static_cast<std::size_t>(kTileTokens * dim) * sizeof(float);
 }
 
-TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
-                 int head, std::byte* memory) noexcept {
+TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing,
+                             std::int64_t index, int head, std::byte* memory) noexcept {
   const CacheOptions& options = context.options;
   const Codec& codec = *context.codec;
   const auto from = static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens);

@@ -166,6 +166,92 @@ inline void unpack_side(const SidePlan& side, bool keys, const std::uint8_t* til
   }
 }
 
+// FP16 norms below this are subnormal: multiples of kLeastHalf, whatever their size.
+constexpr float kLeastNormalHalf = 0x1p-14F;
+constexpr float kLeastHalf = 0x1p-24F;
+
+inline bool is_small(float norm) noexcept { return norm > 0.0F && norm < kLeastNormalHalf; }
+
+// Of 16 tokens.
+struct LaneNorms {
+  float lengths[kLanes];  // of the vectors
+  float norms[kLanes];    // to be stored
+  float factors[kLanes];  // of rotated coordinates, for codes
+};
+
+// Codes of the tokens from `start` on. lengths: of what they stand for, as unit vectors.
+template <typename Lanes>
+inline void quantise_lanes(const SidePlan& side, const float* factors, int start,
+                           CodingScratch& scratch, float* lengths) noexcept {
+  float correction2[kLanes] = {};
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    float levels2[kLanes] = {};
+    with_bits(segment.bits, [&]<int kBits>() {
+      Lanes::template quantise<kBits>(segment, side.dim, scratch.x, factors,
+                                      scratch.codes + 4 * start, levels2);
+    });
+    for (int i = 0; i < kLanes; ++i) {
+      correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) lengths[i] = std::sqrt(correction2[i]);
+}
+
+// Squared distance between a token's unit vector, whose coordinates are y · factor, and what its
+// codes stand for times `share`.
+inline float distance2(const SidePlan& side, const CodingScratch& scratch, int token, float factor,
+                       float share) noexcept {
+  float sum = 0.0F;
+  for (int s = 0; s < side.segment_count; ++s) {
+    const SegmentPlan& segment = side.segments[s];
+    const int end = std::min(segment.first + segment.count, side.dim);
+    for (int c = segment.first; c < end; ++c) {
+      const int code = scratch.codes[c / 4 * (4 * kTileTokens) + 4 * token + c % 4];
+      const float level = static_cast<float>(segment.levels[code]) * segment.step;
+      const float rest = scratch.x[c][token % kLanes] * factor - level * share;
+      sum = sum + rest * rest;
+    }
+  }
+  return sum;
+}
+
+// Norms that are subnormal are rounded down, up, or to 0, and the codes make up for it: they are
+// those of u · norm / rounded. Whichever is nearest.
+template <typename Lanes>
+TQAI_COLD void encode_small(const SidePlan& side, int start, CodingScratch& scratch,
+                            LaneNorms& lanes) noexcept {
+  LaneNorms best = lanes;
+  float least[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    least[i] = 1.0F;  // of nothing at all
+    if (is_small(lanes.norms[i])) best.norms[i] = 0.0F;
+  }
+  for (const float above : {0.0F, 1.0F}) {
+    LaneNorms tried = lanes;
+    for (int i = 0; i < kLanes; ++i) {
+      if (!is_small(lanes.norms[i])) continue;
+      const auto steps = static_cast<float>(static_cast<int>(lanes.norms[i] / kLeastHalf)) + above;
+      tried.norms[i] = steps * kLeastHalf;
+      tried.factors[i] = steps > 0.0F ? lanes.factors[i] * (lanes.norms[i] / tried.norms[i]) : 0.0F;
+    }
+    float lengths[kLanes];
+    quantise_lanes<Lanes>(side, tried.factors, start, scratch, lengths);
+    for (int i = 0; i < kLanes; ++i) {
+      if (!is_small(lanes.norms[i]) || tried.norms[i] == 0.0F) continue;
+      const float distance =
+          distance2(side, scratch, start + i, lanes.factors[i], tried.norms[i] / lanes.lengths[i]);
+      if (distance >= least[i]) continue;
+      least[i] = distance;
+      best.norms[i] = tried.norms[i];
+      best.factors[i] = tried.factors[i];
+    }
+  }
+  float lengths[kLanes];
+  quantise_lanes<Lanes>(side, best.factors, start, scratch, lengths);
+  lanes = best;
+}
+
 template <typename Lanes>
 void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile,
             std::byte* memory) noexcept {
@@ -179,29 +265,22 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
     float norm2[kLanes];
     squared_lengths(scratch.x, side.dim, norm2);
     rotate_signed_lanes(side, scratch.x, scratch.y);
-    float norms[kLanes];
-    float factors[kLanes];  // of rotated coordinates, for a unit vector
+    LaneNorms lanes;
     for (int i = 0; i < kLanes; ++i) {
-      norms[i] = std::sqrt(norm2[i]);
-      factors[i] = norms[i] > 0.0F ? 1.0F / norms[i] * turned : 0.0F;
+      lanes.lengths[i] = std::sqrt(norm2[i]);
+      lanes.factors[i] = lanes.lengths[i] > 0.0F ? 1.0F / lanes.lengths[i] * turned : 0.0F;
     }
+    float lengths[kLanes];
+    quantise_lanes<Lanes>(side, lanes.factors, start, scratch, lengths);
     // Norm correction: the reconstruction gets the length of the original.
-    float correction2[kLanes] = {};
-    for (int s = 0; s < side.segment_count; ++s) {
-      const SegmentPlan& segment = side.segments[s];
-      float levels2[kLanes] = {};
-      with_bits(segment.bits, [&]<int kBits>() {
-        Lanes::template quantise<kBits>(segment, side.dim, scratch.x, factors,
-                                        scratch.codes + 4 * start, levels2);
-      });
-      for (int i = 0; i < kLanes; ++i) {
-        correction2[i] = correction2[i] + levels2[i] * (segment.step * segment.step);
-      }
-    }
+    bool small = false;
     for (int i = 0; i < kLanes; ++i) {
-      const float length = std::sqrt(correction2[i]);
-      const float norm = length > 0.0F ? norms[i] / length : 0.0F;
-      halves[start + i] = to_half(norm < kMaxHalf ? norm : kMaxHalf);
+      lanes.norms[i] = lengths[i] > 0.0F ? lanes.lengths[i] / lengths[i] : 0.0F;
+      small = small || is_small(lanes.norms[i]);
+    }
+    if (small) encode_small<Lanes>(side, start, scratch, lanes);
+    for (int i = 0; i < kLanes; ++i) {
+      halves[start + i] = to_half(lanes.norms[i] < kMaxHalf ? lanes.norms[i] : kMaxHalf);
     }
   }
   pack_quads<Lanes>(side, keys, scratch.codes, tile);
@@ -209,7 +288,7 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
 }
 
 TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows,
-            std::byte* memory) noexcept {
+                        std::byte* memory) noexcept {
   CodingScratch& scratch = *new (memory) CodingScratch;
   std::uint16_t halves[kTileTokens];
   std::memcpy(halves, tile + side.norms, sizeof halves);

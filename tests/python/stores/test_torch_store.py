@@ -458,6 +458,40 @@ def test_vectors_too_long_for_their_norms_stay_exact(store: str, part: int) -> N
     assert held.seal() == 0 and held.packed_tokens(1) == 192
 
 
+@pytest.mark.parametrize("store", ["native", "torch"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_short_vectors_are_as_precise_as_others(store: str, bits: int) -> None:
+    """FP16 norms are coarse below 6e-5; the codes make up for that."""
+    options = replace(OPTIONS, bits_k=bits, bits_v=bits, sink_tokens=0, residual_window=0)
+    options = replace(options, centering="none")
+    errors = {}
+    directions = [part / part.norm(dim=-1, keepdim=True) for part in tokens_for(options, 1, 64)]
+    for norm in (1.0, 1e-5, 1e-6, 1e-7, 6e-8, 1e-12):
+        held: Any = TorchStore(options, 1, CPU) if store == "torch" else native_of(options, 1)
+        stores.append(held, *(norm * part for part in directions))
+        assert held.seal() == 0 and held.packed_tokens(0) == 64
+        back = stores.gather(held, 0, 64, BOTH_F32)
+        pairs = zip(back, directions, strict=True)
+        errors[norm] = max(float((x / norm - y).norm() / y.norm()) for x, y in pairs)
+    assert errors.pop(1e-12) == 1.0  # zeros
+    assert max(errors.values()) < 1.25 * errors[1.0]
+
+
+@pytest.mark.parametrize("store", ["native", "torch"])
+def test_vectors_along_one_rotated_axis_come_back_as_long(store: str) -> None:
+    for bits in (1, 4, 8):
+        options = replace(OPTIONS, head_dim=512, value_head_dim=512, bits_k=bits, bits_v=bits)
+        options = replace(options, sink_tokens=0, residual_window=0, centering="none")
+        held: Any = TorchStore(options, 1, CPU) if store == "torch" else native_of(options, 1)
+        rotations = [torch.from_numpy(part) for part in native_of(options, 1).rotations]
+        norm = 0.999 * _core.KvCache.max_norm
+        states = [(norm * part[3]).expand(1, 2, 64, 512).clone() for part in rotations]
+        stores.append(held, *states)
+        held.seal()
+        for part in stores.gather(held, 0, 64, BOTH_F32):
+            assert torch.allclose(part.norm(dim=-1), torch.tensor(norm), rtol=2e-3)
+
+
 def test_infinity_in_half_precision_is_answered_with_a_dtype_that_has_room() -> None:
     keys, values = (part.half() for part in tokens_for(OPTIONS, 1, 3))
     values[0, 1, 2, 3] = math.inf

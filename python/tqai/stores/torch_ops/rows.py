@@ -9,7 +9,7 @@ import torch
 
 from tqai.stores.torch_ops.centre_sets import choose_centre_sets
 from tqai.stores.torch_ops.centres import Centres, find_moments, stacked
-from tqai.stores.torch_ops.codec import MAX_NORM, Codec, Options
+from tqai.stores.torch_ops.codec import Codec, Options
 from tqai.stores.torch_ops.packing import TILE_TOKENS
 from tqai.stores.torch_ops.pages import PAGE_TILES, Page, extend, index_of
 from tqai.stores.torch_ops.phasors import Phasors
@@ -237,7 +237,9 @@ class Rows:
         start = self._new_sinks(context)
         states = self.tail.part(start, start + count)
         check_finite(*states, self.tail_start + start)
-        fits = torch.stack([(_norms(part) <= MAX_NORM).all(1) for part in states]).all(0)
+        longest = context.codec.longest(context.options.centering)
+        norms = zip(map(_norms, states), longest, strict=True)
+        fits = torch.stack([(norm <= most).all(1) for norm, most in norms]).all(0)
         tiles = fits.unflatten(1, (-1, TILE_TOKENS)).all(-1)
         counts = (tiles.long().cumprod(-1).sum(-1) * TILE_TOKENS).tolist()
         parts = []

@@ -15,7 +15,7 @@ from tqai.settings import Settings
 from tqai.stores import Store
 from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
-from tqai.stores.torch_ops import MAX_NORM, TILE_TOKENS
+from tqai.stores.torch_ops import TILE_TOKENS
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention.padding import shown
 from tqai.transformers.attention.view import Owner, TqaiView, Update, view_of
@@ -370,8 +370,8 @@ class TqaiLayer(CacheLayerMixin):
         if waiting > 0 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"layer {self.index} has a key or value longer than {MAX_NORM:g}, more than FP16 "
-                f"norms hold, beyond its {self.settings.sink_tokens} sink tokens: from there on "
+                f"layer {self.index} has a key or value longer than FP16 norms of codes can hold, "
+                f"beyond its {self.settings.sink_tokens} sink tokens: from there on "
                 "all tokens stay exact and take their full memory. Give it more sink_tokens, or "
                 f"leave it exact with skip_layers=[{self.index}]",
                 stacklevel=2,
