@@ -1,7 +1,12 @@
 // What geometries the library takes.
 #pragma once
 
+#include <cstddef>
+
 namespace tqai {
+
+static_assert(sizeof(std::size_t) >= 8,
+              "tqai needs a 64-bit processor: sizes of caches would wrap on this one");
 
 /// Fewest coordinates of a vector.
 inline constexpr int kMinHeadDim = 8;
