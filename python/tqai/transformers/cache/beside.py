@@ -42,6 +42,14 @@ class StatesLayer(TqaiLayer, RECURRENT or object):  # type: ignore[misc]
             setattr(self, name, getattr(own, name))
 
     @property
+    def batch_size(self) -> int:
+        return super().batch_size
+
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        """Nothing: in some versions the states set it too, as transformers 5.13 does."""
+
+    @property
     def is_croppable(self) -> bool:
         return is_croppable(self)
 
