@@ -53,12 +53,12 @@ TQAI_API std::string layer_tensor(std::size_t layer);
 
 /// A tensor in a file.
 struct FileTensor {
-  std::string name;                       ///< as in the file
-  std::string dtype;                      ///< as safetensors has it
-  std::vector<std::int64_t> shape;        ///< elements along each dimension
-  std::uint64_t first = 0;                ///< its first byte in the file
-  std::uint64_t bytes = 0;                ///< of all its elements
-  std::optional<std::uint32_t> checksum;  ///< CRC-32; nothing where the file has none
+  std::string name;                 ///< as in the file
+  std::string dtype;                ///< as safetensors has it
+  std::vector<std::int64_t> shape;  ///< elements along each dimension
+  std::uint64_t first = 0;          ///< its first byte in the file
+  std::uint64_t bytes = 0;          ///< of all its elements
+  std::uint32_t checksum = 0;       ///< CRC-32
 };
 
 /// How caches come out of files.

@@ -43,6 +43,7 @@ const char* name_of(Grid grid);
 
 void bind_cache(py::module_& module);
 void bind_codebook(py::module_& module);
+void bind_files(py::module_& module);
 void bind_quantizers(py::module_& module);
 
 }  // namespace tqai::python

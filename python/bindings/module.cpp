@@ -13,6 +13,10 @@ void translate(std::exception_ptr pointer) {
     py::set_error(PyExc_IndexError, error.what());
   } catch (const UnsupportedError& error) {
     py::set_error(PyExc_NotImplementedError, error.what());
+  } catch (const FileError& error) {
+    // With a number, Python finds the kind of OSError: FileNotFoundError and so on.
+    const int number = error.code().default_error_condition().value();
+    py::set_error(PyExc_OSError, py::make_tuple(number, error.what()));
   } catch (const Error& error) {
     py::set_error(PyExc_ValueError, error.what());
   }
@@ -40,6 +44,7 @@ PYBIND11_MODULE(_core, module) {
              "Threads that a call takes at most; 0: built without OpenMP.");
   bind_cache(module);
   bind_codebook(module);
+  bind_files(module);
   bind_quantizers(module);
 }
 

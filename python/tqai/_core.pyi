@@ -6,9 +6,10 @@ import collections.abc
 import enum
 import numpy
 import numpy.typing
+import os
 import typing
 import typing_extensions
-__all__: list[str] = ['Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level', 'openmp_threads']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level', 'openmp_threads', 'write_file']
 class DType(enum.Enum):
     """
     Element types of tensors; bool for masks alone.
@@ -193,6 +194,40 @@ class Codebook:
         """
         Distance of grid points; 0 for the exact grid.
         """
+class CacheFile:
+    """
+    A file of caches, open for reading.
+    
+    ValueError for one that is none, or damaged; OSError where it cannot be read.
+    """
+    def __init__(self, path: os.PathLike | str | bytes) -> None:
+        ...
+    def load(self, name: str, *, level: str | None = None, mapped: bool = False) -> KvCache:
+        """
+        The cache that a tensor holds. mapped: tiles stay in the file's pages; nobody may shorten the
+        file, or change it in place, while any such cache lives.
+        """
+    def read_into(self, name: str, to: typing_extensions.Buffer, first: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        Fills a buffer with a tensor's bytes from `first` on, without looking at its checksum.
+        """
+    def verify(self, name: str) -> None:
+        """
+        ValueError where a tensor's checksum does not fit.
+        """
+    @property
+    def header(self) -> str:
+        """
+        The JSON object that was written.
+        """
+    @property
+    def tensors(self) -> dict:
+        """
+        (dtype, shape, bytes) of each tensor by its name, in their order.
+        """
+    @property
+    def version(self) -> int:
+        ...
 class VectorQuantizer:
     """
     What both quantisers do. Thread-safe; the GIL is released.
@@ -262,5 +297,12 @@ def default_level() -> str:
 def openmp_threads() -> int:
     """
     Threads that a call takes at most; 0: built without OpenMP.
+    """
+def write_file(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None, typing.Any]], header: str = '{}') -> None:
+    """
+    Writes a file of caches, whole or not at all; see include/tqai/files.hpp. tensors: each
+    (name, dtype as safetensors has it, shape, source), source being a KvCache or what gives a buffer of
+    bytes when it is called, at its turn; shape None: one dimension of bytes, as many as come. header: a
+    JSON object.
     """
 __version__: str = '0.1.0'

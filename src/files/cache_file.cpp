@@ -135,21 +135,24 @@ TQAI_INLINE void take_checksums(const std::string& text, std::vector<FileTensor>
 }
 
 // Until version 2 they were in the header, as numbers.
-TQAI_INLINE void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
+void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
+  std::map<std::string, std::int64_t> checksums;
   JsonReader reader(header);
   reader.object([&](const std::string& key) {
     if (key != "checksums") return reader.skip();
-    reader.object([&](const std::string& name) {
-      const std::int64_t value = reader.count();
-      for (FileTensor& tensor : tensors) {
-        if (tensor.name == name) tensor.checksum = static_cast<std::uint32_t>(value);
-      }
-    });
+    reader.object([&](const std::string& name) { checksums[name] = reader.count(); });
   });
   reader.end();
+  for (FileTensor& tensor : tensors) {
+    const auto found = checksums.find(tensor.name);
+    if (found == checksums.end() || found->second > 0xFFFF'FFFF) {
+      throw ValueError("its header has no checksum of \"" + tensor.name + "\"");
+    }
+    tensor.checksum = static_cast<std::uint32_t>(found->second);
+  }
 }
 
-TQAI_INLINE std::uint32_t checksum_of(const std::string& text) {
+std::uint32_t checksum_of(const std::string& text) {
   return detail::crc32(std::as_bytes(std::span(text)));
 }
 
@@ -286,7 +289,7 @@ TQAI_INLINE void CacheFile::read(std::string_view name, std::uint64_t first,
 
 TQAI_INLINE void CacheFile::verify(std::string_view name) const {
   const FileTensor& held = tensor(name);
-  if (held.checksum && Stream(state_->file, held).checksum() != *held.checksum) {
+  if (Stream(state_->file, held).checksum() != held.checksum) {
     state_->refuse_damaged(held.name);
   }
 }
@@ -298,14 +301,13 @@ TQAI_INLINE KvCache CacheFile::load(std::string_view name, const LoadOptions& op
     state.refuse(": tensor \"" + held.name + "\" holds no cache");
   }
   const auto bytes = static_cast<std::size_t>(held.bytes);
-  const bool compared = options.verify && held.checksum.has_value();
   const auto named = [&](const ValueError& error) {
     return ValueError(state.file.path().string() + ": " + held.name + ": " + error.what());
   };
   if (options.mapped) {
     const std::shared_ptr<const std::byte> pages = state.file.map(held.first, bytes);
     const std::span<const std::byte> all(pages.get(), bytes);
-    if (compared && detail::crc32(all) != *held.checksum) state.refuse_damaged(held.name);
+    if (options.verify && detail::crc32(all) != held.checksum) state.refuse_damaged(held.name);
     detail::Reader reader(all, pages);
     try {
       return KvCache::read(reader, options.level);
@@ -323,7 +325,7 @@ TQAI_INLINE KvCache CacheFile::load(std::string_view name, const LoadOptions& op
     problem = error;
   }
   // First: that the file is damaged says more than what has become of it.
-  if (compared && stream.checksum() != *held.checksum) state.refuse_damaged(held.name);
+  if (options.verify && stream.checksum() != held.checksum) state.refuse_damaged(held.name);
   if (problem) throw named(*problem);
   return *std::move(cache);
 }

@@ -37,7 +37,6 @@ def check_header(path: Path, header: Mapping[str, Any]) -> None:
         "settings": _is(dict),
         "sliding": _is(bool),
         "layers": _list(_is(dict)),
-        "checksums": _mapping(_is(int)),
     }
     _check(path, "its header", header, needed)
     if isinstance(header["weights"], dict):
@@ -109,10 +108,6 @@ def _list(kind: Callable[[Any], bool], length: int | None = None) -> Callable[[A
     return lambda value: (
         type(value) is list and length in (None, len(value)) and all(map(kind, value))
     )
-
-
-def _mapping(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) is dict and all(map(kind, value.values()))
 
 
 def check_rope(path: Path, index: int, saved: Mapping[str, Any] | None, rope: Rope | None) -> None:

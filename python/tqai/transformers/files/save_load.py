@@ -12,10 +12,10 @@ import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai import _core, container, stores
@@ -49,13 +49,24 @@ _KINDS = {
     DynamicLayer: "exact",
     DynamicSlidingWindowLayer: "sliding",
 }
+_OPTIONS_BYTES = 1 << 16
+"""Of a layer's bytes, more than its options take."""
+_FILE_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+"""What uncompressed tensors are, as safetensors calls it."""
 _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 
 def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str]) -> None:
     """Writes `cache` to the file `path`, whole or not at all; an existing file is replaced.
 
-    The file takes about ``cache.nbytes`` bytes, and writing it as many more of memory.
+    The file takes about ``cache.nbytes`` bytes; writing it takes memory for one layer at most.
 
     Raises:
         ValueError: for something else than a cache of tqai's; for layers that have not read the
@@ -71,7 +82,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
     cache = copy.copy(cache)  # of one moment, whatever other threads do
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: list[tuple[str, str, tuple[int, ...] | None, container.Source]] = []
     described: dict[str, list[dict[str, Any]]] = {}
     for part, half in _parts(cache).items():
         if len(half.layers) != len(cache.geometry.heads):
@@ -84,7 +95,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
         for index, layer in enumerate(half.layers):
             description, held = _describe(index, layer)
             for name, tensor in held.items():
-                tensors[f"{part}.{index}.{name}"] = tensor
+                tensors.append(_entry(f"{part}.{index}.{name}", tensor))
             described[part].append(description)
     file_checks.check_layers("this cache cannot be saved", _parts(cache))
     header = {
@@ -94,10 +105,8 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
         "settings": _of_any_machine(cache.settings),
         "sliding": cache.sliding,
         **described,
-        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
-    metadata = container.metadata_of(header)
-    container.write_whole(Path(path), lambda to: save_file(tensors, to, metadata=metadata))
+    container.write(path, header, tensors)
 
 
 def load_cache(
@@ -121,13 +130,10 @@ def load_cache(
     here = hooks.settings_of(model)
     geometry, decoder = geometry_of(model), decoder_of(model)
     path = Path(path)
-    with container.opened(path, "pt") as file:
-        header = container.header_of(path, file.metadata() or {})
-        file_checks.check_header(path, header)
-        state = _check_model(path, header, geometry, decoder)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if {name: _checksum(tensor) for name, tensor in tensors.items()} != header["checksums"]:
-        raise ValueError(f"{path} is damaged: its checksums do not fit; save the cache again")
+    file, header = container.opened(path)
+    file_checks.check_header(path, header)
+    state = _check_model(path, header, geometry, decoder)
+    left = set(file.tensors)
     try:
         settings = _settings(header["settings"], here)
         cache = hooks.make_cache(model, settings, header["sliding"])
@@ -140,17 +146,19 @@ def load_cache(
         if len(half.layers) != len(layers):
             raise ValueError(f"{path} has {len(layers)} {part}; the model has {len(half.layers)}")
         for index, (layer, described) in enumerate(zip(half.layers, layers, strict=True)):
+            names = {name: f"{part}.{index}.{name}" for name in _TENSORS}
             held = {
-                name: tensors.pop(f"{part}.{index}.{name}")
-                for name in _TENSORS
-                if f"{part}.{index}.{name}" in tensors
+                name: _Packed(file, full) if name == "packed" else _tensor(path, file, full)
+                for name, full in names.items()
+                if full in left
             }
+            left.difference_update(names.values())
             device = layer_device(decoder, index)
             heads = geometry.heads[index]
             _restore(path, index, heads, layer, described, held, device)
         half.weights = state
-    if tensors:
-        raise ValueError(f"{path} has {next(iter(tensors))!r}, which is no part of a cache")
+    if left:
+        raise ValueError(f"{path} has {min(left)!r}, which is no part of a cache")
     file_checks.check_layers(str(path), _parts(cache))
     if isinstance(cache, TqaiEncoderDecoderCache):
         cache.mark_updated()
@@ -164,8 +172,8 @@ def _parts(cache: TqaiCache | TqaiEncoderDecoderCache) -> dict[str, TqaiCache]:
     return {"layers": cache}
 
 
-def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What the header says of a layer, and its tensors."""
+def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the header says of a layer, and its tensors; its store in the place of one."""
     kind = _kind(layer)
     if kind is None:
         raise NotImplementedError(
@@ -177,21 +185,20 @@ def _describe(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, torch.T
         if layer.core is None or layer.dtypes is None:
             return described, {}
         described["dtypes"] = [str(dtype) for dtype in layer.dtypes]
-        packed = torch.frombuffer(bytearray(layer.core.serialize()), dtype=torch.uint8)
-        return described, {"packed": packed, **_index_of(layer)}
+        return described, {"packed": layer.core, **_index_of(layer)}
     if holds_nothing(layer):
         return {"kind": kind}, {}
     described = {"kind": kind, "length": int(layer.get_seq_length())}
     if not layer.is_initialized:
         return described, {}
     states = {"keys": layer.keys, "values": layer.values}
-    return described, {name: tensor.contiguous().cpu() for name, tensor in states.items()}
+    return described, states
 
 
 def _index_of(layer: TqaiLayer) -> dict[str, torch.Tensor]:
     """The tensors of a layer's index, where it has one."""
     found = {name: getattr(layer, attribute, None) for name, attribute in _INDEX.items()}
-    return {name: each.contiguous().cpu() for name, each in found.items() if each is not None}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def _kind(layer: Any) -> str | None:
@@ -205,7 +212,7 @@ def _restore(
     heads: Heads | None,
     layer: Any,
     described: dict[str, Any],
-    held: dict[str, torch.Tensor],
+    held: dict[str, Any],
     device: torch.device,
 ) -> None:
     """Gives a fresh layer what a file holds of it."""
@@ -225,9 +232,9 @@ def _restore(
     file_checks.check_rope(path, index, described["rope"], layer.rope)
     if not held:
         return
-    data = held["packed"]
-    if data.dtype != torch.uint8 or data.ndim != 1 or described["dtypes"] is None:
-        raise ValueError(f"{path}: layer {index} holds {data.dtype} {tuple(data.shape)} as bytes")
+    packed = held["packed"]
+    if described["dtypes"] is None:
+        raise ValueError(f"{path}: layer {index} holds bytes, and its header says no dtypes")
     unknown = [name for name in described["dtypes"] if name not in _DTYPES]
     if unknown:
         raise ValueError(
@@ -236,11 +243,9 @@ def _restore(
     if layer.rope is not None:
         layer.rope = file_checks.rope_of(described["rope"], layer.rope)
     dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
-    try:
-        core = _core.KvCache.deserialize(data.numpy(), level=layer.settings.level)
-    except ValueError as error:
-        raise ValueError(f"{path}: layer {index}: {error}") from error
-    file_checks.check_store(path, layer, data.numpy().data, core, dtypes)
+    core = packed.file.load(packed.name, level=layer.settings.level)
+    beginning = container.bytes_of(packed.file, packed.name, most=_OPTIONS_BYTES)
+    file_checks.check_store(path, layer, beginning.data, core, dtypes)
     file_checks.check_index(path, layer, core, found)
     for name, tensor in found.items():
         setattr(layer, _INDEX[name], tensor.to(device))
@@ -372,5 +377,33 @@ def _settings(saved: dict[str, Any], here: Settings) -> Settings:
     return replace(Settings(**values), **{name: getattr(here, name) for name in _LOCAL})
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return container.checksum(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+class _Packed(NamedTuple):
+    """A compressed layer that is still in its file."""
+
+    file: _core.CacheFile
+    name: str
+
+
+def _entry(name: str, held: Any) -> tuple[str, str, tuple[int, ...] | None, container.Source]:
+    """A tensor or a store as ``container.write`` takes it; what is elsewhere comes at its turn."""
+    if isinstance(held, _core.KvCache):
+        return name, "U8", None, held
+    if not isinstance(held, torch.Tensor):
+        return name, "U8", None, held.serialize
+
+    def data() -> np.ndarray:
+        return held.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+
+    return name, _FILE_DTYPES[held.dtype], tuple(held.shape), data
+
+
+def _tensor(path: Path, file: _core.CacheFile, name: str) -> torch.Tensor:
+    """A tensor of a file, on the CPU."""
+    file.verify(name)
+    dtype, shape, _ = file.tensors[name]
+    known = {held: each for each, held in _FILE_DTYPES.items()}
+    if dtype not in known:
+        raise ValueError(f"{path}: {name} is of dtype {dtype}; allowed are {', '.join(known)}")
+    if 0 in shape:
+        return torch.empty(shape, dtype=known[dtype], device="cpu")
+    return torch.from_numpy(container.bytes_of(file, name)).view(known[dtype]).view(shape)

@@ -22,8 +22,6 @@ from hypothesis import settings as drawn
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqai import container
-from tqai.transformers.files import save_load as files
 from tqai.transformers.weights.identity import sampled_fingerprint
 from transformers import DynamicCache
 
@@ -183,13 +181,31 @@ def test_a_cache_goes_with_one_model(models: Models, saved: Path) -> None:
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Changes the header of a file, so that its checksum fits."""
+    with_tensors(path, lambda _, header: None, change)
+
+
+def with_tensors(
+    path: Path,
+    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None],
+    then: Callable[[dict[str, Any]], None] = lambda header: None,
+) -> None:
+    """Changes the tensors of a file and its header, so that all checksums fit.
+
+    Writes format version 2, which has them in the header, where `then` may change them.
+    """
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = json.loads(metadata["header"])
-    change(header)
-    metadata["header"] = json.dumps(header)
-    metadata["checksum"] = str(zlib.crc32(metadata["header"].encode()))
-    save_file(tensors, path, metadata=metadata)
+    change(tensors, header)
+    header["checksums"] = {
+        name: zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        for name, tensor in tensors.items()
+    }
+    then(header)
+    text = json.dumps(header)
+    checksum = str(zlib.crc32(text.encode()))
+    kept = {"format": "tqai-cache", "version": "2", "header": text, "checksum": checksum}
+    save_file(tensors, path, metadata=kept)
 
 
 def test_files_that_sampled_the_weights_still_load(models: Models, saved: Path) -> None:
@@ -226,7 +242,7 @@ def test_other_files_are_refused(models: Models, tmp_path: Path) -> None:
     model = models("llama")
     tqai.patch(model)
     save_file({"a": torch.zeros(1)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match="not one of tqai.save_cache"):
+    with pytest.raises(ValueError, match="holds no caches of tqai's"):
         tqai.load_cache(tmp_path / "weights", model)
     save_file({}, tmp_path / "later", metadata={"format": "tqai-cache", "version": "99"})
     with pytest.raises(ValueError, match="format version 99"):
@@ -247,18 +263,17 @@ def test_layers_that_a_model_has_added_are_not_saved(models: Models, tmp_path: P
         tqai.save_cache(cache, tmp_path / "f")
 
 
-def test_a_failed_save_leaves_the_old_file(
-    models: Models, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_file(models: Models, saved: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits as on POSIX")
     before = saved.read_bytes()
     cache = filled(models("llama"), tqai.new_cache(models("llama")), make_ids(1, 30))
-
-    def fail(*_: Any) -> None:
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="the disk is full"):
-        tqai.save_cache(cache, saved)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="f could not be written: File too large"):
+            tqai.save_cache(cache, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
     with pytest.raises(OSError, match="no such folder/f could not be written"):
@@ -347,8 +362,8 @@ LIES = [
     (set_in("weights", "tensors", to=[]), "other weights"),
     (set_in("weights", "tensors", 0, to=7), "has 'tensors'"),
     (set_in("weights", "structure", to=...), "lacks 'structure'"),
-    (set_in("checksums", to=[]), "has 'checksums'"),
-    (set_in("checksums", "layers.0.packed", to=0), "checksums do not fit"),
+    (set_in("checksums", to=[]), "is damaged: not JSON"),
+    (set_in("checksums", "layers.0.packed", to=0), 'checksum of "layers.0.packed" does not fit'),
 ]
 
 
@@ -368,18 +383,6 @@ def test_what_a_later_tqai_adds_is_let_be(models: Models, saved: Path) -> None:
 
     rewritten(saved, add)
     assert tqai.load_cache(saved, models("llama")).get_seq_length() == 150
-
-
-def with_tensors(
-    path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
-) -> None:
-    """Changes the tensors of a file and its header, so that all checksums fit."""
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["header"])
-    change(tensors, header)
-    header["checksums"] = {name: files._checksum(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata=container.metadata_of(header))
 
 
 def bytes_of(cache: Any, index: int = 1) -> torch.Tensor:
@@ -437,10 +440,14 @@ def test_a_layer_that_is_missing_is_refused(models: Models, saved: Path, index: 
             "'layers.7.packed', which is no part",
         ),
         ("layers.1.keys", torch.zeros(3), "layer 1 has packed, keys"),
-        ("layers.1.packed", torch.zeros(3), "layer 1 holds torch.float32"),
-        ("layers.1.packed", torch.zeros(9, dtype=torch.uint8), "layer 1: not the bytes of a cache"),
-        ("layers.1.packed", torch.zeros(0, dtype=torch.uint8), "layer 1: not the bytes of a cache"),
-        ("layers.1.packed", torch.zeros(9, 9, dtype=torch.uint8), "layer 1 holds torch.uint8"),
+        ("layers.1.packed", torch.zeros(3), '"layers.1.packed" holds no cache'),
+        ("layers.1.packed", torch.zeros(9, dtype=torch.uint8), "layers.1.packed: not the bytes"),
+        ("layers.1.packed", torch.zeros(0, dtype=torch.uint8), '"layers.1.packed" holds no cache'),
+        (
+            "layers.1.packed",
+            torch.zeros(9, 9, dtype=torch.uint8),
+            '"layers.1.packed" holds no cache',
+        ),
     ],
     ids=["layer", "keys", "dtype", "zeros", "nothing", "shape"],
 )
