@@ -182,9 +182,9 @@ class TQAI_API KvCache {
   /// of 512 coordinates, and half of that for keys. A longer one stays exact for ever, as do the
   /// tokens after it.
   ///
-  /// Short ones: from 6e-5 down FP16 norms are coarse, and the codes make up for that, so that errors
-  /// stay what the bits allow down to norms of about 6e-8. Below, codes lose precision as well, and
-  /// from about 1e-8 down (8 bits: 1e-9) vectors become zeros.
+  /// Short ones: from 6e-5 down FP16 norms are coarse, and the codes make up for that, so that
+  /// errors stay what the bits allow down to norms of about 6e-8. Below, codes lose precision as
+  /// well, and from about 1e-8 down (8 bits: 1e-9) vectors become zeros.
   static constexpr float kMaxNorm = 16376.0F;
 
   /// Seals what has left the window; without it the next `append` does. O(tokens · head_dim · log).

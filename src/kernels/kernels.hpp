@@ -17,8 +17,8 @@ inline constexpr int kMaxRows = 8;
 inline constexpr int kMaxHeads = 32;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = padded_dim(kMaxHeadDim);
-/// Bytes of working memory that coding and decoding a tile needs, 64-byte aligned. Not on the stack,
-/// of which a thread may have no more than that (musl's have 128 KB).
+/// Bytes of working memory that coding and decoding a tile needs, 64-byte aligned. Not on the
+/// stack, of which a thread may have no more than that (musl's have 128 KB).
 inline constexpr std::size_t kCodingBytes = std::size_t{3} * 64 * kMaxDim;
 /// Floats that the plain loops treat side by side, at every level.
 inline constexpr int kLanes = 16;
