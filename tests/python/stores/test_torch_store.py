@@ -605,3 +605,17 @@ def test_every_tensor_is_made_on_the_stores_device() -> None:
         *TorchStore.deserialize(store.serialize(), CPU).gather(0, store.tokens, BOTH_F32),
     ]
     assert all(output.device == CPU for output in outputs)
+
+
+def test_rows_without_tokens_are_read_whether_they_had_any_or_not() -> None:
+    native = native_of(OPTIONS, 2)
+    keys, values = tokens_for(OPTIONS, 2, 100)
+    keys[0, :, 5:] *= 1e5  # too long to be sealed
+    native.append(ref(keys[:, :, :5].contiguous()), ref(values[:, :, :5].contiguous()))
+    native.set_padding([5, 5])
+    native.append(ref(keys[:, :, 5:].contiguous()), ref(values[:, :, 5:].contiguous()))
+    native.seal()
+    assert [native.packed_tokens(row) for row in (0, 1)] == [0, 64]
+    native.crop(5)
+    store = TorchStore.deserialize(native.serialize(), CPU)
+    assert store.tokens == 5

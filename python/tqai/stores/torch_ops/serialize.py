@@ -238,7 +238,7 @@ def _read_options(reader: _Reader) -> Options:
 
 def _exact(options: Options, parts: list[Any], device: torch.device) -> Exact:
     """Exact tokens of some rows, (keys, values) or None each; all of them have as many."""
-    if parts[0] is None:
+    if parts[0] is None or parts[0][0].shape[1] == 0:  # nothing, or a part that has become empty
         shape = len(parts), options.kv_heads, 0
         dims = options.head_dim, options.value_head_dim
         empty = (torch.empty(*shape, dim, dtype=options.dtype, device=device) for dim in dims)
