@@ -120,8 +120,8 @@ TQAI_API std::size_t allocated_bytes() noexcept;
 
 /// Tokens first … first + count − 1.
 struct TokenSpan {
-  std::int64_t first = 0;
-  std::int64_t count = 0;
+  std::int64_t first = 0;  ///< number of the first token
+  std::int64_t count = 0;  ///< how many
 };
 
 /// Keys and values of one attention layer for a batch of rows, compressed by TurboQuant
