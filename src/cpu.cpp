@@ -38,7 +38,7 @@ TQAI_INLINE bool runs(Level level) {
 
 #elif defined(_MSC_VER) && defined(_M_X64)
 
-bool runs(Level level) {
+TQAI_INLINE bool runs(Level level) {
   if (level == Level::neon) return false;
   std::array<int, 4> leaf{};
   __cpuid(leaf.data(), 1);
@@ -55,13 +55,13 @@ bool runs(Level level) {
 
 #elif defined(__aarch64__) && defined(__linux__)
 
-bool runs(Level level) {
+TQAI_INLINE bool runs(Level level) {
   return level == Level::neon && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 }
 
 #elif defined(__aarch64__) && defined(__APPLE__)
 
-bool runs(Level level) {
+TQAI_INLINE bool runs(Level level) {
   int has = 0;
   std::size_t size = sizeof has;
   return level == Level::neon &&
@@ -70,7 +70,7 @@ bool runs(Level level) {
 
 #else
 
-bool runs(Level) { return false; }
+TQAI_INLINE bool runs(Level) { return false; }
 
 #endif
 

@@ -50,13 +50,13 @@ TQAI_INLINE SubnormalNumbers::~SubnormalNumbers() {
 
 #elif defined(__aarch64__) && defined(__GNUC__)
 
-SubnormalNumbers::SubnormalNumbers() noexcept {
+TQAI_INLINE SubnormalNumbers::SubnormalNumbers() noexcept {
   constexpr unsigned long long kFlushToZero = 1ULL << 24;
   asm volatile("mrs %0, fpcr" : "=r"(saved_));
   if ((saved_ & kFlushToZero) != 0) asm volatile("msr fpcr, %0" : : "r"(saved_ & ~kFlushToZero));
 }
 
-SubnormalNumbers::~SubnormalNumbers() {
+TQAI_INLINE SubnormalNumbers::~SubnormalNumbers() {
   unsigned long long now = 0;
   asm volatile("mrs %0, fpcr" : "=r"(now));
   if (now != saved_) asm volatile("msr fpcr, %0" : : "r"(saved_));
@@ -64,8 +64,8 @@ SubnormalNumbers::~SubnormalNumbers() {
 
 #else
 
-SubnormalNumbers::SubnormalNumbers() noexcept = default;
-SubnormalNumbers::~SubnormalNumbers() = default;
+TQAI_INLINE SubnormalNumbers::SubnormalNumbers() noexcept = default;
+TQAI_INLINE SubnormalNumbers::~SubnormalNumbers() = default;
 
 #endif
 

@@ -74,9 +74,11 @@ TQAI_INLINE void* map_slab(std::size_t bytes) {
 
 TQAI_INLINE void unmap_slab(void* slab, std::size_t bytes) noexcept { munmap(slab, bytes); }
 #else
-void* map_slab(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{kLine}); }
+TQAI_INLINE void* map_slab(std::size_t bytes) {
+  return ::operator new(bytes, std::align_val_t{kLine});
+}
 
-void unmap_slab(void* slab, std::size_t /*bytes*/) noexcept {
+TQAI_INLINE void unmap_slab(void* slab, std::size_t /*bytes*/) noexcept {
   ::operator delete(slab, std::align_val_t{kLine});
 }
 #endif
@@ -145,9 +147,11 @@ struct Pools {
 }  // namespace TQAI_LOCAL
 
 #ifdef TQAI_ASAN
-void* allocate_block(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{kLine}); }
+TQAI_INLINE void* allocate_block(std::size_t bytes) {
+  return ::operator new(bytes, std::align_val_t{kLine});
+}
 
-void deallocate_block(void* block, std::size_t /*bytes*/) noexcept {
+TQAI_INLINE void deallocate_block(void* block, std::size_t /*bytes*/) noexcept {
   ::operator delete(block, std::align_val_t{kLine});
 }
 #else

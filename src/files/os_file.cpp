@@ -65,9 +65,9 @@ TQAI_INLINE std::filesystem::path resolved(const std::filesystem::path& path) {
 }
 
 #ifdef _WIN32
-HANDLE handle_of(std::intptr_t handle) { return reinterpret_cast<HANDLE>(handle); }
+TQAI_INLINE HANDLE handle_of(std::intptr_t handle) { return reinterpret_cast<HANDLE>(handle); }
 
-OVERLAPPED at_offset(std::uint64_t at) {
+TQAI_INLINE OVERLAPPED at_offset(std::uint64_t at) {
   OVERLAPPED place{};
   place.Offset = static_cast<DWORD>(at);
   place.OffsetHigh = static_cast<DWORD>(at >> 32);
