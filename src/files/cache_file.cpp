@@ -135,7 +135,7 @@ TQAI_INLINE void take_checksums(const std::string& text, std::vector<FileTensor>
 }
 
 // Until version 2 they were in the header, as numbers.
-void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
+TQAI_INLINE void take_old_checksums(const std::string& header, std::vector<FileTensor>& tensors) {
   std::map<std::string, std::int64_t> checksums;
   JsonReader reader(header);
   reader.object([&](const std::string& key) {
@@ -152,7 +152,7 @@ void take_old_checksums(const std::string& header, std::vector<FileTensor>& tens
   }
 }
 
-std::uint32_t checksum_of(const std::string& text) {
+TQAI_INLINE std::uint32_t checksum_of(const std::string& text) {
   return detail::crc32(std::as_bytes(std::span(text)));
 }
 
