@@ -1,11 +1,16 @@
 // Bytes written once and for all (tests/golden): what they mean must never change, on any
 // processor.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <tqai/cache.hpp>
+#include <sstream>
+#include <tqai/codebook.hpp>
+#include <tqai/files.hpp>
+#include <tqai/quantizer.hpp>
+#include <tqai/rotation.hpp>
 
 #include "cache_helpers.hpp"
 
@@ -15,13 +20,19 @@ namespace {
 using test::gather;
 using test::Gathered;
 
-std::vector<std::byte> golden(const std::string& name) {
-  std::ifstream file(std::filesystem::path(TQAI_GOLDEN) / name, std::ios::binary);
-  EXPECT_TRUE(file.is_open()) << name;
+std::filesystem::path golden_path(const std::string& name) {
+  return std::filesystem::path(TQAI_GOLDEN) / name;
+}
+
+std::vector<std::byte> file_bytes(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file.is_open()) << path;
   std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   const auto all = std::as_bytes(std::span(bytes));
   return {all.begin(), all.end()};
 }
+
+std::vector<std::byte> golden(const std::string& name) { return file_bytes(golden_path(name)); }
 
 template <typename T>
 std::vector<T> golden_numbers(const std::string& name) {
@@ -62,6 +73,188 @@ INSTANTIATE_TEST_SUITE_P(Versions, GoldenCache, testing::Values(1, 2, 3));
 TEST(Golden, TheNewestCacheIsWrittenAlike) {
   const auto bytes = golden("cache_3.bin");
   EXPECT_EQ(KvCache::deserialize(bytes).serialize(), bytes);
+}
+
+// The lines of a text file, each split at its spaces, without its comments.
+std::vector<std::vector<std::string>> golden_lines(const std::string& name) {
+  std::ifstream file(golden_path(name));
+  EXPECT_TRUE(file.is_open()) << name;
+  std::vector<std::vector<std::string>> lines;
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with('#')) continue;
+    std::istringstream words(line);
+    lines.emplace_back(std::istream_iterator<std::string>(words),
+                       std::istream_iterator<std::string>());
+  }
+  return lines;
+}
+
+float hex_float(const std::string& word) { return std::strtof(word.c_str(), nullptr); }
+
+// Numbers that look random, with no library's generator: tests/python/test_container.py has them
+// too. All are exact in FP16.
+std::vector<float> fixed_numbers(std::int64_t count, std::int64_t salt) {
+  std::vector<float> numbers;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t number = (i * i * 40503 + i * salt) % 65521 % 257 - 128;
+    numbers.push_back(static_cast<float>(number) / 64.0F);
+  }
+  return numbers;
+}
+
+test::Array fixed_keys() {
+  test::Array keys({1, 1, 72, 16});
+  keys.data = fixed_numbers(72 * 16, 7);
+  for (std::size_t i = 0; i < keys.data.size(); ++i) keys.data[i] += static_cast<float>(i % 4);
+  return keys;
+}
+
+// The layers of file_2 and file_3: every width but one bit.
+KvCache fixed_cache(std::size_t layer) {
+  const int bits[][2] = {{2, 3}, {4, 5}, {6, 7}, {8, 2}};
+  CacheOptions options = test::geometry(16, bits[layer][0], bits[layer][1], 1);
+  options.dtype = DType::f32;
+  options.sink_tokens = 2;
+  options.residual_window = 4;
+  KvCache cache(options, 1);
+  test::Array values({1, 1, 72, 16});
+  values.data = fixed_numbers(72 * 16, 11);
+  cache.append(fixed_keys(), values);
+  cache.seal();
+  return cache;
+}
+
+constexpr std::size_t kFixedLayers = 4;
+
+std::vector<std::byte> tensor_bytes(const CacheFile& file, const std::string& name) {
+  std::vector<std::byte> bytes(file.tensor(name).bytes);
+  file.read(name, 0, bytes);
+  return bytes;
+}
+
+class GoldenFile : public testing::TestWithParam<int> {};
+
+// Written by the Python package; the same tokens give the same bytes today.
+TEST_P(GoldenFile, HoldsWhatItHeld) {
+  const auto path = golden_path("file_" + std::to_string(GetParam()) + ".safetensors");
+  const CacheFile file(path);
+  EXPECT_EQ(file.version(), GetParam());
+  EXPECT_TRUE(test::contains(file.header(), R"("model": "none \u00fc")"));
+  for (const bool mapped : {false, true}) {
+    LoadOptions options;
+    options.mapped = mapped;
+    const std::vector<KvCache> layers = load_caches(path, options);
+    ASSERT_EQ(layers.size(), kFixedLayers);
+    for (std::size_t i = 0; i < kFixedLayers; ++i) {
+      EXPECT_EQ(layers[i].packed_tokens(0), 64);
+      EXPECT_EQ(layers[i].serialize(), fixed_cache(i).serialize()) << i;
+    }
+  }
+  const std::string exact = "layers.4.keys";
+  EXPECT_EQ(file.tensor(exact).dtype, "F16");
+  EXPECT_EQ(file.tensor(exact).shape, (std::vector<std::int64_t>{1, 1, 4, 16}));
+  EXPECT_NO_THROW(file.verify(exact));
+  const std::vector<std::byte> bytes = tensor_bytes(file, exact);
+  std::vector<std::uint16_t> halves(bytes.size() / 2);
+  std::memcpy(halves.data(), bytes.data(), bytes.size());
+  const test::Array keys = fixed_keys();
+  ASSERT_EQ(halves.size(), 64U);
+  for (std::size_t i = 0; i < 64; ++i) EXPECT_EQ(from_half(halves[i]), keys.data[i]) << i;
+}
+
+INSTANTIATE_TEST_SUITE_P(Versions, GoldenFile, testing::Values(2, 3));
+
+TEST(Golden, TheNewestFileIsWrittenAlike) {
+  const auto path = golden_path("file_3.safetensors");
+  const CacheFile file(path);
+  std::vector<FileEntry> entries;
+  for (const FileTensor& tensor : file.tensors()) {
+    FileEntry entry;
+    entry.name = tensor.name;
+    entry.dtype = tensor.dtype;
+    if (tensor.dtype != "U8") entry.shape = tensor.shape;
+    entry.write = [&](const ByteSink& sink) { sink(tensor_bytes(file, tensor.name)); };
+    entries.push_back(entry);
+  }
+  const auto written = std::filesystem::temp_directory_path() /
+                       ("tqai_golden_" + std::to_string(std::random_device()()));
+  write_file(written, entries, file.header());
+  EXPECT_EQ(file_bytes(written), file_bytes(path));
+  std::filesystem::remove(written);
+}
+
+TEST(Golden, CodebooksAreWhatTheyWere) {
+  const auto lines = golden_lines("codebooks.txt");
+  ASSERT_EQ(lines.size(), 21U);
+  for (const auto& line : lines) {
+    const bool exact = line[2] == "exact";
+    const Codebook& now =
+        codebook(std::stoi(line[0]), std::stoi(line[1]), exact ? Grid::exact : Grid::int8);
+    const std::string where = line[0] + ' ' + line[1] + ' ' + line[2];
+    const std::span values(line.begin() + (exact ? 3 : 4), line.end());
+    ASSERT_EQ(now.centroids().size(), values.size()) << where;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (exact) {
+        EXPECT_EQ(now.centroids()[i], hex_float(values[i])) << where << ", " << i;
+      } else {
+        EXPECT_EQ(now.levels()[i], std::stoi(values[i])) << where << ", " << i;
+      }
+    }
+    // The best step is found by sums that processors round differently: docs/format.md.
+    if (!exact) {
+      EXPECT_NEAR(now.step() / hex_float(line[3]), 1.0F, 1e-5F) << where;
+    }
+  }
+}
+
+TEST(Golden, CodesAreWhatTheyWere) {
+  const auto lines = golden_lines("codes.txt");
+  ASSERT_EQ(lines.size(), 21U);
+  for (const auto& line : lines) {
+    QuantizerOptions options;
+    options.head_dim = std::stoi(line[0]);
+    options.bits = std::stoi(line[1]);
+    options.grid = line[2] == "exact" ? Grid::exact : Grid::int8;
+    options.rotation = line[3] == "haar" ? RotationKind::haar : RotationKind::hadamard;
+    options.seed = std::stoull(line[4]);
+    const Quantizer quantizer(options);
+    std::vector<std::uint8_t> codes(quantizer.code_bytes());
+    std::uint16_t norm = 0;
+    quantizer.encode(fixed_numbers(options.head_dim, 7).data(), 1, codes.data(), &norm);
+    EXPECT_EQ(norm, std::stoi(line[5], nullptr, 16)) << line[0] << ' ' << line[1];
+    std::string hex;
+    for (const std::uint8_t byte : codes) {
+      hex += "0123456789abcdef"[byte / 16];
+      hex += "0123456789abcdef"[byte % 16];
+    }
+    EXPECT_EQ(hex, line[6]) << line[0] << ' ' << line[1];
+  }
+}
+
+// Files keep only the seeds. rotation_test has more of Haar's.
+TEST(Golden, RotationsAreWhatTheyWere) {
+  const auto lines = golden_lines("rotations.txt");
+  ASSERT_EQ(lines.size(), 16U);
+  for (const auto& line : lines) {
+    const bool haar = line[0] == "haar";
+    const Rotation rotation(std::stoi(line[1]), haar ? RotationKind::haar : RotationKind::hadamard,
+                            std::stoull(line[2]));
+    if (haar) {
+      ASSERT_EQ(line.size() - 3, rotation.matrix().size());
+      for (std::size_t i = 0; i < rotation.matrix().size(); ++i) {
+        EXPECT_EQ(rotation.matrix()[i], hex_float(line[3 + i])) << line[2] << ", " << i;
+      }
+    } else {
+      const auto signs = rotation.signs();
+      std::string digits;
+      for (std::size_t i = 0; i < signs.size(); i += 4) {
+        unsigned digit = 0;
+        for (std::size_t k = 0; k < 4; ++k) digit |= (signs[i + k] < 0.0F ? 1U : 0U) << k;
+        digits += "0123456789abcdef"[digit];
+      }
+      EXPECT_EQ(digits, line[3]) << line[1] << ' ' << line[2];
+    }
+  }
 }
 
 }  // namespace

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from tqai import _core, container
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions and links as on POSIX")
 
@@ -147,13 +150,19 @@ def test_a_header_comes_back(tmp_path: Path) -> None:
     assert got == header and file.version == 3 and file.tensors == {}
 
 
+def append(cache: _core.KvCache, keys: np.ndarray, values: np.ndarray) -> None:
+    tensors = []
+    for array in (keys, values):
+        strides = tuple(stride // 4 for stride in array.strides)
+        tensors.append((array.ctypes.data, _core.DType.float32, array.shape, strides))
+    cache.append(*tensors)
+    cache.seal()
+
+
 def filled(bits: int) -> _core.KvCache:
     cache = _core.KvCache(batch=1, kv_heads=2, head_dim=16, bits_k=bits, residual_window=16)
     numbers = np.random.default_rng(bits).standard_normal((1, 2, 200, 16)).astype(np.float32)
-    strides = tuple(stride // 4 for stride in numbers.strides)
-    tensor = (numbers.ctypes.data, _core.DType.float32, numbers.shape, strides)
-    cache.append(tensor, tensor)
-    cache.seal()
+    append(cache, numbers, numbers)
     return cache
 
 
@@ -186,3 +195,54 @@ def test_damage_is_found(tmp_path: Path) -> None:
         container.layers(tmp_path / "f")
     with pytest.raises(FileNotFoundError, match="none could not be read: No such file"):
         container.layers(tmp_path / "none")
+
+
+def fixed(salt: int) -> np.ndarray:
+    """Numbers that look random, with no library's generator: tests/cpp/golden_test.cpp has them
+    too."""
+    i = np.arange(72 * 16, dtype=np.int64)
+    numbers = (i * i * 40503 + i * salt) % 65521 % 257 - 128
+    return (numbers / 64).astype(np.float32).reshape(1, 1, 72, 16)
+
+
+def golden() -> tuple[list[_core.KvCache], np.ndarray]:
+    """What file_2 and file_3 of tests/golden hold: layers of all widths, and keys of another."""
+    keys, values = fixed(7) + np.arange(16, dtype=np.float32) % 4, fixed(11)
+    layers = []
+    for bits_k, bits_v in ((2, 3), (4, 5), (6, 7), (8, 2)):
+        cache = _core.KvCache(
+            batch=1,
+            kv_heads=1,
+            head_dim=16,
+            bits_k=bits_k,
+            bits_v=bits_v,
+            sink_tokens=2,
+            residual_window=4,
+        )
+        append(cache, keys, values)
+        assert cache.packed_tokens(0) == 64
+        layers.append(cache)
+    return layers, keys[:, :, :4].astype(np.float16)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_golden_files_hold_what_they_held(version: int) -> None:
+    path = GOLDEN / f"file_{version}.safetensors"
+    layers, keys = golden()
+    file, header = container.opened(path)
+    assert file.version == version and header["model"] == "none ü"
+    for mapped in (False, True):
+        got = container.layers(path, mapped=mapped)
+        assert list(got) == list(range(len(layers)))
+        for number, layer in enumerate(layers):
+            assert got[number].serialize() == layer.serialize()
+    assert container.bytes_of(file, "layers.4.keys").tobytes() == keys.tobytes()
+    assert np.array_equal(load_file(path)["layers.4.keys"], keys)
+
+
+def test_the_newest_golden_file_is_written_alike(tmp_path: Path) -> None:
+    layers, keys = golden()
+    entries = [(f"layers.{i}.packed", "U8", None, layer) for i, layer in enumerate(layers)]
+    entries.append(("layers.4.keys", "F16", keys.shape, lambda: keys.reshape(-1).view(np.uint8)))
+    container.write(tmp_path / "f", {"model": "none ü"}, entries)
+    assert (tmp_path / "f").read_bytes() == (GOLDEN / "file_3.safetensors").read_bytes()
