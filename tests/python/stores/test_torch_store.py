@@ -611,9 +611,13 @@ def test_rows_without_tokens_are_read_whether_they_had_any_or_not() -> None:
     native = native_of(OPTIONS, 2)
     keys, values = tokens_for(OPTIONS, 2, 100)
     keys[0, :, 5:] *= 1e5  # too long to be sealed
-    native.append(ref(keys[:, :, :5].contiguous()), ref(values[:, :, :5].contiguous()))
+    first, rest = (
+        [each.contiguous() for each in (keys[:, :, at], values[:, :, at])]
+        for at in (slice(5), slice(5, None))
+    )
+    native.append(*map(ref, first))
     native.set_padding([5, 5])
-    native.append(ref(keys[:, :, 5:].contiguous()), ref(values[:, :, 5:].contiguous()))
+    native.append(*map(ref, rest))
     native.seal()
     assert [native.packed_tokens(row) for row in (0, 1)] == [0, 64]
     native.crop(5)

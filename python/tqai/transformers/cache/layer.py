@@ -162,7 +162,8 @@ class TqaiLayer(CacheLayerMixin):
             NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
         """
         keys, values = _plain(key_states), _plain(value_states)
-        like = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+        shapes, dtypes = (keys.shape, values.shape), (keys.dtype, values.dtype)
+        like = shapes, dtypes, keys.device, values.device, self.settings
         core = self.core
         held = 0 if core is None else core.tokens
         self._keep_reading()
