@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "ranges.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -338,6 +339,8 @@ TQAI_INLINE Codebook::Codebook(int head_dim, int bits, Grid grid)
     : head_dim_(checked_head_dim("head_dim", head_dim)),
       bits_(checked_bits("bits", bits)),
       grid_(grid) {
+  check_enumerator("grid", grid, Grid::int8);
+  const UsualArithmetic usual;
   const SphereLaw law(head_dim);
   const int count = 1 << (bits - 1);
   const std::vector<double> exact = solve_exact(law, count);

@@ -9,6 +9,7 @@
 #include "random.hpp"
 #include "ranges.hpp"
 #include "rotate.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -137,6 +138,7 @@ TQAI_INLINE void VectorQuantizer::encode(const float* vectors, std::int64_t rows
   check_buffer("vectors", vectors, rows);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
+  const UsualArithmetic usual;
   encode_rows(vectors, rows, codes, norms);
 }
 
@@ -146,6 +148,7 @@ TQAI_INLINE void VectorQuantizer::decode(const std::uint8_t* codes, const std::u
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
   check_buffer("vectors", vectors, rows);
+  const UsualArithmetic usual;
   decode_rows(codes, norms, rows, vectors);
 }
 
@@ -158,7 +161,8 @@ TQAI_INLINE void VectorQuantizer::inner_products(const float* queries, std::int6
   check_buffer("queries", queries, query_rows);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
-  check_buffer("products", products, query_rows * rows);
+  check_buffer("products", products, query_rows == 0 ? 0 : rows);
+  const UsualArithmetic usual;
   multiply_rows(queries, query_rows, codes, norms, rows, products);
 }
 
@@ -252,6 +256,7 @@ TQAI_INLINE ProdQuantizer::ProdQuantizer(const ProdQuantizerOptions& options)
     : VectorQuantizer(options.head_dim, options.bits),
       options_(options),
       rotation_(options.head_dim, options.rotation, options.seed) {
+  const UsualArithmetic usual;
   const int dim = options.head_dim;
   const bool has_centroids = options.bits > 1;
   if (has_centroids) codebook_ = &tqai::codebook(dim, options.bits - 1, options.grid);

@@ -15,6 +15,12 @@ inline void check_range(const char* name, std::int64_t value, std::int64_t low, 
                    "; allowed: " + std::to_string(low) + "…" + std::to_string(high));
 }
 
+/// Throws ValueError for a number that an enumeration from 0 to `last` does not have.
+template <typename Enumeration>
+void check_enumerator(const char* name, Enumeration value, Enumeration last) {
+  check_range(name, static_cast<std::int64_t>(value), 0, static_cast<std::int64_t>(last));
+}
+
 /// `dim` where it is a head dimension that the library takes, else ValueError.
 inline int checked_head_dim(const char* name, int dim) {
   check_range(name, dim, kMinHeadDim, kMaxHeadDim);

@@ -9,6 +9,7 @@
 #include "random.hpp"
 #include "ranges.hpp"
 #include "rotate.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -18,6 +19,7 @@ TQAI_INLINE bool is_power_of_two(int value) {
 }
 
 TQAI_INLINE RotationKind resolved(RotationKind kind, int head_dim) {
+  check_enumerator("rotation", kind, RotationKind::haar);
   if (kind == RotationKind::automatic) {
     return is_power_of_two(head_dim) ? RotationKind::hadamard : RotationKind::haar;
   }
@@ -56,6 +58,7 @@ TQAI_INLINE Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t se
     : head_dim_(checked_head_dim("head_dim", head_dim)),
       kind_(resolved(kind, head_dim)),
       seed_(seed) {
+  const UsualArithmetic usual;
   const auto dim = static_cast<std::size_t>(head_dim);
   if (kind_ == RotationKind::hadamard) {
     Xoshiro256 random(seed);
@@ -76,6 +79,7 @@ TQAI_INLINE Rotation::Rotation(int head_dim, RotationKind kind, std::uint64_t se
 
 TQAI_INLINE void Rotation::apply(const float* x, float* y, std::int64_t rows) const {
   check_rows(x, y, rows);
+  const UsualArithmetic usual;
   if (kind_ == RotationKind::haar) return multiply_rows(transposed_, x, y, rows, head_dim_);
   const float scale = hadamard_scale(head_dim_);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -88,6 +92,7 @@ TQAI_INLINE void Rotation::apply(const float* x, float* y, std::int64_t rows) co
 
 TQAI_INLINE void Rotation::apply_transposed(const float* y, float* x, std::int64_t rows) const {
   check_rows(y, x, rows);
+  const UsualArithmetic usual;
   if (kind_ == RotationKind::haar) return multiply_rows(matrix_, y, x, rows, head_dim_);
   const float scale = hadamard_scale(head_dim_);
   for (std::int64_t r = 0; r < rows; ++r) {

@@ -14,20 +14,21 @@
 namespace tqai {
 
 /// How many OpenMP threads a parallel region may have: 1 without OpenMP, and in a forked child of a
-/// process that has used them, where a second thread would wait for ever for those that the fork
-/// did not copy. Call it right before a region. Thread-safe.
+/// process that had several threads. If they were OpenMP's, the application's or ours, the child
+/// would wait for ever for what the fork did not copy. Thread-safe.
 int usable_threads() noexcept;
 
-/// Subnormal numbers count, and results are subnormal where they are that small, as long as this
-/// lives: applications (audio, torch.set_flush_denormal) may have told the processor otherwise, and
-/// vectors of small norms would come out otherwise than elsewhere. For the calling thread; it puts
-/// back what was.
-class SubnormalNumbers {
+/// The processor computes as it does for any program that has told it nothing, as long as this
+/// lives: to the nearest, with subnormal numbers, without traps. Applications may have told it
+/// otherwise (audio, torch.set_flush_denormal, fesetround, feenableexcept): then vectors of small
+/// norms would come out otherwise than elsewhere, all of them would, or the process would end by
+/// SIGFPE at a NaN query. For the calling thread; it puts back what was.
+class UsualArithmetic {
  public:
-  SubnormalNumbers() noexcept;
-  ~SubnormalNumbers();
-  SubnormalNumbers(const SubnormalNumbers&) = delete;
-  SubnormalNumbers& operator=(const SubnormalNumbers&) = delete;
+  UsualArithmetic() noexcept;
+  ~UsualArithmetic();
+  UsualArithmetic(const UsualArithmetic&) = delete;
+  UsualArithmetic& operator=(const UsualArithmetic&) = delete;
 
  private:
   unsigned long long saved_ = 0;
@@ -89,7 +90,7 @@ void parallel_for(std::int64_t count, std::int64_t worth, std::size_t bytes, con
     FirstError error;
 #pragma omp parallel num_threads(threads)
     {
-      const SubnormalNumbers counted;
+      const UsualArithmetic usual;
       std::byte* const own = memory.of(omp_get_thread_num());
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < count; ++i) error.guard([&] { work(i, own); });

@@ -7,6 +7,13 @@
 #error "tqai does not compile with -ffast-math, -ffinite-math-only or /fp:fast: leave these out"
 #endif
 
+// Kernels of all levels add in one order. Clang does not say what it may change.
+#if defined(TQAI_BUILDING) || defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
+#if defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#error "tqai does not compile with -funsafe-math-optimizations or parts of it: leave these out"
+#endif
+#endif
+
 #if defined(TQAI_SHARED) && defined(_WIN32)
 #ifdef TQAI_BUILDING
 #define TQAI_API __declspec(dllexport)

@@ -111,7 +111,7 @@ TQAI_INLINE void attend_batch(const AttendUnits& units, const Batch& batch,
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      const SubnormalNumbers counted;
+      const UsualArithmetic usual;
       const int thread = omp_get_thread_num();
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < batch.count(); ++i) prepare(i);
@@ -135,7 +135,7 @@ TQAI_INLINE void attend(const Context& context, std::span<const Row> rows, std::
                         const ConstTensor& queries, const Tensor& output,
                         const AttendOptions& options) {
   if (queries.shape[0] == 0 || queries.shape[1] == 0 || queries.shape[2] == 0) return;
-  const SubnormalNumbers counted;
+  const UsualArithmetic usual;
   const AttendUnits units(context, rows, tokens, queries, output, options);
   const std::int64_t most =
       std::clamp<std::int64_t>(kBatchFloats / units.floats(), 1, units.count());

@@ -6,6 +6,7 @@
 #include <tqai/cache.hpp>
 #include <vector>
 
+#include "../ranges.hpp"
 #include "../threads.hpp"
 #include "attend.hpp"
 #include "check.hpp"
@@ -52,12 +53,18 @@ TQAI_INLINE void check_mask(const Mask& mask, const ConstTensor& queries, std::i
   for (std::size_t i = 0; i < 3; ++i) {
     fits = fits && (mask.shape[i] == full[i] || mask.shape[i] == 1);
   }
-  if (!fits || (mask.data == nullptr && columns > 0)) {
+  if (!fits) {
     throw ValueError("the mask has shape " + detail::shape_text(mask.shape) +
                      "; needed: " + detail::shape_text(full) +
                      " = [batch, query_heads, queries, tokens − first_token], the first three may "
                      "be 1");
   }
+  check_enumerator("the mask's kind", mask.kind, Mask::Kind::bf16);
+  const std::size_t element = mask.kind == Mask::Kind::boolean ? 1
+                              : mask.kind == Mask::Kind::f32   ? 4
+                                                               : 2;
+  detail::check_memory("the mask", mask.data, element, mask.shape.data(), mask.strides.data(),
+                       mask.shape.size());
 }
 
 // Copies the tensor's tokens of one batch row behind the row's exact ones.
@@ -153,6 +160,7 @@ TQAI_INLINE KvCache::KvCache(const CacheOptions& options, int batch)
   if (batch < 1) {
     throw ValueError("batch = " + std::to_string(batch) + "; allowed: 1 or more");
   }
+  const UsualArithmetic usual;
   Context& context = state_->context;
   context.options = detail::checked(options);
   if (context.options.rope) context.rope = detail::shared_rope_tables(*context.options.rope);
@@ -207,19 +215,20 @@ TQAI_INLINE int KvCache::centre_sets(int row) const {
 
 TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
                                  const std::optional<PositionTensor>& positions) {
-  const SubnormalNumbers counted;
+  const UsualArithmetic usual;
   State& state = *state_;
   const Context& context = state.context;
   detail::check_shape("keys", keys.shape,
                       shape_of(context, state.rows.size(), -1, context.options.head_dim), kKeyAxes);
   const std::int64_t tokens = keys.shape[2];
+  check_range("the keys' number of tokens", tokens, 0, detail::kMostTokens - state.tokens);
   detail::check_shape("values", values.shape,
                       shape_of(context, state.rows.size(), tokens, context.options.value_head_dim),
                       kValueAxes);
   check_dtype("keys", keys.dtype, context.options.dtype);
   check_dtype("values", values.dtype, context.options.dtype);
-  detail::check_layout("keys", keys.data, keys.shape, keys.strides);
-  detail::check_layout("values", values.data, values.shape, values.strides);
+  detail::check_layout("keys", keys);
+  detail::check_layout("values", values);
   if (positions) {
     // Without an embedding there are none to go by; they are of no use then.
     const std::int64_t sections =
@@ -254,7 +263,7 @@ TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& val
 }
 
 TQAI_INLINE std::int64_t KvCache::seal() {
-  const SubnormalNumbers counted;
+  const UsualArithmetic usual;
   commit_all(state_->rows, prepare_sealings(state_->context, state_->rows));
   return most_sealable(state_->context, state_->rows);
 }
@@ -279,8 +288,9 @@ TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& outpu
   detail::check_shape("output", output.shape,
                       {batch, queries.shape[2], queries.shape[1], geometry.value_head_dim},
                       "batch, queries, query_heads, value_head_dim");
-  detail::check_layout("queries", queries.data, queries.shape, queries.strides);
+  detail::check_layout("queries", queries);
   detail::check_written("output", output);
+  detail::check_apart("output", output, "the queries", queries);
   if (options.scale && !std::isfinite(*options.scale)) {
     throw ValueError("scale = " + std::to_string(*options.scale) +
                      "; allowed: finite numbers, or nothing for 1/√head_dim");
@@ -296,12 +306,17 @@ TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& outpu
                      std::to_string(state.tokens) + ", and 0 for none or more");
   }
   if (options.mask) check_mask(*options.mask, queries, state.tokens - options.first_token);
+  if (options.sink_scores != nullptr) {
+    const std::int64_t next = 1;
+    detail::check_memory("sink_scores", options.sink_scores, sizeof(float), &queries.shape[1],
+                         &next, 1);
+  }
   detail::attend(state.context, state.rows, state.tokens, queries, output, options);
 }
 
 TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
                                  const Tensor& values) const {
-  const SubnormalNumbers counted;
+  const UsualArithmetic usual;
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
   detail::check_shape("keys", keys.shape,
@@ -312,6 +327,8 @@ TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
       kValueAxes);
   detail::check_written("keys", keys);
   detail::check_written("values", values);
+  detail::check_apart("keys", keys, "values",
+                      {values.data, values.dtype, values.shape, values.strides});
   if (first < 0 || first > state.tokens - keys.shape[2]) {
     throw IndexError("tokens " + std::to_string(first) + "…" +
                      std::to_string(first + keys.shape[2]) + " of a cache of " +
@@ -504,6 +521,7 @@ TQAI_INLINE KvCache KvCache::deserialize(std::span<const std::byte> bytes,
 }
 
 TQAI_INLINE KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level) {
+  const UsualArithmetic usual;
   detail::Header header = detail::read_header(reader);
   header.options.level = level;
   KvCache cache(header.options);

@@ -12,6 +12,7 @@ namespace tqai::detail {
 namespace TQAI_LOCAL {
 
 TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
+  check_enumerator("rope's layout", rope.layout, Rope::Layout::interleaved);
   check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
   if (rope.rotary_dim % 2 != 0 ||
       rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
@@ -32,10 +33,72 @@ TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
   }
 }
 
+// Bytes from a tensor's first element to any other: no allocation is larger, and pointers to its
+// elements can be computed.
+constexpr std::uint64_t kMostReach = std::uint64_t{1} << 62;
+
+// Also of the least number, whose negative does not exist.
+TQAI_INLINE std::uint64_t magnitude(std::int64_t value) noexcept {
+  const auto bits = static_cast<std::uint64_t>(value);
+  return value < 0 ? 0 - bits : bits;
+}
+
+TQAI_INLINE bool is_empty(const std::array<std::int64_t, 4>& shape) noexcept {
+  return std::find(shape.begin(), shape.end(), 0) != shape.end();
+}
+
+TQAI_INLINE ConstTensor to_be_read(const Tensor& tensor) noexcept {
+  return {tensor.data, tensor.dtype, tensor.shape, tensor.strides};
+}
+
+// From the innermost dimension outwards.
+TQAI_INLINE std::array<std::size_t, 4> order_of(const std::array<std::int64_t, 4>& strides) {
+  std::array<std::size_t, 4> order = {0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&strides](std::size_t a, std::size_t b) {
+    return magnitude(strides[a]) < magnitude(strides[b]);
+  });
+  return order;
+}
+
+// The memory of a tensor that is not empty. At both ends of it is an element.
+struct Extent {
+  std::uintptr_t first_element = 0;
+  std::uintptr_t begin = 0;
+  std::uintptr_t end = 0;
+  bool is_full = true;  // each byte is one of the tensor's
+
+  bool holds_an_end_of(const Extent& other) const noexcept {
+    return (other.begin >= begin && other.begin < end) || (other.end > begin && other.end <= end);
+  }
+};
+
+TQAI_INLINE Extent extent_of(const ConstTensor& tensor) {
+  const std::size_t element = size_of(tensor.dtype);
+  const auto first = reinterpret_cast<std::uintptr_t>(tensor.data);
+  Extent extent{first, first, first + element, true};
+  std::uint64_t inner = 1;  // elements
+  for (const std::size_t axis : order_of(tensor.strides)) {
+    const auto count = static_cast<std::uint64_t>(tensor.shape[axis]);
+    if (count == 1) continue;
+    const std::uint64_t stride = magnitude(tensor.strides[axis]);
+    extent.is_full = extent.is_full && stride == inner;
+    inner *= count;
+    const std::uint64_t bytes = stride * (count - 1) * element;
+    if (tensor.strides[axis] < 0) {
+      extent.begin -= bytes;
+    } else {
+      extent.end += bytes;
+    }
+  }
+  return extent;
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE CacheOptions checked(CacheOptions options) {
   constexpr int kMost = 1 << 30;
+  check_enumerator("dtype", options.dtype, DType::bf16);
+  check_enumerator("centering", options.centering, Centering::rope);
   check_range("kv_heads", options.kv_heads, 1, 1 << 16);
   checked_head_dim("head_dim", options.head_dim);
   if (options.value_head_dim == 0) options.value_head_dim = options.head_dim;
@@ -86,7 +149,8 @@ TQAI_INLINE void check_positions(const PositionTensor& positions, std::int64_t b
                      std::to_string(batch) + ", 1 or " + std::to_string(sections) + ", " +
                      std::to_string(tokens) + "] = [batch, sections, tokens]");
   }
-  if (positions.data == nullptr && tokens > 0) throw ValueError("positions have no data");
+  check_memory("positions", positions.data, sizeof(std::int64_t), positions.shape.data(),
+               positions.strides.data(), positions.shape.size());
   for (std::int64_t b = 0; b < rows; ++b) {
     for (std::int64_t s = 0; s < given; ++s) {
       const std::int64_t* from = positions.data + b * strides[0] + s * strides[1];
@@ -95,41 +159,67 @@ TQAI_INLINE void check_positions(const PositionTensor& positions, std::int64_t b
   }
 }
 
-TQAI_INLINE void check_layout(const char* name, const void* data,
-                              const std::array<std::int64_t, 4>& shape,
-                              const std::array<std::int64_t, 4>& strides) {
-  const bool empty = shape[0] == 0 || shape[1] == 0 || shape[2] == 0 || shape[3] == 0;
-  if (data == nullptr && !empty) {
-    throw ValueError(std::string(name) + " has no data; a pointer to " + shape_text(shape) +
-                     " elements is needed");
+TQAI_INLINE void check_memory(const char* name, const void* data, std::size_t element,
+                              const std::int64_t* shape, const std::int64_t* strides,
+                              std::size_t dimensions) {
+  if (std::find(shape, shape + dimensions, 0) != shape + dimensions) return;
+  if (data == nullptr) throw ValueError(std::string(name) + " has no data; a pointer is needed");
+  if (reinterpret_cast<std::uintptr_t>(data) % element != 0) {
+    throw ValueError(std::string(name) + " lies at an address that is no multiple of " +
+                     std::to_string(element) + " bytes, its elements' size: copy it first");
   }
-  if (strides[3] != 1 && shape[3] > 1) {
-    throw ValueError(std::string(name) + " has stride " + std::to_string(strides[3]) +
+  std::uint64_t left = kMostReach / element;
+  for (std::size_t axis = 0; axis < dimensions; ++axis) {
+    if (shape[axis] == 1) continue;
+    const auto steps = static_cast<std::uint64_t>(shape[axis] - 1);
+    if (magnitude(strides[axis]) > left / steps) {
+      throw ValueError(std::string(name) + " has " + std::to_string(shape[axis]) +
+                       " elements with stride " + std::to_string(strides[axis]) +
+                       ", which lead out of any memory");
+    }
+    left -= magnitude(strides[axis]) * steps;
+  }
+}
+
+TQAI_INLINE void check_layout(const char* name, const ConstTensor& tensor) {
+  check_enumerator("a tensor's dtype", tensor.dtype, DType::bf16);
+  check_memory(name, tensor.data, size_of(tensor.dtype), tensor.shape.data(), tensor.strides.data(),
+               tensor.shape.size());
+  if (tensor.strides[3] != 1 && tensor.shape[3] > 1) {
+    throw ValueError(std::string(name) + " has stride " + std::to_string(tensor.strides[3]) +
                      " in its last dimension; 1 is needed: make it contiguous");
   }
 }
 
 TQAI_INLINE void check_written(const char* name, const Tensor& tensor) {
-  check_layout(name, tensor.data, tensor.shape, tensor.strides);
-  // From the innermost dimension outwards, each step must lead beyond all that the inner ones
-  // reach.
-  std::array<std::size_t, 4> order = {0, 1, 2, 3};
-  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    return std::abs(tensor.strides[a]) < std::abs(tensor.strides[b]);
-  });
-  if (std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end()) return;
-  std::int64_t reach = 0;
-  for (const std::size_t axis : order) {
+  check_layout(name, to_be_read(tensor));
+  if (is_empty(tensor.shape)) return;
+  // Each step must lead beyond all that the inner ones reach.
+  std::uint64_t reach = 0;
+  for (const std::size_t axis : order_of(tensor.strides)) {
     if (tensor.shape[axis] == 1) continue;
-    const std::int64_t step = std::abs(tensor.strides[axis]);
+    const std::uint64_t step = magnitude(tensor.strides[axis]);
     if (step <= reach) {
       throw ValueError(std::string(name) + " of shape " + shape_text(tensor.shape) +
                        " has strides " + shape_text(tensor.strides) +
                        ", by which several elements lie at one address; needed: memory of its own "
                        "for each");
     }
-    reach += step * (tensor.shape[axis] - 1);
+    reach += step * static_cast<std::uint64_t>(tensor.shape[axis] - 1);
   }
+}
+
+TQAI_INLINE void check_apart(const char* written_name, const Tensor& written, const char* name,
+                             const ConstTensor& other) {
+  if (is_empty(written.shape) || is_empty(other.shape)) return;
+  const Extent a = extent_of(to_be_read(written));
+  const Extent b = extent_of(other);
+  if (a.first_element != b.first_element && !(a.is_full && a.holds_an_end_of(b)) &&
+      !(b.is_full && b.holds_an_end_of(a))) {
+    return;
+  }
+  throw ValueError(std::string(written_name) + " overlaps " + name +
+                   "; needed: memory of its own, as it is written while the other is in use");
 }
 
 TQAI_INLINE std::string number_text(float value) {

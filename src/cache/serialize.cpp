@@ -26,7 +26,6 @@ constexpr std::uint32_t kTilesLast = 3;
 constexpr std::uint32_t kWithGaps = 4;
 constexpr std::uint32_t kVersion = 4;
 constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 
 TQAI_INLINE void check_byte_order() {
   if constexpr (std::endian::native != std::endian::little) {

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdio>
 #include <span>
+#include <string>
 #include <tqai/cache.hpp>
 #include <tqai/quantizer.hpp>
 #include <vector>
@@ -48,6 +49,27 @@ int main() {
               static_cast<long long>(loaded.tokens()),
               static_cast<long long>(loaded.packed_tokens(0)), static_cast<double>(error));
   if (loaded.packed_tokens(0) == 0 || !(error < 0.02F)) return 1;
+
+  // Whatever flags the project has that compiles the library.
+  for (const tqai::Level level : tqai::available_levels()) {
+    options.level = level;
+    tqai::KvCache other(options);
+    other.append(tensor(keys.data(), kDim), tensor(keys.data(), kDim));
+    other.seal();
+    cache.crop(0);
+    cache.append(tensor(keys.data(), kDim), tensor(keys.data(), kDim));
+    cache.seal();
+    std::vector<float> outputs[2] = {output, output};
+    int i = 0;
+    for (const tqai::KvCache* each : {&cache, &other}) {
+      each->attend({keys.data(), tqai::DType::f32, {1, 1, 1, kDim}, {kDim, kDim, kDim, 1}},
+                   {outputs[i++].data(), tqai::DType::f32, {1, 1, 1, kDim}, {kDim, kDim, kDim, 1}});
+    }
+    if (outputs[0] != outputs[1] || cache.serialize() != other.serialize()) {
+      std::printf("%s differs\n", std::string(tqai::name_of(level)).c_str());
+      return 1;
+    }
+  }
 
   try {
     cache.crop(kTokens + 1);

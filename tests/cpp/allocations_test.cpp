@@ -242,7 +242,8 @@ TEST_P(Allocations, Append) {
 
 TEST_P(Allocations, Seal) {
   // Enough tiles for threads.
-  expect_all_or_nothing("first", [&] { return unsealed(300); }, [](KvCache& c) { c.seal(); });
+  expect_all_or_nothing(
+      "first", [&] { return unsealed(300); }, [](KvCache& c) { c.seal(); });
   if (GetParam().threads > 1 || GetParam().batch > 2) return;
   expect_all_or_nothing(
       "another centre", [&] { return sealed(340); }, [](KvCache& c) { c.seal(); });
@@ -250,13 +251,15 @@ TEST_P(Allocations, Seal) {
 
 TEST_P(Allocations, Crop) {
   for (const std::int64_t tokens : {165, 70, 3, 0}) {
-    expect_all_or_nothing("crop", [&] { return sealed(20); }, [=](KvCache& c) { c.crop(tokens); });
+    expect_all_or_nothing(
+        "crop", [&] { return sealed(20); }, [=](KvCache& c) { c.crop(tokens); });
   }
 }
 
 TEST_P(Allocations, SelectAndCopy) {
   const std::vector<std::int64_t> rows = {GetParam().batch - 1, 0, 0};
-  expect_all_or_nothing("select", [&] { return sealed(20); }, [&](KvCache& c) { c.select(rows); });
+  expect_all_or_nothing(
+      "select", [&] { return sealed(20); }, [&](KvCache& c) { c.select(rows); });
   expect_all_or_nothing(
       "assignment", [&] { return sealed(20); },
       [&](KvCache& c) {
@@ -273,6 +276,31 @@ TEST_P(Allocations, SetPadding) {
         for (int b = 0; b < c.batch(); ++b) counts.push_back(7 + 20 * b);
         c.set_padding(counts);
       });
+}
+
+TEST_P(Allocations, LeaveOut) {
+  const auto every_third = [](const KvCache& cache, std::int64_t last) {
+    std::vector<std::uint8_t> hidden(static_cast<std::size_t>(cache.batch() * last));
+    for (std::size_t i = 0; i < hidden.size(); i += 3) hidden[i] = 1;
+    return hidden;
+  };
+  expect_all_or_nothing(
+      "leave_out", [&] { return unsealed(60); },
+      [&](KvCache& c) { c.leave_out(every_third(c, 40)); });
+  expect_all_or_nothing(
+      "leave_out of what is behind tiles", [&] { return sealed(20); },
+      [&](KvCache& c) { c.leave_out(every_third(c, 9)); });
+  // With gaps in the way.
+  const auto with_gaps = [&] {
+    KvCache cache = unsealed(60);
+    cache.leave_out(every_third(cache, 40));
+    append(cache, 60, 100);
+    return cache;
+  };
+  expect_all_or_nothing("append", with_gaps, [&](KvCache& c) { append(c, 160, 150); });
+  expect_all_or_nothing("seal", with_gaps, [](KvCache& c) { c.seal(); });
+  expect_all_or_nothing("crop", with_gaps, [](KvCache& c) { c.crop(50); });
+  expect_all_or_nothing("discard_before", with_gaps, [](KvCache& c) { c.discard_before(150); });
 }
 
 TEST_P(Allocations, DiscardBefore) {

@@ -36,6 +36,19 @@ TEST_F(CacheErrors, RefusesOptionsOutOfRange) {
   EXPECT_TRUE(contains(make([](auto& o) { o.sink_tokens = -1; }), "sink_tokens = -1"));
   EXPECT_TRUE(contains(make([](auto& o) { o.residual_window = -1; }), "residual_window = -1"));
   EXPECT_TRUE(contains(message_of([] { KvCache cache(geometry(64), 0); }), "batch = 0"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.dtype = static_cast<DType>(3); }), "dtype = 3"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.rotation = static_cast<RotationKind>(3); }),
+                       "rotation = 3; allowed: 0…2"));
+  EXPECT_TRUE(
+      contains(make([](auto& o) { o.centering = static_cast<Centering>(4); }), "centering = 4"));
+  EXPECT_TRUE(contains(make([](auto& o) {
+                         o.rope = test::rope_of(64);
+                         o.rope->layout = static_cast<Rope::Layout>(2);
+                       }),
+                       "layout = 2"));
+  CacheOptions other_level = geometry(64);
+  other_level.level = static_cast<Level>(99);
+  EXPECT_THROW(KvCache{other_level}, UnsupportedError);
   CacheOptions haar = geometry(96);
   haar.rotation = RotationKind::hadamard;
   EXPECT_TRUE(contains(message_of([&] { KvCache cache(haar); }), "96"));
@@ -90,18 +103,19 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   // Outputs whose elements share addresses: threads would write the same bytes.
   std::vector<float> output(2 * 64);
   const auto overlapping = [&](std::array<std::int64_t, 4> strides) {
-    return message_of(
-        [&] { cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, strides}); });
+    return message_of([&] {
+      cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, strides});
+    });
   };
   EXPECT_TRUE(contains(overlapping({0, 0, 0, 1}), "at one address"));
   EXPECT_TRUE(contains(overlapping({128, 128, 63, 1}), "at one address"));
   cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, {0, 0, 64, 1}});  // strides of 1s
-  EXPECT_TRUE(contains(message_of([&] {
-                         const Tensor all_one{
-                             output.data(), DType::f32, {1, 2, 2, 64}, {0, 64, 0, 1}};
-                         cache.gather(0, all_one, all_one);
-                       }),
-                       "at one address"));
+  EXPECT_TRUE(
+      contains(message_of([&] {
+                 const Tensor all_one{output.data(), DType::f32, {1, 2, 2, 64}, {0, 64, 0, 1}};
+                 cache.gather(0, all_one, all_one);
+               }),
+               "at one address"));
   EXPECT_TRUE(contains(message_of([&] { cache.crop(151); }), "0…150"));
   EXPECT_TRUE(contains(message_of([&] { cache.select({}); }), "1 or more"));
   EXPECT_THROW(cache.select(std::vector<std::int64_t>{0, 1}), IndexError);
@@ -112,7 +126,9 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
 
   EXPECT_TRUE(contains(refused([](auto& o) { o.first_token = 151; }), "first_token = 151"));
   EXPECT_TRUE(contains(refused([](auto& o) { o.window = -1; }), "window = -1"));
-  EXPECT_TRUE(contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{0, 0}); }),
+  EXPECT_TRUE(contains(message_of([&] {
+                         cache.set_padding(std::vector<std::int64_t>{0, 0});
+                       }),
                        "2 padding counts for a batch of 1"));
   for (const std::int64_t token : {-1, 151}) {
     EXPECT_TRUE(contains(message_of([&] { cache.discard_before(token); }), "allowed: 0…150"));
@@ -129,6 +145,141 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   EXPECT_EQ(gather(cache, 0, 150).values.data, before.values.data);
   all.append_to(cache, 150, 50);  // and goes on
   EXPECT_EQ(cache.tokens(), 200);
+}
+
+// Pointers, strides and numbers that no tensor has. UBSan: none of them is used.
+TEST_F(CacheErrors, RefusesMemoryThatNoTensorHas) {
+  CacheOptions with_rope = geometry(64);
+  with_rope.rope = test::rope_of(64);
+  KvCache cache(with_rope);
+  const Tokens all(1, 2, 100, 64, engine_);
+  all.append_to(cache, 0, 100);
+  const std::vector<std::byte> before = cache.serialize();
+  constexpr std::int64_t kLeast = std::numeric_limits<std::int64_t>::min();
+  constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
+  const Array queries({1, 2, 2, 64}, engine_);
+  Array output({1, 2, 2, 64});
+  const auto beside = [](const void* data) { return static_cast<const std::byte*>(data) + 1; };
+  const ConstTensor five = Tokens::slice(all.keys, 0, 5);
+  const ConstTensor query = queries;
+  const Tensor out = output;
+
+  const auto append = [&](auto change) {
+    ConstTensor keys = five;
+    change(keys);
+    return message_of([&] { cache.append(keys, five); }) +
+           message_of([&] { cache.append(five, keys); });
+  };
+  const auto attend = [&](auto change) {
+    ConstTensor changed = query;
+    Tensor changed_output = out;
+    AttendOptions options;
+    change(changed, changed_output, options);
+    return message_of([&] { cache.attend(changed, changed_output, options); });
+  };
+  EXPECT_TRUE(contains(append([&](auto& t) { t.data = beside(t.data); }), "multiple of 4 bytes"));
+  EXPECT_TRUE(contains(attend([&](auto& q, auto&, auto&) { q.data = beside(q.data); }),
+                       "queries lies at an address"));
+  EXPECT_TRUE(contains(
+      attend([&](auto&, auto& o, auto&) { o.data = const_cast<std::byte*>(beside(o.data)); }),
+      "output lies at an address"));
+  for (const std::int64_t stride : {kLeast, kLargest, kLeast / 8, kLargest / 8}) {
+    for (const std::size_t axis : {std::size_t{1}, std::size_t{2}}) {
+      SCOPED_TRACE(stride);
+      EXPECT_TRUE(
+          contains(append([&](auto& t) { t.strides[axis] = stride; }), "out of any memory"));
+      EXPECT_TRUE(contains(attend([&](auto& q, auto&, auto&) { q.strides[axis] = stride; }),
+                           "out of any memory"));
+      EXPECT_TRUE(contains(attend([&](auto&, auto& o, auto&) { o.strides[axis] = stride; }),
+                           "out of any memory"));
+    }
+  }
+  const auto dtype = static_cast<DType>(3);
+  EXPECT_TRUE(contains(append([&](auto& t) { t.dtype = dtype; }), "this cache holds float32"));
+  EXPECT_TRUE(contains(attend([&](auto& q, auto&, auto&) { q.dtype = dtype; }),
+                       "a tensor's dtype = 3; allowed: 0…2"));
+  EXPECT_TRUE(contains(attend([&](auto&, auto& o, auto&) { o.dtype = dtype; }), "allowed: 0…2"));
+  // As many tokens as one likes lie in the memory of one.
+  for (const std::int64_t tokens : {kLargest, (std::int64_t{1} << 40) + 1}) {
+    ConstTensor endless = five;
+    endless.shape[2] = tokens;
+    endless.strides[2] = 0;
+    EXPECT_TRUE(contains(message_of([&] { cache.append(endless, endless); }), "number of tokens"))
+        << tokens;
+  }
+
+  const std::int64_t at[6] = {1, 2, 3, 4, 5, 6};
+  const auto positions = [&](const PositionTensor& places) {
+    return message_of([&] { cache.append(five, five, places); });
+  };
+  EXPECT_TRUE(contains(positions({nullptr, {1, 1, 5}, {0, 0, 1}}), "positions has no data"));
+  EXPECT_TRUE(contains(positions({at, {1, 1, 5}, {0, 0, kLargest}}), "out of any memory"));
+  EXPECT_TRUE(
+      contains(positions({reinterpret_cast<const std::int64_t*>(beside(at)), {1, 1, 5}, {0, 0, 1}}),
+               "multiple of 8 bytes"));
+
+  const std::vector<float> added(200, 0.0F);
+  const auto mask = [&](const void* data, Mask::Kind kind, std::int64_t stride) {
+    return attend([&](auto&, auto&, auto& options) {
+      options.mask = Mask{data, kind, {1, 1, 1, 100}, {0, 0, 0, stride}};
+    });
+  };
+  EXPECT_TRUE(contains(mask(nullptr, Mask::Kind::f32, 1), "the mask has no data"));
+  EXPECT_TRUE(contains(mask(beside(added.data()), Mask::Kind::f32, 1), "multiple of 4 bytes"));
+  EXPECT_TRUE(contains(mask(beside(added.data()), Mask::Kind::bf16, 1), "multiple of 2 bytes"));
+  EXPECT_TRUE(contains(mask(added.data(), Mask::Kind::f16, kLeast), "out of any memory"));
+  EXPECT_TRUE(contains(mask(added.data(), static_cast<Mask::Kind>(4), 1), "kind = 4"));
+  AttendOptions bytes;
+  bytes.mask = Mask{beside(added.data()), Mask::Kind::boolean, {1, 1, 1, 100}, {0, 0, 0, 1}};
+  EXPECT_NO_THROW(cache.attend(query, out, bytes));
+  EXPECT_TRUE(contains(attend([&](auto&, auto&, auto& options) {
+                         options.sink_scores = reinterpret_cast<const float*>(beside(added.data()));
+                       }),
+                       "sink_scores lies at an address"));
+
+  EXPECT_EQ(cache.serialize(), before);
+}
+
+// What is written while something else is read or written there; what lies between it is not.
+TEST_F(CacheErrors, RefusesOutputsThatOverlap) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 100, 64, engine_);
+  all.append_to(cache, 0, 100);
+  std::vector<float> memory(4 * 2 * 64);
+  for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i % 5);
+  const std::vector<float> unchanged = memory;
+  const auto attend = [&](std::int64_t from, std::int64_t to, std::int64_t apart) {
+    const ConstTensor queries{memory.data() + from, DType::f32, {1, 2, 1, 64}, {0, apart, 0, 1}};
+    const Tensor output{memory.data() + to, DType::f32, {1, 1, 2, 64}, {0, 0, apart, 1}};
+    cache.attend(queries, output);
+  };
+  for (const auto& [from, to, apart] : {std::array<std::int64_t, 3>{0, 0, 64},
+                                        {0, 0, 128},
+                                        {0, 127, 64},
+                                        {127, 0, 64},
+                                        {64, 0, 64}}) {
+    EXPECT_TRUE(
+        contains(message_of([&] { attend(from, to, apart); }), "output overlaps the queries"))
+        << from << ", " << to << ", " << apart;
+  }
+  EXPECT_EQ(memory, unchanged);
+  EXPECT_NO_THROW(attend(0, 128, 64));
+  EXPECT_NO_THROW(attend(128, 0, 64));
+  EXPECT_NO_THROW(attend(0, 64, 128));  // a head of one, a head of the other
+  EXPECT_NO_THROW(attend(64, 0, 128));
+
+  const auto gather = [&](std::int64_t keys, std::int64_t values, std::int64_t apart) {
+    const auto tensor = [&](std::int64_t at) {
+      return Tensor{memory.data() + at, DType::f32, {1, 2, 1, 64}, {0, apart, 64, 1}};
+    };
+    cache.gather(7, tensor(keys), tensor(values));
+  };
+  EXPECT_TRUE(contains(message_of([&] { gather(0, 0, 64); }), "keys overlaps values"));
+  EXPECT_TRUE(contains(message_of([&] { gather(0, 63, 64); }), "keys overlaps values"));
+  EXPECT_NO_THROW(gather(0, 64, 128));
+  EXPECT_NO_THROW(gather(128, 0, 64));
+  const float* key = all.keys.at(0, 0, 7);
+  EXPECT_TRUE(std::equal(key, key + 64, memory.begin() + 128));
 }
 
 // Without an embedding positions are of no use, but must still be some for these tokens.

@@ -1,7 +1,12 @@
 // The library in an application's process: whatever that has told its processor, and forked or not.
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
+#include <tqai/quantizer.hpp>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/wait.h>
@@ -14,6 +19,7 @@
 #include "cache_helpers.hpp"
 #include "every_level.hpp"
 #include "openmp.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace {
@@ -26,24 +32,53 @@ using test::Tokens;
 
 #if defined(__SSE__)
 
-constexpr unsigned kFlushToZeroAndDenormalsAreZero = 0x8040U;
+struct Setting {
+  const char* name;
+  unsigned control;  // what MXCSR has instead of the usual
+};
 
-class Subnormals : public test::EveryLevel {
+constexpr unsigned kUsual = 0x1F80;
+constexpr Setting kSettings[] = {
+    {"flush to zero, denormals are zero", kUsual | 0x8040},
+    {"rounding up", kUsual | 0x4000},
+    {"rounding to zero", kUsual | 0x6000},
+    // feenableexcept(FE_INVALID | FE_DIVBYZERO | FE_OVERFLOW)
+    {"traps", kUsual & ~0x0680U},
+};
+
+// Holds MXCSR while it lives.
+class Control {
+ public:
+  explicit Control(unsigned control) { _mm_setcsr(control); }
+  ~Control() { _mm_setcsr(before_); }
+  Control(const Control&) = delete;
+  Control& operator=(const Control&) = delete;
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+};
+
+unsigned control_now() { return _mm_getcsr() & 0xFFC0U; }
+
+class Arithmetic : public test::EveryLevel {
  protected:
-  // Norms of about 2e-5 are subnormal in FP16, squares of their coordinates are in fp32.
-  Subnormals() : small_(1, 2, 200, 64, engine_) {
-    for (std::vector<float>* data : {&small_.keys.data, &small_.values.data}) {
-      for (float& x : *data) x *= 3e-6F;
+  // Norms of about 2e-5 are subnormal in FP16, squares of their coordinates are in fp32; then
+  // vectors of ordinary norms, of which sums are rounded.
+  Arithmetic() : tokens_(1, 2, 300, 64, engine_) {
+    for (std::vector<float>* data : {&tokens_.keys.data, &tokens_.values.data}) {
+      for (std::size_t i = 0; i < data->size(); ++i) {
+        if (i / 64 % 300 < 200) (*data)[i] *= 3e-6F;
+      }
     }
-    for (std::size_t i = 0; i < 64; ++i) small_.values.data[i * 64] *= 1e-36F;
+    for (std::size_t i = 0; i < 64; ++i) tokens_.values.data[i * 64] *= 1e-36F;
+    std::fill_n(tokens_.keys.at(0, 0, 30), 64, 0.0F);
+    queries_.at(0, 1, 0)[3] = std::numeric_limits<float>::quiet_NaN();
   }
-  void TearDown() override { _mm_setcsr(before_); }
 
   struct Results {
     std::vector<std::byte> bytes;
     std::vector<float> output;
     std::vector<float> values;
-    bool operator==(const Results&) const = default;
   };
   Results results() const {
     CacheOptions options = geometry(64);
@@ -51,32 +86,168 @@ class Subnormals : public test::EveryLevel {
     options.sink_tokens = 0;
     options.centering = Centering::none;
     KvCache cache(options);
-    small_.append_to(cache, 0, 200);
+    tokens_.append_to(cache, 0, 300);
     cache.seal();
-    return {cache.serialize(), attend(cache, queries_).data, gather(cache, 0, 200).values.data};
+    KvCache back = KvCache::deserialize(cache.serialize(), GetParam());
+    AttendOptions how;
+    how.soft_cap = 30.0F;
+    Results all{back.serialize(), attend(cache, queries_).data, gather(cache, 0, 300).values.data};
+    const auto capped = attend(back, queries_, how).data;
+    all.output.insert(all.output.end(), capped.begin(), capped.end());
+    return all;
+  }
+  static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
   }
 
-  const unsigned before_ = _mm_getcsr();
   std::mt19937_64 engine_ = test::random_engine(9);
-  Tokens small_;
+  Tokens tokens_;
   Array queries_{{1, 4, 1, 64}, engine_};
 };
 
-TEST_P(Subnormals, CountWhateverTheApplicationHasTurnedOff) {
+TEST_P(Arithmetic, IsTheUsualWhateverTheApplicationHasChosen) {
   const Results expected = results();
-  _mm_setcsr(before_ | kFlushToZeroAndDenormalsAreZero);
-  for (const int threads : {1, 2}) {
-    const test::ThreadCount count(threads);
-    EXPECT_TRUE(results() == expected) << threads << " threads";
-    EXPECT_EQ(_mm_getcsr() & kFlushToZeroAndDenormalsAreZero, kFlushToZeroAndDenormalsAreZero);
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    for (const int threads : {1, 2}) {
+      const test::ThreadCount count(threads);
+      std::optional<Results> now;
+      unsigned after = 0;
+      {
+        const Control control(setting.control);
+        now = results();
+        after = control_now();
+      }
+      EXPECT_TRUE(now->bytes == expected.bytes) << threads << " threads";
+      EXPECT_TRUE(same_bits(now->output, expected.output)) << threads << " threads";
+      EXPECT_TRUE(same_bits(now->values, expected.values)) << threads << " threads";
+      EXPECT_EQ(after, setting.control) << "it is the application's";
+    }
   }
 }
 
-TQAI_AT_EVERY_LEVEL(Subnormals);
+TQAI_AT_EVERY_LEVEL(Arithmetic);
+
+// What is made once and kept for all, and what works on single vectors.
+TEST(ArithmeticOfVectors, IsTheUsualToo) {
+  std::mt19937_64 engine = test::random_engine(3);
+  Array vectors({1, 1, 20, 48}, engine);
+  for (std::size_t i = 0; i < vectors.data.size(); i += 2) vectors.data[i] *= 1e-38F;
+  std::fill_n(vectors.at(0, 0, 7), 48, 0.0F);
+  const auto results = [&vectors] {
+    std::vector<float> all;
+    const auto add = [&all](std::span<const float> numbers) {
+      all.insert(all.end(), numbers.begin(), numbers.end());
+    };
+    for (const int bits : {3, 8}) {
+      for (const Grid grid : {Grid::exact, Grid::int8}) {
+        add(Codebook(48, bits, grid).centroids());  // not codebook(), which remembers
+      }
+    }
+    add(Rotation(48, RotationKind::haar, 5).matrix());
+    Array back({1, 1, 20, 48});
+    Array products({1, 1, 20, 20});
+    Rotation(48, RotationKind::haar, 7).apply(vectors.data.data(), back.data.data(), 20);
+    add(back.data);
+    QuantizerOptions options;
+    options.head_dim = 48;
+    options.bits = 4;
+    ProdQuantizerOptions unbiased;
+    unbiased.head_dim = 48;
+    unbiased.bits = 3;
+    const Quantizer plain(options);
+    const ProdQuantizer prod(unbiased);
+    for (const VectorQuantizer* quantizer : {static_cast<const VectorQuantizer*>(&plain),
+                                             static_cast<const VectorQuantizer*>(&prod)}) {
+      std::vector<std::uint8_t> codes(20 * quantizer->code_bytes());
+      std::vector<std::uint16_t> norms(20 * static_cast<std::size_t>(quantizer->norm_count()));
+      quantizer->encode(vectors.data.data(), 20, codes.data(), norms.data());
+      quantizer->decode(codes.data(), norms.data(), 20, back.data.data());
+      quantizer->inner_products(vectors.data.data(), 20, codes.data(), norms.data(), 20,
+                                products.data.data());
+      for (const std::uint8_t code : codes) all.push_back(static_cast<float>(code));
+      for (const std::uint16_t norm : norms) all.push_back(static_cast<float>(norm));
+      add(back.data);
+      add(products.data);
+    }
+    return all;
+  };
+  const std::vector<float> expected = results();
+  for (const Setting& setting : kSettings) {
+    std::vector<float> now;
+    unsigned after = 0;
+    {
+      const Control control(setting.control);
+      now = results();
+      after = control_now();
+    }
+    ASSERT_EQ(now.size(), expected.size());
+    EXPECT_EQ(std::memcmp(now.data(), expected.data(), now.size() * sizeof(float)), 0)
+        << setting.name;
+    EXPECT_EQ(after, setting.control) << setting.name;
+  }
+}
 
 #endif
 
 #if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+
+// Whether a process forked now ends well within a minute by `work`, a bool.
+template <typename Work>
+testing::AssertionResult child_succeeds(const Work& work) {
+  const pid_t child = fork();
+  if (child < 0) return testing::AssertionFailure() << "no fork";
+  if (child == 0) {
+    alarm(60);
+    _exit(work() ? 0 : 1);
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child) return testing::AssertionFailure() << "no child";
+  if (WIFSIGNALED(status)) return testing::AssertionFailure() << "signal " << WTERMSIG(status);
+  return WEXITSTATUS(status) == 0 ? testing::AssertionSuccess() : testing::AssertionFailure();
+}
+
+// Exits with 7 where all is well.
+[[noreturn]] void use_threads_and_fork() {
+  const test::ThreadCount two(2);
+  std::atomic<int> threads = 0;
+#pragma omp parallel
+  ++threads;
+  const auto use = [] {
+    std::mt19937_64 engine = test::random_engine(11);
+    const Tokens tokens(1, 8, 1024, 128, engine);
+    KvCache cache(geometry(128, 4, 4, 8));
+    tokens.append_to(cache, 0, 1024);
+    cache.seal();
+    return attend(cache, Array({1, 32, 1, 128}, engine)).data;
+  };
+  const bool well = child_succeeds([&] {
+    const std::vector<float> in_child = use();
+    return static_cast<bool>(child_succeeds([&] { return use() == in_child; }));
+  });
+  std::_Exit(well && threads == 2 ? 7 : 1);
+}
+
+// The application's own threads are enough. In a process of its own, whose library has not been
+// used yet.
+TEST(ForkDeathTest, AChildOfAProcessWithThreadsOfItsOwnDoesNotWaitForThem) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  EXPECT_EXIT(use_threads_and_fork(), testing::ExitedWithCode(7), "");
+}
+
+#ifdef __linux__
+// A server that forks its workers before anything else runs.
+TEST(ForkDeathTest, AChildOfAProcessWithoutThreadsHasThreads) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  EXPECT_EXIT(
+      {
+        const test::ThreadCount three(3);
+        const bool well = child_succeeds([] { return usable_threads() == 3; });
+        std::_Exit(well && usable_threads() == 3 ? 7 : 1);
+      },
+      testing::ExitedWithCode(7), "");
+}
+#endif
 
 // A second thread in the child would wait for the parent's, which a fork does not copy.
 TEST(Fork, AChildOfAProcessThatUsedThreadsComputesTheSame) {
@@ -89,21 +260,12 @@ TEST(Fork, AChildOfAProcessThatUsedThreadsComputesTheSame) {
   cache.seal();
   const std::vector<float> expected = attend(cache, queries).data;
 
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    alarm(60);
+  EXPECT_TRUE(child_succeeds([&] {
     KvCache again(geometry(128, 4, 4, 8));
     tokens.append_to(again, 0, 4096);
     again.seal();
-    const bool same =
-        attend(cache, queries).data == expected && attend(again, queries).data == expected;
-    _exit(same ? 0 : 1);
-  }
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_FALSE(WIFSIGNALED(status)) << "signal " << WTERMSIG(status);
-  EXPECT_EQ(WEXITSTATUS(status), 0);
+    return attend(cache, queries).data == expected && attend(again, queries).data == expected;
+  }));
 }
 
 #endif
