@@ -31,6 +31,8 @@ _NEW_NAMES = {
     "tqai.prefill": "tqai.transformers.attention.stepwise_prefill",
     "tqai.refs": "tqai.stores.tensor_refs",
     "tqai.rope": "tqai.transformers.model.find_rope",
+    "tqai.stores.rope": "tqai.shapes.rope",
+    "tqai.transformers.model.heads": "tqai.shapes.heads",
 }
 
 

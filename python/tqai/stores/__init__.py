@@ -6,7 +6,7 @@ import torch
 
 from tqai import _core
 from tqai.settings import Settings
-from tqai.stores.rope import Rope
+from tqai.shapes.rope import Rope
 from tqai.stores.tensor_refs import DTYPES, mask_ref, ref, rows_contiguous
 from tqai.stores.torch_ops import Options, TorchStore
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tqai import _core, stores
 from tqai.settings import Settings
+from tqai.shapes.rope import Rope
 from tqai.stores import Store
-from tqai.stores.rope import Rope
 from tqai.stores.torch_ops import TorchStore
 from tqai.stores.torch_ops.positions import MAX_POSITION, Positions
 

@@ -15,7 +15,7 @@ import torch
 
 from tqai import _core
 from tqai.settings import CENTERINGS, ROTATIONS
-from tqai.stores.rope import LAYOUTS
+from tqai.shapes.rope import LAYOUTS
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops.centres import RowCentres, stacked
 from tqai.stores.torch_ops.codec import Options, codec_of

@@ -12,14 +12,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from tqai import stores
 from tqai.settings import Settings
+from tqai.shapes.heads import Heads, Latents, check_head_dim
+from tqai.shapes.rope import Rope
 from tqai.stores import Store
-from tqai.stores.rope import Rope
 from tqai.stores.tensor_refs import DTYPES
 from tqai.stores.torch_ops import TILE_TOKENS
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention.padding import shown
 from tqai.transformers.attention.view import Owner, TqaiView, Update, view_of
-from tqai.transformers.model.heads import Heads, Latents, check_head_dim
 from tqai.transformers.model.positions import Turned
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from tqai.stores.rope import Rope
+from tqai.shapes.heads import Heads
+from tqai.shapes.rope import Rope
 from tqai.stores.torch_ops.serialize import options_in
 from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.layer import TqaiLayer
-from tqai.transformers.model.heads import Heads
 from tqai.transformers.model.other_layers import holds_nothing
 
 WEIGHTS = "every tensor"

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai import _core, container, stores
 from tqai.settings import Settings
+from tqai.shapes.heads import Heads
 from tqai.stores.tensor_refs import DTYPES
 from tqai.transformers import hooks
 from tqai.transformers.cache.beside import IndexedLayer
@@ -30,7 +31,6 @@ from tqai.transformers.files import checks as file_checks
 from tqai.transformers.files.checks import WEIGHTS
 from tqai.transformers.model.devices import layer_device
 from tqai.transformers.model.geometry import Geometry, decoder_of, geometry_of
-from tqai.transformers.model.heads import Heads
 from tqai.transformers.model.other_layers import holds_nothing
 from tqai.transformers.weights.identity import Identity, State, sampled_fingerprint
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from tqai.stores.rope import LAYOUTS, MAX_SECTIONS, Rope
+from tqai.shapes.rope import LAYOUTS, MAX_SECTIONS, Rope
 from tqai.transformers.model.devices import device_of, lacks_memory
 from tqai.transformers.model.names import cache_argument
 from tqai.transformers.model.positions import frequencies, positions_among, rotary_modules

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai.settings import Settings
-from tqai.stores.rope import Rope
+from tqai.shapes.heads import Heads, Latents, check_head_dim
+from tqai.shapes.rope import Rope
 from tqai.transformers.model.find_rope import find_ropes
-from tqai.transformers.model.heads import Heads, Latents, check_head_dim
 from tqai.transformers.model.names import cache_name, takes
 from tqai.transformers.model.other_layers import (
     HYBRIDS,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tqai.stores.rope import Rope
+from tqai.shapes.rope import Rope
 from tqai.stores.torch_ops.positions import MAX_POSITION
 
 ARGUMENT = "position_ids"

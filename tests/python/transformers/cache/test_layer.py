@@ -8,8 +8,8 @@ import pytest
 import torch
 from tqai import _core
 from tqai.settings import Settings
+from tqai.shapes.heads import Heads
 from tqai.transformers.cache.layer import TqaiLayer
-from tqai.transformers.model.heads import Heads
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 HEADS, DIM = 2, 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 import tqai
 import transformers as hf
-from tqai.stores.rope import Rope
+from tqai.shapes.rope import Rope
 from tqai.transformers.model.geometry import decoder_of, geometry_of
 from transformers.cache_utils import DynamicCache
 

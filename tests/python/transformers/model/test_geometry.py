@@ -10,9 +10,9 @@ import tqai
 import transformers
 from caches import SEALING, filled
 from conftest import FAMILIES, SMALL, TRANSFORMERS_4, Models, make_ids, make_model
+from tqai.shapes.heads import Heads
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model.geometry import decoder_of, geometry_of
-from tqai.transformers.model.heads import Heads
 from tqai.transformers.model.other_layers import HYBRIDS
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MAX_SECTIONS = 4
 """Positions a token that stores keep; ``tqai::Rope::kMaxSections``."""
@@ -50,6 +52,8 @@ class Rope:
 
     def turn(self, keys: torch.Tensor, position: int | Sequence[int]) -> torch.Tensor:
         """Keys [..., head_dim] of position 0 as they are at `position`, of one section or each."""
+        import torch
+
         angles = torch.tensor(self.inv_freq, dtype=torch.float64, device=keys.device)
         if isinstance(position, int):
             angles = angles * position

@@ -1,0 +1,4 @@
+"""What a layer's keys and values look like, whatever the framework: heads, rotary embedding.
+
+Nothing here imports one.
+"""
