@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
@@ -31,6 +32,11 @@ struct TensorReference {
 
 /// Throws ValueError where the tuple is not such a reference.
 TensorReference reference_of(const py::tuple& tuple, const char* name);
+
+/// (address, ElementType, shape, strides in elements) of what has the buffer protocol: numpy's
+/// arrays and mlx's, which are evaluated for it. `dtype` says what the elements are where the
+/// buffer does not; throws ValueError where it cannot be.
+py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dtype);
 
 /// Of (address of int64, shape, strides in elements), each of 3 numbers; throws ValueError.
 PositionTensor positions_of(const py::tuple& tuple);

@@ -191,6 +191,12 @@ void bind_cache(py::module_& module) {
 
   using py::arg;
   using py::kw_only;
+  module.def(
+      "borrowed", &borrowed, arg("array"), arg("dtype") = py::none(),
+      R"((address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
+or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are
+where the buffer does not. ValueError for elements of another kind or size.)");
+
   py::class_<LockedCache>(module, "KvCache", R"(Compressed keys and values of one attention layer.
 
 Tensors are passed as (address, DType, shape, strides in elements), 4-dimensional, the last stride

@@ -56,6 +56,36 @@ ElementType type_of(const py::handle& member) {
   return member.cast<ElementType>();  // throws
 }
 
+// An array's memory while it is looked at.
+class BorrowedBuffer {
+ public:
+  explicit BorrowedBuffer(const py::handle& array) {
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_RECORDS_RO) != 0)
+      throw py::error_already_set();
+  }
+  BorrowedBuffer(const BorrowedBuffer&) = delete;
+  BorrowedBuffer& operator=(const BorrowedBuffer&) = delete;
+  ~BorrowedBuffer() { PyBuffer_Release(&view_); }
+
+  const Py_buffer* operator->() const { return &view_; }
+
+ private:
+  Py_buffer view_{};
+};
+
+// As struct writes them, and as mlx writes what struct has no letter for.
+ElementType type_of_format(const std::string& format) {
+  if (format == "f") return ElementType::float32;
+  if (format == "e") return ElementType::float16;
+  if (format == "?") return ElementType::boolean;
+  if (format == "bfloat16") return ElementType::bfloat16;
+  throw ValueError("an array of \"" + format + "\"; bool, float32, float16 or bfloat16 needed");
+}
+
+py::ssize_t bytes_of(ElementType type) {
+  return type == ElementType::boolean ? 1 : type == ElementType::float32 ? 4 : 2;
+}
+
 }  // namespace
 
 TensorReference reference_of(const py::tuple& tuple, const char* name) {
@@ -65,6 +95,21 @@ TensorReference reference_of(const py::tuple& tuple, const char* name) {
   }
   return {reinterpret_cast<void*>(tuple[0].cast<std::uintptr_t>()), type_of(tuple[1]),
           numbers<4>(tuple[2], name), numbers<4>(tuple[3], name)};
+}
+
+py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dtype) {
+  const BorrowedBuffer view(array);
+  const ElementType type = dtype ? *dtype : type_of_format(view->format);
+  if (view->itemsize != bytes_of(type)) {
+    throw ValueError("an array with elements of " + std::to_string(view->itemsize) +
+                     " bytes; the dtype has " + std::to_string(bytes_of(type)));
+  }
+  py::tuple shape(view->ndim), strides(view->ndim);
+  for (int i = 0; i < view->ndim; ++i) {
+    shape[i] = view->shape[i];
+    strides[i] = view->strides[i] / view->itemsize;
+  }
+  return py::make_tuple(reinterpret_cast<std::uintptr_t>(view->buf), type, shape, strides);
 }
 
 PositionTensor positions_of(const py::tuple& tuple) {

@@ -9,7 +9,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'default_level', 'openmp_threads', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
 class DType(enum.Enum):
     """
     Element types of tensors; bool for masks alone.
@@ -289,6 +289,12 @@ def allocated_bytes() -> int:
 def available_levels() -> list[str]:
     """
     Kernel levels of this build and processor, slowest first.
+    """
+def borrowed(array: typing.Any, dtype: DType | None = None) -> tuple:
+    """
+    (address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
+    or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are
+    where the buffer does not. ValueError for elements of another kind or size.
     """
 def default_level() -> str:
     """
