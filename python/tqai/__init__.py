@@ -13,6 +13,7 @@ A map of the package, from what users call down to the bits; a room imports only
   ``stores.torch_ops`` on other devices;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
+- ``reports``: what memory reports say, whatever the framework;
 - ``settings``: the knobs, checked, and all names and defaults;
 - ``requirements``: says what is not installed;
 - ``_core``: the compiled module, bits and attention.

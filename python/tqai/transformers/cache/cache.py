@@ -12,6 +12,7 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tqai import reports
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 
 # So that whoever has this module can name tqai's attention to a model before it has a cache.
 attention.register()
-
-_BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
-COUNTS = ("tokens", "packed_tokens", *_BYTES)
 
 
 class TqaiCache(Passes, DynamicCache):
@@ -457,13 +455,10 @@ class TqaiCache(Passes, DynamicCache):
         """
         self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]
-        report: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _BYTES}
+        report = reports.over_layers(layers)
         kept = sum(before.nbytes for before in list(self._before.values()))
         report["exact_bytes"] += kept
         report["total_bytes"] += kept
-        for name in ("tokens", "packed_tokens"):
-            report[name] = max((layer[name] for layer in layers), default=0)
-        report["layers"] = layers
         report["centering"] = dict(sum((_centerings(layer) for layer in self.layers), Counter()))
         report["rotary"] = dict(
             Counter(
@@ -509,14 +504,13 @@ def described(
 
 def _memory(layer: Any) -> dict[str, int]:
     """One layer's numbers; those of transformers' own layers count as exact."""
-    numbers = dict.fromkeys(COUNTS, 0)
+    numbers = dict.fromkeys(reports.COUNTS, 0)
     if not isinstance(layer, TqaiLayer):
         keys = getattr(layer, "keys", None)
         if keys is not None and keys.ndim == 4:
             numbers["tokens"] = keys.shape[0] * keys.shape[-2]
     elif layer.core is not None:
-        memory = layer.core.memory()
-        numbers = {name: memory[name] for name in COUNTS}
+        numbers = reports.numbers_of(layer.core)
     size = sum(tensor.nbytes for tensor in tensors_of(layer))
     for name in ("exact_bytes", "total_bytes", "uncompressed_bytes"):
         numbers[name] += size
@@ -525,12 +519,7 @@ def _memory(layer: Any) -> dict[str, int]:
 
 def _centerings(layer: Any) -> Counter[str]:
     core = layer.core if isinstance(layer, TqaiLayer) else None
-    if core is None:
-        return Counter()
-    kinds = (
-        core.centering(row, head) for row in range(core.batch) for head in range(core.kv_heads)
-    )
-    return Counter(kind or "undecided" for kind in kinds)
+    return Counter() if core is None else reports.centerings_of(core)
 
 
 vars(TqaiCache.__init__)["__signature__"] = signature_with_options(TqaiCache.__init__)

@@ -14,9 +14,10 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 
+from tqai.reports import COUNTS
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention.view import TqaiView, Update
-from tqai.transformers.cache.cache import COUNTS, TqaiCache, described
+from tqai.transformers.cache.cache import TqaiCache, described
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Passes
 from tqai.transformers.model.geometry import Geometry
