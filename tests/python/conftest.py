@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -66,6 +67,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 Models = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def mlx_models_as_they_were() -> Iterator[None]:
+    """Tests leave no patched model of mlx-lm's behind: all others would have tqai's attention."""
+    yield
+    hooks = sys.modules.get("tqai.mlx.hooks")
+    for reference in [] if hooks is None else list(hooks._patched.values()):
+        if (model := reference()) is not None:
+            hooks.remove(model)
 
 
 @pytest.fixture(autouse=True)

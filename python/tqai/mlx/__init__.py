@@ -1,0 +1,10 @@
+"""The seam into mlx-lm: what ``tqai.patch`` puts under one of its models.
+
+A map, from what is called first down; a room imports only from those below:
+
+- ``hooks`` makes a model's prompt caches compressed ones, and plain again;
+- ``cache`` holds tokens, as mlx-lm's own caches do;
+- ``attention`` reads them, in the place of the function that mlx-lm's models call;
+- ``model`` finds out what a model does with its caches, by trying;
+- ``arrays`` hands mlx's arrays to the compiled module.
+"""

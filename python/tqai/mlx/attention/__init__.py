@@ -1,0 +1,5 @@
+"""How models read compressed layers.
+
+``patching`` puts tqai's function in the place of mlx-lm's, ``functions`` is that function, ``view``
+is what it recognises, and ``masks`` knows what the masks that our caches made say.
+"""

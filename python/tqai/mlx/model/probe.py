@@ -1,0 +1,110 @@
+"""Runs a model on three tokens, and notes what it does with each layer's cache.
+
+Nothing here trusts names. A layer is read packed where what its cache hands out reaches mlx-lm's
+attention function, both times that it is tried: on two tokens at once, and on one more. mlx is
+lazy: what is run is the Python of the model, and next to nothing is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from tqai.mlx.attention import patching
+
+
+@dataclass
+class Use:
+    """What a model has done with a layer's cache."""
+
+    keys: tuple[int, ...] | None = None
+    """Shape of the keys that it brought last; None: none."""
+    values: tuple[int, ...] | None = None
+    reads: int = 0
+    """How often attention has read an update, 0 where it was not read that way every time."""
+    touched: str | None = None
+    """An attribute that a compressed cache does not have, and the model has taken."""
+
+
+class _Watched:
+    """A plain cache that notes what is done with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.use = Use()
+        self.handed: list[tuple[mx.array, mx.array]] = []
+        """What updates have returned; kept, so that no other array takes an address of theirs."""
+        self.counts: list[int] = []
+        """How often attention has read each."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.use.keys, self.use.values = tuple(keys.shape), tuple(values.shape)
+        handed = self._cache.update_and_fetch(keys, values)
+        self.handed.append(handed)
+        self.counts.append(0)
+        return handed
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        return self.handed[-1]
+
+    @property
+    def keys(self) -> Any:
+        self.use.touched = "keys"
+        return self._cache.keys
+
+    @property
+    def values(self) -> Any:
+        self.use.touched = "values"
+        return self._cache.values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def read(self, keys: Any, values: Any) -> None:
+        """Called when attention reads these."""
+        for at, handed in enumerate(self.handed):
+            if keys is handed[0] and values is handed[1]:
+                self.counts[at] += 1
+
+
+def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[Use | None]:
+    """What `model` does with each layer's cache; None for those that are not of the `kinds`.
+
+    templates: an empty cache of the model's own for each layer.
+
+    Raises:
+        NotImplementedError: where the model cannot be run on tokens and a cache alone.
+    """
+    caches = [
+        _Watched(copy.deepcopy(template)) if watch else copy.deepcopy(template)
+        for template, watch in zip(templates, kinds, strict=True)
+    ]
+    watched = [cache if isinstance(cache, _Watched) else None for cache in caches]
+    before = base.scaled_dot_product_attention
+
+    def attention(
+        queries: Any, keys: Any, values: Any, cache: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for each in watched:
+            if each is not None:
+                each.read(keys, values)
+        return before(queries, keys, values, cache, *args, **kwargs)
+
+    with patching.standing_in(attention, before):
+        try:
+            model(mx.array([[1, 0]]), cache=caches)
+            model(mx.array([[1]]), cache=caches)
+        except Exception as error:
+            raise NotImplementedError(
+                f"{type(model).__module__}.{type(model).__name__} could not be tried on tokens and "
+                f"a cache alone, so tqai cannot tell how it reads its cache: {error!r}"
+            ) from error
+    for each in watched:
+        if each is not None and each.counts:
+            each.use.reads = max(each.counts) if min(each.counts) > 0 else 0
+    return [None if each is None else each.use for each in watched]
