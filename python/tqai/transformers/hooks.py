@@ -126,7 +126,7 @@ def make_cache(
     """An empty cache of the kind that `model` takes, patched or not."""
     cross = is_encoder_decoder(model) or reads_encoder(decoder_of(model))
     kind = TqaiEncoderDecoderCache if cross else TqaiCache
-    return kind(geometry_of(model), settings, sliding)
+    return kind(geometry_of(model, afresh=True), settings, sliding)
 
 
 def settings_of(model: PreTrainedModel) -> Settings:
@@ -289,7 +289,7 @@ class _CacheHook:
         if cache is not None or decoder.training or not _uses_cache(decoder, given):
             return None
         kind = TqaiEncoderDecoderCache if cross else TqaiCache
-        fresh = kind(geometry_of(decoder), self.settings)
+        fresh = kind(geometry_of(decoder, afresh=True), self.settings)
         fresh.begin_pass(decoder)
         _hand_over(fresh, turned)
         return names.with_cache(decoder, args, kwargs, fresh)
@@ -393,7 +393,7 @@ def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: A
         kind = TqaiEncoderDecoderCache
     if type(made) is DynamicCache and not made.offloading:
         # For rollbacks, transformers 4 makes a cache without a config, whose layers forget nothing.
-        cache = kind(geometry_of(self), settings_of(self), bool(made.layers))
+        cache = kind(geometry_of(self, afresh=True), settings_of(self), bool(made.layers))
         if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs[name] = cache

@@ -205,8 +205,12 @@ class TqaiCache(Passes, DynamicCache):
         if (others or not self.is_empty()) and read_with and not now.is_same_as(read_with):
             if geometry is self.geometry:
                 change = "trained, loaded, another adapter, or one switched off or merged"
-                if read_with.dtypes() != now.dtypes():
+                if not now.dtypes():
+                    change = "they are in no memory now, as after disk_offload()"
+                elif read_with.dtypes() != now.dtypes():
                     change = f"of {read_with.dtypes()} then, of {now.dtypes()} now"
+                elif not read_with.turns_as(now):
+                    change = "the frequencies of its rotary embedding"
                 raise ValueError(
                     f"the weights of {own} have changed since this cache read its text ({change}): "
                     "put them back as they were, or make a cache with tqai.new_cache(model) and "
@@ -499,7 +503,7 @@ def described(
         raise ValueError(
             f"{type(model).__name__} {what} an encoder-decoder model: make a tqai.{other}(model)"
         )
-    return geometry_of(model), settings
+    return geometry_of(model, afresh=True), settings
 
 
 def _memory(layer: Any) -> dict[str, int]:

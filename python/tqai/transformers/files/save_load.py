@@ -128,7 +128,7 @@ def load_cache(
             f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
         )
     here = hooks.settings_of(model)
-    geometry, decoder = geometry_of(model), decoder_of(model)
+    geometry, decoder = geometry_of(model, afresh=True), decoder_of(model)
     path = Path(path)
     file, header = container.opened(path)
     file_checks.check_header(path, header)

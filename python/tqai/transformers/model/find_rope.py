@@ -20,6 +20,7 @@ from tqai.transformers.model.devices import device_of, lacks_memory
 from tqai.transformers.model.names import cache_argument
 from tqai.transformers.model.positions import frequencies, positions_among, rotary_modules
 from tqai.transformers.model.shadow import shadow_of
+from tqai.transformers.weights.held import CHANGING
 
 POSITIONS = (0, 1, 2, 3, 5, 8, 13, 29, 64, 127, 300, 511)
 # Largest error of the turned keys, of their length. Keys in bf16 carry 0.4 % of rounding; a wrong
@@ -27,8 +28,6 @@ POSITIONS = (0, 1, 2, 3, 5, 8, 13, 29, 64, 127, 300, 511)
 TOLERANCE = 0.02
 # A pair that hardly turns shows which position turns it when that is far.
 FAR_POSITIONS = (7, 331, 5003, 100003)
-# Frequencies of these kinds change with the length of the text.
-CHANGING = ("dynamic", "longrope")
 
 
 def find_ropes(decoder: torch.nn.Module, config: Any, layers: int) -> tuple[Rope | None, ...]:

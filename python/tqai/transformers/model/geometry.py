@@ -43,6 +43,8 @@ class Geometry:
     """The rotary embedding of each layer's keys; None where none was recognised."""
     latents: tuple[Latents, ...] = field(compare=False)
     """What each layer would cache if it cached latents."""
+    turns: Any = field(default=None, compare=False, repr=False)
+    """The frequencies that the model's rotary modules had."""
     decoder: ref[torch.nn.Module] | None = field(default=None, compare=False, repr=False)
     """The module that it is the geometry of; None in what was pickled."""
 
@@ -88,20 +90,25 @@ class Geometry:
 _geometries: WeakKeyDictionary[torch.nn.Module, Geometry] = WeakKeyDictionary()
 
 
-def geometry_of(model: PreTrainedModel) -> Geometry:
-    """The geometry of `model`, or of the model that `model` is the decoder of."""
+def geometry_of(model: PreTrainedModel, afresh: bool = False) -> Geometry:
+    """The geometry of `model`, or of the model that `model` is the decoder of.
+
+    afresh: also where it is known, looks whether the rotary embedding is another one now.
+    """
     known = _geometries.get(model)
-    if known is not None:  # a decoder, which is its own
+    if known is not None and not afresh:  # a decoder, which is its own
         return known
-    decoder = decoder_of(model)
+    decoder = model if known is not None else decoder_of(model)
     watch_of(decoder).surround(model)
-    if decoder not in _geometries:
+    known = _geometries.get(decoder)
+    turns = watch_of(decoder).now().turns if afresh or known is None else known.turns
+    if known is None or (turns is not None and turns != known.turns):
         config = config_of(model)
         name = type(keeper_of(model)).__name__
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
         latents = _latents(decoder, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, latents, ref(decoder))
+        _geometries[decoder] = Geometry(name, config, heads, ropes, latents, turns, ref(decoder))
     return _geometries[decoder]
 
 

@@ -76,9 +76,8 @@ class Turned:
         return None
 
     def rope(self, known: Rope) -> Rope:
-        """`known` with the frequencies of now, where they depend on the length of the text."""
-        if not known.changes:
-            return known
+        """`known` with the frequencies of now, where they depend on the length of the text or were
+        changed since they were tried out."""
         now = {
             tuple(buffer.float().tolist())
             for module, _ in self._calls

@@ -15,6 +15,8 @@ from torch import nn
 
 _INNER = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 """What a wrapper calls the module that it wraps."""
+CHANGING = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies depend on the length of the text."""
 
 
 class Adapter(NamedTuple):
@@ -145,6 +147,22 @@ def parts_around(model: nn.Module, decoder: nn.Module) -> Iterator[Part]:
         except (AttributeError, NotImplementedError):
             continue
     return _walk(model, "", None, (), (decoder, *heads))
+
+
+def turns_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The frequencies that a rotary module turns keys by, which are not saved with a model.
+
+    Empty for other modules, and where they change with the length of the text.
+    """
+    kinds = getattr(module, "rope_type", None)
+    kinds = tuple(kinds.values()) if isinstance(kinds, dict) else (kinds,)
+    if not all(isinstance(kind, str) and kind not in CHANGING for kind in kinds):
+        return {}
+    return {
+        key: buffer
+        for key, buffer in module._buffers.items()
+        if key.endswith("inv_freq") and "original" not in key and buffer is not None
+    }
 
 
 def _walk(

@@ -26,7 +26,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tqai.transformers.weights import digests
-from tqai.transformers.weights.held import Part, leaves_of, parts_around, parts_of
+from tqai.transformers.weights.held import (
+    Part,
+    leaves_of,
+    parts_around,
+    parts_of,
+    turns_of,
+)
 
 STATES = 8
 """States of a model that are remembered: adapters are switched back and forth."""
@@ -105,10 +111,21 @@ class State:
         leaves = () if self.held is None else self.held.leaves
         return ", ".join(sorted({str(leaf.dtype) for leaf in leaves if isinstance(leaf, _Leaf)}))
 
+    @property
+    def turns(self) -> list[Any] | None:
+        """The frequencies of the rotary modules; None where they are not known."""
+        return None if self.held is None else self.held.turns
+
+    def turns_as(self, other: State) -> bool:
+        """Whether keys go through rotary embeddings of the same frequencies, if that is known."""
+        return None in (self.turns, other.turns) or self.turns == other.turns
+
     def is_same_as(self, other: State) -> bool:
         """Whether both are the same weights; reads them where that is not known yet."""
         if other is self:
             return True
+        if not self.turns_as(other):
+            return False
         try:
             theirs = other.identity()  # first: where it is not to be had, nothing need be read
             return self.identity().is_same_as(theirs)
@@ -320,21 +337,37 @@ class _Held(NamedTuple):
     leaves: list[_Leaf | int]
     """An int for what is no tensor."""
     effects: list[Any]
+    turns: list[Any] | None
+    """The rotary frequencies: no weights, but no text is read on with others. None: nowhere."""
 
     @classmethod
     def of(cls, parts: list[Part]) -> _Held:
         named = list(_named(parts))
         effects = [(part.name, part.adapter.effect()) for part in parts if part.adapter is not None]
         effects = [(name, effect) for name, effect in effects if effect is not None]
-        return cls([name for name, _ in named], [leaf for _, leaf in named], effects)
+        turns = [(part.name, _numbers(part.module)) for part in parts if turns_of(part.module)]
+        known = None if any(numbers is None for _, numbers in turns) else turns
+        return cls([name for name, _ in named], [leaf for _, leaf in named], effects, known)
 
     def is_still(self, now: _Held) -> bool:
         if (self.names, self.effects) != (now.names, now.effects):
             return False
+        if self.turns != now.turns and None not in (self.turns, now.turns):
+            return False
         return all(
-            mine == other if isinstance(mine, int) else mine.is_still(other)
+            mine.is_still(other)
+            if isinstance(mine, _Leaf) and isinstance(other, _Leaf)
+            else mine == other
             for mine, other in zip(self.leaves, now.leaves, strict=True)
         )
+
+
+def _numbers(module: nn.Module) -> list[Any] | None:
+    """The frequencies of a rotary module; None where they are nowhere."""
+    turns = turns_of(module)
+    if any(buffer.device.type == "meta" for buffer in turns.values()):
+        return None
+    return [(key, buffer.tolist()) for key, buffer in turns.items()]
 
 
 def _named(parts: list[Part]) -> Iterator[tuple[str, Any]]:
@@ -361,7 +394,7 @@ class _Glance:
         self._parents = [ref(part.module) for part in parts if part.module._modules]
         self._owners = [ref(part.module) for part in usual if part.module._parameters]
         self._buffers = [
-            (ref(part.module), keys) for part in usual if (keys := _saved(part.module))
+            (ref(part.module), keys) for part in usual if (keys := _counted(part.module))
         ]
         self._others = [_Other(part) for part in parts if not _is_usual(part)]
         self._adapters = [
@@ -439,6 +472,12 @@ def _saved(module: nn.Module) -> tuple[str, ...]:
     )
 
 
+def _counted(module: nn.Module) -> tuple[str, ...]:
+    """Names of the buffers that a cache depends on."""
+    saved = _saved(module)
+    return saved + tuple(key for key in turns_of(module) if key not in saved)
+
+
 def _is_usual(part: Part) -> bool:
     """Whether a part holds tensors in memory alone, all of which count, or nothing."""
     module = part.module
@@ -446,7 +485,7 @@ def _is_usual(part: Part) -> bool:
         part.only is not None and (module._parameters or module._buffers)
     ):
         return False
-    tensors = [*module._parameters.values(), *(module._buffers[key] for key in _saved(module))]
+    tensors = [*module._parameters.values(), *(module._buffers[key] for key in _counted(module))]
     return all(
         leaf.layout == torch.strided and leaf.device.type != "meta" and not leaf.is_inference()
         for tensor in tensors
@@ -466,10 +505,11 @@ class _Other:
         module = self._part.module()
         if module is None:
             return None
-        return [
+        seen: list[Any] = [
             (name, id(leaf.tensor()), *leaf[1:]) if isinstance(leaf, _Leaf) else (name, leaf)
             for name, leaf in _named([self._part._replace(module=module)])
         ]
+        return [*seen, _numbers(module)]
 
     def is_current(self) -> bool:
         return self._look() == self._seen

@@ -20,6 +20,8 @@ from conftest import make_ids, make_model
 from tqai.transformers.model.geometry import decoder_of, geometry_of
 from tqai.transformers.weights.identity import watch_of
 
+SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
 
 def identity(model: Any) -> str:
     return geometry_of(model).identity
@@ -97,6 +99,11 @@ def decay_by_data(model: Any) -> None:
     projection(model).weight.data.mul_(0.99)
 
 
+def turn_otherwise(model: Any) -> None:
+    """Which is in no saved weight, but in what the keys have gone through."""
+    decoder_of(model).rotary_emb.inv_freq.mul_(0.5)
+
+
 CHANGES = [
     fill_by_data,
     decay_by_data,
@@ -109,6 +116,7 @@ CHANGES = [
     replace_its_memory,
     replace_a_module,
     round_to_half,
+    turn_otherwise,
 ]
 
 
@@ -122,7 +130,7 @@ def test_a_cache_does_not_outlive_its_weights(
     change(model)
     with pytest.raises(ValueError, match=r"have changed since .*tqai.new_cache\(model\)"):
         filled(model, cache, make_ids(1, 1))
-    with pytest.raises(ValueError, match="with other weights"):
+    with pytest.raises(ValueError, match="with other weights|another rotary embedding"):
         tqai.load_cache(tmp_path / "f", model)
     # It is well as soon as it is empty, and so are others.
     cache.reset()
@@ -505,3 +513,30 @@ def test_saved_buffers_count_and_others_do_not(tmp_path: Path) -> None:
     decoder_of(model).kept = torch.zeros(3)
     with pytest.raises(ValueError, match="have changed"):
         filled(model, cache, make_ids(1, 1))
+
+
+def test_frequencies_that_grow_with_the_text_are_no_change() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = make_model(rope_parameters=rope, max_position_embeddings=64)
+    cache = patched(model)  # past the 64 tokens that it was made for
+    filled(model, cache, make_ids(1, 50))
+    assert cache.get_seq_length() == 150
+    filled(model, tqai.new_cache(model), make_ids(1, 20))  # back to short ones
+
+
+def test_weights_that_leave_memory_are_no_longer_known_to_be_the_same() -> None:
+    model = make_model()
+    cache = patched(model)
+    model.to("meta")
+    with pytest.raises(ValueError, match="have changed since .* in no memory now"):
+        filled(model, cache, make_ids(1, 1))
+
+
+def test_a_rotary_module_that_was_replaced_is_tried_out_again() -> None:
+    model, scaled = make_model(), make_model(rope_parameters=SCALED)
+    tqai.patch(model, **SEALING)
+    model.model.rotary_emb = scaled.model.rotary_emb
+    cache = filled(model, tqai.new_cache(model), make_ids(1, 100))
+    own = tuple(scaled.model.rotary_emb.inv_freq.tolist())
+    assert {layer.rope.inv_freq for layer in cache.layers} == {own}
+    assert tqai.new_cache(model).geometry.ropes[0].inv_freq == own
