@@ -46,6 +46,7 @@
 #include <tqai/cpu.hpp>
 #include <tqai/error.hpp>
 #include <tqai/half.hpp>
+#include <tqai/key_basis.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>
 #include <tqai/rotation.hpp>
@@ -108,6 +109,7 @@ inline namespace local {}
 #include "codebook.cpp"
 #include "cpu.cpp"
 #include "crc32.cpp"
+#include "decompositions.cpp"
 #include "haar.cpp"
 #include "half.cpp"
 #include "kernels/avx2.cpp"
@@ -116,6 +118,7 @@ inline namespace local {}
 #include "kernels/dispatch.cpp"
 #include "kernels/neon.cpp"
 #include "kernels/scalar.cpp"
+#include "key_basis.cpp"
 #include "packing.cpp"
 #include "quantizer.cpp"
 #include "rotation.cpp"

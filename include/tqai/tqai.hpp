@@ -8,6 +8,7 @@
 #include <tqai/error.hpp>
 #include <tqai/files.hpp>
 #include <tqai/half.hpp>
+#include <tqai/key_basis.hpp>
 #include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>

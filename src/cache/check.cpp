@@ -11,28 +11,6 @@
 namespace tqai::detail {
 namespace TQAI_LOCAL {
 
-TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
-  check_enumerator("rope's layout", rope.layout, Rope::Layout::interleaved);
-  check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
-  if (rope.rotary_dim % 2 != 0 ||
-      rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
-    throw ValueError("rope has " + std::to_string(rope.inv_freq.size()) +
-                     " frequencies for rotary_dim " + std::to_string(rope.rotary_dim) +
-                     "; needed: an even rotary_dim and half as many frequencies");
-  }
-  if (!rope.sections.empty() && rope.sections.size() != rope.inv_freq.size()) {
-    throw ValueError("rope has sections for " + std::to_string(rope.sections.size()) +
-                     " frequencies of " + std::to_string(rope.inv_freq.size()) +
-                     "; needed: one for each, or none at all");
-  }
-  check_range("rope's number of sections", rope.section_count(), 1, Rope::kMaxSections);
-  for (const float frequency : rope.inv_freq) {
-    if (!std::isfinite(frequency)) {
-      throw ValueError("rope has a frequency that is NaN or infinite; finite ones are needed");
-    }
-  }
-}
-
 // Bytes from a tensor's first element to any other: no allocation is larger, and pointers to its
 // elements can be computed.
 constexpr std::uint64_t kMostReach = std::uint64_t{1} << 62;
@@ -94,6 +72,28 @@ TQAI_INLINE Extent extent_of(const ConstTensor& tensor) {
 }
 
 }  // namespace TQAI_LOCAL
+
+TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
+  check_enumerator("rope's layout", rope.layout, Rope::Layout::interleaved);
+  check_range("rotary_dim", rope.rotary_dim, 2, head_dim);
+  if (rope.rotary_dim % 2 != 0 ||
+      rope.inv_freq.size() != static_cast<std::size_t>(rope.rotary_dim / 2)) {
+    throw ValueError("rope has " + std::to_string(rope.inv_freq.size()) +
+                     " frequencies for rotary_dim " + std::to_string(rope.rotary_dim) +
+                     "; needed: an even rotary_dim and half as many frequencies");
+  }
+  if (!rope.sections.empty() && rope.sections.size() != rope.inv_freq.size()) {
+    throw ValueError("rope has sections for " + std::to_string(rope.sections.size()) +
+                     " frequencies of " + std::to_string(rope.inv_freq.size()) +
+                     "; needed: one for each, or none at all");
+  }
+  check_range("rope's number of sections", rope.section_count(), 1, Rope::kMaxSections);
+  for (const float frequency : rope.inv_freq) {
+    if (!std::isfinite(frequency)) {
+      throw ValueError("rope has a frequency that is NaN or infinite; finite ones are needed");
+    }
+  }
+}
 
 TQAI_INLINE CacheOptions checked(CacheOptions options) {
   constexpr int kMost = 1 << 30;

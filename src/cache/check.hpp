@@ -15,6 +15,9 @@ inline constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 /// The options with their defaults filled in.
 CacheOptions checked(CacheOptions options);
 
+/// Throws ValueError for an embedding that heads of so many coordinates cannot have gone through.
+void check_rope(const Rope& rope, int head_dim);
+
 std::string shape_text(const std::array<std::int64_t, 4>& shape);
 
 /// `name` must have this shape; −1 stands for any size ≥ 0. `axes` names them for the message.
