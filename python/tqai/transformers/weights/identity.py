@@ -280,15 +280,23 @@ class _Leaf(NamedTuple):
 
     def is_still(self, now: _Leaf) -> bool:
         """Whether `now` has the same numbers for sure: the same memory, which nobody has written to
-        since, or a tensor that was moved to another device."""
+        since, or a tensor that was moved to another device, or into memory that processes share."""
         mine, other = ((leaf.version, leaf.dtype, leaf.shape, leaf.strides) for leaf in (self, now))
         if mine[:3] != other[:3] or now.tensor() is None:
             return False
         # The memory that is given back may be handed out again at the same address.
         kept = self.address == now.address and not (self.storage and self.storage.expired())
-        if kept and self.device == now.device:
+        if (kept or self._is_shared_as(now)) and self.device == now.device:
             return mine == other and self.word == now.word
         return self.device != now.device and self.tensor() is now.tensor()
+
+    def _is_shared_as(self, now: _Leaf) -> bool:
+        """Whether `now` is the same tensor after its memory was shared, as a tensor's is that is
+        sent to another process."""
+        tensor = now.tensor()
+        if tensor is None or self.storage is None or self.storage.expired():
+            return False
+        return self.storage == now.storage and tensor.is_shared()
 
 
 def _record(tensor: torch.Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import tqai
 import transformers
-from caches import SEALING, filled
+from caches import SEALING, assert_equal, filled
 from conftest import make_ids, make_model
 from tqai.transformers.model.geometry import decoder_of, geometry_of
 from tqai.transformers.weights.identity import watch_of
@@ -530,6 +531,18 @@ def test_weights_that_leave_memory_are_no_longer_known_to_be_the_same() -> None:
     model.to("meta")
     with pytest.raises(ValueError, match="have changed since .* in no memory now"):
         filled(model, cache, make_ids(1, 1))
+
+
+def test_a_model_and_its_cache_go_to_another_process_together() -> None:
+    model = make_model()
+    message = model, patched(model)
+    # As multiprocessing sends them: the tensors of the model go into shared memory on the way.
+    sent = ForkingPickler.dumps(message)
+    assert model.lm_head.weight.is_shared()
+    filled(model, message[1], make_ids(1, 1))
+    other, cache = pickle.loads(sent)
+    filled(other, cache, make_ids(1, 1))
+    assert_equal(cache, message[1])
 
 
 def test_a_rotary_module_that_was_replaced_is_tried_out_again() -> None:
