@@ -247,7 +247,14 @@ def _settle(
     rows: int,
     fresh: bool,
 ) -> None:
-    target = _target(handle).layers[layer]
+    cache = _target(handle)
+    target = cache.layers[layer]
+    if not fresh and target.has_dropped:
+        try:
+            target.check_dropped(mask, target.core.tokens - length)
+        except ValueError:
+            cache.roll_back()
+            raise
     if mask is not None and queries > 1:
         hidden = hidden_tokens(mask, queries, length, rows)
         if hidden is not None:
@@ -295,8 +302,6 @@ def _attend(
     cache = _target(handle)
     target = cache.layers[layer]
     try:
-        if target.has_gaps:
-            target.check_gaps(mask, first)
         return stores.attend(
             target.core,
             query,

@@ -170,8 +170,8 @@ def _attend_once(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     layer = update.layer
     _check_device(query, update)
-    if layer.has_gaps and not update.settled:
-        layer.check_gaps(mask, update.first)
+    if update.fresh is None and not update.settled and layer.has_dropped:
+        layer.check_dropped(mask, update.first)
     if update.fresh is None and layer.is_packed() and not layer.exact_arithmetic:
         core = layer.core
         assert core is not None

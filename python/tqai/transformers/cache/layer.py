@@ -90,7 +90,7 @@ class TqaiLayer(CacheLayerMixin):
         self.turned: Turned | None = None
         """What the next update's keys are turned by, where that is known."""
         self.told: Turned | None = None
-        """What the last update's pass was told of padding."""
+        """What the last update's pass was told of padding, until attention is done."""
         self.has_gaps = False
         """Whether padding between other tokens may have been dropped."""
         self.seen = 0
@@ -167,9 +167,11 @@ class TqaiLayer(CacheLayerMixin):
         core = self.core
         held = 0 if core is None else core.tokens
         self._keep_reading()
+        another = core is None or like != self._added
+        if another:
+            self._check(keys, values)
         try:
-            if core is None or like != self._added:
-                self._check(keys, values)
+            if core is None or another:
                 core = self._store_for(keys, values)
             positions = self._take_positions(keys)
             stores.append(core, *_of_one_dtype(keys, values), positions)
@@ -315,7 +317,12 @@ class TqaiLayer(CacheLayerMixin):
             core.leave_out(inner.flatten().tolist())
             self.has_gaps = True
 
-    def check_gaps(self, mask: torch.Tensor | None, first: int) -> None:
+    @property
+    def has_dropped(self) -> bool:
+        """Whether tokens of some row were dropped as padding."""
+        return self.has_gaps or any(self.padding)
+
+    def check_dropped(self, mask: torch.Tensor | None, first: int) -> None:
         """Looks whether tokens that were dropped as padding still are.
 
         mask: [batch or 1, heads or 1, n, tokens − first], bool or additive, or None.
@@ -324,9 +331,12 @@ class TqaiLayer(CacheLayerMixin):
             ValueError: where `mask` shows one.
         """
         assert self.core is not None
+        # What was told of the start of rows says it for all layers.
+        told = any(self.padding) and self.told is not None and self.told.hides(self.padding)
         for row in range(self.core.batch):
-            for start, count in self.core.left_out(row):
-                if start + count <= first:
+            gaps = self.core.left_out(row) if self.has_gaps else []
+            for start, count in gaps if told else [(0, self.padding[row]), *gaps]:
+                if count == 0 or start + count <= first:
                     continue
                 if mask is None or shown(mask, row, start - first, count):
                     raise ValueError(
@@ -487,7 +497,7 @@ class TqaiLayer(CacheLayerMixin):
     def _take_positions(self, keys: torch.Tensor) -> torch.Tensor | None:
         """What the new keys were turned by; see ``Turned.of``."""
         turned, self.turned = self.turned, None
-        self.told = turned if keys.shape[2] > 1 else None
+        self.told = turned
         if turned is None or self.rope is None:
             return None
         return turned.of(self.index, self.rope.section_count, keys.shape[0], keys.shape[2])

@@ -9,7 +9,7 @@ them. Where neither does, each token stands one further than the one before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class Turned:
         self._made: dict[Any, torch.Tensor | None] = {}
         self._found: dict[tuple[int, int, int, int], torch.Tensor | None] = {}
         self._read: set[int] = set()
+        self._hidden: dict[tuple[int, ...], bool] = {}
 
     def saw(self, module: torch.nn.Module, positions: torch.Tensor) -> None:
         """A rotary module is called with these."""
@@ -63,6 +64,16 @@ class Turned:
         if mask is None or mask.shape[0] != batch or mask.shape[1] < end:
             return None
         return mask[:, first:end].cpu() == 0
+
+    def hides(self, padding: Sequence[int]) -> bool:
+        """Whether the decoder was told that the first so many tokens of each row are padding."""
+        known = tuple(padding)
+        if known not in self._hidden:
+            told = self.told_padding(len(known), 0, max(known))
+            self._hidden[known] = told is not None and all(
+                bool(row[:count].all()) for row, count in zip(told, known, strict=True)
+            )
+        return self._hidden[known]
 
     def _find(self, sections: int, batch: int, tokens: int) -> torch.Tensor | None:
         """The last that the model's rotary modules were called with, where they fit."""

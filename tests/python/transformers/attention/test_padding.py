@@ -100,6 +100,35 @@ def test_a_mask_that_shows_what_was_dropped_is_refused() -> None:
     assert torch.isfinite(step(model, cache, mask)).all()
 
 
+@pytest.mark.parametrize(
+    "told, compiled",
+    [(True, False), (False, False), (True, True)],
+    ids=["mask of the tokens", "own mask", "compiled"],
+)
+def test_a_mask_that_shows_the_start_of_a_row_is_refused(told: bool, compiled: bool) -> None:
+    model = make_model()
+    cache = tqai.patch(model, **SETTINGS)
+    mask = read(model, cache, turns(right=False)[:1])
+    before = cache.get_seq_length()
+    shown = torch.ones(2, before + 1, dtype=torch.long)
+    hidden = torch.cat([mask, shown[:, -1:]], 1)
+    if not told:  # [2, 1, 1, before + 1], additive
+        shown, hidden = (
+            torch.where(each > 0, 0.0, torch.finfo(torch.float32).min)[:, None, None]
+            for each in (shown, hidden)
+        )
+    tokens = torch.full((2, 1), 7)
+    forward = torch.compile(model, backend="eager") if compiled else model
+    for given in (shown, None):
+        with pytest.raises(ValueError, match="of row 0 were padding in the pass that brought them"):
+            with torch.no_grad():
+                forward(tokens, attention_mask=given, past_key_values=cache)
+        assert cache.get_seq_length() == before
+    with torch.no_grad():
+        forward(tokens, attention_mask=hidden, past_key_values=cache)
+    assert cache.get_seq_length() == before + 1
+
+
 def test_copies_files_and_choices_of_rows_keep_it(tmp_path: Path) -> None:
     model = make_model()
     cache = tqai.patch(model, **SETTINGS)
