@@ -33,10 +33,14 @@ class Call:
         self._module = weak_ref(module)
         self._thread = threading.get_ident()
 
+    def is_of_this_thread(self) -> bool:
+        """Whether it is the caller's thread that makes it."""
+        return self._thread == threading.get_ident()
+
     def is_under_way(self) -> bool:
         """Whether the thread is still in the call."""
         frame: FrameType | None
-        if self._thread == threading.get_ident():
+        if self.is_of_this_thread():
             frame = sys._getframe()
         else:
             frame = sys._current_frames().get(self._thread)
@@ -126,14 +130,24 @@ class Passes:
         self.lock = threading.RLock()
 
     def begin_pass(self, decoder: torch.nn.Module) -> None:
-        """Says that a call of `decoder` is about to add tokens; undoes a pass that never ended."""
+        """Says that a call of `decoder` is about to add tokens; undoes a pass that never ended.
+
+        Raises:
+            RuntimeError: where another thread is in the midst of one.
+        """
         if torch.compiler.is_compiling():
             return
         with self.lock:
-            if self._call is None:
+            before = self._call
+            if before is None:
                 self._keep()
-            else:
+            elif before.is_of_this_thread() or not before.is_under_way():
                 self.roll_back()
+            else:
+                raise RuntimeError(
+                    "another thread's forward pass over this cache is under way: give each thread "
+                    "a cache of its own, by tqai.new_cache(model) or as a copy.deepcopy"
+                )
             for part in self._parts():
                 part.expect_states()
             call = Call(decoder)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -308,7 +309,7 @@ def test_the_cache_of_another_model_is_refused(
 def test_another_batch_is_refused(models: Models) -> None:
     model = models()
     cache = filled(model, tqai.patch(model, **SEALING), make_ids(2, 200))
-    with pytest.raises(ValueError, match="layer 0"):
+    with pytest.raises(ValueError, match="^layer 0: keys of 3 rows; the cache holds 2"):
         filled(model, cache, make_ids(3, 5))
     assert cache.get_seq_length() == 200
     filled(model, cache, make_ids(2, 5))
@@ -338,6 +339,32 @@ def test_models_in_several_threads(greedy: dict[str, Any]) -> None:
     with ThreadPoolExecutor(2) as pool:
         got = list(pool.map(lambda prompt: model.generate(prompt, **greedy), prompts))
     assert all(map(torch.equal, got, expected))
+
+
+def test_two_threads_do_not_add_to_one_cache_at_once(models: Models) -> None:
+    model = models()
+    cache = tqai.patch(model, **SEALING)
+    errors: list[str] = []
+
+    def read_too() -> None:
+        with torch.no_grad():
+            try:
+                model(make_ids(1, 30, seed=1), past_key_values=cache)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    def meanwhile(*_: Any) -> None:
+        thread = threading.Thread(target=read_too)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].register_forward_pre_hook(meanwhile)
+    try:
+        filled(model, cache, make_ids(1, 50))
+    finally:
+        handle.remove()
+    assert len(errors) == 1 and "another thread's forward pass" in errors[0]
+    assert_equal(cache, filled(model, tqai.new_cache(model), make_ids(1, 50)))
 
 
 def test_a_cache_says_when_it_is_filled(models: Models) -> None:
