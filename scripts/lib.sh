@@ -84,9 +84,19 @@ transformers_minors() {
       END { if (last) print newest }'
 }
 
-# The version that the constraints give package $1, as a requirement.
+# The version that the constraints give package $1 with $venv's Python, as a requirement.
 pinned() {
-  grep -m 1 "^$1==" "$constraints"
+  "$venv/bin/python" - "$1" "$constraints" <<'PYTHON'
+import sys
+from pip._vendor.packaging.requirements import Requirement
+
+name, constraints = sys.argv[1:]
+for line in open(constraints):
+    if line.startswith(f"{name}=="):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate():
+            print(f"{requirement.name}{requirement.specifier}")
+PYTHON
 }
 
 # The virtual environment with torch, transformers, the demo's model and the build requirements;
