@@ -330,9 +330,8 @@ TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
   detail::check_apart("keys", keys, "values",
                       {values.data, values.dtype, values.shape, values.strides});
   if (first < 0 || first > state.tokens - keys.shape[2]) {
-    throw IndexError("tokens " + std::to_string(first) + "…" +
-                     std::to_string(first + keys.shape[2]) + " of a cache of " +
-                     std::to_string(state.tokens));
+    throw IndexError(std::to_string(keys.shape[2]) + " tokens from token " + std::to_string(first) +
+                     " on, of a cache of " + std::to_string(state.tokens));
   }
   detail::gather(state.context, state.rows, first, keys, values);
 }

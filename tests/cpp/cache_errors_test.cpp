@@ -120,6 +120,8 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   EXPECT_TRUE(contains(message_of([&] { cache.select({}); }), "1 or more"));
   EXPECT_THROW(cache.select(std::vector<std::int64_t>{0, 1}), IndexError);
   EXPECT_THROW((void)gather(cache, 100, 51), IndexError);
+  constexpr std::int64_t kLast = std::numeric_limits<std::int64_t>::max();
+  EXPECT_THROW((void)gather(cache, kLast, 51), IndexError);  // UBSan: nothing is added to it
   EXPECT_THROW((void)cache.packed_tokens(1), IndexError);
   EXPECT_TRUE(
       contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{3}); }), "sealed"));
