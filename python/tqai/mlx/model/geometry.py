@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -85,7 +85,7 @@ class Geometry:
 def geometry_of(model: nn.Module, templates: list[Any]) -> Geometry:
     """The geometry of `model`, whose own caches, empty, are `templates`.
 
-    The model is run on three tokens; since mlx is lazy, most of it is not computed.
+    The model is run on four tokens; since mlx is lazy, most of it is not computed.
 
     Raises:
         NotImplementedError: where it cannot be run on tokens and a cache alone.
@@ -135,9 +135,5 @@ def _shape(index: int, template: Any, use: Use) -> LayerShape:
         getattr(template, "max_size", None),
         max(use.reads, 1),
         use.reads > 0,
+        use.rope,
     )
-
-
-def with_rope(shape: LayerShape, rope: Rope | None) -> LayerShape:
-    """`shape` with what its keys go through."""
-    return replace(shape, rope=rope)

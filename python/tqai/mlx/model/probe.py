@@ -1,8 +1,9 @@
-"""Runs a model on three tokens, and notes what it does with each layer's cache.
+"""Runs a model on four tokens, and notes what it does with each layer's cache.
 
 Nothing here trusts names. A layer is read packed where what its cache hands out reaches mlx-lm's
-attention function, both times that it is tried: on two tokens at once, and on one more. mlx is
-lazy: what is run is the Python of the model, and next to nothing is computed.
+attention function, every time that it is tried: on two tokens at once, on one more, and on one that
+stands far away. mlx is lazy: what is run is the Python of the model, and next to nothing is
+computed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import mlx.nn as nn
 from mlx_lm.models import base
 
 from tqai.mlx.attention import patching
+from tqai.mlx.model.find_rope import Call, Watch, rope_of
+from tqai.shapes.rope import Rope
+
+FAR = 1_000_000
+"""A position at which frequencies that depend on the length of the text would be others."""
 
 
 @dataclass
@@ -29,13 +35,19 @@ class Use:
     """How often attention has read an update, 0 where it was not read that way every time."""
     touched: str | None = None
     """An attribute that a compressed cache does not have, and the model has taken."""
+    rope: Rope | None = None
+    """What the keys have gone through, where it was recognised."""
 
 
 class _Watched:
     """A plain cache that notes what is done with it."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, ropes: Watch) -> None:
         self._cache = cache
+        self._ropes = ropes
+        self._calls: list[tuple[Call | None, int]] = []
+        self.shift = 0
+        """How much further than they do, the model is told that its tokens stand."""
         self.use = Use()
         self.handed: list[tuple[mx.array, mx.array]] = []
         """What updates have returned; kept, so that no other array takes an address of theirs."""
@@ -44,6 +56,7 @@ class _Watched:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.use.keys, self.use.values = tuple(keys.shape), tuple(values.shape)
+        self._calls.append((self._ropes.call_of(keys), self.offset))
         handed = self._cache.update_and_fetch(keys, values)
         self.handed.append(handed)
         self.counts.append(0)
@@ -51,6 +64,10 @@ class _Watched:
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self.handed[-1]
+
+    @property
+    def offset(self) -> int:
+        return self._cache.offset + self.shift
 
     @property
     def keys(self) -> Any:
@@ -71,6 +88,13 @@ class _Watched:
             if keys is handed[0] and values is handed[1]:
                 self.counts[at] += 1
 
+    def seen(self) -> Use:
+        """What was seen."""
+        self.use.reads = max(self.counts, default=0) if min(self.counts, default=0) > 0 else 0
+        if self.use.keys is not None:
+            self.use.rope = rope_of(self._calls, self.use.keys[3])
+        return self.use
+
 
 def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[Use | None]:
     """What `model` does with each layer's cache; None for those that are not of the `kinds`.
@@ -80,8 +104,9 @@ def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[U
     Raises:
         NotImplementedError: where the model cannot be run on tokens and a cache alone.
     """
+    ropes = Watch()
     caches = [
-        _Watched(copy.deepcopy(template)) if watch else copy.deepcopy(template)
+        _Watched(copy.deepcopy(template), ropes) if watch else copy.deepcopy(template)
         for template, watch in zip(templates, kinds, strict=True)
     ]
     watched = [cache if isinstance(cache, _Watched) else None for cache in caches]
@@ -95,16 +120,19 @@ def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[U
                 each.read(keys, values)
         return before(queries, keys, values, cache, *args, **kwargs)
 
-    with patching.standing_in(attention, before):
+    with patching.standing_in(attention, before), ropes.looking():
         try:
             model(mx.array([[1, 0]]), cache=caches)
             model(mx.array([[1]]), cache=caches)
+            for each in watched:
+                if each is not None:
+                    each.shift = FAR
+            model(mx.array([[1]]), cache=caches)
         except Exception as error:
+            if any(each is not None and each.use.touched for each in watched):
+                return [None if each is None else each.seen() for each in watched]
             raise NotImplementedError(
                 f"{type(model).__module__}.{type(model).__name__} could not be tried on tokens and "
                 f"a cache alone, so tqai cannot tell how it reads its cache: {error!r}"
             ) from error
-    for each in watched:
-        if each is not None and each.counts:
-            each.use.reads = max(each.counts) if min(each.counts) > 0 else 0
-    return [None if each is None else each.use for each in watched]
+    return [None if each is None else each.seen() for each in watched]
