@@ -98,6 +98,7 @@ inline namespace local {}
 #include "cache/centres.cpp"
 #include "cache/check.cpp"
 #include "cache/codec.cpp"
+#include "cache/deserialize.cpp"
 #include "cache/gather.cpp"
 #include "cache/memory.cpp"
 #include "cache/moments.cpp"

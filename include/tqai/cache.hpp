@@ -134,8 +134,8 @@ struct TokenSpan {
 /// All or nothing: a member that throws leaves the cache as it was. Const members may run
 /// concurrently on one cache; anything else needs a lock. `append`, `attend` and `seal` use OpenMP
 /// threads where the work is worth it; results do not depend on their number, on the level, or on
-/// the rounding, flushing and traps that the application has chosen for its own arithmetic. A forked
-/// child of a process that had several threads works with one.
+/// the rounding, flushing and traps that the application has chosen for its own arithmetic. A
+/// forked child of a process that had several threads works with one.
 class TQAI_API KvCache {
  public:
   /// Throws ValueError for options out of range, UnsupportedError for a level this machine lacks.
@@ -205,7 +205,8 @@ class TQAI_API KvCache {
 
   /// Decompresses tokens [first, first + n) into keys [batch, kv_heads, n, head_dim] and values
   /// [batch, kv_heads, n, value_head_dim], of any dtype; padding and discarded tokens become zeros.
-  /// Exact tokens come out as they went in. The two must not overlap. Throws IndexError for tokens that do not exist.
+  /// Exact tokens come out as they went in. The two must not overlap. Throws IndexError for tokens
+  /// that do not exist.
   void gather(std::int64_t first, const Tensor& keys, const Tensor& values) const;
 
   /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes; below,

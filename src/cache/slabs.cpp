@@ -75,11 +75,11 @@ TQAI_INLINE void* map_slab(std::size_t bytes) {
 TQAI_INLINE void unmap_slab(void* slab, std::size_t bytes) noexcept { munmap(slab, bytes); }
 #else
 TQAI_INLINE void* map_slab(std::size_t bytes) {
-  return ::operator new (bytes, std::align_val_t{kLine});
+  return ::operator new(bytes, std::align_val_t{kLine});
 }
 
 TQAI_INLINE void unmap_slab(void* slab, std::size_t /*bytes*/) noexcept {
-  ::operator delete (slab, std::align_val_t{kLine});
+  ::operator delete(slab, std::align_val_t{kLine});
 }
 #endif
 
@@ -148,11 +148,11 @@ struct Pools {
 
 #ifdef TQAI_ASAN
 TQAI_INLINE void* allocate_block(std::size_t bytes) {
-  return ::operator new (bytes, std::align_val_t{kLine});
+  return ::operator new(bytes, std::align_val_t{kLine});
 }
 
 TQAI_INLINE void deallocate_block(void* block, std::size_t /*bytes*/) noexcept {
-  ::operator delete (block, std::align_val_t{kLine});
+  ::operator delete(block, std::align_val_t{kLine});
 }
 #else
 TQAI_INLINE void* allocate_block(std::size_t bytes) {

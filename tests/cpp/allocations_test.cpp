@@ -242,8 +242,7 @@ TEST_P(Allocations, Append) {
 
 TEST_P(Allocations, Seal) {
   // Enough tiles for threads.
-  expect_all_or_nothing(
-      "first", [&] { return unsealed(300); }, [](KvCache& c) { c.seal(); });
+  expect_all_or_nothing("first", [&] { return unsealed(300); }, [](KvCache& c) { c.seal(); });
   if (GetParam().threads > 1 || GetParam().batch > 2) return;
   expect_all_or_nothing(
       "another centre", [&] { return sealed(340); }, [](KvCache& c) { c.seal(); });
@@ -251,15 +250,13 @@ TEST_P(Allocations, Seal) {
 
 TEST_P(Allocations, Crop) {
   for (const std::int64_t tokens : {165, 70, 3, 0}) {
-    expect_all_or_nothing(
-        "crop", [&] { return sealed(20); }, [=](KvCache& c) { c.crop(tokens); });
+    expect_all_or_nothing("crop", [&] { return sealed(20); }, [=](KvCache& c) { c.crop(tokens); });
   }
 }
 
 TEST_P(Allocations, SelectAndCopy) {
   const std::vector<std::int64_t> rows = {GetParam().batch - 1, 0, 0};
-  expect_all_or_nothing(
-      "select", [&] { return sealed(20); }, [&](KvCache& c) { c.select(rows); });
+  expect_all_or_nothing("select", [&] { return sealed(20); }, [&](KvCache& c) { c.select(rows); });
   expect_all_or_nothing(
       "assignment", [&] { return sealed(20); },
       [&](KvCache& c) {

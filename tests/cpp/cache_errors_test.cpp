@@ -103,19 +103,18 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   // Outputs whose elements share addresses: threads would write the same bytes.
   std::vector<float> output(2 * 64);
   const auto overlapping = [&](std::array<std::int64_t, 4> strides) {
-    return message_of([&] {
-      cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, strides});
-    });
+    return message_of(
+        [&] { cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, strides}); });
   };
   EXPECT_TRUE(contains(overlapping({0, 0, 0, 1}), "at one address"));
   EXPECT_TRUE(contains(overlapping({128, 128, 63, 1}), "at one address"));
   cache.attend(good, {output.data(), DType::f32, {1, 1, 2, 64}, {0, 0, 64, 1}});  // strides of 1s
-  EXPECT_TRUE(
-      contains(message_of([&] {
-                 const Tensor all_one{output.data(), DType::f32, {1, 2, 2, 64}, {0, 64, 0, 1}};
-                 cache.gather(0, all_one, all_one);
-               }),
-               "at one address"));
+  EXPECT_TRUE(contains(message_of([&] {
+                         const Tensor all_one{
+                             output.data(), DType::f32, {1, 2, 2, 64}, {0, 64, 0, 1}};
+                         cache.gather(0, all_one, all_one);
+                       }),
+                       "at one address"));
   EXPECT_TRUE(contains(message_of([&] { cache.crop(151); }), "0…150"));
   EXPECT_TRUE(contains(message_of([&] { cache.select({}); }), "1 or more"));
   EXPECT_THROW(cache.select(std::vector<std::int64_t>{0, 1}), IndexError);
@@ -128,9 +127,7 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
 
   EXPECT_TRUE(contains(refused([](auto& o) { o.first_token = 151; }), "first_token = 151"));
   EXPECT_TRUE(contains(refused([](auto& o) { o.window = -1; }), "window = -1"));
-  EXPECT_TRUE(contains(message_of([&] {
-                         cache.set_padding(std::vector<std::int64_t>{0, 0});
-                       }),
+  EXPECT_TRUE(contains(message_of([&] { cache.set_padding(std::vector<std::int64_t>{0, 0}); }),
                        "2 padding counts for a batch of 1"));
   for (const std::int64_t token : {-1, 151}) {
     EXPECT_TRUE(contains(message_of([&] { cache.discard_before(token); }), "allowed: 0…150"));

@@ -1,0 +1,48 @@
+// What writing a cache's bytes and reading them must agree about. docs/format.md has the bytes.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <tqai/cache.hpp>
+#include <tqai/codebook.hpp>
+#include <tqai/error.hpp>
+
+#include "../crc32.hpp"
+
+namespace tqai::detail {
+
+inline constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
+// Versions. 1 had no positions and one centre set a row: its tokens stand at their index. 2 had each
+// block's tiles beside its header, and no codebooks. 4 says what rows have left out, and is written
+// where one has.
+inline constexpr std::uint32_t kFirstVersion = 1;
+inline constexpr std::uint32_t kTilesLast = 3;
+inline constexpr std::uint32_t kWithGaps = 4;
+inline constexpr std::uint32_t kVersion = 4;
+inline constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
+
+inline void check_byte_order() {
+  if constexpr (std::endian::native != std::endian::little) {
+    throw UnsupportedError("caches are written and read on little-endian processors only");
+  }
+}
+
+/// What tells two codebooks apart, for one side's codes.
+struct CodebookMark {
+  std::uint32_t levels = 0;  // their checksum
+  float step = 0.0F;
+};
+
+inline CodebookMark mark_of(int dim, int bits) {
+  const Codebook& book = codebook(dim, bits, Grid::int8);
+  return {crc32(std::as_bytes(book.levels())), book.step()};
+}
+
+inline std::array<CodebookMark, 2> marks_of(const CacheOptions& options) {
+  return {mark_of(options.head_dim, options.bits_k),
+          mark_of(options.value_head_dim, options.bits_v)};
+}
+
+}  // namespace tqai::detail
