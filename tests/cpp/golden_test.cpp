@@ -60,7 +60,7 @@ class GoldenCache : public testing::TestWithParam<int> {};
 TEST_P(GoldenCache, MeansWhatItMeant) {
   const int version = GetParam();
   // The third is the second, written anew.
-  const std::string same = version == 1 ? "cache_1" : "cache_2";
+  const std::string same = "cache_" + std::to_string(version == 3 ? 2 : version);
   const auto tokens = golden_numbers<std::uint16_t>(same + ".tokens");
   const KvCache cache = KvCache::deserialize(golden("cache_" + std::to_string(version) + ".bin"));
   ASSERT_GT(cache.packed_tokens(0), 0);
@@ -68,11 +68,32 @@ TEST_P(GoldenCache, MeansWhatItMeant) {
   expect_tokens(KvCache::deserialize(cache.serialize()), tokens);
 }
 
-INSTANTIATE_TEST_SUITE_P(Versions, GoldenCache, testing::Values(1, 2, 3));
+INSTANTIATE_TEST_SUITE_P(Versions, GoldenCache, testing::Values(1, 2, 3, 4));
 
-TEST(Golden, TheNewestCacheIsWrittenAlike) {
-  const auto bytes = golden("cache_3.bin");
-  EXPECT_EQ(KvCache::deserialize(bytes).serialize(), bytes);
+TEST(Golden, TheNewestCachesAreWrittenAlike) {
+  for (const std::string name : {"cache_3.bin", "cache_4.bin"}) {
+    const auto bytes = golden(name);
+    EXPECT_EQ(KvCache::deserialize(bytes).serialize(), bytes) << name;
+  }
+}
+
+// Version 4 says what rows have left out, among exact tokens and inside a tile; what later tokens of
+// theirs are called goes by it.
+TEST(Golden, GapsAreWhereTheyWere) {
+  KvCache cache = KvCache::deserialize(golden("cache_4.bin"));
+  ASSERT_EQ(cache.batch(), 2);
+  EXPECT_EQ(cache.tokens(), 90);
+  const auto gaps = cache.left_out(0);
+  constexpr TokenSpan kGaps[] = {{22, 5}, {35, 1}, {73, 1}};
+  ASSERT_EQ(gaps.size(), std::size(kGaps));
+  for (std::size_t i = 0; i < gaps.size(); ++i) {
+    EXPECT_EQ(gaps[i].first, kGaps[i].first);
+    EXPECT_EQ(gaps[i].count, kGaps[i].count);
+  }
+  EXPECT_TRUE(cache.left_out(1).empty());
+  EXPECT_EQ(cache.memory().tokens, 2 * 90 - 7 - 3);  // three of row 1 are padding
+  cache.crop(30);
+  EXPECT_EQ(cache.memory().tokens, 2 * 30 - 5 - 3);
 }
 
 // The lines of a text file, each split at its spaces, without its comments.
@@ -163,6 +184,32 @@ TEST_P(GoldenFile, HoldsWhatItHeld) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Versions, GoldenFile, testing::Values(2, 3));
+
+// By the first version of tqai.save_cache, for the model that test_save_load.py makes anew: a
+// compressed layer, and one that is kept as it is.
+TEST(Golden, TheFirstVersionOfFilesHoldsWhatItHeld) {
+  const auto path = golden_path("file_1.safetensors");
+  const CacheFile file(path);
+  EXPECT_EQ(file.version(), 1);
+  EXPECT_TRUE(test::contains(file.header(), R"("weights": "83f0e9365192eb70")"));
+  const auto tokens = golden_numbers<std::uint16_t>("file_1.tokens");
+  for (const bool mapped : {false, true}) {  // the same: its tiles cannot stay where they are
+    LoadOptions options;
+    options.mapped = mapped;
+    const std::vector<KvCache> layers = load_caches(path, options);
+    ASSERT_EQ(layers.size(), 1U);
+    EXPECT_EQ(layers[0].tokens(), 73);
+    EXPECT_EQ(layers[0].packed_tokens(0), 64);
+    EXPECT_EQ(layers[0].memory().mapped_bytes, 0U);
+    EXPECT_EQ(layers[0].options().dtype, DType::bf16);
+    expect_tokens(layers[0], tokens);
+  }
+  for (const std::string exact : {"layers.1.keys", "layers.1.values"}) {
+    EXPECT_EQ(file.tensor(exact).dtype, "BF16");
+    EXPECT_EQ(file.tensor(exact).shape, (std::vector<std::int64_t>{1, 1, 73, 16}));
+    EXPECT_NO_THROW(file.verify(exact));
+  }
+}
 
 TEST(Golden, TheNewestFileIsWrittenAlike) {
   const auto path = golden_path("file_3.safetensors");
