@@ -97,11 +97,15 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
                              const CountedVector<Row>& rows, const Sink& sink) {
   check_byte_order();
   Numbered<ExactTokens> exact;
+  // Memory without tokens, as an append that failed leaves it, is nothing.
+  const auto add_exact = [&exact](const ExactTokens& part) {
+    return part && part.header().tokens > 0 ? exact.add(part) : kNothing;
+  };
   Numbered<SealedTokens> blocks;
   Numbered<Shared<CentreShape>> centres;
   for (const Row& row : rows) {
-    exact.add(row.sinks);
-    exact.add(row.tail);
+    add_exact(row.sinks);
+    add_exact(row.tail);
     for (const Centres& set : row.centre_sets) centres.add(set.memory());
     for (const BlockView& view : row.sealed) blocks.add(view.block);
   }
@@ -123,8 +127,8 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   for (const Row& row : rows) {
     writer.write(row.first);
     if (have_gaps) write_gaps(row, writer);
-    writer.write(exact.add(row.sinks));
-    writer.write(exact.add(row.tail));
+    writer.write(add_exact(row.sinks));
+    writer.write(add_exact(row.tail));
     writer.write(row.next_position);
     write_positions(row.sink_positions, writer);
     write_positions(row.tail_positions, writer);

@@ -192,23 +192,21 @@ TQAI_INLINE std::shared_ptr<const std::byte> InputFile::map(std::uint64_t at,
 }
 
 TQAI_INLINE Replacement::Replacement(const std::filesystem::path& path)
-    : path_(path), target_(resolved(path)) {
-  const std::filesystem::path partial = target_.parent_path() / partial_name();
+    : path_(path), target_(resolved(path)), partial_(target_.parent_path() / partial_name()) {
+  // Once the file is open nothing may throw without closing and removing it.
 #ifdef _WIN32
   const DWORD held = GetFileAttributesW(target_.c_str());
   if (held != INVALID_FILE_ATTRIBUTES && (held & FILE_ATTRIBUTE_DIRECTORY) != 0) {
     cannot("written", path_, make_error_code(std::errc::is_a_directory));
   }
-  const HANDLE file = CreateFileW(partial.c_str(), GENERIC_WRITE, 0, nullptr, CREATE_NEW,
+  const HANDLE file = CreateFileW(partial_.c_str(), GENERIC_WRITE, 0, nullptr, CREATE_NEW,
                                   FILE_ATTRIBUTE_NORMAL, nullptr);
   if (file == INVALID_HANDLE_VALUE) fail();
   handle_ = reinterpret_cast<std::intptr_t>(file);
-  partial_ = partial;
 #else
-  const int file = ::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
+  const int file = ::open(partial_.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
   if (file < 0) fail();
   handle_ = file;
-  partial_ = partial;
   struct stat held{};
   std::error_code reason;
   if (::stat(target_.c_str(), &held) != 0) {
@@ -222,7 +220,7 @@ TQAI_INLINE Replacement::Replacement(const std::filesystem::path& path)
   }
   if (reason) {
     close();
-    ::unlink(partial.c_str());
+    ::unlink(partial_.c_str());
     cannot("written", path_, reason);
   }
 #endif
@@ -286,12 +284,13 @@ TQAI_INLINE void Replacement::commit() {
   }
   partial_.clear();
 #else
+  const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
   if (::fsync(static_cast<int>(handle_)) != 0) fail();
   close();
   if (::rename(partial_.c_str(), target_.c_str()) != 0) fail();
+  // From here on nothing may throw. That the folder has the name is on the disk too, where the
+  // system can promise that.
   partial_.clear();
-  // That the folder has the name is on the disk too, where the system can promise that.
-  const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
   const int opened = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
   if (opened >= 0) {
     ::fsync(opened);

@@ -1,111 +1,25 @@
 // Memory that runs out, at each allocation of each member: all or nothing, and nothing is lost.
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <new>
 #include <tqai/cache.hpp>
 
 #include "cache_helpers.hpp"
+#include "failing_allocations.hpp"
 #include "openmp.hpp"
 #include "threads.hpp"
-
-#if defined(_MSC_VER)
-#include <malloc.h>
-#endif
-
-namespace {
-
-std::atomic<long> g_before_failure{-1};  // allocations; negative: none fails
-std::atomic<long> g_living{0};
-
-void* allocate(std::size_t bytes, std::size_t alignment) {
-  if (g_before_failure.load() >= 0 && g_before_failure.fetch_sub(1) == 0) throw std::bad_alloc();
-  const std::size_t rounded = (bytes + alignment) / alignment * alignment;
-#if defined(_MSC_VER)
-  void* memory = _aligned_malloc(rounded, alignment);
-#else
-  void* memory = std::aligned_alloc(alignment, rounded);
-#endif
-  if (memory == nullptr) throw std::bad_alloc();
-  g_living.fetch_add(1);
-  return memory;
-}
-
-void deallocate(void* memory) noexcept {
-  if (memory == nullptr) return;
-  g_living.fetch_sub(1);
-#if defined(_MSC_VER)
-  _aligned_free(memory);
-#else
-  std::free(memory);
-#endif
-}
-
-constexpr std::size_t alignment_of(std::align_val_t alignment) {
-  return static_cast<std::size_t>(alignment);
-}
-
-}  // namespace
-
-// Arrays too: under AddressSanitizer their standard operators do not come here.
-void* operator new(std::size_t bytes) { return allocate(bytes, alignof(std::max_align_t)); }
-void* operator new[](std::size_t bytes) { return allocate(bytes, alignof(std::max_align_t)); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return allocate(bytes, alignment_of(alignment));
-}
-void* operator new[](std::size_t bytes, std::align_val_t alignment) {
-  return allocate(bytes, alignment_of(alignment));
-}
-void operator delete(void* memory) noexcept { deallocate(memory); }
-void operator delete[](void* memory) noexcept { deallocate(memory); }
-void operator delete(void* memory, std::size_t /*bytes*/) noexcept { deallocate(memory); }
-void operator delete[](void* memory, std::size_t /*bytes*/) noexcept { deallocate(memory); }
-void operator delete(void* memory, std::align_val_t /*alignment*/) noexcept { deallocate(memory); }
-void operator delete[](void* memory, std::align_val_t /*alignment*/) noexcept {
-  deallocate(memory);
-}
-void operator delete(void* memory, std::size_t /*bytes*/, std::align_val_t /*alignment*/) noexcept {
-  deallocate(memory);
-}
-void operator delete[](void* memory, std::size_t /*bytes*/,
-                       std::align_val_t /*alignment*/) noexcept {
-  deallocate(memory);
-}
 
 namespace tqai {
 namespace {
 
 using test::Array;
 using test::attend;
+using test::fail_each;
+using test::g_before_failure;
+using test::g_living;
 using test::geometry;
 using test::Tokens;
-
-// Calls `call` with the n-th allocation failing, for n = 0, 1, … until it has no n-th; before each,
-// `prepare`, and where memory ran out, `check`. Returns how often it did.
-int fail_each(const std::function<void()>& prepare, const std::function<void()>& call,
-              const std::function<void()>& check) {
-  for (int n = 0; n < 20000; ++n) {
-    prepare();
-    bool failed = false;
-    g_before_failure = n;
-    try {
-      call();
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-    const bool reached = g_before_failure.exchange(-1) < 0;
-    EXPECT_EQ(failed, reached) << "allocation " << n << " failed unheard";
-    if (!failed) return n;
-    check();
-    if (testing::Test::HasFailure()) {
-      ADD_FAILURE() << "at allocation " << n;
-      return n;
-    }
-  }
-  ADD_FAILURE() << "no end of allocations";
-  return 0;
-}
 
 enum class Kind { plain, mean, rope, rope_at_positions };
 
@@ -185,7 +99,7 @@ class Allocations : public testing::TestWithParam<Setting> {
       std::optional<KvCache> cache;
       std::optional<Array> output;
       const auto outputs = [&] {
-        const Array queries({cache->batch(), kHeads, 1, kDim}, 0.5F);
+        const Array queries({cache->batch(), kHeads, cache->tokens() > 0 ? 1 : 0, kDim}, 0.5F);
         return attend(*cache, queries).data;
       };
       cache = make();
@@ -225,6 +139,8 @@ class Allocations : public testing::TestWithParam<Setting> {
 };
 
 TEST_P(Allocations, Append) {
+  expect_all_or_nothing(
+      "to nothing", [&] { return unsealed(0); }, [&](KvCache& c) { append(c, 0, 200); });
   expect_all_or_nothing(
       "before sealing", [&] { return unsealed(40); }, [&](KvCache& c) { append(c, 40, 200); });
   expect_all_or_nothing(

@@ -77,8 +77,8 @@ TEST(Golden, TheNewestCachesAreWrittenAlike) {
   }
 }
 
-// Version 4 says what rows have left out, among exact tokens and inside a tile; what later tokens of
-// theirs are called goes by it.
+// Version 4 says what rows have left out, among exact tokens and inside a tile; what later tokens
+// of theirs are called goes by it.
 TEST(Golden, GapsAreWhereTheyWere) {
   KvCache cache = KvCache::deserialize(golden("cache_4.bin"));
   ASSERT_EQ(cache.batch(), 2);

@@ -602,7 +602,7 @@ def test_files_of_the_first_version_go_on() -> None:
         expected = model(ids[:, 73:], past_key_values=cache).logits.float()
         got = model(ids[:, 73:], past_key_values=loaded).logits.float()
     assert loaded.get_seq_length() == 76
-    # Centres and norms are chosen otherwise today; against exact keys and values both are off by .14.
+    # Centres and norms are chosen otherwise today; against exact ones both are off by .14.
     assert (got - expected).norm() < 0.02 * expected.norm()
     with pytest.raises(ValueError, match="other weights"):
         tqai.load_cache(GOLDEN / "file_1.safetensors", edited(model))
