@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-BYTES = ("packed_bytes", "exact_bytes", "overhead_bytes", "total_bytes", "uncompressed_bytes")
+BYTES = (
+    "packed_bytes",
+    "exact_bytes",
+    "overhead_bytes",
+    "total_bytes",
+    "mapped_bytes",
+    "uncompressed_bytes",
+)
 COUNTS = ("tokens", "packed_tokens", *BYTES)
 
 

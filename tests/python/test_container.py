@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,6 +187,31 @@ def test_layers_are_read_without_a_model(tmp_path: Path, mapped: bool) -> None:
         assert np.array_equal(file.get_tensor("layers.1.keys"), exact.reshape(2, 3))
         packed = file.get_tensor("layers.2.packed")
         assert packed.tobytes() == caches[2].serialize()
+
+
+READ_WHAT_IS_SHORTENED = """
+import sys
+from tqai import container
+layer = container.layers(sys.argv[1], mapped=True)[0]
+with open(sys.argv[1], "r+b") as file:
+    file.truncate(4096)
+print("still here", flush=True)
+layer.serialize()
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems do is their own affair")
+def test_a_file_that_is_shortened_while_it_is_mapped_ends_the_process(tmp_path: Path) -> None:
+    """As docs/files.md says: no library can keep that from happening."""
+    cache = filled(8)
+    container.write(tmp_path / "f", {"x": " " * 8192}, [("layers.0.packed", "U8", None, cache)])
+    done = subprocess.run(
+        [sys.executable, "-c", READ_WHAT_IS_SHORTENED, str(tmp_path / "f")],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "still here\n"), done.stderr
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

@@ -450,12 +450,13 @@ class TqaiCache(Passes, DynamicCache):
 
         ``packed_bytes`` (codes and norms), ``exact_bytes`` (sinks, windows, tokens that wait to be
         sealed, uncompressed layers), ``overhead_bytes`` (headers, lists, centres) and their sum
-        ``total_bytes``, and ``uncompressed_bytes``, that the same tokens would take, are sums over
-        the layers. ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over
-        all rows and without padding. ``layers`` has the same numbers layer by layer, ``centering``
-        counts the heads by what their keys are centred on, ``rotary`` the compressed layers by the
-        layout of their rotary embedding, "unrecognised" where keys get no rotary centre,
-        ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
+        ``total_bytes``, ``mapped_bytes`` (tiles in pages of a file, not in the total) and
+        ``uncompressed_bytes``, that the same tokens would take, are sums over the layers.
+        ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over all rows and
+        without padding. ``layers`` has the same numbers layer by layer, ``centering`` counts the
+        heads by what their keys are centred on, ``rotary`` the compressed layers by the layout of
+        their rotary embedding, "unrecognised" where keys get no rotary centre, ``settings`` has the
+        arguments of ``patch``. Tiles that caches share count in each of them.
         """
         self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]

@@ -49,6 +49,8 @@ _KINDS = {
     DynamicLayer: "exact",
     DynamicSlidingWindowLayer: "sliding",
 }
+_MAPPED_SINCE = 3
+"""Version of files whose tiles are aligned."""
 _OPTIONS_BYTES = 1 << 16
 """Of a layer's bytes, more than its options take."""
 _FILE_DTYPES = {
@@ -110,7 +112,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
 
 
 def load_cache(
-    path: str | os.PathLike[str], model: PreTrainedModel
+    path: str | os.PathLike[str], model: PreTrainedModel, *, mapped: bool = False
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """The cache that ``save_cache`` wrote, for a patched model with the same weights.
 
@@ -118,9 +120,16 @@ def load_cache(
     patched with, and the device is `model`'s, whichever ones wrote the file.
     Pass the cache as ``past_key_values``, with the ids of all tokens that it has read and new ones.
 
+    mapped: compressed tokens stay in the file's pages, which the system reads when they are used,
+    shares between processes and may drop when memory is short; everything else is copied, also what
+    comes later. Replacing or removing the file is fine; as long as the cache or a copy lives,
+    nobody may shorten it or write into it: the process would end by SIGBUS, or read other tokens.
+
     Raises:
         ValueError: for a file that is not such a cache, is damaged, or was written by another
-            version of the format; for another model; for a model that is not patched.
+            version of the format; for another model; for a model that is not patched; where
+            `mapped` is asked for and layers are not read by the C++ kernels, or the file is of a
+            format before 3.
         OSError: where the file cannot be read.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -132,6 +141,11 @@ def load_cache(
     path = Path(path)
     file, header = container.opened(path)
     file_checks.check_header(path, header)
+    if mapped and file.version < _MAPPED_SINCE:
+        raise ValueError(
+            f"{path} is of format version {file.version}, whose compressed tokens cannot stay in "
+            "the file; load it without mapped, or save it again"
+        )
     state = _check_model(path, header, geometry, decoder)
     left = set(file.tensors)
     try:
@@ -148,7 +162,7 @@ def load_cache(
         for index, (layer, described) in enumerate(zip(half.layers, layers, strict=True)):
             names = {name: f"{part}.{index}.{name}" for name in _TENSORS}
             held = {
-                name: _Packed(file, full) if name == "packed" else _tensor(path, file, full)
+                name: _Packed(file, full, mapped) if name == "packed" else _tensor(path, file, full)
                 for name, full in names.items()
                 if full in left
             }
@@ -243,7 +257,13 @@ def _restore(
     if layer.rope is not None:
         layer.rope = file_checks.rope_of(described["rope"], layer.rope)
     dtypes = tuple(_DTYPES[dtype] for dtype in described["dtypes"])
-    core = packed.file.load(packed.name, level=layer.settings.level)
+    if packed.mapped and not stores.is_native(layer.settings.backend, device):
+        raise ValueError(
+            f"{path}: mapped, but layer {index} is read on the device {device} with backend "
+            f"{layer.settings.backend!r}; only the C++ kernels (on the CPU, backend 'auto') read "
+            "files where they are: load it without mapped"
+        )
+    core = packed.file.load(packed.name, level=layer.settings.level, mapped=packed.mapped)
     beginning = container.bytes_of(packed.file, packed.name, most=_OPTIONS_BYTES)
     file_checks.check_store(path, layer, beginning.data, core, dtypes)
     file_checks.check_index(path, layer, core, found)
@@ -382,6 +402,7 @@ class _Packed(NamedTuple):
 
     file: _core.CacheFile
     name: str
+    mapped: bool
 
 
 def _entry(name: str, held: Any) -> tuple[str, str, tuple[int, ...] | None, container.Source]:
