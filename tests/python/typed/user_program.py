@@ -30,7 +30,8 @@ def decoder_only(path: Path) -> int:
     branch = copy.deepcopy(cache)
     branch.crop(-1)
     tqai.save_cache(cache, path)
-    again: tqai.TqaiCache | tqai.TqaiEncoderDecoderCache = tqai.load_cache(path, model)
+    again = tqai.load_cache(path, model)
+    assert_type(again, tqai.TqaiCache)
     report: dict[str, Any] = again.memory_report()
     print(report["total_bytes"], len(cache.layers), cache.settings.residual_window)
     if tqai.is_patched(model):
@@ -69,6 +70,7 @@ def in_a_context(name: str) -> None:
 
 def encoder_decoder() -> None:
     model = T5ForConditionalGeneration(T5Config())
+    assert_type(tqai.load_cache("file", model), tqai.TqaiEncoderDecoderCache)
     cache = tqai.patch(model, bits_k=2)
     assert_type(cache, tqai.TqaiEncoderDecoderCache)
     print(cache.self_attention_cache.nbytes, cache.cross_attention_cache.memory_report())

@@ -12,7 +12,7 @@ import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from tqai.transformers.weights.identity import Identity, State, sampled_fingerpr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from tqai.api import EncoderDecoder
 
 _INDEX = {"index": "indexer_keys", "index_positions": "indexer_position_ids"}
 """Tensors of an index in a file, and what the layer calls them."""
@@ -111,6 +113,10 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
     container.write(path, header, tensors)
 
 
+@overload
+def load_cache(path: str | os.PathLike[str], model: EncoderDecoder) -> TqaiEncoderDecoderCache: ...
+@overload
+def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> TqaiCache: ...
 def load_cache(
     path: str | os.PathLike[str], model: PreTrainedModel, *, mapped: bool = False
 ) -> TqaiCache | TqaiEncoderDecoderCache:
