@@ -17,6 +17,12 @@ DTYPES: dict[mx.Dtype, _core.DType] = {
 }
 """Of keys and values, in the order of tqai::DType."""
 _MASK_DTYPES = {*DTYPES, mx.bool_}
+_BYTES = {
+    _core.DType.float32: 4,
+    _core.DType.float16: 2,
+    _core.DType.bfloat16: 2,
+    _core.DType.bool: 1,
+}
 # numpy has no bfloat16: its bits.
 _NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
@@ -42,6 +48,13 @@ def mask_ref(mask: mx.array, queries: int) -> Ref:
     if shape[2] != queries:  # one row for all of them
         shape, strides = (*shape[:2], queries, shape[3]), (*strides[:2], 0, strides[3])
     return address, dtype, shape, strides
+
+
+def part(reference: Ref, starts: tuple[int, ...], counts: tuple[int, ...]) -> Ref:
+    """Where the part of an array lies that starts there and has this shape."""
+    address, dtype, _, strides = reference
+    offset = sum(start * stride for start, stride in zip(starts, strides, strict=True))
+    return address + offset * _BYTES[dtype], dtype, counts, strides
 
 
 def is_mask_dtype(dtype: mx.Dtype) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,18 +13,16 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_caches
 
 from tqai import _core, reports
-from tqai.mlx.arrays import DTYPES, is_mask_dtype, promoted
-from tqai.mlx.attention import functions
+from tqai.mlx.arrays import DTYPES, Ref, is_mask_dtype, promoted, rows_contiguous
 from tqai.mlx.attention.masks import Meaning, meaning_of, remember
-from tqai.mlx.attention.view import TqaiView, Update
+from tqai.mlx.attention.view import Update
 from tqai.mlx.cache import state, store
+from tqai.mlx.cache.base import Compressed, Dtypes
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 
-Dtypes = tuple[mx.Dtype, mx.Dtype]
 
-
-class TqaiKVCache(mlx_caches._BaseCache):
+class TqaiKVCache(Compressed):
     """Keys and values of one layer, compressed as they leave the residual window.
 
     In the place of mlx-lm's KVCache, or of its RotatingKVCache where the layer's shape has a
@@ -31,24 +30,18 @@ class TqaiKVCache(mlx_caches._BaseCache):
     that those caches would give arrays of; of a layer that is not read through mlx-lm's attention
     function, and while no model is patched, dequantised arrays.
 
-    Rows are of equal length. Not thread-safe. A method that raises leaves the cache as it was.
+    Rows are of equal length; ``merge`` makes a cache of rows of any. A method that raises leaves
+    the cache as it was.
     """
 
     def __init__(self, shape: LayerShape, settings: Settings) -> None:
-        """`settings` are those of the layer, with bits of its own."""
-        self.shape = shape
-        self.settings = settings
+        """See ``Compressed``."""
+        super().__init__(shape, settings)
         self.core: _core.KvCache | None = None
-        self.dtypes: Dtypes | None = None
-        """Of the keys and of the values."""
-        self.version = 0
-        """Counts changes, so that a view can tell whether it is out of date."""
         self._tokens = 0
         self._pending: tuple[mx.array, mx.array] | None = None
         """New tokens that the store has not got yet: they are evaluated together with the queries
         that read them."""
-        self._update: Update | None = None
-        """What the last update handed out, until it is settled."""
         self._settled = 0
         """The version that was settled last."""
         self._warned = False
@@ -59,11 +52,6 @@ class TqaiKVCache(mlx_caches._BaseCache):
     def offset(self) -> int:
         """Tokens held; the position of the next one."""
         return self._tokens
-
-    @property
-    def max_size(self) -> int | None:
-        """Tokens that a query sees, its own among them; None: all."""
-        return self.shape.max_size
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Adds tokens, and returns what their queries may see of all tokens.
@@ -86,27 +74,6 @@ class TqaiKVCache(mlx_caches._BaseCache):
         fresh = (keys, values) if before == 0 else None
         self._update = update = Update(self, first, self._tokens - first, count, fresh)
         return self._handed(update)
-
-    def keys_and_values(self) -> tuple[Any, Any]:
-        """What the queries of the last update may see, while it is being read; later, what the next
-        query will see."""
-        if self.dtypes is None:
-            return None, None
-        update = self._update
-        if update is None or not update.is_current():
-            first = 0 if self.max_size is None else max(self._tokens - self.max_size, 0)
-            update = Update(self, first, self._tokens - first, 0, None)
-        return self._handed(update)
-
-    def _handed(self, update: Update) -> tuple[Any, Any]:
-        if not (self.shape.is_packed and functions.is_installed()):
-            return update.dense(0), update.dense(1)
-        assert self.dtypes is not None
-        shape = self._rows(), self.shape.kv_heads, update.length
-        return (
-            TqaiView(update, 0, (*shape, self.shape.head_dim), self.dtypes[0]),
-            TqaiView(update, 1, (*shape, self.shape.value_head_dim), self.dtypes[1]),
-        )
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -157,10 +124,6 @@ class TqaiKVCache(mlx_caches._BaseCache):
         )
         return [state.header(self.shape, self.settings, dtypes=names), state.packed(self.core)]
 
-    def is_trimmable(self) -> bool:
-        """Whether the last tokens can be taken away; a full window has moved on over others."""
-        return self.max_size is None or self._tokens < self.max_size
-
     def trim(self, n: int) -> int:
         """Forgets the last `n` tokens, or all that there are; returns how many."""
         n = min(self._tokens, n)
@@ -172,25 +135,17 @@ class TqaiKVCache(mlx_caches._BaseCache):
             self.version += 1
         return n
 
-    def size(self) -> int:
-        """Tokens that the next query may see, without its own."""
-        return self._tokens if self.max_size is None else min(self._tokens, self.max_size)
-
-    def empty(self) -> bool:
-        """Whether it has never held a token."""
-        return self.dtypes is None
-
     @property
     def nbytes(self) -> int:
         """Bytes held; tiles that caches share count in each of them."""
         return self.memory()["total_bytes"]
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """Raises ValueError: the cache is compressed already."""
-        raise ValueError(
-            f"kv_bits={bits}: the model is patched by tqai, which compresses its cache: leave "
-            "kv_bits out, or call tqai.unpatch(model)"
-        )
+    @classmethod
+    def merge(cls, caches: Sequence[TqaiKVCache]) -> Any:
+        """A cache with the row of each of these; see ``TqaiBatchKVCache.merge``."""
+        from tqai.mlx.cache.batch import TqaiBatchKVCache  # which is made of these
+
+        return TqaiBatchKVCache.merge(caches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TqaiKVCache:
         """A copy that shares the tiles."""
@@ -200,28 +155,12 @@ class TqaiKVCache(mlx_caches._BaseCache):
         other.core = None if self.core is None else self.core.copy()
         return other
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("keys", "values"):
-            raise NotImplementedError(
-                f"layer {self.shape.index}: a compressed cache has no .{name}, its tokens are "
-                "packed: keys_and_values() stands for them"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __repr__(self) -> str:
         return (
             f"TqaiKVCache(layer {self.shape.index}: {self._tokens} tokens in {self.nbytes} bytes)"
         )
 
     # What views and attention ask of it.
-
-    @property
-    def index(self) -> int:
-        return self.shape.index
-
-    @property
-    def reads(self) -> int:
-        return self.shape.reads
 
     def is_packed(self) -> bool:
         """Whether any token is held as codes, or will be when what is pending is added."""
@@ -278,18 +217,37 @@ class TqaiKVCache(mlx_caches._BaseCache):
         keys, values = promoted(*pending)
         try:
             mx.eval(keys, values)
-            core = self.core
-            if core is None:
-                core = store.make_store(self.settings, self.shape, keys.shape[0], keys.dtype)
-            store.append(core, keys, values)
-        except BaseException as error:
+            keys, k = rows_contiguous(keys)
+            values, v = rows_contiguous(values)
+            self._append(k, v, keys.dtype)
+        except BaseException:
             self._tokens -= keys.shape[2]
             self.version += 1
             if self._tokens == 0 and self.core is None:
                 self.dtypes = None
-            if isinstance(error, (ValueError, NotImplementedError)):
-                raise type(error)(f"layer {self.index}: {error}") from error
             raise
+
+    def take(self, keys: Ref, values: Ref, dtype: mx.Dtype, dtypes: Dtypes) -> None:
+        """Adds tokens [batch, kv_heads, n, dim] that lie in memory, in `dtype`, which holds both
+        of `dtypes`.
+
+        Raises:
+            ValueError: for NaN or infinity.
+        """
+        self.settle()
+        self._append(keys, values, dtype)
+        self.dtypes = dtypes
+        self._tokens += keys[2][2]
+        self.version += 1
+
+    def _append(self, keys: Ref, values: Ref, dtype: mx.Dtype) -> None:
+        core = self.core
+        try:
+            if core is None:
+                core = store.make_store(self.settings, self.shape, keys[2][0], dtype)
+            core.append(keys, values)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"layer {self.index}: {error}") from error
         self.core = core
 
     def settle(self) -> None:
@@ -323,13 +281,8 @@ class TqaiKVCache(mlx_caches._BaseCache):
             dict.fromkeys(reports.COUNTS, 0) if self.core is None else reports.numbers_of(self.core)
         )
 
-    def _first_seen(self, before: int, count: int) -> int:
-        """First token that any of `count` new queries sees, after `before` tokens."""
-        if self.max_size is None:
-            return 0
-        if count == 1:
-            return max(before + 1 - self.max_size, 0)
-        return max(before - self.max_size + 1, 0)
+    def _columns(self) -> int:
+        return self._tokens
 
     def _rows(self) -> int:
         if self._pending is not None:
@@ -351,39 +304,3 @@ class TqaiKVCache(mlx_caches._BaseCache):
         if says is not None:
             return count == update.queries
         return shape[0] in (1, batch) and shape[1] in (1, heads) and is_mask_dtype(mask.dtype)
-
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        shape = self.shape
-        for name, array, dim in (
-            ("keys", keys, shape.head_dim),
-            ("values", values, shape.value_head_dim),
-        ):
-            if array.ndim != 4 or (array.shape[1], array.shape[3]) != (shape.kv_heads, dim):
-                raise ValueError(
-                    f"layer {shape.index}: {name} of shape {tuple(array.shape)}; the cache was "
-                    f"made for [batch, {shape.kv_heads}, tokens, {dim}]. A cache goes with one "
-                    "model: make another with make_prompt_cache(model)"
-                )
-            if array.dtype not in DTYPES:
-                raise ValueError(
-                    f"layer {shape.index}: {name} of {array.dtype}; expected float32, float16 or "
-                    "bfloat16"
-                )
-        if keys.shape[:3] != values.shape[:3]:
-            raise ValueError(
-                f"layer {shape.index}: keys of shape {tuple(keys.shape)} do not go with values of "
-                f"shape {tuple(values.shape)}"
-            )
-        if self.dtypes is None:
-            return
-        if keys.shape[0] != self._rows():
-            raise ValueError(
-                f"layer {shape.index}: keys of {keys.shape[0]} rows; the cache holds "
-                f"{self._rows()}: make another with make_prompt_cache(model)"
-            )
-        if self.dtypes != (keys.dtype, values.dtype):
-            raise ValueError(
-                f"layer {shape.index}: keys of {keys.dtype} and values of {values.dtype}; the "
-                f"cache holds {self.dtypes[0]} and {self.dtypes[1]}: make another with "
-                "make_prompt_cache(model)"
-            )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import RotatingKVCache
 
 from tqai import reports
 from tqai.mlx.cache.layer import TqaiKVCache
@@ -26,14 +27,15 @@ class TqaiPromptCache(list[Any]):
         skipped = settings.skipped(count)
         self.model = geometry.model
         self.settings = settings
-        super().__init__(
-            copy.deepcopy(template)
-            if shape is None or index in skipped
-            else TqaiKVCache(shape, settings.of_layer(index, count))
-            for index, (template, shape) in enumerate(
-                zip(geometry.templates, geometry.shapes, strict=True)
-            )
-        )
+        mixed = any(isinstance(geometry.templates[index], RotatingKVCache) for index in skipped)
+        super().__init__()
+        for index, shape in enumerate(geometry.shapes):
+            if shape is None or index in skipped:
+                self.append(copy.deepcopy(geometry.templates[index]))
+                continue
+            if mixed and shape.max_size is not None:
+                shape = replace(shape, has_exact_siblings=True)
+            self.append(TqaiKVCache(shape, settings.of_layer(index, count)))
 
     def memory_report(self) -> dict[str, Any]:
         """What the cache holds, as its allocators handed it out.

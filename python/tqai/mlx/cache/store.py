@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqai import _core
-from tqai.mlx.arrays import DTYPES, blank, from_memory, mask_ref, rows_contiguous
+from tqai.mlx.arrays import DTYPES, Ref, blank, from_memory, mask_ref, rows_contiguous
 from tqai.mlx.attention.masks import Meaning
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
@@ -32,13 +32,6 @@ def make_store(settings: Settings, shape: LayerShape, batch: int, dtype: mx.Dtyp
     )
 
 
-def append(store: _core.KvCache, keys: mx.array, values: mx.array) -> None:
-    """Adds tokens [batch, kv_heads, n, dim] of the store's dtype."""
-    keys, k = rows_contiguous(keys)
-    values, v = rows_contiguous(values)
-    store.append(k, v)
-
-
 def attend(
     store: _core.KvCache,
     queries: mx.array,
@@ -57,20 +50,34 @@ def attend(
     queries, q = rows_contiguous(queries)
     batch, heads, count, _ = queries.shape
     memory, output = blank((batch, count, heads, store.value_head_dim), queries.dtype)
+    where = mask if isinstance(mask, Meaning) else mask_ref(mask, count)
+    attend_into(store, q, output, first, scale, where, sinks)
+    return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
+
+
+def attend_into(
+    store: _core.KvCache,
+    queries: Ref,
+    output: Ref,
+    first: int,
+    scale: float,
+    mask: Ref | Meaning,
+    sinks: np.ndarray | None,
+) -> None:
+    """As ``attend``, of what lies in memory, into [batch, n, query_heads, value_head_dim] there."""
     says = mask if isinstance(mask, Meaning) else Meaning(causal=False)
     # By place: pybind11 takes as long to look up names as a short cache takes to be read.
     store.attend(
-        q,
+        queries,
         output,
         scale,
         0.0,
         says.causal,
         says.window,
         first,
-        None if isinstance(mask, Meaning) else mask_ref(mask, count),
+        None if isinstance(mask, Meaning) else mask,
         0 if sinks is None else _core.borrowed(sinks)[0],
     )
-    return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
 
 
 def gather(

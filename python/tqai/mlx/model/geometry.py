@@ -32,6 +32,8 @@ class LayerShape:
     at each update."""
     rope: Rope | None = None
     """What its keys have gone through; None: unknown, or nothing."""
+    has_exact_siblings: bool = False
+    """Whether it has a window, and other layers that have one stay exact."""
 
     def describe(self) -> str:
         """As in "2 key/value heads of 64"."""

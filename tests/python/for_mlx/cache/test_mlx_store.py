@@ -11,6 +11,7 @@ from small_mlx import mx
 
 # isort: split
 from tqai import stores
+from tqai.mlx.arrays import rows_contiguous
 from tqai.mlx.attention.masks import Meaning
 from tqai.mlx.cache import store
 from tqai.mlx.model.geometry import LayerShape
@@ -38,7 +39,8 @@ def filled(settings: Settings, dtype: str, count: int = 300, rows: int = 1) -> t
     shape = LayerShape(0, KV_HEADS, DIM, VALUE_DIM, rope=ROPE)
     ours = store.make_store(settings, shape, rows, keys[1].dtype)
     stores.append(theirs, keys[0], values[0])
-    store.append(ours, keys[1], values[1])
+    k, v = (rows_contiguous(both[1]) for both in (keys, values))
+    ours.append(k[1], v[1])
     theirs.seal()
     ours.seal()
     return theirs, ours
@@ -88,6 +90,7 @@ def test_scattered_rows_are_copied_first() -> None:
     shape = LayerShape(0, KV_HEADS, DIM, DIM)
     ours = store.make_store(Settings(), shape, 1, mx.float32)
     keys = both("float32", 1, KV_HEADS, DIM, 9)[1].swapaxes(2, 3)
-    store.append(ours, keys, keys)
+    copied, where = rows_contiguous(keys)
+    ours.append(where, where)
     given, _ = store.gather(ours, 0, 9, (mx.float32, mx.float32))
     assert mx.array_equal(given, keys)

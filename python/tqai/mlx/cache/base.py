@@ -1,0 +1,169 @@
+"""What compressed caches of one row and of several have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_caches
+
+from tqai.mlx.arrays import DTYPES
+from tqai.mlx.attention import functions
+from tqai.mlx.attention.view import TqaiView, Update
+from tqai.mlx.model.geometry import LayerShape
+from tqai.settings import Settings
+
+Dtypes = tuple[mx.Dtype, mx.Dtype]
+
+
+class Compressed(mlx_caches._BaseCache):
+    """A layer's cache, seen as columns, each a token or padding of each row.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, shape: LayerShape, settings: Settings) -> None:
+        """`settings` are those of the layer, with bits of its own."""
+        self.shape = shape
+        self.settings = settings
+        self.dtypes: Dtypes | None = None
+        """Of the keys and of the values; None before there were any."""
+        self.version = 0
+        """Counts changes, so that a view can tell whether it is out of date."""
+        self._update: Update | None = None
+        """What the last update handed out, until it is settled."""
+
+    @property
+    def index(self) -> int:
+        return self.shape.index
+
+    @property
+    def reads(self) -> int:
+        return self.shape.reads
+
+    @property
+    def max_size(self) -> int | None:
+        """Tokens that a query sees, its own among them; None: all."""
+        return self.shape.max_size
+
+    def size(self) -> int:
+        """Columns that the next query may see, without its own."""
+        columns = self._columns()
+        return columns if self.max_size is None else min(columns, self.max_size)
+
+    def empty(self) -> bool:
+        """Whether it has never held a token."""
+        return self.dtypes is None
+
+    def is_trimmable(self) -> bool:
+        """Whether the last tokens can be taken away; a full window has moved on over others."""
+        return self.max_size is None or self._columns() < self.max_size
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What the queries of the last update may see, while it is being read; later, what the next
+        query will see."""
+        if self.dtypes is None:
+            return None, None
+        update = self._update
+        if update is None or not update.is_current():
+            columns = self._columns()
+            first = 0 if self.max_size is None else max(columns - self.max_size, 0)
+            update = Update(self, first, columns - first, 0, None)
+        return self._handed(update)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Raises ValueError: the cache is compressed already."""
+        raise ValueError(
+            f"kv_bits={bits}: the model is patched by tqai, which compresses its cache: leave "
+            "kv_bits out, or call tqai.unpatch(model)"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values"):
+            raise NotImplementedError(
+                f"layer {self.shape.index}: a compressed cache has no .{name}, its tokens are "
+                "packed: keys_and_values() stands for them"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # What views ask of it.
+
+    def is_packed(self) -> bool:
+        """Whether any token is held as codes."""
+        raise NotImplementedError
+
+    def gather(self, first: int, length: int) -> tuple[mx.array, mx.array]:
+        """Dequantised keys and values of columns first…first + length − 1 in the cache's dtypes."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Compresses what has left the residual window, and frees what has left a sliding one."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        update: Update,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array | None:
+        """Attention over an update's tokens; None for what the kernel does not compute."""
+        raise NotImplementedError
+
+    def _columns(self) -> int:
+        raise NotImplementedError
+
+    def _rows(self) -> int:
+        raise NotImplementedError
+
+    def _first_seen(self, before: int, count: int) -> int:
+        """First column that any of `count` new queries sees, after `before` columns."""
+        if self.max_size is None:
+            return 0
+        return max(before - self.max_size + 1, 0)
+
+    def _handed(self, update: Update) -> tuple[Any, Any]:
+        if not (self.shape.is_packed and functions.is_installed()):
+            return update.dense(0), update.dense(1)
+        assert self.dtypes is not None
+        shape = self._rows(), self.shape.kv_heads, update.length
+        return (
+            TqaiView(update, 0, (*shape, self.shape.head_dim), self.dtypes[0]),
+            TqaiView(update, 1, (*shape, self.shape.value_head_dim), self.dtypes[1]),
+        )
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        shape = self.shape
+        for name, array, dim in (
+            ("keys", keys, shape.head_dim),
+            ("values", values, shape.value_head_dim),
+        ):
+            if array.ndim != 4 or (array.shape[1], array.shape[3]) != (shape.kv_heads, dim):
+                raise ValueError(
+                    f"layer {shape.index}: {name} of shape {tuple(array.shape)}; the cache was "
+                    f"made for [batch, {shape.kv_heads}, tokens, {dim}]. A cache goes with one "
+                    "model: make another with make_prompt_cache(model)"
+                )
+            if array.dtype not in DTYPES:
+                raise ValueError(
+                    f"layer {shape.index}: {name} of {array.dtype}; expected float32, float16 or "
+                    "bfloat16"
+                )
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"layer {shape.index}: keys of shape {tuple(keys.shape)} do not go with values of "
+                f"shape {tuple(values.shape)}"
+            )
+        rows = self._rows()
+        if rows not in (0, keys.shape[0]):
+            raise ValueError(
+                f"layer {shape.index}: keys of {keys.shape[0]} rows; the cache holds {rows}: make "
+                "another with make_prompt_cache(model)"
+            )
+        if self.dtypes not in (None, (keys.dtype, values.dtype)):
+            raise ValueError(
+                f"layer {shape.index}: keys of {keys.dtype} and values of {values.dtype}; the "
+                f"cache holds {self.dtypes[0]} and {self.dtypes[1]}: make another with "
+                "make_prompt_cache(model)"
+            )
