@@ -11,6 +11,8 @@
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -25,11 +27,21 @@ constexpr std::array kLevels = {Level::scalar, Level::neon, Level::avx2, Level::
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+// Compilers' own question knows it only in later versions.
+TQAI_INLINE bool converts_halves() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 TQAI_INLINE bool runs(Level level) {
   __builtin_cpu_init();
   if (level == Level::neon) return false;
   if (level == Level::avx2) {
-    return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+    return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+           converts_halves();
   }
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
          __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
@@ -44,11 +56,11 @@ TQAI_INLINE bool runs(Level level) {
   __cpuid(leaf.data(), 1);
   constexpr int kOsXsave = 1 << 27;
   if ((leaf[2] & kOsXsave) == 0) return false;
-  const bool fma = (leaf[2] >> 12 & 1) != 0;
+  const bool fma_and_f16c = (leaf[2] >> 12 & 1) != 0 && (leaf[2] >> 29 & 1) != 0;
   const auto saved = _xgetbv(0);  // register state that the system keeps
   __cpuidex(leaf.data(), 7, 0);
   const auto has = [](int word, int bit) { return (word >> bit & 1) != 0; };
-  if (level == Level::avx2) return fma && (saved & 0x6U) == 0x6U && has(leaf[1], 5);
+  if (level == Level::avx2) return fma_and_f16c && (saved & 0x6U) == 0x6U && has(leaf[1], 5);
   return (saved & 0xE6U) == 0xE6U && has(leaf[1], 16) && has(leaf[1], 17) && has(leaf[1], 30) &&
          has(leaf[1], 31) && has(leaf[2], 1) && has(leaf[2], 11);
 }

@@ -22,6 +22,7 @@
 namespace tqai {
 
 class CacheFile;
+class KeyBasis;
 namespace detail {
 class Reader;
 }
@@ -44,6 +45,9 @@ struct CacheOptions {
   std::uint64_t seed =
       0x7461'6971;             ///< of the key rotation; the value rotation takes another from it
   std::optional<Level> level;  ///< default: default_level()
+  /// What keys are quantised in, in place of the rotation, which then is of values alone; learnt
+  /// for as many heads, coordinates and bits (<tqai/key_basis.hpp>). Null: none.
+  std::shared_ptr<const KeyBasis> key_basis = nullptr;
 };
 
 /// A borrowed 4-dimensional tensor.
@@ -110,6 +114,7 @@ struct MemoryReport {
   std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
   std::size_t overhead_bytes = 0;      ///< headers, lists, centres
   std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
+  std::size_t basis_bytes = 0;         ///< the shared CacheOptions::key_basis, not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
   /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
@@ -241,9 +246,9 @@ class TQAI_API KvCache {
 
   /// What keys (less their centre) and queries go through before codes and products, and what sums
   /// of values come back from; for runtimes that read tiles on another device. They live as long as
-  /// the cache.
-  const Rotation& key_rotation() const noexcept;
-  /// As `key_rotation`, for values.
+  /// the cache. Throws ValueError where keys are in a basis instead.
+  const Rotation& key_rotation() const;
+  /// As `key_rotation`, for values; never throws.
   const Rotation& value_rotation() const noexcept;
 
   /// The cache as bytes (docs/format.md), for other processes; about memory().total_bytes() of

@@ -81,7 +81,8 @@ class TQAI_API KeyMoments {
 /// closed loop, so that L z, L unit lower triangular, comes near to y over its norm n. It is read
 /// as n F z with F = E⁻¹ L: a query is multiplied by Fᵀ once, and then with codes as ever.
 ///
-/// All are FP16, and the two square matrices have a power of two as a factor. Immutable.
+/// All are FP16, and the two square matrices have a power of two as a factor. Immutable; one object
+/// serves any number of caches (`CacheOptions::key_basis`), from any threads.
 class TQAI_API KeyBasis {
  public:
   /// Positions of a text up to which a basis is learnt to be good, where nothing else is said.

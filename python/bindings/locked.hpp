@@ -51,7 +51,7 @@ class LockedCache {
 
   /// What never changes, and so needs no lock.
   const CacheOptions& options() const noexcept { return cache_.options(); }
-  const Rotation& key_rotation() const noexcept { return cache_.key_rotation(); }
+  const Rotation& key_rotation() const { return cache_.key_rotation(); }
   const Rotation& value_rotation() const noexcept { return cache_.value_rotation(); }
 
  private:

@@ -124,9 +124,14 @@ TQAI_INLINE void AttendUnits::prepare(const Batch& batch, std::int64_t index) co
   if (row.sealed.empty()) return;
   const kernels::SidePlan& keys = context_.codec->plan().keys;
   std::fill_n(rotated, unit.rows * key_padded_, 0.0F);
-  for (int r = 0; r < unit.rows; ++r) {
-    context_.kernels->rotate(keys, work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_,
-                             rotated + static_cast<std::ptrdiff_t>(r) * key_padded_);
+  if (context_.options.key_basis) {
+    context_.kernels->transform_queries(context_.transform(unit.kv_head), static_cast<int>(dim),
+                                        work.plain, unit.rows, key_padded_, rotated);
+  } else {
+    for (int r = 0; r < unit.rows; ++r) {
+      context_.kernels->rotate(keys, work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_,
+                               rotated + static_cast<std::ptrdiff_t>(r) * key_padded_);
+    }
   }
   context_.kernels->prepare_queries(keys, rotated, unit.rows, work.prepared);
   for (std::size_t set = 0; set < row.centre_sets.size(); ++set) {

@@ -4,6 +4,7 @@
 #include <set>
 #include <string>
 #include <tqai/cache.hpp>
+#include <tqai/key_basis.hpp>
 #include <vector>
 
 #include "../ranges.hpp"
@@ -482,11 +483,15 @@ TQAI_INLINE MemoryReport KvCache::memory() const {
       add(view.block.header().places, report.overhead_bytes);
     }
   }
+  if (options().key_basis) report.basis_bytes = options().key_basis->bytes();
   report.uncompressed_bytes = static_cast<std::size_t>(report.tokens) * state.context.token_bytes();
   return report;
 }
 
-TQAI_INLINE const Rotation& KvCache::key_rotation() const noexcept {
+TQAI_INLINE const Rotation& KvCache::key_rotation() const {
+  if (options().key_basis) {
+    throw ValueError("this cache's keys are not rotated: they are in its options' key_basis");
+  }
   return state_->context.codec->key_rotation();
 }
 TQAI_INLINE const Rotation& KvCache::value_rotation() const noexcept {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <tqai/key_basis.hpp>
 #include <vector>
 
 #include "../ranges.hpp"
@@ -71,6 +72,18 @@ TQAI_INLINE Extent extent_of(const ConstTensor& tensor) {
   return extent;
 }
 
+TQAI_INLINE void check_basis(const KeyBasis& basis, const CacheOptions& options) {
+  if (basis.kv_heads() == options.kv_heads && basis.head_dim() == options.head_dim &&
+      basis.bits() == options.bits_k) {
+    return;
+  }
+  throw ValueError("the key basis is for " + std::to_string(basis.kv_heads()) + " kv heads of " +
+                   std::to_string(basis.head_dim()) + " coordinates at " +
+                   std::to_string(basis.bits()) + " bits; this cache has " +
+                   std::to_string(options.kv_heads) + ", " + std::to_string(options.head_dim) +
+                   " and bits_k = " + std::to_string(options.bits_k) + ": learn one for these");
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
@@ -108,6 +121,7 @@ TQAI_INLINE CacheOptions checked(CacheOptions options) {
   check_range("sink_tokens", options.sink_tokens, 0, kMost);
   check_range("residual_window", options.residual_window, 0, kMost);
   if (options.rope) check_rope(*options.rope, options.head_dim);
+  if (options.key_basis) check_basis(*options.key_basis, options);
   if (options.centering == Centering::rope && !options.rope) {
     throw ValueError(
         "centering is rope, but no rope was given; say how keys are rotated, or let it "

@@ -83,6 +83,14 @@ TQAI_INLINE float longest_vector(int dim, int bits) {
                             std::sqrt(squares));
 }
 
+TQAI_INLINE float shortest_vector(int dim, int bits) {
+  const Codebook& book = codebook(dim, bits, Grid::int8);
+  int innermost = 127;
+  for (const int level : book.levels()) innermost = std::min(innermost, std::abs(level));
+  if (innermost == 0) return book.step();  // all others 0
+  return book.step() * static_cast<float>(innermost) * std::sqrt(static_cast<float>(dim));
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE Codec::Codec(const CacheOptions& options)
@@ -102,7 +110,8 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),
           layout_.bytes()},
       longest_key_(longest_vector(options.head_dim, options.bits_k)),
-      longest_value_(longest_vector(options.value_head_dim, options.bits_v)) {}
+      longest_value_(longest_vector(options.value_head_dim, options.bits_v)),
+      shortest_codes_(shortest_vector(options.head_dim, options.bits_k)) {}
 
 TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
   using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;

@@ -33,6 +33,8 @@ class Codec {
   /// any value.
   float longest_key() const noexcept { return longest_key_; }
   float longest_value() const noexcept { return longest_value_; }
+  /// Least length, but for 0, of what codes of a key stand for.
+  float shortest_codes() const noexcept { return shortest_codes_; }
 
  private:
   Rotation key_rotation_;
@@ -47,6 +49,7 @@ class Codec {
   kernels::TilePlan plan_{};
   float longest_key_;
   float longest_value_;
+  float shortest_codes_;
 };
 
 /// The codec of these options; one for all caches that need the same. Thread-safe.

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <memory>
 #include <tqai/cache.hpp>
+#include <tqai/key_basis.hpp>
 
 #include "../kernels/kernels.hpp"
 #include "codec.hpp"
@@ -32,12 +33,25 @@ struct Context {
   /// Of keys and values in a tile. Less its centre, which is no longer than such keys, a key may be
   /// twice as long.
   float longest_key() const noexcept {
-    const float less_centre = codec->longest_key();
+    const float less_centre =
+        options.key_basis ? kMaxHalf * codec->shortest_codes() / options.key_basis->largest_ratio()
+                          : codec->longest_key();
     return std::min(KvCache::kMaxNorm,
                     options.centering == Centering::none ? less_centre : 0.5F * less_centre);
   }
   float longest_value() const noexcept {
     return std::min(KvCache::kMaxNorm, codec->longest_value());
+  }
+  /// A head's matrices. Only where there is a basis.
+  kernels::KeyTransform transform(int head) const noexcept {
+    const KeyBasis::Head of = options.key_basis->head(head);
+    return {of.analysis.data(), of.feedback.data(), of.synthesis.data(), of.analysis_scale,
+            of.synthesis_scale};
+  }
+  /// Of the kernels' working memory for a tile's keys and values.
+  std::size_t coding_bytes() const noexcept {
+    return options.key_basis ? kernels::basis_coding_bytes(options.head_dim)
+                             : kernels::kCodingBytes;
   }
   /// Whether centres may turn with the position.
   bool uses_positions() const noexcept {

@@ -73,7 +73,7 @@ TQAI_INLINE void gather_exact(const Context& context, const ExactTokens& tokens,
 TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, const Range& range,
                              const VectorWriter& keys, const VectorWriter& values,
                              std::byte* memory) noexcept {
-  auto* vectors = reinterpret_cast<float*>(memory + kernels::kCodingBytes);
+  auto* vectors = reinterpret_cast<float*>(memory + context.coding_bytes());
   for (std::int64_t t = range.first; t < range.end(row.first); ++t) {
     keys.clear(t - range.first);
     values.clear(t - range.first);
@@ -88,7 +88,12 @@ TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, c
       const auto* tile = reinterpret_cast<const std::uint8_t*>(view.block.header().tiles) +
                          static_cast<std::size_t>(head) * context.codec->layout().bytes();
       const int dim = context.options.head_dim;
-      context.kernels->decode(context.codec->plan().keys, true, tile, vectors, memory);
+      const kernels::SidePlan& side = context.codec->plan().keys;
+      if (context.options.key_basis) {
+        context.kernels->decode_in_basis(side, context.transform(head), tile, vectors, memory);
+      } else {
+        context.kernels->decode(side, true, tile, vectors, memory);
+      }
       add_centre(context, row.centre_sets[static_cast<std::size_t>(view.set)], head,
                  positions_of(view), 1.0F, vectors);
       for (std::int64_t t = begin; t < end; ++t) {
@@ -126,7 +131,7 @@ TQAI_INLINE void gather(const Context& context, std::span<const Row> rows, std::
   const int heads = context.options.kv_heads;
   // Of a tile. Before anything is written, after which nothing may throw.
   const ThreadMemory memory(
-      1, kernels::kCodingBytes + std::size_t{kTileTokens} * kernels::kMaxDim * sizeof(float));
+      1, context.coding_bytes() + std::size_t{kTileTokens} * kernels::kMaxDim * sizeof(float));
   for (std::size_t b = 0; b < rows.size(); ++b) {
     for (int head = 0; head < heads; ++head) {
       const VectorWriter to_keys(keys, static_cast<std::int64_t>(b), head);

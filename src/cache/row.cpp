@@ -222,7 +222,7 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
 
 TQAI_INLINE std::size_t encoding_bytes(const Context& context) noexcept {
   const int dim = std::max(context.options.head_dim, context.options.value_head_dim);
-  return kernels::kCodingBytes + static_cast<std::size_t>(kTileTokens * dim) * sizeof(float);
+  return context.coding_bytes() + static_cast<std::size_t>(kTileTokens * dim) * sizeof(float);
 }
 
 TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing,
@@ -233,13 +233,18 @@ TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& se
   BlockView& view = sealing.blocks[static_cast<std::size_t>(index)];
   auto* tile = reinterpret_cast<std::uint8_t*>(view.block.payload()) +
                static_cast<std::size_t>(head) * codec.layout().bytes();
-  auto* rows = reinterpret_cast<float*>(memory + kernels::kCodingBytes);
+  auto* rows = reinterpret_cast<float*>(memory + context.coding_bytes());
 
   convert_to_float(exact_keys(context, row.tail, head) + from * context.key_bytes(), options.dtype,
                    static_cast<std::size_t>(kTileTokens * options.head_dim), rows);
   add_centre(context, sealing.centre_sets[static_cast<std::size_t>(view.set)], head,
              positions_of(view), -1.0F, rows);
-  context.kernels->encode(codec.plan().keys, true, rows, tile, memory);
+  if (options.key_basis) {
+    context.kernels->encode_in_basis(codec.plan().keys, context.transform(head), rows, tile,
+                                     memory);
+  } else {
+    context.kernels->encode(codec.plan().keys, true, rows, tile, memory);
+  }
 
   convert_to_float(exact_values(context, row.tail, head) + from * context.value_bytes(),
                    options.dtype, static_cast<std::size_t>(kTileTokens * options.value_head_dim),

@@ -96,6 +96,9 @@ TQAI_INLINE void write_exact(const Context& context, const ExactTokens& exact, W
 TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
                              const CountedVector<Row>& rows, const Sink& sink) {
   check_byte_order();
+  if (context.options.key_basis) {
+    throw UnsupportedError("a cache whose keys are in a basis cannot be written as bytes yet");
+  }
   Numbered<ExactTokens> exact;
   // Memory without tokens, as an append that failed leaves it, is nothing.
   const auto add_exact = [&exact](const ExactTokens& part) {

@@ -14,10 +14,10 @@
 #include <utility>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define TQAI_LEVEL_NAMESPACE avx2_level
@@ -313,6 +313,34 @@ struct Avx2Lanes : PlainLanes {
       PlainLanes::quantise<kBits>(segment, dim, y, factors, quads, norm2);
     }
   }
+
+  // Of up to 4 bits and of 8.
+  template <int kBits>
+  struct NearestInRegisters {
+    explicit NearestInRegisters(const SegmentPlan& segment) noexcept
+        : codes(segment), step(_mm256_set1_ps(segment.step)) {}
+    template <int kCount>
+    void operator()(const float (&numbers)[kCount], std::uint8_t (&found)[kCount],
+                    float (&decoded)[kCount]) const noexcept {
+      const __m256i lowest = _mm256_set1_epi32(0x0C080400);
+      const __m256i halves = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4);
+      for (int first = 0; first < kCount; first += 8) {
+        const __m256i code = codes.append(_mm256_setzero_si256(), _mm256_loadu_ps(numbers + first));
+        const __m256i level = _mm256_srai_epi32(_mm256_slli_epi32(codes.levels(code), 24), 24);
+        const __m256i bytes =
+            _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(code, lowest), halves);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(found + first), _mm256_castsi256_si128(bytes));
+        _mm256_storeu_ps(decoded + first, _mm256_mul_ps(_mm256_cvtepi32_ps(level), step));
+      }
+    }
+
+    std::conditional_t<kBits == 8, ByteCodes, NarrowCodes<kBits>> codes;
+    __m256 step;
+  };
+
+  template <int kBits>
+  using Nearest = std::conditional_t<kBits <= kNarrowBits || kBits == 8, NearestInRegisters<kBits>,
+                                     PlainLanes::Nearest<kBits>>;
 
   template <typename Codes>
   static void quantise_with(const Codes& codes, const SegmentPlan& segment, int dim,

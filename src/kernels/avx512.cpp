@@ -280,6 +280,32 @@ struct Avx512Lanes : PlainLanes {
     }
   }
 
+  // Of up to 4 bits and of 8.
+  template <int kBits>
+  struct NearestInRegisters {
+    using Codes = std::conditional_t<kBits == 8, ByteCodes, NarrowCodes>;
+
+    explicit NearestInRegisters(const SegmentPlan& segment) noexcept
+        : codes(segment), step(_mm512_set1_ps(segment.step)) {}
+    template <int kCount>
+    void operator()(const float (&numbers)[kCount], std::uint8_t (&found)[kCount],
+                    float (&decoded)[kCount]) const noexcept {
+      for (int first = 0; first < kCount; first += 16) {
+        const __m512i code = codes(_mm512_loadu_ps(numbers + first));
+        const __m512i level = _mm512_srai_epi32(_mm512_slli_epi32(codes.levels(code), 24), 24);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(found + first), _mm512_cvtepi32_epi8(code));
+        _mm512_storeu_ps(decoded + first, _mm512_mul_ps(_mm512_cvtepi32_ps(level), step));
+      }
+    }
+
+    Codes codes;
+    __m512 step;
+  };
+
+  template <int kBits>
+  using Nearest = std::conditional_t<kBits <= kNarrowBits || kBits == 8, NearestInRegisters<kBits>,
+                                     PlainLanes::Nearest<kBits>>;
+
   template <typename Codes>
   static void quantise_with(const Codes& codes, const SegmentPlan& segment, int dim,
                             const LaneRows& y, const float* factors, std::uint8_t* quads,

@@ -111,6 +111,31 @@ struct PlainLanes {
     }
   }
 
+  // Codes of kLanes · k numbers, and what they stand for.
+  template <int kBits>
+  struct Nearest {
+    explicit Nearest(const SegmentPlan& plan) noexcept : segment(plan) {}
+    template <int kCount>
+    void operator()(const float (&numbers)[kCount], std::uint8_t (&codes)[kCount],
+                    float (&decoded)[kCount]) const noexcept {
+      static constexpr float kPlain[kLanes] = {1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F,
+                                               1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F};
+      for (int first = 0; first < kCount; first += kLanes) {
+        std::int32_t found[kLanes];
+        if constexpr (kBits == 8) {
+          nearest_levels(numbers + first, kPlain, 1.0F / segment.step, found);
+        } else {
+          binned_codes(*segment.bins, numbers + first, kPlain, found);
+        }
+        for (int i = 0; i < kLanes; ++i) {
+          codes[first + i] = static_cast<std::uint8_t>(found[i]);
+          decoded[first + i] = static_cast<float>(segment.levels[found[i]]) * segment.step;
+        }
+      }
+    }
+    const SegmentPlan& segment;
+  };
+
   // Quads of 16 coordinates and 32 tokens into a group of value lines (packing.hpp).
   static void turn_quads(const std::uint8_t* quads, std::uint8_t* lines) noexcept {
     for (int quad = 0; quad < 4; ++quad) {

@@ -22,6 +22,14 @@ inline constexpr int kMaxDim = padded_dim(kMaxHeadDim);
 inline constexpr std::size_t kCodingBytes = std::size_t{3} * 64 * kMaxDim;
 /// Floats that the plain loops treat side by side, at every level.
 inline constexpr int kLanes = 16;
+/// Bytes of working memory that coding keys in a basis needs, but for its matrices.
+inline constexpr std::size_t kBasisCodingBytes =
+    kCodingBytes + std::size_t{4} * kLanes * kMaxDim * (sizeof(float) + 1);
+/// The same with its matrices.
+constexpr std::size_t basis_coding_bytes(int dim) noexcept {
+  const auto size = static_cast<std::size_t>(dim);
+  return (kBasisCodingBytes + 2 * size * size * sizeof(float) + 63) / 64 * 64;
+}
 
 /// Even powers, and odd ones, of a polynomial that stands for slow frequencies: with angles of up
 /// to 1 it is off by less than 3e-7.
@@ -57,6 +65,15 @@ struct SidePlan {
   const float* signs;   // [dim], Hadamard rotation; else null
   const float* matrix;  // [dim, dim] row-major R and its transpose; null for Hadamard
   const float* transposed;
+};
+
+/// A kv head's part of a KeyBasis (tqai/key_basis.hpp, KeyBasis::Head), FP16.
+struct KeyTransform {
+  const std::uint16_t* analysis;   // [dim, dim], E / analysis_scale
+  const std::uint16_t* feedback;   // [dim (dim − 1) / 2], L below its diagonal, row by row
+  const std::uint16_t* synthesis;  // [dim, dim], F / synthesis_scale
+  float analysis_scale;
+  float synthesis_scale;
 };
 
 struct TilePlan {
@@ -201,6 +218,19 @@ struct Kernels {
   /// The inverse: rows [64, dim], in the original domain. Same bits at every level.
   void (*decode)(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows,
                  std::byte* memory) noexcept;
+
+  /// Of keys in a basis, which take the place of `rotate`, and of `encode` and `decode` for keys,
+  /// otherwise as these: y = Fᵀ x of each row, for prepare_queries; queries: [rows, stride], those
+  /// of [rows, dim] finite, up to kMaxRows; transformed: the same shape, of which columns from dim
+  /// on are left.
+  void (*transform_queries)(const KeyTransform& transform, int dim, const float* queries, int rows,
+                            std::int64_t stride, float* transformed) noexcept;
+  /// The closed loop with several norms a key, of which the best is kept. side: of keys; memory:
+  /// basis_coding_bytes.
+  void (*encode_in_basis)(const SidePlan& side, const KeyTransform& transform, const float* rows,
+                          std::uint8_t* tile, std::byte* memory) noexcept;
+  void (*decode_in_basis)(const SidePlan& side, const KeyTransform& transform,
+                          const std::uint8_t* tile, float* rows, std::byte* memory) noexcept;
 
   /// Whether all elements are finite and, where `max_norm` > 0, no row is longer.
   /// rows: [rows, dim] of dtype, `stride` elements apart.

@@ -3,6 +3,7 @@
 #define TQAI_TABLE_INL
 
 #include "attend-inl.hpp"
+#include "basis-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "rotate-row-inl.hpp"
@@ -24,6 +25,9 @@ constexpr Kernels table_of(Level level) noexcept {
           rotate_back,
           encode<Lanes>,
           decode,
+          transform_queries,
+          encode_in_basis<Lanes>,
+          decode_in_basis,
           acceptable};
 }
 

@@ -1,0 +1,387 @@
+// Keys in a learnt basis (tqai/key_basis.hpp): queries for them, and tiles sealed by a closed loop
+// and opened. 16 tokens side by side in lanes, at kTried norms each.
+#ifndef TQAI_BASIS_INL
+#define TQAI_BASIS_INL
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "encode-inl.hpp"
+
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
+
+// FP16 numbers as a register of floats.
+inline FloatVec load_halves(const std::uint16_t* from) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  __m256i halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return from_native(_mm512_cvtph_ps(halves));
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+  __m128i halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return from_native(_mm256_cvtph_ps(halves));
+#elif defined(TQAI_NEON) && defined(__GNUC__)
+  return FloatVec(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+#else
+  float lanes[kVectorLanes];
+  for (int i = 0; i < kVectorLanes; ++i) lanes[i] = half_lane(from[i]);
+  return load_floats(lanes);
+#endif
+}
+
+// kVecs registers of kRows rows of y = scale · Fᵀ x, summed in order of F's rows. x, y: [kRows,
+// stride].
+template <int kRows, int kVecs>
+inline void transform_columns(const KeyTransform& transform, int dim, int first, const float* x,
+                              std::int64_t stride, float* y) noexcept {
+  FloatVec sums[kRows][kVecs] = {};
+  for (int k = 0; k < dim; ++k) {
+    const std::uint16_t* row = transform.synthesis + static_cast<std::ptrdiff_t>(k) * dim + first;
+    for (int v = 0; v < kVecs; ++v) {
+      const FloatVec part = load_halves(row + v * kVectorLanes);
+      for (int r = 0; r < kRows; ++r) sums[r][v] = sums[r][v] + x[r * stride + k] * part;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      store_floats(y + r * stride + first + v * kVectorLanes,
+                   transform.synthesis_scale * sums[r][v]);
+    }
+  }
+}
+
+// All columns of kRows rows, as many sums in registers as hide the additions' latency.
+template <int kRows>
+inline void transform_rows(const KeyTransform& transform, int dim, const float* x,
+                           std::int64_t stride, float* y) noexcept {
+  constexpr int kVecs = 8 / kRows;
+  int c = 0;
+  for (; c + kVecs * kVectorLanes <= dim; c += kVecs * kVectorLanes) {
+    transform_columns<kRows, kVecs>(transform, dim, c, x, stride, y);
+  }
+  for (; c + kVectorLanes <= dim; c += kVectorLanes) {
+    transform_columns<kRows, 1>(transform, dim, c, x, stride, y);
+  }
+  for (; c < dim; ++c) {
+    for (int r = 0; r < kRows; ++r) {
+      float sum = 0.0F;
+      for (int k = 0; k < dim; ++k) {
+        sum = sum + x[r * stride + k] *
+                        half_lane(transform.synthesis[static_cast<std::ptrdiff_t>(k) * dim + c]);
+      }
+      y[r * stride + c] = transform.synthesis_scale * sum;
+    }
+  }
+}
+
+// Kernels::transform_queries. All rows at once, as reading the matrix takes most of the time.
+TQAI_INLINE void transform_queries(const KeyTransform& transform, int dim, const float* queries,
+                                   int rows, std::int64_t stride, float* transformed) noexcept {
+  switch (rows) {
+    case 1: return transform_rows<1>(transform, dim, queries, stride, transformed);
+    case 2: return transform_rows<2>(transform, dim, queries, stride, transformed);
+    case 3: return transform_rows<3>(transform, dim, queries, stride, transformed);
+    case 4: return transform_rows<4>(transform, dim, queries, stride, transformed);
+    case 5: return transform_rows<5>(transform, dim, queries, stride, transformed);
+    case 6: return transform_rows<6>(transform, dim, queries, stride, transformed);
+    case 7: return transform_rows<7>(transform, dim, queries, stride, transformed);
+    default: return transform_rows<8>(transform, dim, queries, stride, transformed);
+  }
+}
+
+// A closed loop cannot know beforehand which norm suits the errors that it will feed back, and with
+// one that is too small a coordinate beyond the outermost level spoils those after it. So several
+// are tried, and the best is kept.
+constexpr int kTried = 4;
+constexpr float kTriedNorms[kTried] = {1.0F, 1.25F, 1.6F, 2.5F};
+constexpr int kTriedLanes = kTried * kLanes;
+
+// [.., tried norms, 16 tokens]
+using TriedRow = float[kTriedLanes];
+
+// In the callers' working memory; two matrices [dim, dim] follow.
+struct BasisScratch {
+  CodingScratch coding;  // x: keys, then what is left of y; y = E x
+  alignas(64) TriedRow decoded[kMaxDim];
+  alignas(64) std::uint8_t codes[kMaxDim][kTriedLanes];
+};
+static_assert(sizeof(BasisScratch) == kBasisCodingBytes);
+
+// What came of a loop, for each norm and token, in units of the norm.
+struct Tried {
+  alignas(64) TriedRow factors;   // one over norms
+  alignas(64) TriedRow errors2;   // ‖y − L z‖²
+  alignas(64) TriedRow along;     // ⟨y, y − L z⟩
+  alignas(64) TriedRow lengths2;  // ‖L z‖²
+};
+
+inline void widen_matrix(const std::uint16_t* from, std::ptrdiff_t count, float scale,
+                         float* __restrict to) noexcept {
+  for (std::ptrdiff_t i = 0; i < count; ++i) to[i] = half_lane(from[i]) * scale;
+}
+
+// L below its diagonal, [dim, dim]; the rest is left as it is.
+inline void widen_feedback(const std::uint16_t* from, int dim, float* to) noexcept {
+  for (int i = 0; i < dim; ++i) {
+    widen_matrix(from, i, 1.0F, to + static_cast<std::ptrdiff_t>(i) * dim);
+    from += i;
+  }
+}
+
+// The first `count` terms of kRows rows of a product, summed in order. rows: `stride` apart.
+template <int kRows, int kWidth>
+inline void multiply_leading(const float* rows, int stride, const float (*x)[kWidth], int count,
+                             float (*sums)[kWidth]) noexcept {
+  constexpr int kVecs = std::min(kWidth / kVectorLanes, 8);
+  for (int first = 0; first < kWidth; first += kVecs * kVectorLanes) {
+    FloatVec parts[kRows][kVecs] = {};
+    for (int c = 0; c < count; ++c) {
+      for (int v = 0; v < kVecs; ++v) {
+        const FloatVec part = load_floats(x[c] + first + v * kVectorLanes);
+        for (int r = 0; r < kRows; ++r) {
+          parts[r][v] = parts[r][v] + rows[static_cast<std::ptrdiff_t>(r) * stride + c] * part;
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {
+        store_floats(sums[r] + first + v * kVectorLanes, parts[r][v]);
+      }
+    }
+  }
+}
+
+// The same of `rows` rows, up to kRows.
+template <int kRows, int kWidth>
+inline void multiply_leading(const float* matrix, int stride, const float (*x)[kWidth], int count,
+                             int rows, float (*sums)[kWidth]) noexcept {
+  if (rows == kRows) return multiply_leading<kRows>(matrix, stride, x, count, sums);
+  for (int r = 0; r < rows; ++r) {
+    multiply_leading<1>(matrix + static_cast<std::ptrdiff_t>(r) * stride, stride, x, count,
+                        sums + r);
+  }
+}
+
+// x = L⁻¹ y, from the first coordinate on: rows of L side by side as far as they need nothing of
+// each other.
+inline void solve_lanes(const float* lower, const LaneRows& y, int dim, LaneRows& x) noexcept {
+  constexpr int kRows = kVectorLanes / 2;
+  for (int first = 0; first < dim; first += kRows) {
+    const int rows = std::min(kRows, dim - first);
+    const float* from = lower + static_cast<std::ptrdiff_t>(first) * dim;
+    float sums[kRows][kLanes];
+    multiply_leading<kRows>(from, dim, x, first, rows, sums);
+    for (int r = 0; r < rows; ++r) {
+      const int c = first + r;
+      for (int i = 0; i < kLanes; ++i) x[c][i] = y[c][i] - sums[r][i];
+      for (int later = r + 1; later < rows; ++later) {
+        const float factor = from[static_cast<std::ptrdiff_t>(later) * dim + c];
+        for (int i = 0; i < kLanes; ++i) sums[later][i] = sums[later][i] + factor * x[c][i];
+      }
+    }
+  }
+}
+
+// Codes of y · factors, coordinate by coordinate: each less what L says of those before it, as they
+// are decoded.
+template <int kBits, typename Lanes>
+void closed_loop(const SegmentPlan& segment, const float* lower, int dim, BasisScratch& scratch,
+                 Tried& tried) noexcept {
+  constexpr int kRows = kVectorLanes == 16 ? 4 : 1;
+  constexpr int kVecs = kTriedLanes / kVectorLanes;
+  const typename Lanes::template Nearest<kBits> nearest(segment);
+  FloatVec errors2[kVecs] = {};
+  FloatVec along[kVecs] = {};
+  FloatVec lengths2[kVecs] = {};
+  for (int first = 0; first < dim; first += kRows) {
+    const int rows = std::min(kRows, dim - first);
+    const float* from = lower + static_cast<std::ptrdiff_t>(first) * dim;
+    alignas(64) TriedRow sums[kRows];
+    multiply_leading<kRows>(from, dim, scratch.decoded, first, rows, sums);
+    for (int r = 0; r < rows; ++r) {
+      const int c = first + r;
+      alignas(64) TriedRow whole;
+      alignas(64) TriedRow left;
+      for (int v = 0; v < kVecs; ++v) {
+        const FloatVec y = load_floats(scratch.coding.y[c] + v * kVectorLanes % kLanes) *
+                           load_floats(tried.factors + v * kVectorLanes);
+        store_floats(whole + v * kVectorLanes, y);
+        store_floats(left + v * kVectorLanes, y - load_floats(sums[r] + v * kVectorLanes));
+      }
+      nearest(left, scratch.codes[c], scratch.decoded[c]);
+      for (int v = 0; v < kVecs; ++v) {
+        const FloatVec decoded = load_floats(scratch.decoded[c] + v * kVectorLanes);
+        const FloatVec error = load_floats(left + v * kVectorLanes) - decoded;
+        const FloatVec sum = load_floats(sums[r] + v * kVectorLanes) + decoded;
+        errors2[v] = errors2[v] + error * error;
+        along[v] = along[v] + load_floats(whole + v * kVectorLanes) * error;
+        lengths2[v] = lengths2[v] + sum * sum;
+        for (int later = r + 1; later < rows; ++later) {
+          float* to = sums[later] + v * kVectorLanes;
+          store_floats(
+              to, load_floats(to) + from[static_cast<std::ptrdiff_t>(later) * dim + c] * decoded);
+        }
+      }
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    store_floats(tried.errors2 + v * kVectorLanes, errors2[v]);
+    store_floats(tried.along + v * kVectorLanes, along[v]);
+    store_floats(tried.lengths2 + v * kVectorLanes, lengths2[v]);
+  }
+}
+
+template <typename Lanes>
+void closed_loop_of(const SegmentPlan& segment, const float* lower, int dim, BasisScratch& scratch,
+                    Tried& tried) noexcept {
+  with_bits(segment.bits,
+            [&]<int kBits>() { closed_loop<kBits, Lanes>(segment, lower, dim, scratch, tried); });
+}
+
+// Squared error in y of norm · L z, `share` being that norm times the factor.
+inline float tried_error2(const Tried& tried, int index, float length2, float share) noexcept {
+  const float factor = tried.factors[index];
+  const float rest = 1.0F - share;
+  const float whole2 = length2 * factor * factor;
+  const float sum = rest * rest * whole2 + 2.0F * share * rest * tried.along[index] +
+                    share * share * tried.errors2[index];
+  return sum / (factor * factor);
+}
+
+// Norms that are subnormal halves, rounded down, up, or to 0: as encode_small. lengths2: ‖y‖².
+template <typename Lanes>
+TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim,
+                         const float* lengths2, BasisScratch& scratch, Tried& tried, int* best,
+                         float* norms) noexcept {
+  float rounded[2][kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    if (!is_small(norms[i])) continue;
+    const float steps = static_cast<float>(static_cast<int>(norms[i] / kLeastHalf));
+    for (int k = 0; k < kTried; ++k) {
+      float& norm = rounded[k % 2][i];
+      norm = (steps + static_cast<float>(k % 2)) * kLeastHalf;
+      tried.factors[k * kLanes + i] = norm > 0.0F ? 1.0F / norm : 0.0F;
+    }
+  }
+  closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);  // the same again for the others
+  for (int i = 0; i < kLanes; ++i) {
+    if (!is_small(norms[i])) continue;
+    norms[i] = 0.0F;
+    float least = lengths2[i];  // of nothing at all
+    for (int k = 0; k < 2; ++k) {
+      const int index = k * kLanes + i;
+      const float error2 = tried_error2(tried, index, lengths2[i], 1.0F);
+      if (!(error2 < least)) continue;
+      least = error2;
+      best[i] = index;
+      norms[i] = rounded[k][i];
+    }
+  }
+}
+
+// Kernels::encode_in_basis.
+template <typename Lanes>
+void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const float* rows,
+                     std::uint8_t* tile, std::byte* memory) noexcept {
+  BasisScratch& scratch = *new (memory) BasisScratch;
+  const int dim = side.dim;
+  const SegmentPlan& segment = side.segments[0];
+  auto* analysis = reinterpret_cast<float*>(memory + sizeof scratch);
+  float* lower = analysis + static_cast<std::ptrdiff_t>(dim) * dim;
+  widen_matrix(transform.analysis, static_cast<std::ptrdiff_t>(dim) * dim, transform.analysis_scale,
+               analysis);
+  widen_feedback(transform.feedback, dim, lower);
+  for (int c = dim; c < side.padded; ++c) {
+    for (int t = 0; t < kTileTokens; ++t) {
+      scratch.coding.codes[c / 4 * (4 * kTileTokens) + 4 * t + c % 4] = 0;
+    }
+  }
+  std::uint16_t halves[kTileTokens];
+  for (int start = 0; start < kTileTokens; start += kLanes) {
+    LaneRows& x = scratch.coding.x;
+    LaneRows& y = scratch.coding.y;
+    Lanes::transpose(rows + static_cast<std::ptrdiff_t>(start) * dim, dim, nullptr, x);
+    multiply_lanes(analysis, x, dim, y);
+    float lengths2[kLanes];
+    squared_lengths(y, dim, lengths2);
+    solve_lanes(lower, y, dim, x);
+    float innovations2[kLanes];
+    squared_lengths(x, dim, innovations2);
+    Tried tried;
+    for (int k = 0; k < kTried; ++k) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float norm = std::sqrt(innovations2[i]) * kTriedNorms[k];
+        tried.factors[k * kLanes + i] = norm > 0.0F ? 1.0F / norm : 0.0F;
+      }
+    }
+    closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);
+    int best[kLanes];
+    float norms[kLanes];
+    bool small = false;
+    for (int i = 0; i < kLanes; ++i) {
+      best[i] = i;
+      norms[i] = 0.0F;
+      float least = std::numeric_limits<float>::infinity();
+      for (int k = 0; k < kTried; ++k) {
+        const int index = k * kLanes + i;
+        // As long as y: norm correction.
+        const float norm =
+            tried.lengths2[index] > 0.0F ? std::sqrt(lengths2[i] / tried.lengths2[index]) : 0.0F;
+        const float error2 = tried_error2(tried, index, lengths2[i], norm * tried.factors[index]);
+        if (!(error2 < least)) continue;
+        least = error2;
+        best[i] = index;
+        norms[i] = norm;
+      }
+      small = small || is_small(norms[i]);
+    }
+    if (small) try_small<Lanes>(segment, lower, dim, lengths2, scratch, tried, best, norms);
+    for (int i = 0; i < kLanes; ++i) {
+      for (int c = 0; c < dim; ++c) {
+        scratch.coding.codes[c / 4 * (4 * kTileTokens) + 4 * (start + i) + c % 4] =
+            scratch.codes[c][best[i]];
+      }
+      halves[start + i] = to_half(norms[i] < kMaxHalf ? norms[i] : kMaxHalf);
+    }
+  }
+  pack_quads<Lanes>(side, true, scratch.coding.codes, tile);
+  std::memcpy(tile + side.norms, halves, sizeof halves);
+}
+
+// Kernels::decode_in_basis.
+TQAI_INLINE void decode_in_basis(const SidePlan& side, const KeyTransform& transform,
+                                 const std::uint8_t* tile, float* rows,
+                                 std::byte* memory) noexcept {
+  BasisScratch& scratch = *new (memory) BasisScratch;
+  const int dim = side.dim;
+  auto* synthesis = reinterpret_cast<float*>(memory + sizeof scratch);
+  widen_matrix(transform.synthesis, static_cast<std::ptrdiff_t>(dim) * dim,
+               transform.synthesis_scale, synthesis);
+  std::uint16_t halves[kTileTokens];
+  std::memcpy(halves, tile + side.norms, sizeof halves);
+  unpack_side(side, true, tile, scratch.coding.codes);
+  const SegmentPlan& segment = side.segments[0];
+  for (int start = 0; start < kTileTokens; start += kLanes) {
+    for (int c = 0; c < dim; ++c) {
+      const std::uint8_t* codes = scratch.coding.codes + c * kTileTokens + start;
+      for (int i = 0; i < kLanes; ++i) {
+        scratch.coding.x[c][i] = static_cast<float>(segment.levels[codes[i]]) * segment.step;
+      }
+    }
+    multiply_lanes(synthesis, scratch.coding.x, dim, scratch.coding.y);
+    for (int i = 0; i < kLanes; ++i) {
+      const float norm = half_lane(halves[start + i]);
+      float* row = rows + static_cast<std::ptrdiff_t>(start + i) * dim;
+      for (int c = 0; c < dim; ++c) row[c] = scratch.coding.y[c][i] * norm;
+    }
+  }
+}
+
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#endif  // TQAI_BASIS_INL

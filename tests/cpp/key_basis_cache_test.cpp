@@ -1,0 +1,419 @@
+// Caches whose keys are in a learnt basis, at every level: the kernels of it, and what they are
+// worth.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <tqai/cache.hpp>
+#include <tqai/half.hpp>
+#include <tqai/key_basis.hpp>
+#include <vector>
+
+#include "basis_helpers.hpp"
+#include "cache/codec.hpp"
+#include "cache_helpers.hpp"
+#include "every_level.hpp"
+#include "kernels/kernels.hpp"
+#include "kernels_helpers.hpp"
+#include "pack.hpp"
+
+namespace tqai {
+namespace {
+
+using test::Array;
+using test::contains;
+using test::correlated;
+using test::gather;
+using test::geometry;
+using test::Matrices;
+using test::message_of;
+using test::mixture;
+using test::random_engine;
+
+constexpr int kDims[] = {8, 9, 16, 40, 64, 80, 128};
+
+std::shared_ptr<const KeyBasis> learnt(int dim, int bits, int heads = 1) {
+  return std::make_shared<const KeyBasis>(
+      KeyBasis::learn(test::moments_of(dim, 3 * dim, heads), bits));
+}
+
+kernels::KeyTransform transform_of(const KeyBasis& basis, int head = 0) {
+  const KeyBasis::Head of = basis.head(head);
+  return {of.analysis.data(), of.feedback.data(), of.synthesis.data(), of.analysis_scale,
+          of.synthesis_scale};
+}
+
+// Keys like those learnt from, of all sizes; the first is 0.
+std::vector<float> keys_of_all_sizes(int dim, std::mt19937_64& engine) {
+  auto rows = correlated(dim, kTileTokens, mixture(dim, 6), engine);
+  for (int t = 0; t < kTileTokens; ++t) {
+    const float size = t == 0 ? 0.0F : std::ldexp(1.0F, 3 - t % 32);
+    for (int c = 0; c < dim; ++c) rows[static_cast<std::size_t>(t * dim + c)] *= size;
+  }
+  return rows;
+}
+
+struct Tile {
+  explicit Tile(const detail::Codec& codec) : bytes(codec.layout().bytes()) {}
+  std::vector<std::uint8_t> bytes;
+};
+
+class BasisLevels : public test::Levels {};
+
+TEST_P(BasisLevels, GiveTheSameBits) {
+  for (const int dim : kDims) {
+    const test::Memory memory(kernels::basis_coding_bytes(dim));
+    auto* scratch = const_cast<test::Memory&>(memory).bytes();
+    auto engine = random_engine(41);
+    const auto rows = keys_of_all_sizes(dim, engine);
+    for (int bits = 1; bits <= 8; ++bits) {
+      const auto basis = learnt(dim, bits);
+      const kernels::KeyTransform transform = transform_of(*basis);
+      const detail::Codec codec = test::make_codec(dim, bits);
+      const kernels::SidePlan& side = codec.plan().keys;
+      Tile expected(codec);
+      Tile found(codec);
+      scalar().encode_in_basis(side, transform, rows.data(), expected.bytes.data(), scratch);
+      level().encode_in_basis(side, transform, rows.data(), found.bytes.data(), scratch);
+      ASSERT_EQ(found.bytes, expected.bytes) << "d " << dim << ", bits " << bits;
+      std::vector<float> by_scalar(rows.size());
+      std::vector<float> by_level(rows.size());
+      scalar().decode_in_basis(side, transform, found.bytes.data(), by_scalar.data(), scratch);
+      level().decode_in_basis(side, transform, found.bytes.data(), by_level.data(), scratch);
+      ASSERT_EQ(by_level, by_scalar) << "d " << dim << ", bits " << bits;
+    }
+    const auto basis = learnt(dim, 4);
+    const std::int64_t stride = padded_dim(dim);
+    for (int count = 1; count <= kernels::kMaxRows; ++count) {
+      const auto queries = test::random_normal(static_cast<std::size_t>(count * stride), engine);
+      std::vector<float> by_scalar(queries.size(), -1.0F);
+      std::vector<float> by_level(queries.size(), -1.0F);
+      scalar().transform_queries(transform_of(*basis), dim, queries.data(), count, stride,
+                                 by_scalar.data());
+      level().transform_queries(transform_of(*basis), dim, queries.data(), count, stride,
+                                by_level.data());
+      ASSERT_EQ(by_level, by_scalar) << "d " << dim << ", rows " << count;
+      const Matrices of = test::matrices_of(*basis, 0);
+      for (int r = 0; r < count; ++r) {
+        for (int c = 0; c < dim; ++c) {
+          double sum = 0.0;
+          double size = 0.0;
+          for (int k = 0; k < dim; ++k) {
+            const double term = of.synthesis.row(static_cast<std::size_t>(k))[c] *
+                                queries[static_cast<std::size_t>(r * stride + k)];
+            sum += term;
+            size += std::abs(term);
+          }
+          ASSERT_NEAR(by_level[static_cast<std::size_t>(r * stride + c)], sum, 1e-5 * size);
+        }
+        for (std::int64_t c = dim; c < stride; ++c) {
+          ASSERT_EQ(by_level[static_cast<std::size_t>(r * stride + c)], -1.0F);
+        }
+      }
+    }
+  }
+}
+
+// The closed loop in double, at one norm.
+struct Loop {
+  std::vector<double> decoded;  // L z
+  std::vector<int> codes;
+};
+
+Loop closed_loop(const Matrices& of, const Codebook& book, const std::vector<double>& y,
+                 double norm) {
+  Loop loop;
+  const auto levels = book.levels();
+  std::vector<double> z;
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    double before = 0.0;
+    for (std::size_t j = 0; j < i; ++j) before += of.lower.row(i)[j] * z[j];
+    const double left = y[i] / norm - before;
+    int best = 0;
+    for (int code = 0; code < static_cast<int>(levels.size()); ++code) {
+      const auto distance = [&](int c) {
+        return std::abs(left - double(levels[static_cast<std::size_t>(c)]) * double(book.step()));
+      };
+      if (distance(code) < distance(best)) best = code;
+    }
+    loop.codes.push_back(best);
+    z.push_back(double(levels[static_cast<std::size_t>(best)]) * double(book.step()));
+    loop.decoded.push_back(before + z.back());
+  }
+  return loop;
+}
+
+std::vector<double> times(const SquareMatrix& a, const float* x) {
+  std::vector<double> result(a.dim());
+  for (std::size_t i = 0; i < a.dim(); ++i) {
+    for (std::size_t k = 0; k < a.dim(); ++k) result[i] += a.row(i)[k] * double(x[k]);
+  }
+  return result;
+}
+
+// Encoding against a reference in double. A number next to a boundary may get another code, and all
+// after it then; such vectors are as good, and few.
+TEST_P(BasisLevels, EncodeAsTheReference) {
+  for (const int dim : {9, 64}) {
+    for (const int bits : {2, 4, 8}) {
+      const auto basis = learnt(dim, bits);
+      const Matrices of = test::matrices_of(*basis, 0);
+      const SquareMatrix inverse_lower = inverse(of.lower);
+      const detail::Codec codec = test::make_codec(dim, bits);
+      const Codebook& book = codebook(dim, bits, Grid::int8);
+      test::Memory memory(kernels::basis_coding_bytes(dim));
+      auto engine = random_engine(42);
+      const auto rows = correlated(dim, kTileTokens, mixture(dim, 6), engine);
+      Tile tile(codec);
+      level().encode_in_basis(codec.plan().keys, transform_of(*basis), rows.data(),
+                              tile.bytes.data(), memory.bytes());
+      std::vector<std::uint8_t> codes(static_cast<std::size_t>(padded_dim(dim) * kTileTokens));
+      unpack_keys(tile.bytes.data(), padded_dim(dim), bits, codes.data());
+      std::uint16_t norms[kTileTokens];
+      std::memcpy(norms, tile.bytes.data() + codec.layout().key_norms(), sizeof norms);
+      int others = 0;
+      for (int t = 0; t < kTileTokens; ++t) {
+        const auto y = times(of.analysis, rows.data() + t * dim);
+        double innovations = 0.0;
+        for (std::size_t i = 0; i < y.size(); ++i) {
+          double v = 0.0;
+          for (std::size_t j = 0; j <= i; ++j) v += inverse_lower.row(i)[j] * y[j];
+          innovations += v * v;
+        }
+        double least = std::numeric_limits<double>::infinity();
+        double norm = 0.0;
+        Loop best;
+        for (const double tried : {1.0, 1.25, 1.6, 2.5}) {
+          const Loop loop = closed_loop(of, book, y, std::sqrt(innovations) * tried);
+          const double corrected = test::norm(y) / test::norm(loop.decoded);
+          double error = 0.0;
+          for (std::size_t i = 0; i < y.size(); ++i) {
+            error += std::pow(y[i] - corrected * loop.decoded[i], 2);
+          }
+          if (error < least) {
+            least = error;
+            norm = corrected;
+            best = loop;
+          }
+        }
+        bool same = true;
+        for (int c = 0; c < dim; ++c) {
+          same = same && codes[static_cast<std::size_t>(c * kTileTokens + t)] ==
+                             best.codes[static_cast<std::size_t>(c)];
+        }
+        if (same) {
+          EXPECT_NEAR(double(from_half(norms[t])) / norm, 1.0, 6e-4);
+        }
+        others += same ? 0 : 1;
+        double error = 0.0;
+        std::vector<double> z;
+        for (std::size_t i = 0; i < y.size(); ++i) {
+          const int code = codes[i * kTileTokens + static_cast<std::size_t>(t)];
+          z.push_back(double(book.levels()[static_cast<std::size_t>(code)]) * double(book.step()));
+          double decoded = 0.0;
+          for (std::size_t j = 0; j <= i; ++j) decoded += of.lower.row(i)[j] * z[j];
+          error += std::pow(y[i] - double(from_half(norms[t])) * decoded, 2);
+        }
+        const double rounding = 3e-7 * std::pow(test::norm(y), 2);
+        EXPECT_LE(error, 1.05 * least + rounding) << "d " << dim << ", bits " << bits;
+      }
+      EXPECT_LE(others, bits == 8 ? 10 : 3) << "d " << dim << ", bits " << bits;
+    }
+  }
+}
+
+TEST_P(BasisLevels, AreAsPreciseForShortKeysAsForOthers) {
+  constexpr int kDim = 64;
+  for (const int bits : {2, 4, 8}) {
+    const auto basis = learnt(kDim, bits);
+    const detail::Codec codec = test::make_codec(kDim, bits);
+    test::Memory memory(kernels::basis_coding_bytes(kDim));
+    auto engine = random_engine(43);
+    const auto plain = correlated(kDim, kTileTokens, mixture(kDim, 6), engine);
+    const auto error_at = [&](float size) {
+      auto rows = plain;
+      for (float& value : rows) value *= size;
+      Tile tile(codec);
+      std::vector<float> back(rows.size());
+      level().encode_in_basis(codec.plan().keys, transform_of(*basis), rows.data(),
+                              tile.bytes.data(), memory.bytes());
+      level().decode_in_basis(codec.plan().keys, transform_of(*basis), tile.bytes.data(),
+                              back.data(), memory.bytes());
+      double error = 0.0;
+      double squares = 0.0;
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        error += std::pow(double(rows[i]) - double(back[i]), 2);
+        squares += std::pow(double(rows[i]), 2);
+      }
+      return std::sqrt(error / squares);
+    };
+    const double ordinary = error_at(1.0F);
+    // Norms are 1/64 of these, so that they are coarse from 1/256 down.
+    for (const float size : {1000.0F, 1e-2F, 1e-3F, 1e-4F, 1e-5F}) {
+      EXPECT_LT(error_at(size), 1.25 * ordinary) << "size " << size << ", bits " << bits;
+    }
+    EXPECT_LE(error_at(1e-12F), 1.0);
+    EXPECT_EQ(error_at(1e-15F), 1.0);
+  }
+}
+
+TQAI_AT_EVERY_LEVEL(BasisLevels);
+
+class BasisCaches : public test::EveryLevel {
+ protected:
+  static CacheOptions options_of(int dim, int bits, int heads = 2) {
+    CacheOptions options = geometry(dim, bits, 4, heads);
+    options.key_basis = learnt(dim, bits, heads);
+    options.level = GetParam();
+    return options;
+  }
+};
+
+// Keys and queries of heads as the moments' (test::moments_of), and a mean that centring takes.
+struct Structured {
+  Array keys;
+  Array values;
+  Array queries;
+
+  Structured(int heads, int tokens, int dim, int count)
+      : keys({1, heads, tokens, dim}),
+        values({1, heads, tokens, dim}),
+        queries({1, 2 * heads, count, dim}) {
+    auto engine = random_engine(44);
+    values.data = test::random_normal(values.data.size(), engine);
+    for (int head = 0; head < heads; ++head) {
+      const auto of_head = static_cast<std::uint64_t>(head);
+      const auto drawn = correlated(dim, tokens, mixture(dim, 6 + of_head), engine);
+      std::copy(drawn.begin(), drawn.end(), keys.at(0, head, 0));
+      for (int q = 2 * head; q < 2 * head + 2; ++q) {
+        const auto asked = correlated(dim, count, mixture(dim, 16 + of_head), engine);
+        std::copy(asked.begin(), asked.end(), queries.at(0, q, 0));
+      }
+    }
+    for (std::size_t i = 0; i < keys.data.size(); ++i) {
+      keys.data[i] += 2.0F * std::sin(static_cast<float>(i % static_cast<std::size_t>(dim)));
+    }
+    for (float& value : queries.data) value *= 0.3F;
+  }
+};
+
+TEST_P(BasisCaches, AttendAsExactAttentionOverWhatTheyHold) {
+  for (const int dim : {16, 40, 64, 128}) {
+    for (const int bits : {1, 2, 4, 6, 8}) {
+      const Structured all(2, 300, dim, 5);
+      CacheOptions options = options_of(dim, bits);
+      if (dim % 16 == 0) options.rope = test::rope_of(dim);
+      KvCache cache(options);
+      cache.append(all.keys, all.values);
+      cache.seal();
+      ASSERT_GE(cache.packed_tokens(0), 256);
+      EXPECT_LT(test::worst_error(cache, all.queries, test::attend(cache, all.queries)),
+                test::kPackedError)
+          << "d " << dim << ", bits " << bits;
+    }
+  }
+}
+
+// Squared error of the scores of sealed keys, as one constant for all keys of a query is no error.
+double score_error(const KvCache& cache, const Structured& all) {
+  const auto held = gather(cache, 4, 256);
+  const auto dim = static_cast<std::size_t>(all.keys.shape[3]);
+  double error = 0.0;
+  for (std::int64_t h = 0; h < all.queries.shape[1]; ++h) {
+    for (std::int64_t q = 0; q < all.queries.shape[2]; ++q) {
+      double sum = 0.0;
+      double squares = 0.0;
+      for (std::int64_t t = 0; t < 256; ++t) {
+        double score = 0.0;
+        for (std::size_t c = 0; c < dim; ++c) {
+          score += double(all.queries.at(0, h, q)[c]) *
+                   (double(held.keys.at(0, h / 2, t)[c]) - double(all.keys.at(0, h / 2, t + 4)[c]));
+        }
+        sum += score;
+        squares += score * score;
+      }
+      error += squares / 256 - (sum / 256) * (sum / 256);
+    }
+  }
+  return error;
+}
+
+TEST_P(BasisCaches, ScoreStructuredKeysBetterThanRotatedOnes) {
+  for (const int dim : {64, 128}) {
+    const Structured all(2, 300, dim, 40);
+    for (const int bits : {2, 3, 4}) {
+      CacheOptions options = options_of(dim, bits);
+      KvCache in_basis(options);
+      options.key_basis = nullptr;
+      KvCache rotated(options);
+      for (KvCache* cache : {&in_basis, &rotated}) {
+        cache->append(all.keys, all.values);
+        cache->seal();
+      }
+      EXPECT_LT(score_error(in_basis, all), 0.25 * score_error(rotated, all))
+          << "d " << dim << ", bits " << bits;
+    }
+  }
+}
+
+TEST_P(BasisCaches, HoldAndDropTokensAsOthers) {
+  const Structured all(2, 300, 32, 3);
+  KvCache cache(options_of(32, 4));
+  cache.append(all.keys, all.values);
+  cache.seal();
+  const auto before = gather(cache, 0, 300);
+  const KvCache copy = cache;
+  cache.crop(130);
+  const std::int64_t rows[] = {0, 0};
+  cache.select(rows);
+  const auto after = gather(cache, 0, 130);
+  for (int row = 0; row < 2; ++row) {
+    for (int head = 0; head < 2; ++head) {
+      EXPECT_EQ(0, std::memcmp(after.keys.at(row, head, 0), before.keys.at(0, head, 0),
+                               130 * 32 * sizeof(float)));
+    }
+  }
+  EXPECT_EQ(gather(copy, 0, 300).keys.data, before.keys.data);
+}
+
+TEST_P(BasisCaches, KeepKeysExactThatNoNormIsLargeEnoughFor) {
+  CacheOptions options = options_of(64, 4, 1);
+  options.residual_window = 0;
+  Structured all(1, 204, 64, 1);
+  for (int c = 0; c < 64; ++c) all.keys.at(0, 0, 140)[c] *= 1e6F;
+  KvCache cache(options);
+  cache.append(all.keys, all.values);
+  EXPECT_GT(cache.seal(), 0);
+  EXPECT_EQ(cache.packed_tokens(0), 128);
+}
+
+TQAI_AT_EVERY_LEVEL(BasisCaches);
+
+TEST(BasisCache, SaysWhatItHolds) {
+  CacheOptions options = geometry(32, 4, 4, 2);
+  options.key_basis = learnt(32, 4, 2);
+  const KvCache cache(options);
+  EXPECT_EQ(cache.options().key_basis, options.key_basis);
+  EXPECT_EQ(cache.memory().basis_bytes, options.key_basis->bytes());
+  EXPECT_EQ(cache.memory().total_bytes(), KvCache(geometry(32, 4, 4, 2)).memory().total_bytes());
+  EXPECT_EQ(KvCache(geometry(32, 4, 4, 2)).memory().basis_bytes, 0U);
+  EXPECT_THROW(cache.key_rotation(), ValueError);
+  EXPECT_EQ(cache.value_rotation().head_dim(), 32);
+  EXPECT_THROW(cache.serialize(), UnsupportedError);
+}
+
+TEST(BasisCache, RefusesOthersBases) {
+  CacheOptions options = geometry(32, 4, 4, 2);
+  options.key_basis = learnt(32, 2, 2);
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "at 2 bits"));
+  options.key_basis = learnt(32, 4, 1);
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "1 kv heads"));
+  options.key_basis = learnt(40, 4, 2);
+  EXPECT_TRUE(contains(message_of([&] { KvCache cache(options); }), "40 coordinates"));
+}
+
+}  // namespace
+}  // namespace tqai
