@@ -119,6 +119,13 @@ setup_venv() {
   PATH="$PWD/$venv/bin:$PATH"
 }
 
+# mlx-lm and mlx, where there are wheels of them: on Linux for glibc 2.35, for Python 3.11 and newer.
+try_mlx() {
+  local wanted=mlx-lm
+  [ "$(uname)" != Linux ] || wanted+='[cpu]'
+  pip_install "$wanted"
+}
+
 # 3.20, as CMakeLists.txt asks.
 cmake_is_new_enough() {
   local version

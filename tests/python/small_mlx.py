@@ -10,6 +10,7 @@ import pytest
 
 _REASON = "mlx is not installed (pip install 'mlx[cpu]' mlx-lm)"
 mx = pytest.importorskip("mlx.core", reason=_REASON)
+pytest.importorskip("transformers", "5.7", reason="mlx-lm needs transformers 5.7")
 pytest.importorskip("mlx_lm", reason=_REASON)
 
 from mlx.utils import tree_map  # noqa: E402

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy
 import pytest
 import tqai
-from tqai.requirements import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+from tqai.requirements import (
+    NEWEST_MLX_LM,
+    NEWEST_TRANSFORMERS,
+    OLDEST_MLX_LM,
+    OLDEST_TRANSFORMERS,
+)
 
 TORCH = "tqai for models needs torch and transformers: pip install torch transformers"
 OLD = (
@@ -139,12 +144,17 @@ def test_the_versions_tried_are_those_of_the_package() -> None:
     assert found("pyproject.toml", r'"transformers>=[\d.]+,<([\d.]+)"') == (major, minor + 1)
     assert (
         OLDEST_TRANSFORMERS
-        <= found("constraints.txt", r"^transformers==([\d.]+)")[:2]
+        <= found("constraints.txt", r"^transformers==([\d.]+)(?!.*<)")[:2]
         <= NEWEST_TRANSFORMERS
     )
     oldest = found("scripts/test", r"^oldest=([\d.]+)")
     assert oldest[:2] == OLDEST_TRANSFORMERS
     assert found("pyproject.toml", r'"transformers>=([\d.]+),<') == oldest
+    major_lm, minor_lm = NEWEST_MLX_LM
+    packages = (root / "pyproject.toml").read_text()
+    bounds = set(re.findall(r'"mlx-lm.*>=([\d.]+,<[\d.]+);', packages))
+    assert bounds == {f"{'.'.join(map(str, OLDEST_MLX_LM))},<{major_lm}.{minor_lm + 1}"}
+    assert OLDEST_MLX_LM <= found("constraints.txt", r"^mlx-lm==([\d.]+)")[:2] <= NEWEST_MLX_LM
     promised = f"| transformers | {'.'.join(map(str, oldest))} to {major}.{minor}, tried"
     assert promised in (root / "README.md").read_text()
 
@@ -153,6 +163,46 @@ def test_a_transformers_that_is_too_old(tmp_path: Path) -> None:
     put_transformers(tmp_path, "4.50.1")
     verbs = {" ".join(verb): f"2 tqai: {OLD}" for verb in VERBS}
     assert said(tmp_path) == {**dict.fromkeys(ENTRIES, OLD), **verbs}
+
+
+MLX_MODEL = """
+import sys, types
+import tqai
+nn = types.ModuleType("mlx.nn")
+nn.Module = dict
+sys.modules["mlx.nn"] = nn  # as it is where somebody has a model of mlx's
+for entry in (tqai.patch, tqai.patched, tqai.unpatch, tqai.new_cache):
+    try:
+        entry({})
+    except ImportError as error:
+        print(error)
+assert not tqai.is_patched({})
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ((), "tqai for mlx's models needs mlx and mlx-lm: pip install mlx mlx-lm"),
+        (("mlx",), "tqai for mlx's models needs mlx-lm: pip install mlx-lm"),
+        (
+            ("mlx", "mlx_lm"),
+            "mlx-lm 0.31.3 is too old for tqai, which needs 0.32 or newer: "
+            "pip install 'mlx-lm>=0.32'",
+        ),
+    ],
+)
+def test_without_mlx_lm(tmp_path: Path, installed: tuple[str, ...], message: str) -> None:
+    for package in installed:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / "core.py").touch()
+    about = tmp_path / "mlx_lm-0.31.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: mlx-lm\nVersion: 0.31.3\n")
+    ran = run(tmp_path, MLX_MODEL)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [message] * 4
 
 
 def test_what_needs_no_models(tmp_path: Path) -> None:
