@@ -205,7 +205,7 @@ class _CacheHook:
         for module in self.decoder.modules():
             implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
             if implementation in PATCHED_NAMES and hasattr(module, "layer_idx"):
-                learn(implementation, module)
+                learn(original_name(implementation), module)
 
     def remove(self) -> None:
         """Takes the hook off, and puts the configs back as they were."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import GeneralInterface
 
 from tqai.transformers.model.devices import lacks_memory
 
@@ -24,6 +25,8 @@ PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
 
 _EAGER = "eager_attention_forward"
 """The name of the eager attention function in each model's file."""
+_LOOKUPS = vars(sys.modules[GeneralInterface.__module__])
+"""The scope of the code that looks up functions by their names."""
 _LOOKS_UP = hasattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface")
 """Whether models look up what a name stands for, whatever the name is."""
 
@@ -32,8 +35,9 @@ class PatchedName(str):
     """The name of an attention implementation, as ``tqai.patch`` puts it into a config.
 
     Its text is the original implementation's, "sdpa" or "eager": models compare it to choose masks
-    and formulas that go with it, configs are checked and printed with it. In a dictionary it finds
-    what is registered for tqai, by a hash of its own: that is how transformers looks up functions.
+    and formulas that go with it, look it up in sets and tables of their own, configs are checked
+    and printed with it. Where transformers looks up functions it finds what is registered for
+    tqai, by a hash of its own.
     """
 
     __slots__ = ("_hash", "_names")
@@ -47,7 +51,10 @@ class PatchedName(str):
         return name
 
     def __hash__(self) -> int:
-        return self._hash
+        # A trace cannot tell who asks.
+        if torch.compiler.is_compiling() or sys._getframe(1).f_globals is _LOOKUPS:
+            return self._hash
+        return str.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
         # A dictionary compares the keys of its own that have the same hash.

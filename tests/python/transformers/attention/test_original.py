@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Models
+from tqai.transformers.attention import functions as registered
 from tqai.transformers.attention.original import (
     PATCHED_NAMES,
     Formula,
@@ -18,6 +19,7 @@ from tqai.transformers.attention.original import (
     patched_name,
     takes_unknown,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CPU = torch.device("cpu")
 SHAPE = (4, 2, 16, 16)  # query heads, key/value heads, head_dim, value_head_dim
@@ -28,15 +30,21 @@ def attention_of(model: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_a_name_is_the_originals_but_in_dictionaries(name: str) -> None:
+def test_a_name_is_the_originals_but_where_functions_are_looked_up(name: str) -> None:
     patched = patched_name(name)
     own = PATCHED_NAMES[name]
     assert patched == name and name == patched and patched in ("sdpa", "eager")
     assert patched != "flash_attention_2" and patched not in ("flash_attention_2", None)
     assert f"{patched}" == name and json.dumps({"name": patched}) == json.dumps({"name": name})
-    assert {name: 1, own: 2}[patched] == 2 and {own: 2, name: 1}[patched] == 2
-    assert {name: 1}.get(patched) is None
-    assert patched in [own] and patched in {own}
+    # As models ask in tables and sets of their own.
+    assert {name: 1, own: 2}[patched] == 1 and {own: 2, name: 1}[patched] == 1
+    assert patched in {"sdpa", "eager"} and name in {patched} and patched not in {own}
+    registered.register()
+    functions = type(ALL_ATTENTION_FUNCTIONS)()
+    functions[own], functions[name] = "tqai's", "the original's"
+    assert functions[patched] == functions.get(patched) == "tqai's"
+    assert functions[name] == "the original's" and patched in functions
+    assert ALL_ATTENTION_FUNCTIONS[patched] is ALL_ATTENTION_FUNCTIONS[own]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
