@@ -573,6 +573,15 @@ TQAI_INLINE KeyBasis KeyBasis::deserialize(std::span<const std::byte> bytes) {
   for (const std::uint16_t half : basis.halves_) {
     if ((half & 0x7C00U) == 0x7C00U) refuse_basis("a number that is NaN or infinite");
   }
+  for (int head = 0; head < basis.kv_heads_; ++head) {
+    const Head of = basis.head(head);
+    for (const auto& square : {of.analysis, of.synthesis}) {
+      constexpr std::uint16_t kOne = 0x3C00;
+      for (const std::uint16_t half : square) {
+        if ((half & 0x7FFFU) > kOne) refuse_basis("a number that is larger than its scale");
+      }
+    }
+  }
   basis.finish();
   return basis;
 }

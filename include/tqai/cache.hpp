@@ -108,13 +108,13 @@ struct AttendOptions {
 /// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
 /// in each of them, once.
 struct MemoryReport {
-  std::int64_t tokens = 0;             ///< batch · tokens held, padding and discarded ones left out
-  std::int64_t packed_tokens = 0;      ///< of those, in tiles
-  std::size_t packed_bytes = 0;        ///< tiles: codes and norms
-  std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;      ///< headers, lists, centres
-  std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
-  std::size_t basis_bytes = 0;         ///< the shared CacheOptions::key_basis, not in the total
+  std::int64_t tokens = 0;         ///< batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;  ///< of those, in tiles
+  std::size_t packed_bytes = 0;    ///< tiles: codes and norms
+  std::size_t exact_bytes = 0;     ///< sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;  ///< headers, lists, centres
+  std::size_t mapped_bytes = 0;    ///< tiles in pages of files (files.hpp), not in the total
+  std::size_t basis_bytes = 0;     ///< the shared CacheOptions::key_basis, not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
   /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
@@ -122,6 +122,9 @@ struct MemoryReport {
 
 /// Bytes now held by all caches of this process. Thread-safe.
 TQAI_API std::size_t allocated_bytes() noexcept;
+
+/// What of a KeyBasis a cache's bytes have.
+enum class BasisAs : std::uint8_t { id, matrices };
 
 /// Tokens first … first + count − 1.
 struct TokenSpan {
@@ -253,15 +256,22 @@ class TQAI_API KvCache {
 
   /// The cache as bytes (docs/format.md), for other processes; about memory().total_bytes() of
   /// them. What rows share is written once. Throws UnsupportedError on a big-endian processor.
-  std::vector<std::byte> serialize() const;
+  ///
+  /// A basis that keys are in is written as its id, or with its matrices.
+  std::vector<std::byte> serialize(BasisAs basis = BasisAs::id) const;
   /// The same bytes, handed to `write` in order as they lie in the cache, without a copy of them.
-  void serialize(const std::function<void(std::span<const std::byte>)>& write) const;
+  void serialize(const std::function<void(std::span<const std::byte>)>& write,
+                 BasisAs basis = BasisAs::id) const;
   /// How many they are. Reads no tiles.
-  std::size_t serialized_bytes() const;
+  std::size_t serialized_bytes(BasisAs basis = BasisAs::id) const;
   /// The cache that `serialize` wrote, at any level; nothing is kept of `bytes`. Throws ValueError
   /// for bytes that it cannot have written, UnsupportedError for a level this machine lacks. Codes
   /// are not checked, any are valid: guard files by a checksum.
-  static KvCache deserialize(std::span<const std::byte> bytes, std::optional<Level> level = {});
+  ///
+  /// key_bases: of these a cache whose keys are in a basis takes the one of its id, and only where
+  /// there is none what was written with it; ValueError where there is neither.
+  static KvCache deserialize(std::span<const std::byte> bytes, std::optional<Level> level = {},
+                             std::span<const std::shared_ptr<const KeyBasis>> key_bases = {});
 
   /// `append` for one batch row of an inference runtime, with Eigen's matrices, maps, blocks or
   /// expressions (needs <tqai/eigen.hpp>): keys [n, kv_heads · head_dim], values [n, kv_heads ·
@@ -279,7 +289,8 @@ class TQAI_API KvCache {
 
  private:
   friend class CacheFile;
-  static KvCache read(detail::Reader& reader, std::optional<Level> level);
+  static KvCache read(detail::Reader& reader, std::optional<Level> level,
+                      std::span<const std::shared_ptr<const KeyBasis>> key_bases);
 
   struct State;
   std::unique_ptr<State> state_;

@@ -44,9 +44,9 @@ TQAI_API void write_file(const std::filesystem::path& path, std::span<const File
                          std::string_view header = "{}");
 
 /// Writes the caches of a model's layers; that of layer N is the tensor `layer_tensor(N)`. As
-/// `write_file`.
+/// `write_file`; basis: as KvCache::serialize.
 TQAI_API void save_caches(const std::filesystem::path& path, std::span<const KvCache* const> layers,
-                          std::string_view header = "{}");
+                          std::string_view header = "{}", BasisAs basis = BasisAs::id);
 
 /// "layers.N.packed".
 TQAI_API std::string layer_tensor(std::size_t layer);
@@ -72,6 +72,8 @@ struct LoadOptions {
   bool mapped = false;
   /// Compares checksums, which reads all bytes.
   bool verify = true;
+  /// As KvCache::deserialize.
+  std::vector<std::shared_ptr<const KeyBasis>> key_bases = {};
 };
 
 /// A file of `write_file`, or of the Python package, open for reading. Everything in it is checked

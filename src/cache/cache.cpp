@@ -498,35 +498,39 @@ TQAI_INLINE const Rotation& KvCache::value_rotation() const noexcept {
   return state_->context.codec->value_rotation();
 }
 
-TQAI_INLINE std::size_t KvCache::serialized_bytes() const {
+TQAI_INLINE std::size_t KvCache::serialized_bytes(BasisAs basis) const {
   std::size_t bytes = 0;
-  serialize([&bytes](std::span<const std::byte> more) { bytes += more.size(); });
+  serialize([&bytes](std::span<const std::byte> more) { bytes += more.size(); }, basis);
   return bytes;
 }
 
-TQAI_INLINE void KvCache::serialize(
-    const std::function<void(std::span<const std::byte>)>& write) const {
-  detail::write_cache(state_->context, state_->tokens, state_->rows, write);
+TQAI_INLINE void KvCache::serialize(const std::function<void(std::span<const std::byte>)>& write,
+                                    BasisAs basis) const {
+  detail::write_cache(state_->context, state_->tokens, state_->rows, basis, write);
 }
 
-TQAI_INLINE std::vector<std::byte> KvCache::serialize() const {
+TQAI_INLINE std::vector<std::byte> KvCache::serialize(BasisAs basis) const {
   std::vector<std::byte> bytes;
-  bytes.reserve(serialized_bytes());
-  serialize([&bytes](std::span<const std::byte> more) {
-    bytes.insert(bytes.end(), more.begin(), more.end());
-  });
+  bytes.reserve(serialized_bytes(basis));
+  serialize(
+      [&bytes](std::span<const std::byte> more) {
+        bytes.insert(bytes.end(), more.begin(), more.end());
+      },
+      basis);
   return bytes;
 }
 
-TQAI_INLINE KvCache KvCache::deserialize(std::span<const std::byte> bytes,
-                                         std::optional<Level> level) {
+TQAI_INLINE KvCache
+KvCache::deserialize(std::span<const std::byte> bytes, std::optional<Level> level,
+                     std::span<const std::shared_ptr<const KeyBasis>> key_bases) {
   detail::Reader reader(bytes);
-  return read(reader, level);
+  return read(reader, level, key_bases);
 }
 
-TQAI_INLINE KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level) {
+TQAI_INLINE KvCache KvCache::read(detail::Reader& reader, std::optional<Level> level,
+                                  std::span<const std::shared_ptr<const KeyBasis>> key_bases) {
   const UsualArithmetic usual;
-  detail::Header header = detail::read_header(reader);
+  detail::Header header = detail::read_header(reader, key_bases);
   header.options.level = level;
   KvCache cache(header.options);
   detail::Contents contents = detail::read_contents(cache.state_->context, header.version, reader);

@@ -14,13 +14,14 @@
 namespace tqai::detail {
 
 inline constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
-// Versions. 1 had no positions and one centre set a row: its tokens stand at their index. 2 had each
-// block's tiles beside its header, and no codebooks. 4 says what rows have left out, and is written
-// where one has.
+// Versions. 1 had no positions and one centre set a row: its tokens stand at their index. 2 had
+// each block's tiles beside its header, and no codebooks. 4 says what rows have left out, and is
+// written where one has; 5 says what basis keys are in, and is written where they are in one.
 inline constexpr std::uint32_t kFirstVersion = 1;
 inline constexpr std::uint32_t kTilesLast = 3;
 inline constexpr std::uint32_t kWithGaps = 4;
-inline constexpr std::uint32_t kVersion = 4;
+inline constexpr std::uint32_t kWithBasis = 5;
+inline constexpr std::uint32_t kVersion = 5;
 inline constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 
 inline void check_byte_order() {

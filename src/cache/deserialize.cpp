@@ -1,7 +1,9 @@
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <tqai/key_basis.hpp>
 #include <vector>
 
 #include "cache_format.hpp"
@@ -52,6 +54,31 @@ T enumerator(Reader& reader, T last, const char* what) {
   const auto value = reader.read<std::uint8_t>();
   require_range(what, value, 0, static_cast<std::int64_t>(last));
   return static_cast<T>(value);
+}
+
+TQAI_INLINE std::shared_ptr<const KeyBasis> read_basis(
+    std::span<const std::shared_ptr<const KeyBasis>> bases, Reader& reader) {
+  const auto id = reader.read<std::uint64_t>();
+  const auto as = enumerator(reader, BasisAs::matrices, "what is written of a basis");
+  std::shared_ptr<const KeyBasis> basis;
+  if (as == BasisAs::matrices) {
+    const auto size = reader.read<std::uint64_t>();
+    reader.need(size, 1);
+    std::vector<std::byte> bytes(size);
+    reader.read_into(bytes.data(), size);
+    basis = std::make_shared<const KeyBasis>(KeyBasis::deserialize(bytes));
+    require(basis->id() == id, "another basis than its keys are in");
+  }
+  for (const auto& each : bases) {
+    if (each && each->id() == id) return each;
+  }
+  if (basis) return basis;
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(id));
+  throw ValueError("the cache's keys are in the key basis " + std::string(text) +
+                   ", which is none of the " + std::to_string(bases.size()) +
+                   " given: hand over the one that it was made with, or have caches written "
+                   "with their bases");
 }
 
 TQAI_INLINE void check_exact(const Context& context, const ExactTokens& exact) {
@@ -361,7 +388,8 @@ TQAI_INLINE Row read_row(const Context& context, const Parts& parts, std::uint32
 
 }  // namespace TQAI_LOCAL
 
-TQAI_INLINE Header read_header(Reader& reader) {
+TQAI_INLINE Header read_header(Reader& reader,
+                               std::span<const std::shared_ptr<const KeyBasis>> bases) {
   check_byte_order();
   require(reader.read<std::uint32_t>() == kMagic, "it does not begin as one");
   Header header;
@@ -399,6 +427,7 @@ TQAI_INLINE Header read_header(Reader& reader) {
     }
     options.rope = std::move(rope);
   }
+  if (header.version >= kWithBasis) options.key_basis = read_basis(bases, reader);
   return header;
 }
 

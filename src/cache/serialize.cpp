@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <tqai/key_basis.hpp>
 #include <vector>
 
 #include "cache_format.hpp"
@@ -50,6 +51,15 @@ TQAI_INLINE void write_options(const CacheOptions& options, std::uint32_t versio
   }
 }
 
+TQAI_INLINE void write_basis(const KeyBasis& basis, BasisAs as, Writer& writer) {
+  writer.write(basis.id());
+  writer.write(static_cast<std::uint8_t>(as));
+  if (as == BasisAs::id) return;
+  const std::vector<std::byte> bytes = basis.serialize();
+  writer.write(static_cast<std::uint64_t>(bytes.size()));
+  writer.write_from(bytes.data(), bytes.size());
+}
+
 TQAI_INLINE void write_codebooks(const CacheOptions& options, Writer& writer) {
   for (const CodebookMark& mark : marks_of(options)) {
     writer.write(mark.levels);
@@ -94,11 +104,8 @@ TQAI_INLINE void write_exact(const Context& context, const ExactTokens& exact, W
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
-                             const CountedVector<Row>& rows, const Sink& sink) {
+                             const CountedVector<Row>& rows, BasisAs basis, const Sink& sink) {
   check_byte_order();
-  if (context.options.key_basis) {
-    throw UnsupportedError("a cache whose keys are in a basis cannot be written as bytes yet");
-  }
   Numbered<ExactTokens> exact;
   // Memory without tokens, as an append that failed leaves it, is nothing.
   const auto add_exact = [&exact](const ExactTokens& part) {
@@ -115,7 +122,11 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   Writer writer(sink);
   const bool have_gaps =
       std::any_of(rows.begin(), rows.end(), [](const Row& row) { return !row.gaps.empty(); });
-  write_options(context.options, have_gaps ? kWithGaps : kTilesLast, writer);
+  const std::uint32_t version = context.options.key_basis ? kWithBasis
+                                : have_gaps               ? kWithGaps
+                                                          : kTilesLast;
+  write_options(context.options, version, writer);
+  if (version == kWithBasis) write_basis(*context.options.key_basis, basis, writer);
   write_codebooks(context.options, writer);
   writer.write(tokens);
   writer.write(static_cast<std::uint32_t>(exact.objects().size()));
@@ -129,7 +140,7 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   writer.write(static_cast<std::uint32_t>(rows.size()));
   for (const Row& row : rows) {
     writer.write(row.first);
-    if (have_gaps) write_gaps(row, writer);
+    if (version >= kWithGaps) write_gaps(row, writer);
     writer.write(add_exact(row.sinks));
     writer.write(add_exact(row.tail));
     writer.write(row.next_position);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <span>
 #include <tqai/cache.hpp>
 
 #include "bytes.hpp"
@@ -18,7 +20,7 @@ struct Contents {
 
 /// Options and contents. What rows share is written once.
 void write_cache(const Context& context, std::int64_t tokens, const CountedVector<Row>& rows,
-                 const Sink& sink);
+                 BasisAs basis, const Sink& sink);
 
 /// What bytes of `write_cache`, or of an older tqai's, begin with; the options' level is left open.
 struct Header {
@@ -26,8 +28,8 @@ struct Header {
   CacheOptions options;
 };
 
-/// Throws ValueError.
-Header read_header(Reader& reader);
+/// bases: those that keys may be in. Throws ValueError.
+Header read_header(Reader& reader, std::span<const std::shared_ptr<const KeyBasis>> bases);
 
 /// What follows it, for a context of those options. Throws ValueError for anything that write_cache
 /// of that version does not write.

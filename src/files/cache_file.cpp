@@ -310,7 +310,7 @@ TQAI_INLINE KvCache CacheFile::load(std::string_view name, const LoadOptions& op
     if (options.verify && detail::crc32(all) != held.checksum) state.refuse_damaged(held.name);
     detail::Reader reader(all, pages);
     try {
-      return KvCache::read(reader, options.level);
+      return KvCache::read(reader, options.level, options.key_bases);
     } catch (const ValueError& error) {
       throw named(error);
     }
@@ -320,7 +320,7 @@ TQAI_INLINE KvCache CacheFile::load(std::string_view name, const LoadOptions& op
   std::optional<KvCache> cache;
   std::optional<ValueError> problem;
   try {
-    cache.emplace(KvCache::read(reader, options.level));
+    cache.emplace(KvCache::read(reader, options.level, options.key_bases));
   } catch (const ValueError& error) {
     problem = error;
   }

@@ -186,13 +186,14 @@ TQAI_INLINE std::string layer_tensor(std::size_t layer) {
 }
 
 TQAI_INLINE void save_caches(const std::filesystem::path& path,
-                             std::span<const KvCache* const> layers, std::string_view header) {
+                             std::span<const KvCache* const> layers, std::string_view header,
+                             BasisAs basis) {
   std::vector<FileEntry> entries;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const KvCache* cache = layers[layer];
     if (cache == nullptr) throw ValueError("layer " + std::to_string(layer) + " is null");
     entries.push_back({layer_tensor(layer), "U8", std::nullopt,
-                       [cache](const ByteSink& sink) { cache->serialize(sink); }});
+                       [=](const ByteSink& sink) { cache->serialize(sink, basis); }});
   }
   write_file(path, entries, header);
 }

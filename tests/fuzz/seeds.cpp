@@ -13,6 +13,7 @@
 #include <string>
 #include <tqai/cache.hpp>
 #include <tqai/files.hpp>
+#include <tqai/key_basis.hpp>
 #include <vector>
 
 namespace {
@@ -45,7 +46,17 @@ struct Kind {
   int bits;
   int tokens;
   int rows;
+  bool in_basis = false;
 };
+
+std::shared_ptr<const KeyBasis> basis_for(int bits) {
+  KeyMoments moments(1, kDim);
+  std::vector<float> keys(4 * kDim);
+  for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<float>(i * i % 7);
+  moments.add_keys(0, keys);
+  moments.add_queries(0, keys);
+  return std::make_shared<const KeyBasis>(KeyBasis::learn(moments, bits));
+}
 
 KvCache cache_of(const Kind& kind) {
   CacheOptions options;
@@ -56,6 +67,7 @@ KvCache cache_of(const Kind& kind) {
   options.sink_tokens = 2;
   options.residual_window = 4;
   options.centering = kind.centering;
+  if (kind.in_basis) options.key_basis = basis_for(kind.bits);
   if (kind.sections > 0) {
     Rope rope;
     rope.rotary_dim = kDim;
@@ -120,11 +132,13 @@ void write_caches(const Folder& folder) {
       {"rope", Centering::rope, 1, DType::f16, 4, 136, 1},
       {"sections", Centering::rope, 3, DType::bf16, 2, 72, 1},
       {"wide", Centering::automatic, 1, DType::f32, 8, 71, 1},
+      {"basis", Centering::rope, 1, DType::f16, 3, 72, 2, true},
   };
   for (const Kind& kind : kinds) {
     KvCache cache = cache_of(kind);
     std::vector<std::uint8_t> bytes;
-    for (const std::byte byte : cache.serialize()) bytes.push_back(static_cast<std::uint8_t>(byte));
+    for (const std::byte byte : cache.serialize(BasisAs::matrices))
+      bytes.push_back(static_cast<std::uint8_t>(byte));
     write_with_choices(folder, kind.name, std::move(bytes));
   }
 }
