@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import CacheList, RotatingKVCache
 
 from tqai import reports
 from tqai.mlx.cache.layer import TqaiKVCache
 from tqai.mlx.model.geometry import Geometry
+from tqai.mlx.model.probe import parts_of, together
 from tqai.settings import Settings
 
 
@@ -27,15 +28,24 @@ class TqaiPromptCache(list[Any]):
         skipped = settings.skipped(count)
         self.model = geometry.model
         self.settings = settings
-        mixed = any(isinstance(geometry.templates[index], RotatingKVCache) for index in skipped)
+        mixed = any(
+            isinstance(part, RotatingKVCache)
+            for index in skipped
+            for part in parts_of(geometry.templates[index])
+        )
         super().__init__()
-        for index, shape in enumerate(geometry.shapes):
-            if shape is None or index in skipped:
-                self.append(copy.deepcopy(geometry.templates[index]))
-                continue
-            if mixed and shape.max_size is not None:
-                shape = replace(shape, has_exact_siblings=True)
-            self.append(TqaiKVCache(shape, settings.of_layer(index, count)))
+        for index, (template, shapes) in enumerate(
+            zip(geometry.templates, geometry.shapes, strict=True)
+        ):
+            parts = parts_of(copy.deepcopy(template))
+            for at, shape in enumerate(() if index in skipped else shapes):
+                if shape is None:
+                    continue
+                if mixed and shape.max_size is not None:
+                    shape = replace(shape, has_exact_siblings=True)
+                own = settings.of_layer(index, count)
+                parts[at] = TqaiKVCache(shape, own.of_latents() if shape.is_latent else own)
+            self.append(together(template, parts))
 
     def memory_report(self) -> dict[str, Any]:
         """What the cache holds, as its allocators handed it out.
@@ -51,7 +61,8 @@ class TqaiPromptCache(list[Any]):
         caches share count in each of them.
         """
         report = reports.over_layers(map(_memory, self))
-        ours = [layer for layer in self if isinstance(layer, TqaiKVCache)]
+        parts = [part for layer in self for part in parts_of(layer)]
+        ours = [part for part in parts if isinstance(part, TqaiKVCache)]
         stores = [layer.core for layer in ours if layer.core is not None]
         report["centering"] = dict(sum(map(reports.centerings_of, stores), Counter()))
         report["rotary"] = dict(
@@ -60,7 +71,7 @@ class TqaiPromptCache(list[Any]):
                 for layer in ours
             )
         )
-        report["dequantised"] = [layer.index for layer in ours if not layer.shape.is_packed]
+        report["dequantised"] = sorted({each.index for each in ours if not each.shape.is_packed})
         report["settings"] = asdict(self.settings)
         return report
 
@@ -76,6 +87,9 @@ def _memory(layer: Any) -> dict[str, int]:
     """One layer's numbers; those of mlx-lm's own caches count as exact."""
     if isinstance(layer, TqaiKVCache):
         return layer.memory()
+    if isinstance(layer, CacheList):
+        parts = list(map(_memory, layer.caches))
+        return {name: sum(part[name] for part in parts) for name in reports.COUNTS}
     numbers = dict.fromkeys(reports.COUNTS, 0)
     arrays = [array for _, array in tree_flatten(layer.state) if hasattr(array, "nbytes")]
     numbers["tokens"] = layer.size()

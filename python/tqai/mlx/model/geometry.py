@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_caches
 
-from tqai.mlx.model.probe import Use, uses_of
+from tqai.mlx.model.probe import Use, is_replaced, parts_of, uses_of
 from tqai.settings import Settings
 from tqai.shapes.heads import check_head_dim
 from tqai.shapes.rope import Rope
@@ -32,6 +33,9 @@ class LayerShape:
     at each update."""
     rope: Rope | None = None
     """What its keys have gone through; None: unknown, or nothing."""
+    is_latent: bool = False
+    """Whether it caches latents, of which the model makes keys and values, and rotary keys beside
+    them in the values' place."""
     has_exact_siblings: bool = False
     """Whether it has a window, and other layers that have one stay exact."""
 
@@ -48,8 +52,9 @@ class Geometry:
     """Name of the model's module, as in "llama"."""
     templates: tuple[Any, ...]
     """An empty cache of the model's own for each layer; those that are left alone are copied."""
-    shapes: tuple[LayerShape | None, ...]
-    """Of each layer; None where its cache is no growing one of keys and values."""
+    shapes: tuple[tuple[LayerShape | None, ...], ...]
+    """Of each layer, of each of the caches that its own may be a list of; None for what is no
+    growing one of keys and values."""
     problems: tuple[str | None, ...]
     """Why each layer cannot be compressed, where it holds keys and values all the same."""
 
@@ -68,10 +73,8 @@ class Geometry:
                 skip = sorted(skipped | others)
                 advice = "" if len(skip) == count else f": leave it exact with skip_layers={skip}"
                 raise NotImplementedError(f"layer {index} of {self.model} {problem}{advice}")
-        for index, shape in enumerate(self.shapes):
+        for index, shape in self._compressed(count, skipped):
             settings.of_layer(index, count)
-            if shape is None or index in skipped:
-                continue
             check_head_dim(index, "keys", shape.head_dim)
             check_head_dim(index, "values", shape.value_head_dim)
             if settings.centering == "rope" and shape.rope is None:
@@ -79,9 +82,15 @@ class Geometry:
                     f"layer {index}: centering='rope' needs a rotary embedding that tqai "
                     "recognises; the model has none there: use centering='auto'"
                 )
-        if not any(shape is not None for shape in self.shapes):
+        if not any(shape is not None for own in self.shapes for shape in own):
             kinds = sorted({type(template).__name__ for template in self.templates})
             raise ValueError(f"{self.model} has no attention layers; its caches are {kinds}")
+
+    def _compressed(self, count: int, skipped: frozenset[int]) -> Iterator[tuple[int, LayerShape]]:
+        for index in range(count):
+            for shape in self.shapes[index]:
+                if shape is not None and index not in skipped:
+                    yield index, shape
 
 
 def geometry_of(model: nn.Module, templates: list[Any]) -> Geometry:
@@ -93,32 +102,33 @@ def geometry_of(model: nn.Module, templates: list[Any]) -> Geometry:
         NotImplementedError: where it cannot be run on tokens and a cache alone.
     """
     name = type(model).__module__.rpartition(".")[2]
-    kinds = [_is_plain(template) for template in templates]
-    uses = uses_of(model, templates, kinds) if any(kinds) else [None] * len(templates)
-    shapes: list[LayerShape | None] = []
+    if any(is_replaced(part) for template in templates for part in parts_of(template)):
+        uses = uses_of(model, templates)
+    else:
+        uses = [[None] * len(parts_of(template)) for template in templates]
+    shapes: list[tuple[LayerShape | None, ...]] = []
     problems: list[str | None] = []
-    for index, (template, use) in enumerate(zip(templates, uses, strict=True)):
-        problem = _problem(template, use)
+    for index, (template, own) in enumerate(zip(templates, uses, strict=True)):
+        parts = list(zip(parts_of(template), own, strict=True))
+        problem = next(filter(None, (_problem(part, use) for part, use in parts)), None)
         problems.append(problem)
-        shapes.append(None if use is None or problem else _shape(index, template, use))
+        shapes.append(
+            tuple(
+                None if use is None or problem else _shape(index, part, use) for part, use in parts
+            )
+        )
     return Geometry(name, tuple(templates), tuple(shapes), tuple(problems))
 
 
-def _is_plain(template: Any) -> bool:
-    """Whether a cache is one of those that are replaced."""
-    return type(template) in (mlx_caches.KVCache, mlx_caches.RotatingKVCache)
-
-
 def _problem(template: Any, use: Use | None) -> str | None:
-    """Why a layer cannot be compressed; None where it can be, or holds no keys and values."""
+    """Why a cache cannot be compressed; None where it can be, or holds no keys and values."""
     kind = type(template).__name__
-    if not _is_plain(template):
+    if use is None:
         if isinstance(template, mlx_caches.ArraysCache):
             return None
         return f"has a cache of type {kind}, which tqai does not compress"
     if getattr(template, "keep", 0):
         return f"has a {kind} that keeps its first {template.keep} tokens, which tqai's does not"
-    assert use is not None
     if use.touched:
         return f"takes .{use.touched} from its cache, which a compressed one does not have"
     if use.keys is None or use.values is None:
@@ -138,4 +148,5 @@ def _shape(index: int, template: Any, use: Use) -> LayerShape:
         max(use.reads, 1),
         use.reads > 0,
         use.rope,
+        use.turns_values,
     )

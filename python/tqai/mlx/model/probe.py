@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from tqai.mlx.attention import patching
 from tqai.mlx.model.find_rope import Call, Watch, rope_of
@@ -37,6 +38,9 @@ class Use:
     """An attribute that a compressed cache does not have, and the model has taken."""
     rope: Rope | None = None
     """What the keys have gone through, where it was recognised."""
+    turns_values: bool = False
+    """Whether the values have gone through rotary embedding: they are keys then, beside latents in
+    the keys' place."""
 
 
 class _Watched:
@@ -57,6 +61,7 @@ class _Watched:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.use.keys, self.use.values = tuple(keys.shape), tuple(values.shape)
         self._calls.append((self._ropes.call_of(keys), self.offset))
+        self.use.turns_values = self._ropes.call_of(values) is not None
         handed = self._cache.update_and_fetch(keys, values)
         self.handed.append(handed)
         self.counts.append(0)
@@ -96,8 +101,23 @@ class _Watched:
         return self.use
 
 
-def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[Use | None]:
-    """What `model` does with each layer's cache; None for those that are not of the `kinds`.
+def parts_of(cache: Any) -> list[Any]:
+    """The caches that a layer's is a list of, or the one that it is."""
+    return list(cache.caches) if type(cache) is CacheList else [cache]
+
+
+def together(template: Any, parts: list[Any]) -> Any:
+    """What ``parts_of`` has taken apart, of other parts."""
+    return CacheList(*parts) if type(template) is CacheList else parts[0]
+
+
+def is_replaced(template: Any) -> bool:
+    """Whether a cache is one of the kinds that are compressed."""
+    return type(template) in (KVCache, RotatingKVCache)
+
+
+def uses_of(model: nn.Module, templates: list[Any]) -> list[list[Use | None]]:
+    """What `model` does with the parts of each layer's cache; None for those that stay as they are.
 
     templates: an empty cache of the model's own for each layer.
 
@@ -105,19 +125,22 @@ def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[U
         NotImplementedError: where the model cannot be run on tokens and a cache alone.
     """
     ropes = Watch()
-    caches = [
-        _Watched(copy.deepcopy(template), ropes) if watch else copy.deepcopy(template)
-        for template, watch in zip(templates, kinds, strict=True)
+    parts = [
+        [
+            _Watched(part, ropes) if is_replaced(part) else part
+            for part in parts_of(copy.deepcopy(template))
+        ]
+        for template in templates
     ]
-    watched = [cache if isinstance(cache, _Watched) else None for cache in caches]
+    watched = [part for own in parts for part in own if isinstance(part, _Watched)]
+    caches = [together(template, own) for template, own in zip(templates, parts, strict=True)]
     before = base.scaled_dot_product_attention
 
     def attention(
         queries: Any, keys: Any, values: Any, cache: Any, *args: Any, **kwargs: Any
     ) -> Any:
         for each in watched:
-            if each is not None:
-                each.read(keys, values)
+            each.read(keys, values)
         return before(queries, keys, values, cache, *args, **kwargs)
 
     with patching.standing_in(attention, before), ropes.looking():
@@ -125,14 +148,12 @@ def uses_of(model: nn.Module, templates: list[Any], kinds: list[bool]) -> list[U
             model(mx.array([[1, 0]]), cache=caches)
             model(mx.array([[1]]), cache=caches)
             for each in watched:
-                if each is not None:
-                    each.shift = FAR
+                each.shift = FAR
             model(mx.array([[1]]), cache=caches)
         except Exception as error:
-            if any(each is not None and each.use.touched for each in watched):
-                return [None if each is None else each.seen() for each in watched]
-            raise NotImplementedError(
-                f"{type(model).__module__}.{type(model).__name__} could not be tried on tokens and "
-                f"a cache alone, so tqai cannot tell how it reads its cache: {error!r}"
-            ) from error
-    return [None if each is None else each.seen() for each in watched]
+            if not any(each.use.touched for each in watched):
+                raise NotImplementedError(
+                    f"{type(model).__module__}.{type(model).__name__} could not be tried on tokens "
+                    f"and a cache alone, so tqai cannot tell how it reads its cache: {error!r}"
+                ) from error
+    return [[part.seen() if isinstance(part, _Watched) else None for part in own] for own in parts]

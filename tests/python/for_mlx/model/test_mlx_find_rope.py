@@ -93,7 +93,7 @@ def test_another_position_than_the_cache_has_is_not_taken() -> None:
 def test_models_have_one_for_each_layer(family: str) -> None:
     before = mx.fast.rope
     model = make_model(family)
-    for shape in geometry_of(model, plain_cache(model)).shapes:
+    for (shape,) in geometry_of(model, plain_cache(model)).shapes:
         assert shape is not None and shape.rope is not None
         assert shape.rope.rotary_dim == 16 and shape.rope.layout == "half_split"
     assert mx.fast.rope is before
@@ -101,7 +101,7 @@ def test_models_have_one_for_each_layer(family: str) -> None:
 
 def test_gemma_has_two_bases() -> None:
     model = make_model("gemma3")
-    sliding, whole = geometry_of(model, plain_cache(model)).shapes
+    (sliding,), (whole,) = geometry_of(model, plain_cache(model)).shapes
     assert sliding.rope.inv_freq != whole.rope.inv_freq
 
 

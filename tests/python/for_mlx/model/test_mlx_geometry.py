@@ -51,7 +51,7 @@ class Odd(nn.Module):
 
 
 def shape_of(model: Any) -> Any:
-    return geometry_of(model, plain_cache(model)).shapes[0]
+    return geometry_of(model, plain_cache(model)).shapes[0][0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +60,7 @@ def test_layers_have_heads_and_windows(family: str) -> None:
     caches = plain_cache(model)
     geometry = geometry_of(model, caches)
     assert geometry.problems == (None, None)
-    for index, (shape, cache) in enumerate(zip(geometry.shapes, caches, strict=True)):
+    for index, ((shape,), cache) in enumerate(zip(geometry.shapes, caches, strict=True)):
         assert shape is not None and shape.index == index
         assert (shape.kv_heads, shape.head_dim, shape.value_head_dim) == (2, 16, 16)
         assert shape.max_size == getattr(cache, "max_size", None)
