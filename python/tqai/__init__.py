@@ -96,7 +96,9 @@ if not TYPE_CHECKING:  # which would take any name for one of these
         """Imports the exports that need torch or the compiled module when they are asked for."""
         if name not in _LAZY:
             raise AttributeError(f"module 'tqai' has no attribute {name!r}")
-        if _LAZY[name] != "tqai._core":
+        # Who has a model of mlx's to evaluate has imported it.
+        both = name in ("Fidelity", "evaluate") and "mlx.nn" in sys.modules
+        if _LAZY[name] != "tqai._core" and not both:
             needs_transformers()
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value

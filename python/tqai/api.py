@@ -165,7 +165,7 @@ def _patched(hooks: ModuleType, model: Any, settings: Settings) -> Iterator[Any]
 def is_patched(model: object) -> bool:
     """Whether `model` is one that keeps its keys and values compressed."""
     # Whoever has patched something has imported it.
-    framework = "mlx" if _is_mlx(model) else "transformers"
+    framework = "mlx" if is_mlx(model) else "transformers"
     hooks = sys.modules.get(f"tqai.{framework}.hooks")
     return hooks is not None and hooks.is_patched(model)
 
@@ -196,7 +196,7 @@ def unpatch(model: PreTrainedModel | MlxModel) -> None:
     _hooks_for(model).remove(model)
 
 
-def _is_mlx(model: object) -> bool:
+def is_mlx(model: object) -> bool:
     """Whether `model` is one of mlx's; who has one has imported it."""
     nn = sys.modules.get("mlx.nn")
     return nn is not None and isinstance(model, nn.Module)
@@ -208,7 +208,7 @@ def _hooks_for(model: object) -> ModuleType:
     Raises:
         ImportError: where that is not installed, or too old.
     """
-    if _is_mlx(model):
+    if is_mlx(model):
         needs_mlx_lm()
         from tqai.mlx import hooks
     else:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import tqai
 from tqai.cli import bench, demo, evaluate, info, memory, reproduce, run
-from tqai.requirements import MissingPackage, needs_transformers
+from tqai.requirements import MissingPackage, needs_mlx_lm, needs_transformers
 
 VERBS = (run, demo, info, evaluate, memory, bench, reproduce)
 
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Read by the OpenMP runtimes when they are loaded, also in child processes.
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     try:
-        if options.models:
+        if getattr(options, "framework", None) == "mlx":
+            needs_mlx_lm()
+        elif options.models:
             needs_transformers()
         options.run(options)
     except (ValueError, NotImplementedError, OSError, MissingPackage) as error:

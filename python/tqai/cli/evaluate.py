@@ -8,7 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import (
+    add_framework,
+    add_model,
+    add_settings,
+    add_verb,
+    load_model,
+    settings_of,
+)
 from tqai.cli.output import percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
 from tqai.measure.named_settings import ARITHMETICS, SETTING_KEYS, parse_setting
@@ -44,6 +51,7 @@ def add(verbs: Any) -> None:
         run,
     )
     add_model(parser)
+    add_framework(parser)
     parser.add_argument(
         "--setting",
         dest="names",
@@ -104,13 +112,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
     from tqai.measure.fidelity import evaluate
-    from tqai.transformers.loading import load
 
     for option in ("--depths", *(option for option, *_ in _SEARCH)):
         if _value(options, option) is not None:
             raise ValueError(f"{option} goes with --needle")
     figure = None if options.plot is None else figure_for(options.plot, (7, 5))
-    model, tokenizer = load(options.model, options.dtype, options.device)
+    model, tokenizer = load_model(options)
     with progress_bar("token") as progress:
         results = evaluate(
             model,
@@ -134,6 +141,8 @@ def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> 
     from tqai.measure.recall import needle
     from tqai.transformers.loading import load
 
+    if options.framework != "transformers":
+        raise ValueError(f"--needle goes with --framework transformers, not {options.framework}")
     for option in ("--plot", "--bos", *(option for option, *_ in _COMPARISON)):
         if _value(options, option) is not None:
             raise ValueError(f"{option} goes without --needle")

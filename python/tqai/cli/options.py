@@ -46,6 +46,33 @@ def add_model(parser: Any, *, dtype: bool = True) -> None:
     )
 
 
+def add_framework(parser: Any) -> None:
+    """For verbs that take models of either; see ``load_model``."""
+    parser.add_argument(
+        "--framework",
+        choices=("transformers", "mlx"),
+        default="transformers",
+        help="what loads and runs the model; mlx: mlx-lm (default: %(default)s)",
+    )
+
+
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that was named, and its tokenizer.
+
+    Raises:
+        ValueError: also for a device with mlx, which has one of its own.
+    """
+    if getattr(options, "framework", None) != "mlx":
+        from tqai.transformers.loading import load
+
+        return load(options.model, options.dtype, options.device)
+    if options.device is not None:
+        raise ValueError(f"--device {options.device} goes with --framework transformers")
+    from tqai.mlx.loading import load as load_mlx
+
+    return load_mlx(options.model, options.dtype)
+
+
 def add_settings(parser: Any, *, bits: bool = True) -> None:
     """The arguments of ``tqai.patch``; those not given stay out of ``settings_of``."""
     group = parser.add_argument_group("compression")

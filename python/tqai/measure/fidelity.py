@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import DynamicCache
+import numpy as np
 
 from tqai.measure.named_settings import NamedSetting, named_settings
+from tqai.measure.readers import Reader, reader_of
 from tqai.measure.text import prose
-from tqai.transformers.cache.cache import TqaiCache
-from tqai.transformers.model.devices import device_of
-from tqai.transformers.model.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tqai.api import MlxModel
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Fidelity:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | MlxModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | None = None,
     settings: Iterable[str | Mapping[str, Any]] = ("k4v4", "k4v2"),
@@ -66,7 +65,8 @@ def evaluate(
     alike.
 
     Args:
-        model: on any device, not patched; patched in between, and as it was in the end.
+        model: on any device, or one that ``mlx_lm.load`` gives; not patched; patched in between,
+            and as it was in the end.
         text: by default ``tqai.text.prose()``.
         settings: arguments of ``tqai.patch``, and arithmetic="exact" for attention by torch over
             the dequantised codes; or their names (``tqai.named.parse_setting``).
@@ -91,12 +91,10 @@ def evaluate(
     measures = [_Measure(setting) for setting in named_settings(model, settings)]
     for measure in measures:
         measure.check_chunk(chunk)
-    stretches = [
-        ids.to(device_of(model))
-        for ids in _stretches(
-            tokenizer, prose() if text is None else text, prefill + read, samples, bos
-        )
-    ]
+    reader = reader_of(model)
+    stretches = _stretches(
+        reader, tokenizer, prose() if text is None else text, prefill + read, samples, bos
+    )
 
     total = samples * read * (1 + len(measures))
     done = 0
@@ -109,42 +107,32 @@ def evaluate(
 
     for ids in stretches:
         reference = []
-        for _, q in _decode(model, ids, prefill, chunk, DynamicCache(config=model.config)):
+        for _, q in reader.decode(ids, prefill, chunk, reader.own_cache()):
             reference.append(q)
             count(len(q), "uncompressed")
-        targets = ids[0, prefill + 1 :].split(chunk)
+        targets = [
+            ids[at + 1 : min(at + chunk, len(ids) - 1) + 1]
+            for at in range(prefill, len(ids) - 1, chunk)
+        ]
         for measure in measures:
             with measure.setting.patched() as cache:
-                decoding = _decode(model, ids, prefill, chunk, cache)
+                decoding = reader.decode(ids, prefill, chunk, cache)
                 for p, target, (packed, q) in zip(reference, targets, decoding, strict=True):
                     measure.add(p, q, target, packed)
                     count(len(q), measure.setting.name)
-                measure.look_at(cache, model.dtype.itemsize)
+                measure.look_at(cache, reader.item_size)
     return [measure.result() for measure in measures]
 
 
-@torch.inference_mode()
-def _decode(
-    model: PreTrainedModel, ids: torch.Tensor, prefill: int, chunk: int, cache: Any
-) -> Iterator[tuple[bool, torch.Tensor]]:
-    """For each chunk after the prefill: whether the cache held packed tokens before it, and
-    log-probabilities [chunk, vocabulary] after its tokens. The last token is not fed."""
-    model(ids[:, :prefill], use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-    for tokens in ids[:, prefill:-1].split(chunk, 1):
-        packed = isinstance(cache, TqaiCache) and cache.memory_report()["packed_tokens"] > 0
-        logits = model(tokens, use_cache=True, **cache_argument(model, cache)).logits[0]
-        yield packed, torch.log_softmax(logits.float(), -1)
-
-
 def _stretches(
-    tokenizer: PreTrainedTokenizerBase, text: str, length: int, samples: int, bos: bool | None
-) -> list[torch.Tensor]:
-    """Token ids [1, length + 1] each: the last token is only predicted."""
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    reader: Reader, tokenizer: Any, text: str, length: int, samples: int, bos: bool | None
+) -> list[list[int]]:
+    """length + 1 token ids each: the last token is only predicted."""
+    tokens = reader.tokenize(tokenizer, text, False)
     # Some models (Gemma) make no sense of a text without its first token.
     first = [tokenizer.bos_token_id]
     if bos is None:
-        bos = tokenizer("a").input_ids[:1] == first
+        bos = reader.tokenize(tokenizer, "a", True)[:1] == first
     elif bos and first == [None]:
         raise ValueError("bos: the tokenizer has no token to begin a text with")
     start = first if bos else []
@@ -152,10 +140,7 @@ def _stretches(
     if len(tokens) < taken:
         raise ValueError(f"the text has {len(tokens)} tokens: expected at least {taken}")
     stride = (len(tokens) - taken) // max(samples - 1, 1)
-    return [
-        torch.tensor([start + tokens[sample * stride : sample * stride + taken]], device="cpu")
-        for sample in range(samples)
-    ]
+    return [start + tokens[sample * stride : sample * stride + taken] for sample in range(samples)]
 
 
 class _Measure:
@@ -179,21 +164,21 @@ class _Measure:
                 "a longer chunk would read more exact tokens than decoding does"
             )
 
-    def add(self, p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor, packed: bool) -> None:
+    def add(self, p: np.ndarray, q: np.ndarray, targets: list[int], packed: bool) -> None:
         """Counts tokens, given both log-probabilities [tokens, vocabulary] of the next ones, and
         whether the tokens read packed ones."""
         # The terms cancel almost wholly, so they are summed in double precision.
-        p, q = (_most_precise(logs) for logs in (p, q))
-        divergences = torch.sum(p.exp() * (p - q), -1).tolist()
+        divergences = np.sum(np.exp(p) * (p - q), -1).tolist()
         if not all(map(math.isfinite, divergences)):
             raise ValueError(f"setting {self.setting.name!r}: the model's logits are not finite")
         self._divergences += divergences
         self._agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-        self._loss -= q.gather(1, targets[:, None]).sum().item()
-        self._loss_uncompressed -= p.gather(1, targets[:, None]).sum().item()
+        rows = np.arange(len(targets))
+        self._loss -= float(q[rows, targets].sum())
+        self._loss_uncompressed -= float(p[rows, targets].sum())
         self._read_packed += len(divergences) * packed
 
-    def look_at(self, cache: TqaiCache, item_size: int) -> None:
+    def look_at(self, cache: Any, item_size: int) -> None:
         """Notes what the cache holds at an end; `item_size`: bytes of an exact coordinate."""
         self._report = cache.memory_report()
         self._item_size = item_size
@@ -206,12 +191,12 @@ class _Measure:
                 "window"
             )
         read = len(self._divergences)
-        divergences = torch.tensor(self._divergences, dtype=torch.float64, device="cpu")
+        divergences = np.array(self._divergences)
         return Fidelity(
             setting=self.setting.name,
-            kl_mean=divergences.mean().item(),
-            kl_median=divergences.median().item(),
-            kl_max=divergences.max().item(),
+            kl_mean=float(divergences.mean()),
+            kl_median=float(np.sort(divergences)[(read - 1) // 2]),
+            kl_max=float(divergences.max()),
             top1_agreement=self._agreeing / read,
             perplexity=math.exp(self._loss / read),
             perplexity_uncompressed=math.exp(self._loss_uncompressed / read),
@@ -224,11 +209,6 @@ class _Measure:
             tokens_read_packed=self._read_packed,
             packed_share=self._report["packed_tokens"] / self._report["tokens"],
         )
-
-
-def _most_precise(tensor: torch.Tensor) -> torch.Tensor:
-    """In double precision, which some devices (MPS) do not have."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def _packed_bits(report: dict[str, Any], item_size: int) -> float:

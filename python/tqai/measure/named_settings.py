@@ -109,6 +109,10 @@ class NamedSetting:
         cache = api.patch(self._model, **self._options)
         try:
             if self._exact:
+                if not hasattr(cache, "use_exact_arithmetic"):
+                    raise NotImplementedError(
+                        f"setting {self.name!r}: arithmetic='exact' is for transformers models"
+                    )
                 cache.use_exact_arithmetic()
             yield cache
         finally:

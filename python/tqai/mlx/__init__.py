@@ -2,6 +2,7 @@
 
 A map, from what is called first down; a room imports only from those below:
 
+- ``loading`` loads models for the command line;
 - ``hooks`` makes a model's prompt caches compressed ones, and plain again;
 - ``cache`` holds tokens, as mlx-lm's own caches do;
 - ``attention`` reads them, in the place of the function that mlx-lm's models call;

@@ -1,0 +1,77 @@
+"""What compression costs mlx-lm's models, measured as for transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_mlx import make_model, mx
+
+# isort: split
+import toy
+import tqai
+from conftest import make_model as make_torch_model
+from mlx_lm import load
+from tqai.cli import main
+from tqai.mlx.loading import load as load_checked
+
+NUMBERS = {"prefill": 300, "read": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that both frameworks load."""
+    return toy.folder(tmp_path_factory.mktemp("model"))
+
+
+def test_both_frameworks_measure_the_same(folder: Path) -> None:
+    settings = ["k8v8", "k3v2,residual_window=32"]
+    theirs = tqai.evaluate(make_torch_model("llama"), toy.tokenizer(), None, settings, **NUMBERS)
+    model, tokenizer = load(str(folder))
+    model.set_dtype(mx.float32)
+    ours = tqai.evaluate(model, tokenizer, None, settings, **NUMBERS, bos=False)
+    assert not tqai.is_patched(model)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.tokens_read_packed == other.tokens_read_packed == 12
+        assert one.packed_share == other.packed_share
+        assert one.bits_per_coordinate == other.bits_per_coordinate
+    assert 0 < ours[0].kl_mean < ours[1].kl_mean
+
+
+def test_chunks_and_samples(folder: Path) -> None:
+    model, tokenizer = load(str(folder))
+    results = tqai.evaluate(model, tokenizer, None, ["k4v2"], **NUMBERS, chunk=5, samples=2)
+    assert results[0].tokens_read == 24
+
+
+def test_exact_arithmetic_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="arithmetic='exact' is for transformers"):
+        tqai.evaluate(make_model("llama"), toy.tokenizer(), None, ["k4v2,arithmetic=exact"])
+
+
+def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "--framework", "mlx", "--prefill", "300", "--read", "6", "--setting", "k4v2"]
+    assert main([*command, "--model", str(folder), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["setting"] == "k4v2" and result["tokens_read_packed"] == 6
+    for more, message in (
+        ([], "mlx-lm loads no .gguf files"),
+        (["--model", str(folder), "--device", "cpu"], "--device cpu goes with"),
+        (["--model", str(folder), "--needle"], "--needle goes with"),
+        (["--model", "/nowhere"], "no such folder: /nowhere"),
+    ):
+        arguments = [
+            part
+            for part in command
+            if not more[-1:] == ["--needle"] or part not in ("--prefill", "300", "--read", "6")
+        ]
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_dtypes_are_those_of_the_settings(folder: Path) -> None:
+    model, _ = load_checked(folder, "float16")
+    assert model.model.norm.weight.dtype == mx.float16
+    with pytest.raises(ValueError, match="dtype is 'float64'"):
+        load_checked(folder, "float64")  # type: ignore
