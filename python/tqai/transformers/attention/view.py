@@ -6,6 +6,7 @@ them and read its packed bytes. Every other operation sees dequantised values.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -113,14 +114,25 @@ class Update:
         return view_of(self, 0, keys), view_of(self, 1, values)
 
 
+class _Part:
+    """Stands for what slicing, transposing or the like has made of an update's keys or values."""
+
+    def __init__(self, layer: Layer, values: torch.Tensor) -> None:
+        self.layer = layer
+        self._values = values
+
+    def dense(self, which: int) -> torch.Tensor:
+        return self._values
+
+
 class TqaiView(torch.Tensor):
     """The keys or values of one layer, [batch, kv_heads, length, head_dim], without storage.
 
-    Any operation works on the dequantised values and gives an ordinary tensor; writing into the
-    view raises NotImplementedError.
+    Any operation works on the dequantised values and gives an ordinary tensor. Writing into the
+    view, or into a part of it, raises NotImplementedError: it would not reach the layer.
     """
 
-    update: Update
+    update: Update | _Part
     which: int
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -141,7 +153,11 @@ class TqaiView(torch.Tensor):
                     f"{func} writes into the {_NAMES[value.which]} of a compressed cache; "
                     "clone() them first"
                 )
-        return func(*_dense(args), **_dense(kwargs))
+        result = func(*_dense(args), **_dense(kwargs))
+        if not _gives_views(func):
+            return result
+        source = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, TqaiView))
+        return _parts_of(source, result)
 
     # What torch does not send through the dispatcher, but reads from memory that a view lacks.
 
@@ -187,6 +203,29 @@ def view_of(update: Update, which: int, like: torch.Tensor) -> TqaiView:
     view.update = update
     view.which = which
     return view
+
+
+def _parts_of(source: TqaiView, values: Any) -> Any:
+    """Views of parts of `source`, with these values."""
+    if isinstance(values, (tuple, list)):
+        return type(values)(_parts_of(source, each) for each in values)
+    part = torch.Tensor._make_wrapper_subclass(
+        TqaiView,
+        values.shape,
+        values.stride(),
+        values.storage_offset(),
+        dtype=values.dtype,
+        device=values.device,
+    )
+    part.update = _Part(source.update.layer, values)
+    part.which = source.which
+    return part
+
+
+@lru_cache(maxsize=256)
+def _gives_views(func: Any) -> bool:
+    """Whether what an operation gives shares its memory with what it got."""
+    return any(value.alias_info is not None for value in func._schema.returns)
 
 
 def _is_written(argument: Any) -> bool:
@@ -239,6 +278,8 @@ NOT_DIFFERENTIABLE = (
 def update_of(key: torch.Tensor, value: torch.Tensor) -> Update | None:
     """The update that `key` and `value` are the two views of, if they are."""
     if isinstance(key, TqaiView) and isinstance(value, TqaiView):
-        if key.update is value.update and (key.which, value.which) == (0, 1):
-            return key.update
+        update = key.update
+        if update is value.update and isinstance(update, Update):
+            if (key.which, value.which) == (0, 1):
+                return update
     return None

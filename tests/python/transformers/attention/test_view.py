@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -49,10 +50,13 @@ def test_a_view_has_a_shape_but_no_storage() -> None:
 def test_any_operation_sees_the_dequantised_values(operation: object) -> None:
     layer, keys = filled_layer(200, residual_window=16)
     assert layer.is_packed()
-    expected = operation(layer.gather(0, 201)[0])
+    dense = layer.gather(0, 201)[0]
+    expected = operation(dense)
     result = operation(keys)
-    assert not isinstance(result, TqaiView)
-    assert torch.equal(result, expected)
+    # What shares memory with the dequantised values is a view as well; see below.
+    shares = expected.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr()
+    assert isinstance(result, TqaiView) == shares
+    assert torch.equal(result, expected) and result.stride() == expected.stride()
 
 
 def test_fresh_views_see_the_exact_values() -> None:
@@ -68,6 +72,32 @@ def test_writing_into_a_view_raises(write: object) -> None:
     _, keys = filled_layer(200)
     with pytest.raises(NotImplementedError, match="clone"):
         write(keys)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[:, :, :5],
+        lambda x: x[0, 1],
+        lambda x: x.transpose(1, 2)[:, 3:],
+        lambda x: x.data,
+        lambda x: x.detach(),
+        lambda x: x.view(-1),
+        lambda x: x.split(50, 2)[1],
+        lambda x: x.unbind(0)[0],
+    ],
+)
+def test_writing_into_a_part_raises(part: Any) -> None:
+    layer, keys = filled_layer(200, residual_window=16)
+    expected = part(layer.gather(0, 201)[0])
+    got = part(keys)
+    for write in (lambda: got.zero_(), lambda: got.mul_(2), lambda: got.__setitem__(0, 0.0)):
+        with pytest.raises(NotImplementedError, match="keys of .*clone"):
+            write()
+    assert torch.equal(got, expected) and got.tolist() == expected.tolist()
+    own = got.clone().zero_()
+    assert type(own) is torch.Tensor and not own.any()
+    assert torch.equal(copy.deepcopy(got), pickle.loads(pickle.dumps(got)))
 
 
 def test_writing_by_an_index_raises() -> None:
