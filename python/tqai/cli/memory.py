@@ -6,7 +6,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import (
+    add_framework,
+    add_model,
+    add_settings,
+    add_verb,
+    load_model,
+    settings_of,
+)
 from tqai.cli.output import percent, print_json, print_table
 from tqai.cli.process import run_fresh
 from tqai.measure.resident import resident_bytes
@@ -24,6 +31,7 @@ def add(verbs: Any) -> None:
         run,
     )
     add_model(parser)
+    add_framework(parser)
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens (default: %(default)s)"
     )
@@ -42,45 +50,37 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
     """Reads `options.context` tokens of prose into a compressed cache. Meant for a fresh process:
     the growth is that of the resident memory between two moments when the model has just run, all
     free memory is given back to the system, and only the cache differs."""
-    import torch
     from tqdm import tqdm
 
     import tqai
     from tqai import _core
-    from tqai.transformers.loading import load
-    from tqai.transformers.model.names import cache_argument
+    from tqai.measure.readers import reader_of
 
-    if options.threads is not None:
+    if options.threads is not None and options.framework == "transformers":
+        import torch
+
         torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model, options.dtype, options.device)
-    tokens = tokenizer(prose(), verbose=False).input_ids
+    model, tokenizer = load_model(options)
+    reader = reader_of(model)
+    tokens = reader.tokenize(tokenizer, prose(), True)
     if not 1 < options.context <= len(tokens):
         raise ValueError(f"--context {options.context}: expected 2 to {len(tokens)}")
-    ids = torch.tensor([tokens[: options.context]], device=model.device)
+    ids = tokens[: options.context]
     cache = tqai.patch(model, **settings_of(options))
 
-    @torch.inference_mode()
-    def read(ids: torch.Tensor, cache: Any, what: str) -> None:
-        # The last token alone, as in decoding.
-        chunks = [*ids[:, :-1].split(_CHUNK, dim=1), ids[:, -1:]]
-        with tqdm(total=ids.shape[1], desc=what, unit="token") as bar:
-            for chunk in chunks:
-                model(chunk, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-                bar.update(chunk.shape[1])
+    def read(ids: list[int], cache: Any, what: str) -> None:
+        with tqdm(total=len(ids), desc=what, unit="token") as bar:
+            reader.read(ids, cache, _CHUNK, bar.update)
 
     # Everything that runs for the first time does so now.
-    read(ids[:, : 2 * _CHUNK], tqai.new_cache(model), "warming up")
+    read(ids[: 2 * _CHUNK], tqai.new_cache(model), "warming up")
     before = resident_bytes()
     read(ids, cache, "filling")
     after = resident_bytes()
     report = cache.memory_report()
-    layers = report.pop("layers")
-    sealed = sum(
-        layer["packed_tokens"] * cache.layers[index].core.kv_heads
-        for index, layer in enumerate(layers)
-        if layer["packed_tokens"] > 0
-    )
-    coordinates = report["uncompressed_bytes"] // model.dtype.itemsize
+    del report["layers"]
+    sealed = reader.packed_vectors(cache)
+    coordinates = report["uncompressed_bytes"] // reader.item_size
     return {
         "context": options.context,
         "dtype": options.dtype,

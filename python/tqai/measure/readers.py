@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +34,15 @@ class Reader(Protocol):
         """For each chunk after the prefill, which is read at once: whether the cache held packed
         tokens before it, and log-probabilities [chunk, vocabulary] float64 after its tokens. The
         last token is not fed."""
+        ...
+
+    def read(self, ids: list[int], cache: Any, chunk: int, progress: Callable[[int], Any]) -> None:
+        """Reads tokens, `chunk` at a time and the last alone, as in decoding; `progress` is called
+        with how many, each time. Memory of the framework's own is given back."""
+        ...
+
+    def packed_vectors(self, cache: Any) -> int:
+        """Keys that a compressed cache holds as codes, over all layers and heads."""
         ...
 
 
@@ -82,6 +91,22 @@ class TorchReader:
                 logs = torch.log_softmax(logits.float(), -1).cpu()
             yield packed, logs.double().numpy()
 
+    def read(self, ids: list[int], cache: Any, chunk: int, progress: Callable[[int], Any]) -> None:
+        import torch
+
+        from tqai.transformers.model.names import cache_argument
+
+        model = self._model
+        tokens = torch.tensor([ids], device=model.device)
+        with torch.inference_mode():
+            for part in (*tokens[:, :-1].split(chunk, dim=1), tokens[:, -1:]):
+                model(part, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+                progress(part.shape[1])
+
+    def packed_vectors(self, cache: Any) -> int:
+        stores = (getattr(layer, "core", None) for layer in cache.layers)
+        return sum(map(_packed_vectors, filter(None, stores)))
+
 
 class MlxReader:
     """A model of mlx-lm's."""
@@ -124,6 +149,28 @@ class MlxReader:
             logits = self._model(part, cache=cache)[0].astype(mx.float32)
             logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             yield packed, np.array(logs, np.float64)
+
+    def read(self, ids: list[int], cache: Any, chunk: int, progress: Callable[[int], Any]) -> None:
+        import mlx.core as mx
+
+        tokens = mx.array([ids])
+        ends = [*range(chunk, len(ids) - 1, chunk), len(ids) - 1, len(ids)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            mx.eval(self._model(tokens[:, start:end], cache=cache)[:, -1:])
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+            progress(end - start)
+
+    def packed_vectors(self, cache: Any) -> int:
+        from tqai.mlx.model.probe import parts_of
+
+        parts = (part for layer in cache for part in parts_of(layer))
+        stores = (getattr(part, "core", None) for part in parts)
+        return sum(map(_packed_vectors, filter(None, stores)))
+
+
+def _packed_vectors(store: Any) -> int:
+    return store.kv_heads * sum(map(store.packed_tokens, range(store.batch)))
 
 
 def _is_packed(cache: Any) -> bool:

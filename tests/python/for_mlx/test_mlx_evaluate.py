@@ -70,6 +70,21 @@ def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str])
         assert message in capsys.readouterr().err
 
 
+def test_bytes_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for transformers, but for the growth of the process."""
+    results = []
+    for framework in ("transformers", "mlx"):
+        command = ["memory", "--framework", framework, "--model", str(folder), "--json"]
+        assert main([*command, "--context", "400"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+        assert results[-1].pop("growth_bytes") is not None
+        report = results[-1].pop("report")
+        assert report["tokens"] == 400 and report["packed_tokens"] == 256
+        assert results[-1].pop("allocated_bytes") == report["total_bytes"]
+    assert results[0] == results[1]
+    assert results[0]["bytes_per_sealed_token_layer_head"] == 2 * 2 + 16 * (4 + 2) / 8
+
+
 def test_dtypes_are_those_of_the_settings(folder: Path) -> None:
     model, _ = load_checked(folder, "float16")
     assert model.model.norm.weight.dtype == mx.float16
