@@ -247,6 +247,37 @@ static double error_of(const float* query, const float* got, int head, int64_t t
   return worst;
 }
 
+/* Memory that no tensor has, or that something else is in; nothing is read or written. */
+static void test_memory_of_tensors(void) {
+  tqai_cache* cache = filled();
+  float out[4 * kDim];
+  float queries[4 * kDim];
+  tqai_tensor q = tensor(queries, 4, 1, 1);
+  tqai_output o = output(out, 1, 4);
+  tqai_attend_options settings;
+  memset(queries, 0, sizeof(queries));
+  o.data = queries;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "overlaps the queries");
+  o.data = (char*)out + 2;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "multiple of 4 bytes");
+  o.data = NULL;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "output has no data");
+  o.data = out;
+  o.strides[2] = 0;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "at one address");
+  o.strides[2] = INT64_MIN;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "out of any memory");
+  o.strides[2] = kDim;
+  q.strides[1] = INT64_MAX / 2;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "out of any memory");
+  q.strides[1] = kDim;
+  tqai_attend_options_init(&settings);
+  settings.sink_scores = (const float*)(const void*)((const char*)queries + 1);
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, &settings), TQAI_VALUE_ERROR, "sink_scores lies");
+  EXPECT(tqai_cache_attend(cache, &q, &o, NULL) == TQAI_OK);
+  tqai_cache_destroy(cache);
+}
+
 static void test_attend(void) {
   tqai_cache* cache = filled();
   float out[4 * kDim];
@@ -599,6 +630,7 @@ int main(int argc, char** argv) {
   test_create();
   test_append();
   test_attend();
+  test_memory_of_tensors();
   test_gather();
   test_rows();
   test_padding();

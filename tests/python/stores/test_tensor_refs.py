@@ -25,3 +25,32 @@ def test_only_scattered_rows_are_copied() -> None:
     scattered = tensor.transpose(2, 3)
     copied = rows_contiguous(scattered)
     assert copied.stride(-1) == 1 and torch.equal(copied, scattered)
+
+
+def test_memory_that_no_tensor_has_is_refused() -> None:
+    cache = _core.KvCache(batch=1, kv_heads=2, head_dim=16)
+    tokens = torch.rand(1, 2, 5, 16)
+    address, dtype, shape, strides = ref(tokens)
+
+    def appended(address: int = address, strides: tuple[int, ...] = strides) -> None:
+        given = address, dtype, shape, strides
+        cache.append(given, given)
+
+    with pytest.raises(ValueError, match="multiple of 4 bytes"):
+        appended(address + 2)
+    with pytest.raises(ValueError, match="no data"):
+        appended(0)
+    with pytest.raises(ValueError, match="out of any memory"):
+        appended(strides=(0, -(2**63), 16, 1))
+    appended()
+    queries, output = torch.rand(1, 2, 1, 16), torch.empty(1, 1, 2, 16)
+    with pytest.raises(ValueError, match="output overlaps the queries"):
+        cache.attend(ref(queries), ref(queries.transpose(1, 2)))
+    with pytest.raises(ValueError, match="keys overlaps values"):
+        cache.gather(0, ref(tokens), ref(tokens))
+    with pytest.raises(ValueError, match="sink_scores lies at an address"):
+        cache.attend(ref(queries), ref(output), sink_scores=queries.data_ptr() + 1)
+    with pytest.raises(ValueError, match="positions lies at an address"):
+        places = torch.arange(6)
+        cache.append(ref(tokens), ref(tokens), (places.data_ptr() + 4, (1, 1, 5), (0, 0, 1)))
+    assert cache.tokens == 5
