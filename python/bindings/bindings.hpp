@@ -5,10 +5,15 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
+#include <tqai/key_basis.hpp>
+#include <tuple>
+#include <variant>
+#include <vector>
 
 namespace tqai::python {
 
@@ -41,12 +46,25 @@ py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dt
 /// Of (address of int64, shape, strides in elements), each of 3 numbers; throws ValueError.
 PositionTensor positions_of(const py::tuple& tuple);
 
+/// Frequencies, layout, rotary_dim, and the section of each frequency where there are several.
+using RopeOfSections = std::tuple<std::vector<float>, std::string, int, std::vector<int>>;
+using RopeArguments =
+    std::variant<RopeOfSections, std::tuple<std::vector<float>, std::string, int>>;
+
+/// Throws ValueError.
+Rope make_rope(const RopeArguments& arguments);
+
+/// Bases as Python hands them over, as the library takes them.
+std::vector<std::shared_ptr<const KeyBasis>> bases_of(
+    const std::vector<std::shared_ptr<KeyBasis>>& bases);
+
 RotationKind rotation_from_name(const std::string& name);
 const char* name_of(RotationKind kind);
 
 Grid grid_from_name(const std::string& name);
 const char* name_of(Grid grid);
 
+void bind_basis(py::module_& module);
 void bind_cache(py::module_& module);
 void bind_codebook(py::module_& module);
 void bind_files(py::module_& module);

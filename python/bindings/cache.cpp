@@ -32,32 +32,6 @@ const char* name_of(Centering centering) {
   }
 }
 
-// Frequencies, layout, rotary_dim, and the section of each frequency where there are several.
-using RopeOfSections = std::tuple<std::vector<float>, std::string, int, std::vector<int>>;
-using RopeArguments =
-    std::variant<RopeOfSections, std::tuple<std::vector<float>, std::string, int>>;
-
-Rope make_rope(const RopeArguments& arguments) {
-  const auto* whole = std::get_if<RopeOfSections>(&arguments);
-  const auto& [inv_freq, layout, rotary_dim, sections] =
-      whole != nullptr ? *whole
-                       : std::tuple_cat(std::get<1>(arguments), std::tuple(std::vector<int>{}));
-  if (layout != "half_split" && layout != "interleaved") {
-    throw ValueError("rope layout = \"" + layout + "\"; allowed: half_split, interleaved");
-  }
-  Rope rope{inv_freq,
-            layout == "interleaved" ? Rope::Layout::interleaved : Rope::Layout::half_split,
-            rotary_dim};
-  for (const int section : sections) {
-    if (section < 0 || section >= Rope::kMaxSections) {
-      throw ValueError("rope section = " + std::to_string(section) + "; allowed: 0…" +
-                       std::to_string(Rope::kMaxSections - 1));
-    }
-    rope.sections.push_back(static_cast<std::uint8_t>(section));
-  }
-  return rope;
-}
-
 ElementType type_of(DType dtype) {
   return dtype == DType::f32   ? ElementType::float32
          : dtype == DType::f16 ? ElementType::float16
@@ -70,8 +44,10 @@ CachePointer make_cache(int batch, int kv_heads, int head_dim, int value_head_di
                         ElementType dtype, int bits_k, int bits_v, int sink_tokens,
                         int residual_window, const std::string& rotation,
                         const std::string& centering, const std::optional<RopeArguments>& rope,
-                        std::uint64_t seed, const std::optional<std::string>& level) {
+                        std::uint64_t seed, const std::optional<std::string>& level,
+                        const std::optional<std::shared_ptr<KeyBasis>>& key_basis) {
   CacheOptions options;
+  if (key_basis) options.key_basis = *key_basis;
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
   options.value_head_dim = value_head_dim;
@@ -120,6 +96,7 @@ py::dict memory(const LockedCache& cache) {
   result["exact_bytes"] = report.exact_bytes;
   result["overhead_bytes"] = report.overhead_bytes;
   result["mapped_bytes"] = report.mapped_bytes;
+  result["basis_bytes"] = report.basis_bytes;
   result["total_bytes"] = report.total_bytes();
   result["uncompressed_bytes"] = report.uncompressed_bytes;
   return result;
@@ -135,13 +112,15 @@ py::array_t<float> matrix_of(const Rotation& rotation) {
   return matrix;
 }
 
-py::bytes serialize(const LockedCache& cache) {
+py::bytes serialize(const LockedCache& cache, bool with_basis) {
+  const BasisAs basis = with_basis ? BasisAs::matrices : BasisAs::id;
   const std::vector<std::byte> bytes =
-      cache.read([](const KvCache& held) { return held.serialize(); });
+      cache.read([basis](const KvCache& held) { return held.serialize(basis); });
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-CachePointer deserialize(const py::buffer& data, const std::optional<std::string>& level) {
+CachePointer deserialize(const py::buffer& data, const std::optional<std::string>& level,
+                         const std::vector<std::shared_ptr<KeyBasis>>& key_bases) {
   const py::buffer_info info = data.request();
   if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
     throw ValueError("data is not a contiguous one-dimensional buffer of bytes");
@@ -151,7 +130,7 @@ CachePointer deserialize(const py::buffer& data, const std::optional<std::string
   std::optional<Level> chosen;
   if (level) chosen = level_from_name(*level);
   const py::gil_scoped_release release;
-  return std::make_unique<LockedCache>(KvCache::deserialize(bytes, chosen));
+  return std::make_unique<LockedCache>(KvCache::deserialize(bytes, chosen, bases_of(key_bases)));
 }
 
 // At the level it had where this machine has it, else at the best one; results are the same.
@@ -159,9 +138,9 @@ CachePointer unpickle(const py::tuple& state) {
   if (state.size() != 2) throw ValueError("not the state of a pickled KvCache");
   const auto level = state[1].cast<std::string>();
   for (const Level available : available_levels()) {
-    if (name_of(available) == level) return deserialize(state[0].cast<py::buffer>(), level);
+    if (name_of(available) == level) return deserialize(state[0].cast<py::buffer>(), level, {});
   }
-  return deserialize(state[0].cast<py::buffer>(), std::nullopt);
+  return deserialize(state[0].cast<py::buffer>(), std::nullopt, {});
 }
 
 CachePointer copy(const LockedCache& cache) {
@@ -177,6 +156,32 @@ auto peek(Result (KvCache::*member)() const) {
 }
 
 }  // namespace
+
+Rope make_rope(const RopeArguments& arguments) {
+  const auto* whole = std::get_if<RopeOfSections>(&arguments);
+  const auto& [inv_freq, layout, rotary_dim, sections] =
+      whole != nullptr ? *whole
+                       : std::tuple_cat(std::get<1>(arguments), std::tuple(std::vector<int>{}));
+  if (layout != "half_split" && layout != "interleaved") {
+    throw ValueError("rope layout = \"" + layout + "\"; allowed: half_split, interleaved");
+  }
+  Rope rope{inv_freq,
+            layout == "interleaved" ? Rope::Layout::interleaved : Rope::Layout::half_split,
+            rotary_dim};
+  for (const int section : sections) {
+    if (section < 0 || section >= Rope::kMaxSections) {
+      throw ValueError("rope section = " + std::to_string(section) + "; allowed: 0…" +
+                       std::to_string(Rope::kMaxSections - 1));
+    }
+    rope.sections.push_back(static_cast<std::uint8_t>(section));
+  }
+  return rope;
+}
+
+std::vector<std::shared_ptr<const KeyBasis>> bases_of(
+    const std::vector<std::shared_ptr<KeyBasis>>& bases) {
+  return {bases.begin(), bases.end()};
+}
 
 void bind_cache(py::module_& module) {
   py::native_enum<ElementType>(module, "DType", "enum.Enum",
@@ -203,13 +208,14 @@ Tensors are passed as (address, DType, shape, strides in elements), 4-dimensiona
 1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
 thread may call any method at any time: those that change the cache wait for the others. All or
 nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
-"interleaved", rotary_dim) that the keys have gone through, and the section of each frequency. See
-include/tqai/cache.hpp.)")
+"interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
+key_basis: what keys are quantised in, in place of a rotation. See include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
            arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
            arg("rotation") = "auto", arg("centering") = "auto", arg("rope") = py::none(),
-           arg("seed") = CacheOptions{}.seed, arg("level") = py::none())
+           arg("seed") = CacheOptions{}.seed, arg("level") = py::none(),
+           arg("key_basis") = py::none())
       .def_property_readonly("batch", peek(&KvCache::batch))
       .def_property_readonly("kv_heads", [](const LockedCache& c) { return c.options().kv_heads; })
       .def_property_readonly("head_dim", [](const LockedCache& c) { return c.options().head_dim; })
@@ -330,15 +336,30 @@ tokens - first_token], bool or float; sink_scores: address of [query_heads] floa
           [](const LockedCache& c) {
             return py::make_tuple(matrix_of(c.key_rotation()), matrix_of(c.value_rotation()));
           },
-          "Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.")
+          R"(Matrices R [dim, dim] float32 that keys and values are turned by: y = R x. ValueError where keys
+are in a basis.)")
       .def_readonly_static("max_norm", &KvCache::kMaxNorm,
                            "Largest norm of a key or value that is compressed.")
-      .def("serialize", &serialize, "The cache as bytes, for files and other processes.")
-      .def_static("deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
-                  "The cache that serialize() wrote; ValueError for bytes that it did not write.")
+      .def_property_readonly(
+          "key_basis",
+          [](const LockedCache& c) {
+            const auto& basis = c.options().key_basis;
+            return basis ? std::optional(std::const_pointer_cast<KeyBasis>(basis)) : std::nullopt;
+          },
+          "What keys are quantised in; None: the rotation.")
+      .def(
+          "serialize", &serialize, arg("with_basis") = false,
+          R"(The cache as bytes, for files and other processes. Of a basis that keys are in, its id is
+written, and with with_basis all of it.)")
+      .def_static(
+          "deserialize", &deserialize, arg("data"), kw_only(), arg("level") = py::none(),
+          arg("key_bases") = py::tuple(),
+          R"(The cache that serialize() wrote; ValueError for bytes that it did not write. key_bases: those
+that its keys may be in.)")
       .def(py::pickle(
           [](const LockedCache& cache) {
-            return py::make_tuple(serialize(cache), std::string(name_of(*cache.options().level)));
+            return py::make_tuple(serialize(cache, true),
+                                  std::string(name_of(*cache.options().level)));
           },
           &unpickle))
       .def("copy", &copy, "A copy that shares the tiles.")

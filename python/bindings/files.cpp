@@ -46,8 +46,10 @@ void write(const std::filesystem::path& path, const std::vector<Entry>& tensors,
 }
 
 std::unique_ptr<LockedCache> load(const CacheFile& file, const std::string& name,
-                                  const std::optional<std::string>& level, bool mapped) {
+                                  const std::optional<std::string>& level, bool mapped,
+                                  const std::vector<std::shared_ptr<KeyBasis>>& key_bases) {
   LoadOptions options;
+  options.key_bases = bases_of(key_bases);
   if (level) options.level = level_from_name(*level);
   options.mapped = mapped;
   const py::gil_scoped_release release;
@@ -105,8 +107,9 @@ ValueError for one that is none, or damaged; OSError where it cannot be read.)")
           arg("name"), "ValueError where a tensor's checksum does not fit.")
       .def(
           "load", &load, arg("name"), kw_only(), arg("level") = py::none(), arg("mapped") = false,
+          arg("key_bases") = py::tuple(),
           R"(The cache that a tensor holds. mapped: tiles stay in the file's pages; nobody may shorten the
-file, or change it in place, while any such cache lives.)");
+file, or change it in place, while any such cache lives. key_bases: as KvCache.deserialize.)");
 }
 
 }  // namespace tqai::python

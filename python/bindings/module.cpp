@@ -42,6 +42,7 @@ PYBIND11_MODULE(_core, module) {
       "The level that new caches take: the fastest, or the one that TQAI_LEVEL names.");
   module.def("openmp_threads", &openmp_threads,
              "Threads that a call takes at most; 0: built without OpenMP.");
+  bind_basis(module);
   bind_cache(module);
   bind_codebook(module);
   bind_files(module);

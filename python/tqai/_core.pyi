@@ -9,7 +9,97 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
+class KeyMoments:
+    """
+    Second moments of a layer's keys and queries.
+    
+    rope: what they have been turned by, as KvCache takes it. Not to be used by several threads at once.
+    See include/tqai/key_basis.hpp.
+    """
+    def __init__(self, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None) -> None:
+        ...
+    def add_keys(self, head: typing.SupportsInt | typing.SupportsIndex, keys: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], positions: typing.Annotated[numpy.typing.ArrayLike, numpy.int64] | None = None) -> None:
+        """
+        Adds keys of a kv head, [tokens, head_dim], as attention sees them. positions: what they were
+        turned by, [tokens] or [sections, tokens]; None: token i stands at i.
+        """
+    def add_prior(self, head: typing.SupportsInt | typing.SupportsIndex, keys: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], queries: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], tokens: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        """
+        Adds moments known beforehand, [head_dim, head_dim] each, of keys and queries turned back to
+        position 0, as much as so many tokens: scaled to what was added so far.
+        """
+    def add_queries(self, head: typing.SupportsInt | typing.SupportsIndex, queries: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], positions: typing.Annotated[numpy.typing.ArrayLike, numpy.int64] | None = None) -> None:
+        """
+        Adds queries that read a kv head, of any of its query heads; as add_keys().
+        """
+    def keys_until(self, head: typing.SupportsInt | typing.SupportsIndex, last_position: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Moments of a head's keys less their mean, as a mean over positions up to this one.
+        """
+    def queries_until(self, head: typing.SupportsInt | typing.SupportsIndex, last_position: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        The same of its queries.
+        """
+    def tokens(self, head: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        Tokens of a head's keys that were added.
+        """
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def kv_heads(self) -> int:
+        ...
+class KeyBasis:
+    """
+    What a layer's keys are quantised in, in place of a rotation.
+    
+    Immutable. See include/tqai/key_basis.hpp.
+    """
+    @staticmethod
+    def deserialize(data: bytes) -> KeyBasis:
+        """
+        The basis that serialize() wrote; ValueError for bytes that it did not write.
+        """
+    @staticmethod
+    def learn(moments: KeyMoments, bits: typing.SupportsInt | typing.SupportsIndex, last_position: typing.SupportsInt | typing.SupportsIndex = 4096) -> KeyBasis:
+        """
+        The basis for codes of so many bits, good at positions up to last_position. ValueError for a
+        head without keys or queries.
+        """
+    def __getstate__(self) -> tuple[bytes]:
+        ...
+    def __setstate__(self, arg0: tuple) -> None:
+        ...
+    def matrices(self, head: typing.SupportsInt | typing.SupportsIndex) -> tuple:
+        """
+        A head's E, L and F, float32 [head_dim, head_dim]: a key less its centre, r, is quantised so that
+        n L z is near E r, and read as n F z.
+        """
+    def serialize(self) -> bytes:
+        """
+        The basis as bytes.
+        """
+    @property
+    def bits(self) -> int:
+        ...
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def id(self) -> int:
+        """
+        Tells it from others.
+        """
+    @property
+    def kv_heads(self) -> int:
+        ...
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of its matrices.
+        """
 class DType(enum.Enum):
     """
     Element types of tensors; bool for masks alone.
@@ -29,14 +119,15 @@ class KvCache:
     1; the caller keeps them alive during the call. The GIL is released while numbers are moved. Any
     thread may call any method at any time: those that change the cache wait for the others. All or
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
-    "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency. See
-    include/tqai/cache.hpp.
+    "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
+    key_basis: what keys are quantised in, in place of a rotation. See include/tqai/cache.hpp.
     """
     max_norm: typing.ClassVar[float] = 16376.0
     @staticmethod
-    def deserialize(data: typing_extensions.Buffer, *, level: str | None = None) -> KvCache:
+    def deserialize(data: typing_extensions.Buffer, *, level: str | None = None, key_bases: collections.abc.Sequence[KeyBasis] = ()) -> KvCache:
         """
-        The cache that serialize() wrote; ValueError for bytes that it did not write.
+        The cache that serialize() wrote; ValueError for bytes that it did not write. key_bases: those
+        that its keys may be in.
         """
     def __copy__(self) -> KvCache:
         ...
@@ -44,7 +135,7 @@ class KvCache:
         ...
     def __getstate__(self) -> tuple[bytes, str]:
         ...
-    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None) -> None:
+    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None, key_basis: KeyBasis | None = None) -> None:
         ...
     def __setstate__(self, arg0: tuple) -> None:
         ...
@@ -110,9 +201,10 @@ class KvCache:
         """
         Row i becomes a copy of row rows[i]; tiles are shared.
         """
-    def serialize(self) -> bytes:
+    def serialize(self, with_basis: bool = False) -> bytes:
         """
-        The cache as bytes, for files and other processes.
+        The cache as bytes, for files and other processes. Of a basis that keys are in, its id is
+        written, and with with_basis all of it.
         """
     def set_padding(self, counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
@@ -133,6 +225,11 @@ class KvCache:
     def head_dim(self) -> int:
         ...
     @property
+    def key_basis(self) -> KeyBasis | None:
+        """
+        What keys are quantised in; None: the rotation.
+        """
+    @property
     def kv_heads(self) -> int:
         ...
     @property
@@ -141,7 +238,8 @@ class KvCache:
     @property
     def rotations(self) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
         """
-        Matrices R [dim, dim] float32 that keys and values are turned by: y = R x.
+        Matrices R [dim, dim] float32 that keys and values are turned by: y = R x. ValueError where keys
+        are in a basis.
         """
     @property
     def tokens(self) -> int:
@@ -202,10 +300,10 @@ class CacheFile:
     """
     def __init__(self, path: os.PathLike | str | bytes) -> None:
         ...
-    def load(self, name: str, *, level: str | None = None, mapped: bool = False) -> KvCache:
+    def load(self, name: str, *, level: str | None = None, mapped: bool = False, key_bases: collections.abc.Sequence[KeyBasis] = ()) -> KvCache:
         """
         The cache that a tensor holds. mapped: tiles stay in the file's pages; nobody may shorten the
-        file, or change it in place, while any such cache lives.
+        file, or change it in place, while any such cache lives. key_bases: as KvCache.deserialize.
         """
     def read_into(self, name: str, to: typing_extensions.Buffer, first: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """

@@ -99,10 +99,16 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
 
     Raises:
         ValueError: for bytes that neither wrote.
+        NotImplementedError: where keys are in a basis.
     """
-    _core.KvCache.deserialize(data)  # checks every length and number
+    checked = _core.KvCache.deserialize(data)  # every length and number
+    if checked.key_basis is not None:
+        raise NotImplementedError(
+            "the cache's keys are in a learnt basis, which is read on the CPU by the C++ kernels "
+            "alone: keep it there (backend='auto'), or make the cache without a basis"
+        )
     if data[4] not in (_VERSION, _WITH_GAPS):  # of an older version: C++ brings it up to date
-        data = _core.KvCache.deserialize(data).serialize()
+        data = checked.serialize()
     reader = _Reader(data)
     options = _read_options(reader)
     for _ in _codebooks(options):

@@ -404,6 +404,7 @@ class TorchStore:
             "exact_bytes": exact,
             "overhead_bytes": overhead,
             "mapped_bytes": 0,
+            "basis_bytes": 0,
             "total_bytes": packed + exact + overhead,
             "uncompressed_bytes": tokens * token_bytes * self.options.dtype.itemsize,
         }
