@@ -238,6 +238,33 @@ TEST_F(Attention, MasksCapsWindowsAndSinksAsTheReference) {
             test::kPackedError);
 }
 
+// Equal keys: the output is the mean number of the tokens that are seen.
+TEST_F(Attention, AWindowHidesLaterTokensWhateverCausalSays) {
+  KvCache cache(geometry(64, 4, 4, 1));
+  constexpr std::int64_t kTokens = 10;
+  Array values({1, 1, kTokens, 64});
+  for (std::int64_t t = 0; t < kTokens; ++t) {
+    std::fill_n(values.at(0, 0, t), 64, static_cast<float>(t));
+  }
+  cache.append(Array({1, 1, kTokens, 64}), values);
+  const Array queries({1, 1, kTokens, 64}, 1.0F);
+  for (const bool causal : {true, false}) {
+    AttendOptions options;
+    options.causal = causal;
+    for (const std::int64_t window : {1, 2, 3, 100}) {
+      options.window = window;
+      const Array output = attend(cache, queries, options);
+      for (std::int64_t t = 0; t < kTokens; ++t) {
+        const std::int64_t first = std::max<std::int64_t>(t - window + 1, 0);
+        EXPECT_NEAR(output.at(0, t, 0)[5], 0.5 * static_cast<double>(first + t), 1e-5)
+            << "window " << window << ", token " << t;
+      }
+    }
+    options.window = 0;
+    EXPECT_NEAR(attend(cache, queries, options).at(0, 3, 0)[5], causal ? 1.5 : 4.5, 1e-5);
+  }
+}
+
 TEST_F(Attention, BooleanAndAdditiveMasksHideTheSame) {
   KvCache cache(geometry(64));
   const Tokens all(1, 2, 200, 64, engine_);
