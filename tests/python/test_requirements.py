@@ -137,7 +137,8 @@ def test_the_versions_tried_are_those_of_the_package() -> None:
     root = Path(__file__).parents[2]
 
     def found(name: str, pattern: str) -> tuple[int, ...]:
-        (version,) = re.findall(pattern, (root / name).read_text(), re.MULTILINE)
+        # The first one: constraints.txt has an older one for an older Python next.
+        version = re.findall(pattern, (root / name).read_text(), re.MULTILINE)[0]
         return tuple(map(int, version.split(".")))
 
     major, minor = NEWEST_TRANSFORMERS

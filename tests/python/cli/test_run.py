@@ -238,8 +238,12 @@ def test_options_may_stand_before_the_prompt(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
-def test_ctrl_c_in_a_process(folder: str) -> None:
-    command = [sys.executable, "-m", "tqai", "run", folder, LONG, "--max-new-tokens", "600"]
+def test_ctrl_c_in_a_process(tmp_path: Path) -> None:
+    # More than it writes by the time that the signal comes, however busy the machine is.
+    never, tokens = VOCABULARY + 1, 1_000_000
+    folder = toy.folder(tmp_path, chat=True, eos_token_id=never, max_position_embeddings=2 * tokens)
+    command = [sys.executable, "-m", "tqai", "run", str(folder), LONG]
+    command += ["--max-new-tokens", str(tokens)]
     with subprocess.Popen(
         [*command, "--temperature", "0"],
         stdout=subprocess.PIPE,
