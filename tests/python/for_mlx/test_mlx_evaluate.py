@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,17 @@ def test_dtypes_are_those_of_the_settings(folder: Path) -> None:
     assert model.model.norm.weight.dtype == mx.float16
     with pytest.raises(ValueError, match="dtype is 'float64'"):
         load_checked(folder, "float64")  # type: ignore
+
+
+def test_torch_is_not_needed(folder: Path) -> None:
+    code = f"""
+import sys
+sys.path[:0] = {[path for path in sys.path if path]!r}
+sys.modules["torch"] = None  # as where it is not installed
+from tqai.cli import main
+numbers = ["--prefill", "300", "--read", "4", "--setting", "k4v2"]
+sys.exit(main(["eval", "--framework", "mlx", "--model", {str(folder)!r}, *numbers]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "4 of 4 tokens read packed ones" in ran.stdout
