@@ -97,7 +97,7 @@ if not TYPE_CHECKING:  # which would take any name for one of these
         if name not in _LAZY:
             raise AttributeError(f"module 'tqai' has no attribute {name!r}")
         # Who has a model of mlx's to evaluate has imported it.
-        both = name in ("Fidelity", "evaluate") and "mlx.nn" in sys.modules
+        both = name in ("Fidelity", "Recall", "evaluate", "needle") and "mlx.nn" in sys.modules
         if _LAZY[name] != "tqai._core" and not both:
             needs_transformers()
         value = getattr(importlib.import_module(_LAZY[name]), name)

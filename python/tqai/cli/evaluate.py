@@ -139,17 +139,14 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
 
 def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
     from tqai.measure.recall import needle
-    from tqai.transformers.loading import load
 
-    if options.framework != "transformers":
-        raise ValueError(f"--needle goes with --framework transformers, not {options.framework}")
     for option in ("--plot", "--bos", *(option for option, *_ in _COMPARISON)):
         if _value(options, option) is not None:
             raise ValueError(f"{option} goes without --needle")
     numbers = _numbers(options, _SEARCH)
     seed = numbers.pop("needle_seed")
     depths = _DEPTHS if options.depths is None else options.depths
-    model, tokenizer = load(options.model, options.dtype, options.device)
+    model, tokenizer = load_model(options)
     with progress_bar("answer") as progress:
         results = needle(
             model, tokenizer, text, names, depths=depths, seed=seed, **numbers, progress=progress

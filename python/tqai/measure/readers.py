@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import mlx.nn as nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reader(Protocol):
@@ -43,6 +43,24 @@ class Reader(Protocol):
 
     def packed_vectors(self, cache: Any) -> int:
         """Keys that a compressed cache holds as codes, over all layers and heads."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the model was made for; None: unknown."""
+        ...
+
+    def tokenizer(self, given: Any) -> PreTrainedTokenizerBase:
+        """transformers' tokenizer in what the framework takes for one."""
+        ...
+
+    def feed(self, ids: list[int], cache: Any, last: bool = False) -> np.ndarray:
+        """Reads tokens at once: log-probabilities [tokens, or 1 if `last`, vocabulary] float64 of
+        the next ones."""
+        ...
+
+    def compressed(self, cache: Any) -> list[Any]:
+        """The compressed layers of a cache, with ``core`` and ``settings``."""
         ...
 
 
@@ -104,8 +122,29 @@ class TorchReader:
                 progress(part.shape[1])
 
     def packed_vectors(self, cache: Any) -> int:
-        stores = (getattr(layer, "core", None) for layer in cache.layers)
-        return sum(map(_packed_vectors, filter(None, stores)))
+        return sum(map(_packed_vectors, self.compressed(cache)))
+
+    @property
+    def limit(self) -> int | None:
+        return getattr(self._model.config, "max_position_embeddings", None)
+
+    def tokenizer(self, given: Any) -> PreTrainedTokenizerBase:
+        return given
+
+    def feed(self, ids: list[int], cache: Any, last: bool = False) -> np.ndarray:
+        import torch
+
+        from tqai.transformers.model.devices import device_of
+        from tqai.transformers.model.names import cache_argument
+
+        taken = {**cache_argument(self._model, cache), **({"logits_to_keep": 1} if last else {})}
+        with torch.inference_mode():
+            tokens = torch.tensor([ids], device=device_of(self._model))
+            logits = self._model(tokens, use_cache=True, **taken).logits[0]
+            return torch.log_softmax(logits.float(), -1).cpu().double().numpy()
+
+    def compressed(self, cache: Any) -> list[Any]:
+        return [layer for layer in cache.layers if getattr(layer, "core", None) is not None]
 
 
 class MlxReader:
@@ -162,14 +201,35 @@ class MlxReader:
             progress(end - start)
 
     def packed_vectors(self, cache: Any) -> int:
+        return sum(map(_packed_vectors, self.compressed(cache)))
+
+    @property
+    def limit(self) -> int | None:
+        return getattr(self._model.args, "max_position_embeddings", None)
+
+    def tokenizer(self, given: Any) -> PreTrainedTokenizerBase:
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+        return given._tokenizer if isinstance(given, TokenizerWrapper) else given
+
+    def feed(self, ids: list[int], cache: Any, last: bool = False) -> np.ndarray:
+        import mlx.core as mx
+
+        logits = self._model(mx.array([ids]), cache=cache)[0]
+        logits = (logits[-1:] if last else logits).astype(mx.float32)
+        logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+        mx.eval([layer.state for layer in cache])
+        return logs
+
+    def compressed(self, cache: Any) -> list[Any]:
         from tqai.mlx.model.probe import parts_of
 
         parts = (part for layer in cache for part in parts_of(layer))
-        stores = (getattr(part, "core", None) for part in parts)
-        return sum(map(_packed_vectors, filter(None, stores)))
+        return [part for part in parts if getattr(part, "core", None) is not None]
 
 
-def _packed_vectors(store: Any) -> int:
+def _packed_vectors(layer: Any) -> int:
+    store = layer.core
     return store.kv_heads * sum(map(store.packed_tokens, range(store.batch)))
 
 

@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import DynamicCache
+import numpy as np
 
 from tqai.measure.named_settings import NamedSetting, named_settings
+from tqai.measure.readers import Reader, reader_of
 from tqai.measure.text import frame, prose
-from tqai.transformers.cache.cache import TqaiCache
-from tqai.transformers.cache.layer import TqaiLayer
-from tqai.transformers.model.devices import device_of
-from tqai.transformers.model.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tqai.api import MlxModel
 
 CANDIDATES = 10
 """Codes that the right one is ranked among, itself included."""
@@ -58,7 +56,7 @@ class Recall:
 
 
 def needle(
-    model: PreTrainedModel,
+    model: PreTrainedModel | MlxModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | None = None,
     settings: Iterable[str | Mapping[str, Any]] = ("k4v4", "k4v2"),
@@ -78,7 +76,8 @@ def needle(
     find the code.
 
     Args:
-        model: on any device, not patched; patched in between, and as it was in the end.
+        model: on any device, or one that ``mlx_lm.load`` gives; not patched; patched in between,
+            and as it was in the end.
         text: by default ``tqai.text.prose()``; each needle gets another stretch of it.
         settings: as for ``tqai.evaluate``.
         context: tokens of the whole prompt.
@@ -96,7 +95,8 @@ def needle(
         raise ValueError(f"needles={needles}: expected at least 1")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths={list(depths)}: expected numbers from 0 to 1")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    reader = reader_of(model)
+    tokenizer, limit = reader.tokenizer(tokenizer), reader.limit
     if limit is not None and context > limit:
         raise ValueError(f"context={context}: the model was made for {limit} tokens")
     counts = [
@@ -115,8 +115,8 @@ def needle(
     done = 0
     for trial in trials:
         for count in counts:
-            with count.cache(model) as cache:
-                count.add(trial, model, cache)
+            with count.cache(reader) as cache:
+                count.add(trial, reader, cache)
             done += 1
             if progress is not None:
                 progress(done, len(trials) * len(counts), count.name)
@@ -155,8 +155,8 @@ class _Trial:
         self.first = len(head) + place
         self.last = self.first + len(sentence) - 1
         """Places of the needle in `ids`."""
-        self.ids = torch.tensor([head + body[:place] + sentence + body[place:]], device="cpu")
-        """[1, tokens]: the prompt up to the question."""
+        self.ids = head + body[:place] + sentence + body[place:]
+        """The prompt up to the question."""
 
     @cached_property
     def continuations(self) -> list[list[int]]:
@@ -188,42 +188,33 @@ class _Count:
         self._tokens_packed: list[int] = []
         self._needles_packed = 0
 
-    def cache(self, model: PreTrainedModel) -> Any:
+    def cache(self, reader: Reader) -> Any:
         """A context with a fresh cache."""
         if self._setting is None:
-            return nullcontext(DynamicCache(config=model.config))
+            return nullcontext(reader.own_cache())
         return self._setting.patched()
 
-    @torch.inference_mode()
-    def add(self, trial: _Trial, model: PreTrainedModel, cache: Any) -> None:
-        ids = trial.ids.to(device_of(model))
-        model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-        self._look_at(trial, cache)
-        logits = model(
-            _on_device(model, trial.question),
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(model, cache),
-        ).logits
-        scores = [_log_probability(model, logits[0], cache, ids) for ids in trial.continuations]
-        answer = _generate(model, logits, cache, len(trial.continuations[0]) + _EXTRA_TOKENS)
+    def add(self, trial: _Trial, reader: Reader, cache: Any) -> None:
+        reader.feed(trial.ids, cache, last=True)
+        self._look_at(trial, reader, cache)
+        logs = reader.feed(trial.question, cache, last=True)
+        scores = [_log_probability(reader, logs, cache, ids) for ids in trial.continuations]
+        answer = _generate(reader, logs, cache, len(trial.continuations[0]) + _EXTRA_TOKENS)
         self._needles += 1
         self._log_probability += scores[0]
         self._ranked_first += scores[0] > max(scores[1:])
         right = is_answer(trial.tokenizer.decode(answer), trial.codes[0])
         self._answered[trial.depth] = self._answered.get(trial.depth, 0) + right
 
-    def _look_at(self, trial: _Trial, cache: Any) -> None:
-        self._tokens = trial.ids.shape[1]
-        if isinstance(cache, TqaiCache):
+    def _look_at(self, trial: _Trial, reader: Reader, cache: Any) -> None:
+        self._tokens = len(trial.ids)
+        if self._setting is not None:
             packed = cache.memory_report()["packed_tokens"]
             if packed == 0:
                 self._refuse("token")
             self._tokens_packed.append(packed)
             self._needles_packed += any(
-                _packs(layer, trial.first, trial.last)
-                for layer in cache.layers
-                if isinstance(layer, TqaiLayer)
+                _packs(layer, trial.first, trial.last) for layer in reader.compressed(cache)
             )
 
     def _refuse(self, what: str) -> None:
@@ -254,39 +245,24 @@ def is_answer(text: str, code: str) -> bool:
     return number is not None and number[0] == code
 
 
-def _packs(layer: TqaiLayer, first: int, last: int) -> bool:
+def _packs(layer: Any, first: int, last: int) -> bool:
     """Whether all tokens from `first` to `last` of the layer's one row are held as codes."""
     core = layer.core
-    if core is None:
-        return False
     start = core.first_token if layer.is_sliding else layer.settings.sink_tokens
     return start <= first and last < start + core.packed_tokens(0)
 
 
-def _on_device(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """[1, tokens] where the model takes them."""
-    return torch.tensor([ids], device=device_of(model))
-
-
-def _log_probability(
-    model: PreTrainedModel, logits: torch.Tensor, cache: Any, ids: list[int]
-) -> float:
-    """Of tokens to follow what is in the cache, which stays as it is; logits: [1, vocabulary], of
+def _log_probability(reader: Reader, logs: np.ndarray, cache: Any, ids: list[int]) -> float:
+    """Of tokens to follow what is in the cache, which stays as it is; logs: [1, vocabulary], of
     the first one."""
     if len(ids) > 1:
-        branch = copy.deepcopy(cache)
-        read = _on_device(model, ids[:-1])
-        more = model(read, use_cache=True, **cache_argument(model, branch)).logits[0]
-        logits = torch.cat([logits, more])
-    index = torch.tensor(ids, device=logits.device)[:, None]
-    return torch.log_softmax(logits.float(), -1).gather(1, index).sum().item()
+        logs = np.concatenate([logs, reader.feed(ids[:-1], copy.deepcopy(cache))])
+    return float(logs[np.arange(len(ids)), ids].sum())
 
 
-def _generate(model: PreTrainedModel, logits: torch.Tensor, cache: Any, count: int) -> list[int]:
-    """The likeliest tokens, one after the other; logits: [1, 1, vocabulary], of the first one."""
-    tokens = [int(logits.argmax())]
+def _generate(reader: Reader, logs: np.ndarray, cache: Any, count: int) -> list[int]:
+    """The likeliest tokens, one after the other; logs: [1, vocabulary], of the first one."""
+    tokens = [int(logs.argmax())]
     while len(tokens) < count:
-        last = _on_device(model, tokens[-1:])
-        logits = model(last, use_cache=True, **cache_argument(model, cache)).logits
-        tokens.append(int(logits.argmax()))
+        tokens.append(int(reader.feed(tokens[-1:], cache, last=True).argmax()))
     return tokens

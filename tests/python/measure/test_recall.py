@@ -11,6 +11,7 @@ import toy
 import tqai
 from conftest import make_model
 from tqai.measure.named_settings import parse_setting
+from tqai.measure.readers import TorchReader
 from tqai.measure.recall import CANDIDATES, _generate, _Trial, is_answer
 from tqai.measure.text import frame, prose
 from transformers import DynamicCache
@@ -47,8 +48,8 @@ def needle(model: Any, settings: list[Any], **options: Any) -> list[tqai.Recall]
 def test_prompt(depth: float, chat: bool) -> None:
     tokenizer = chat_tokenizer() if chat else toy.tokenizer()
     trial = make_trial(depth, tokenizer=tokenizer)
-    assert trial.ids.shape[1] + len(trial.question) == CONTEXT
-    prompt = tokenizer.decode(trial.ids[0])
+    assert len(trial.ids) + len(trial.question) == CONTEXT
+    prompt = tokenizer.decode(trial.ids)
     sentence = prompt[trial.first : trial.last + 1]
     fact, code = sentence.rsplit(" ", 1)
     assert fact.startswith(" The secret code of the ") and fact.endswith(" is")
@@ -93,8 +94,9 @@ def log_probabilities(model: Any, trial: _Trial, options: dict[str, Any] | None)
             cache = tqai.patch(model, **options)
         ids = trial.tokenizer(f" {code}").input_ids
         logits = []
-        for tokens in (trial.ids, torch.tensor([trial.question]), torch.tensor([ids])):
-            logits.append(model(tokens, past_key_values=cache, use_cache=True).logits[0])
+        for tokens in (trial.ids, trial.question, ids):
+            given = torch.tensor([tokens])
+            logits.append(model(given, past_key_values=cache, use_cache=True).logits[0])
         if options is not None:
             tqai.unpatch(model)
         scores = torch.cat([logits[1][-1:], logits[2][:-1]]).double().log_softmax(-1)
@@ -120,7 +122,7 @@ def test_numbers(model: Any) -> None:
         assert packed.log_probability == pytest.approx(quantised[0], rel=1e-5)
         assert abs(quantised[0] - expected[0]) > 1e-3  # the setting is one that shows
         assert packed.ranked_first == (max(quantised) == quantised[0])
-        assert packed.tokens == trial.ids.shape[1]
+        assert packed.tokens == len(trial.ids)
         assert packed.tokens_packed == (packed.tokens - 2 - 32) // 64 * 64
         assert (plain.tokens_packed, plain.needles_packed) == (0, 0)
         assert plain.depths == packed.depths == {0.5: 0}  # a random model finds nothing
@@ -130,11 +132,11 @@ def test_numbers(model: Any) -> None:
 
 def test_generation_is_greedy() -> None:
     model = make_model("llama", seed=5)
-    ids = make_trial(0.5).ids
+    ids = torch.tensor([make_trial(0.5).ids])
     cache = tqai.patch(model, **parse_setting(SETTING))
     with torch.inference_mode():
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-        tokens = _generate(model, logits, cache, 8)
+        tokens = _generate(TorchReader(model), logits[0].numpy(), cache, 8)
     expected = model.generate(
         ids, max_new_tokens=8, do_sample=False, eos_token_id=1000, pad_token_id=0
     )

@@ -46,6 +46,10 @@ class Compressed(mlx_caches._BaseCache):
         """Tokens that a query sees, its own among them; None: all."""
         return self.shape.max_size
 
+    @property
+    def is_sliding(self) -> bool:
+        return self.max_size is not None
+
     def size(self) -> int:
         """Columns that the next query may see, without its own."""
         columns = self._columns()
