@@ -9,8 +9,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 #include <utility>
 #include <vector>
+
+#include "small_caches.hpp"
 
 namespace {
 
@@ -217,6 +220,7 @@ class Calls {
     if (choices_.next() % 4 == 0) {
       bytes[choices_.next() * size / 256] ^= static_cast<std::uint8_t>(1U << choices_.next() % 8);
     }
+    if (tqai::fuzz::takes_long(std::as_bytes(std::span(bytes)))) return;
     tqai_cache* back = nullptr;
     if (!is_ok(tqai_cache_deserialize(bytes.data(), size, nullptr, &back))) return;
     std::swap(back, cache_);
