@@ -180,9 +180,16 @@ def after(model: Any, cache: Any) -> torch.Tensor:
     )
     ids = make_ids(rows or 1, 3, seed=9)
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    encoder = {"input_ids": make_ids(rows or 1, 80)} if model.config.is_encoder_decoder else {}
+    given = {name: ids}
+    if model.config.is_encoder_decoder:
+        given["input_ids"] = make_ids(rows or 1, 80)
+    padding = getattr(layers[0], "padding", ())
+    if any(padding):
+        given["attention_mask"] = torch.ones(rows, cache.get_seq_length() + ids.shape[1]).long()
+        for row, count in enumerate(padding):
+            given["attention_mask"][row, :count] = 0
     with torch.no_grad():
-        return model(**{**encoder, name: ids}, past_key_values=cache).logits
+        return model(**given, past_key_values=cache).logits
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
