@@ -400,6 +400,58 @@ TEST_P(BasisCaches, KeepKeysExactThatNoNormIsLargeEnoughFor) {
   EXPECT_EQ(cache.packed_tokens(0), 128);
 }
 
+// Bytes of a basis with any numbers that a reader lets pass.
+std::vector<std::byte> any_basis(int dim, int bits, std::mt19937_64& engine) {
+  std::vector<std::byte> bytes = learnt(dim, bits)->serialize();
+  constexpr std::size_t kScales = 20;
+  constexpr std::size_t kMatrices = kScales + 2 * sizeof(float);
+  const auto full = static_cast<std::size_t>(dim * dim);
+  const float scales[] = {std::ldexp(1.0F, static_cast<int>(engine() % 127) - 64),
+                          std::ldexp(1.0F, static_cast<int>(engine() % 81) - 64)};
+  std::memcpy(bytes.data() + kScales, scales, sizeof scales);
+  const std::size_t count = (bytes.size() - kMatrices - 8) / 2;
+  for (std::size_t i = 0; i < count; ++i) {
+    const bool square = i < full || i >= count - full;
+    const auto most = static_cast<std::uint64_t>(square ? 0x3C00 : 0x7BFF);
+    const auto half = static_cast<std::uint16_t>(engine() % (most + 1) | (engine() & 0x8000));
+    std::memcpy(bytes.data() + kMatrices + 2 * i, &half, sizeof half);
+  }
+  std::uint64_t hash = 0xCBF2'9CE4'8422'2325;
+  for (std::size_t i = 0; i < bytes.size() - 8; ++i) {
+    hash = (hash ^ static_cast<std::uint64_t>(bytes[i])) * 0x0000'0100'0000'01B3;
+  }
+  std::memcpy(bytes.data() + bytes.size() - 8, &hash, sizeof hash);
+  return bytes;
+}
+
+// A basis from elsewhere may make keys of any size and none; sealing then keeps them exact, or
+// holds something, and reading gives numbers.
+TEST_P(BasisCaches, ComeThroughAnyBasis) {
+  auto engine = random_engine(45);
+  std::int64_t packed = 0;
+  for (int i = 0; i < 60; ++i) {
+    const int dim = i % 2 == 0 ? 8 : 24;
+    const int bits = i % 8 + 1;
+    CacheOptions options = geometry(dim, bits, 4, 1);
+    options.level = GetParam();
+    options.key_basis =
+        std::make_shared<const KeyBasis>(KeyBasis::deserialize(any_basis(dim, bits, engine)));
+    Structured all(1, 204, dim, 2);
+    const float size = std::ldexp(1.0F, static_cast<int>(engine() % 60) - 50);
+    for (float& value : all.keys.data) value *= size;
+    KvCache cache(options);
+    cache.append(all.keys, all.values);
+    cache.seal();
+    const auto held = gather(cache, 0, 204);
+    const auto finite = [](float value) { return std::isfinite(value); };
+    EXPECT_TRUE(std::all_of(held.keys.data.begin(), held.keys.data.end(), finite)) << i;
+    const Array output = test::attend(cache, all.queries);
+    EXPECT_TRUE(std::all_of(output.data.begin(), output.data.end(), finite)) << i;
+    packed += cache.packed_tokens(0);
+  }
+  EXPECT_GT(packed, 0);
+}
+
 TQAI_AT_EVERY_LEVEL(BasisCaches);
 
 TEST(BasisCache, SaysWhatItHolds) {
