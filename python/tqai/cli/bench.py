@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tqai.cli import bench_prefill
-from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import add_framework, add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
 from tqai.cli.process import fresh_process
@@ -99,6 +99,7 @@ def _add_model(subjects: Any) -> None:
         _run_model,
     )
     add_model(parser, dtype=False)
+    add_framework(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -111,7 +112,8 @@ def _add_model(subjects: Any) -> None:
         nargs="+",
         choices=("dynamic", "quantized", "tqai"),
         default=["dynamic", "quantized", "tqai"],
-        help="transformers' DynamicCache and QuantizedCache, and tqai's (default: all)",
+        help="transformers' DynamicCache and QuantizedCache, or mlx-lm's KVCache and "
+        "QuantizedKVCache of 4 bits, and tqai's (default: all)",
     )
     _add_numbers(
         parser,
@@ -258,23 +260,28 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
 
 def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
     """What is asked for and can be had, and what to say about the rest."""
-    from tqai.measure.time_model import COMPRESSED, DYNAMIC, QUANTIZED, Variant, quantized_backend
+    from tqai.measure.time_model import KINDS, Variant
 
     notes = []
+    framework = options.framework
+    plain, quantized, compressed = KINDS[framework]
     caches: dict[str, Callable[[str], Variant]] = {
-        "dynamic": lambda dtype: Variant(DYNAMIC, dtype),
-        "tqai": lambda dtype: Variant(COMPRESSED, dtype, settings_of(options)),
+        "dynamic": lambda dtype: Variant(plain, dtype, framework=framework),
+        "tqai": lambda dtype: Variant(compressed, dtype, settings_of(options), framework),
     }
     if "quantized" in options.caches:
-        backend = quantized_backend()
-        if backend is None:
+        how: dict[str, Any] = {"nbits": 4}
+        if framework == "transformers":
+            from tqai.measure.torch_decoder import quantized_backend
+
+            how["backend"] = quantized_backend()
+        if how.get("backend", framework) is None:
             notes.append(
                 "QuantizedCache: not measured, as neither of its back ends, optimum-quanto and "
                 "hqq, is installed."
             )
         else:
-            how = {"backend": backend, "nbits": 4}
-            caches["quantized"] = lambda dtype: Variant(QUANTIZED, dtype, how)
+            caches["quantized"] = lambda dtype: Variant(quantized, dtype, how, framework)
     kinds = [cache for cache in dict.fromkeys(options.caches) if cache in caches]
     dtypes = dict.fromkeys(options.dtypes)
     found = [caches[kind](dtype) for dtype in dtypes for kind in kinds]
@@ -286,6 +293,8 @@ def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
 def _run_model(options: argparse.Namespace) -> None:
     from tqai.measure.time_model import time_model
 
+    if options.framework == "mlx":
+        _check_mlx(options)
     figure = _figure(options)
     given = settings_of(options)
     Settings.named(given.pop("preset", None), **given)  # raises before models are loaded
@@ -308,26 +317,45 @@ def _run_model(options: argparse.Namespace) -> None:
     if options.json:
         print_json({"rows": [asdict(row) for row in rows], "notes": notes})
     else:
-        _print_model(rows, notes)
+        _print_model(rows, notes, options.framework)
     if figure is not None:
         _draw_model(figure, rows)
         figure.savefig(options.plot)
+
+
+def _check_mlx(options: argparse.Namespace) -> None:
+    """Raises ValueError for what mlx-lm does not take, before any process is started."""
+    from tqai.mlx.loading import check_name
+
+    if options.device is not None:
+        raise ValueError(f"--device {options.device} goes with --framework transformers")
+    check_name(options.model)
 
 
 def _cache_name(row: ModelTime) -> str:
     return " ".join(part for part in (row.cache, row.bits, row.level, row.dtype) if part)
 
 
-def _print_model(rows: list[ModelTime], notes: list[str]) -> None:
+def _print_model(rows: list[ModelTime], notes: list[str], framework: str) -> None:
     def size(count: int | None) -> str:
         return "–" if count is None else megabytes(count)
 
     first = rows[0]
+    plain = "KVCache" if framework == "mlx" else "DynamicCache"
     print(
         f"{os.path.basename(first.model)}, {first.threads} threads, median of {first.steps} tokens"
     )
     print_table(
-        ["", "context", "ms/token", "× Dynamic", "packed", "cache", "process", "peak"],
+        [
+            "",
+            "context",
+            "ms/token",
+            f"× {plain.removesuffix('Cache')}",
+            "packed",
+            "cache",
+            "process",
+            "peak",
+        ],
         [
             [
                 _cache_name(row),
@@ -343,9 +371,10 @@ def _print_model(rows: list[ModelTime], notes: list[str]) -> None:
         ],
     )
     print(
-        "\n× Dynamic: how many times as fast as DynamicCache of the same dtype, the median of the "
-        "rounds' ratios;\nthe caches decode in turn. Cache: by its own account. Process: its "
-        "resident memory over the model's own,\nwith the cache; peak: the most while it decoded."
+        f"\n× {plain.removesuffix('Cache')}: how many times as fast as {plain} of the same dtype, "
+        "the median of the rounds'\nratios; the caches decode in turn. Cache: by its own account. "
+        "Process: its resident memory over the\nmodel's own, with the cache; peak: the most while "
+        "it decoded."
     )
     repeated = {row.context: row.repeated for row in rows if row.repeated}
     for context, count in repeated.items():

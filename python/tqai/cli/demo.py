@@ -8,7 +8,8 @@ import statistics
 import time
 from typing import Any
 
-from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli import demo_mlx
+from tqai.cli.options import add_framework, add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import run_fresh
 from tqai.measure.resident import resident_bytes
@@ -16,7 +17,7 @@ from tqai.measure.text import frame, prose
 
 QUESTION = "Explain, in a few sentences, what the assert statement does."
 # More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
-_WARM_UP_TOKENS = 320
+WARM_UP_TOKENS = 320
 
 
 def add(verbs: Any) -> None:
@@ -27,6 +28,7 @@ def add(verbs: Any) -> None:
         run,
     )
     add_model(parser)
+    add_framework(parser)
     for option, default, text in (
         ("--context", 4096, "tokens of the prompt"),
         ("--tokens", 64, "tokens to generate, at most"),
@@ -38,12 +40,22 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    # Each in a process of its own, one after the other: neither sees the other's memory or load.
-    plain = run_fresh(generate, options, None)
-    compressed = run_fresh(generate, options, settings_of(options), plain["tokens"])
+    if options.tokens < 1:
+        raise ValueError(f"--tokens {options.tokens}: expected at least 1")
+    # Each in a process of its own, one after the other: none sees another's memory or load.
+    given = settings_of(options)
+    quantized = None
+    if options.framework == "mlx":
+        plain = run_fresh(demo_mlx.generate, options, "plain", given)
+        quantized = run_fresh(demo_mlx.generate, options, "quantized", given)
+        compressed = run_fresh(demo_mlx.generate, options, "compressed", given, plain["tokens"])
+    else:
+        plain = run_fresh(generate, options, None)
+        compressed = run_fresh(generate, options, given, plain["tokens"])
     equal = [a == b for a, b in zip(plain["tokens"], compressed["tokens"], strict=False)]
     length = max(len(plain["tokens"]), len(compressed["tokens"]))
     result = {
+        "model": options.model,
         "prompt_tokens": plain["prompt_tokens"],
         "dtype": options.dtype,
         "threads": compressed["threads"],
@@ -56,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
         "tokens_equal_from_start": equal.index(False) if False in equal else len(equal),
         "tokens_equal_given_same_text": compressed.pop("foreseen"),
     }
+    if quantized is not None:
+        result["quantized"] = quantized
     if options.json:
         print_json(result)
     else:
@@ -82,15 +96,8 @@ def generate(
         torch.set_num_threads(options.threads)
     name = "own cache" if settings is None else "compressed cache"
     model, tokenizer = load(options.model, options.dtype, options.device)
-    ids = prompt(tokenizer, options.context).to(model.device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if options.tokens < 1:
-        raise ValueError(f"--tokens {options.tokens}: expected at least 1")
-    if limit is not None and options.context + options.tokens > limit:
-        raise ValueError(
-            f"--context {options.context} and --tokens {options.tokens} together: the model was "
-            f"made for {limit} tokens"
-        )
+    ids = torch.tensor([prompt_ids(tokenizer, options.context)], device=model.device)
+    check_length(options, getattr(model.config, "max_position_embeddings", None))
 
     if settings is not None:
         tqai.patch(model, **settings)
@@ -109,7 +116,7 @@ def generate(
         )
         return out[0, ids.shape[1] :].tolist()
 
-    answer(ids[:, -_WARM_UP_TOKENS:], 2, fresh_cache(), _Clock())
+    answer(ids[:, -WARM_UP_TOKENS:], 2, fresh_cache(), _Clock())
     cache = fresh_cache()
     before = resident_bytes()
     with tqdm(total=options.tokens, desc=name, unit="token") as bar:
@@ -165,11 +172,18 @@ class _Clock:
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
-def prompt(tokenizer: Any, length: int) -> Any:
-    """Token ids [1, length]: prose and a question about its beginning, as the model's chat template
-    has it."""
-    import torch
+def check_length(options: argparse.Namespace, limit: int | None) -> None:
+    """Raises ValueError where prompt and answer are more than `limit`, what a model is for."""
+    if limit is not None and options.context + options.tokens > limit:
+        raise ValueError(
+            f"--context {options.context} and --tokens {options.tokens} together: the model was "
+            f"made for {limit} tokens"
+        )
 
+
+def prompt_ids(tokenizer: Any, length: int) -> list[int]:
+    """`length` token ids: prose and a question about its beginning, as the model's chat template
+    has it."""
     first, last = frame(tokenizer, QUESTION)
     text = tokenizer(prose(), add_special_tokens=False, verbose=False).input_ids
     count = length - len(first) - len(last)
@@ -178,7 +192,7 @@ def prompt(tokenizer: Any, length: int) -> Any:
             f"--context {length}: expected {len(first) + len(last) + 1} to "
             f"{len(first) + len(last) + len(text)}"
         )
-    return torch.tensor([first + text[:count] + last])
+    return first + text[:count] + last
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -203,25 +217,30 @@ def _print(result: dict[str, Any]) -> None:
         return "–" if rate is None else f"{rate:.1f} tokens/s"
 
     bits = f"K{settings['bits_k']}/V{settings['bits_v']}"
+    runs = {f"own cache, {result['dtype']}": plain}
+    quantized = result.get("quantized")
+    if quantized is not None and "refused" not in quantized:
+        runs["mlx-lm's of 4 bits"] = quantized
+    runs[f"compressed, {bits}"] = compressed
+    blank = [""] * (len(runs) - 1)
     print_table(
-        ["", f"own cache, {result['dtype']}", f"compressed, {bits}"],
+        ["", *runs],
         [
-            ["cache", megabytes(plain["cache_bytes"]), megabytes(compressed["cache_bytes"])],
-            ["  packed tokens", "", megabytes(report["packed_bytes"])],
-            ["  exact tokens", "", megabytes(report["exact_bytes"])],
-            ["  overhead", "", megabytes(report["overhead_bytes"])],
-            ["growth of the process", growth(plain), growth(compressed)],
-            [
-                "prefill",
-                f"{plain['prefill_seconds']:.2f} s",
-                f"{compressed['prefill_seconds']:.2f} s",
-            ],
-            ["decoding, median", speed(plain), speed(compressed)],
+            ["cache", *(megabytes(each["cache_bytes"]) for each in runs.values())],
+            ["  packed tokens", *blank, megabytes(report["packed_bytes"])],
+            ["  exact tokens", *blank, megabytes(report["exact_bytes"])],
+            ["  overhead", *blank, megabytes(report["overhead_bytes"])],
+            ["growth of the process", *map(growth, runs.values())],
+            ["prefill", *(f"{each['prefill_seconds']:.2f} s" for each in runs.values())],
+            ["decoding, median", *map(speed, runs.values())],
         ],
     )
+    if quantized is not None and "refused" in quantized:
+        print(f"\nWithout mlx-lm's quantised cache: {quantized['refused']}.")
     share = compressed["cache_bytes"] / plain["cache_bytes"]
     print(
         f"\nThe compressed cache takes {percent(share)} of the model's own. "
         f"{report['packed_tokens']} of {report['tokens']} tokens are packed. "
-        f"{result['threads']} threads, {result['level']} kernels."
+        f"{result['model'] or 'The default model'}, {result['threads']} threads, {result['level']} "
+        "kernels."
     )

@@ -7,9 +7,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Long enough that a short call is repeated, so that one turn has a median of its own.
 _TURN_SECONDS = 20e-3
@@ -60,11 +61,15 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 def wait_for(device: torch.device) -> None:
     """Returns when `device` has done what it was given; the CPU has."""
     if device.type != "cpu":
+        import torch
+
         torch.accelerator.synchronize(device)
 
 
 def memory_reader() -> Callable[[], Any]:
     """A call that reads ``BUFFER_BYTES`` once, with torch's threads: a sum."""
+    import torch
+
     buffer = torch.ones(BUFFER_BYTES // 4)
     return buffer.sum
 

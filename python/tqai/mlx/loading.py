@@ -18,17 +18,22 @@ def load(model: str | Path | None, dtype: Dtype = "float32") -> tuple[Any, Any]:
         ValueError: for what mlx-lm does not load.
         OSError: for what is not there.
     """
+    check_name(model)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    loaded, tokenizer = mlx_lm.load(str(model))[:2]
+    loaded.set_dtype(getattr(mx, dtype))
+    mx.eval(loaded.parameters())
+    return loaded, tokenizer
+
+
+def check_name(model: str | Path | None) -> None:
+    """Raises ValueError for what mlx-lm does not load, as far as the name tells."""
     if model is None or str(model).endswith(".gguf"):
         raise ValueError(
             "mlx-lm loads no .gguf files, as the default model is one: name a folder or hub id "
             "with --model"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = Path(model)
     if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
         raise ValueError(f"no such folder: {model}")
-    loaded, tokenizer = mlx_lm.load(str(model))[:2]
-    loaded.set_dtype(getattr(mx, dtype))
-    mx.eval(loaded.parameters())
-    return loaded, tokenizer

@@ -15,7 +15,10 @@ import toy
 import tqai
 from conftest import make_model as make_torch_model
 from mlx_lm import load
+from mlx_lm.models.cache import make_prompt_cache
+from tqai._core import default_level
 from tqai.cli import main
+from tqai.measure.mlx_decoder import quantised_together
 from tqai.mlx.loading import load as load_checked
 
 NUMBERS = {"prefill": 300, "read": 12}
@@ -117,3 +120,78 @@ sys.exit(main(["eval", "--framework", "mlx", "--model", {str(folder)!r}, *number
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "4 of 4 tokens read packed ones" in ran.stdout
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With heads of 32, which mlx-lm quantises, and a chat template."""
+    return toy.folder(tmp_path_factory.mktemp("wide"), chat=True, hidden_size=128)
+
+
+def test_decoding_is_timed_beside_mlx_lms_caches(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "model", "--framework", "mlx", "--model", str(wide_folder), "--json"]
+    numbers = ["--contexts", "64", "500", "--prefill", "200", "--tokens", "2", "--window", "32"]
+    assert main([*command, *numbers, "--dtypes", "float32"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["notes"] == []
+    rows = {(row["cache"], row["context"]): row for row in result["rows"]}
+    assert list(rows) == [
+        (kind, context) for context in (64, 500) for kind in ("KVCache", "QuantizedKVCache", "tqai")
+    ]
+    assert all(row["milliseconds"] > 0 and row["threads"] >= 1 for row in rows.values())
+    assert rows["KVCache", 64]["times_dynamic"] == 1
+    # mlx-lm's buffers come in steps of 256 tokens: 2 layers, 2 sides, 2 heads of 32
+    assert rows["KVCache", 64]["cache_bytes"] == 256 * 2 * 2 * 2 * 32 * 4
+    assert rows["QuantizedKVCache", 500]["bits"] == "4"
+    ours = rows["tqai", 500]
+    assert (ours["bits"], ours["packed_tokens"], ours["repeated"]) == ("k4v2", 448, 300)
+    assert ours["level"] == default_level() and ours["model"] == str(wide_folder)
+    assert ours["cache_bytes"] < rows["KVCache", 500]["cache_bytes"]
+
+
+def test_what_cannot_be_timed_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["bench", "model", "--framework", "mlx", "--contexts", "8", "--prefill", "8"]
+    for more, message in (
+        ([], "mlx-lm loads no .gguf files"),
+        (["--model", str(folder), "--device", "cpu"], "--device cpu goes with"),
+        (
+            ["--model", str(folder), "--caches", "quantized"],
+            "mlx-lm quantises 64 or 32 coordinates together: leave its quantised cache out with "
+            "--caches dynamic tqai",
+        ),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_sliding_window_cannot_be_quantised() -> None:
+    model = make_model("mistral", head_dim=32)
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2]]), cache=cache)
+    with pytest.raises(NotImplementedError, match="layer 0 has a RotatingKVCache"):
+        quantised_together(cache)
+
+
+def test_demo(wide_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["demo", "--framework", "mlx", "--context", "500", "--tokens", "6", "--window", "32"]
+    assert main([*command, "--model", str(wide_folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    plain, quantized, ours = (result[name] for name in ("plain", "quantized", "compressed"))
+    for run in (plain, quantized, ours):
+        assert len(run["tokens"]) == 6 and run["prompt_tokens"] == 500
+        assert run["prefill_seconds"] > 0 and run["decode_tokens_per_second"] > 0
+    assert ours["cache_bytes"] == ours["report"]["total_bytes"] < plain["cache_bytes"]
+    assert quantized["cache_bytes"] < plain["cache_bytes"]
+    assert ours["report"]["packed_tokens"] == 448
+    assert 0 <= result["tokens_equal_given_same_text"] <= 6
+
+    command[command.index("--window") + 1] = "600"  # nothing is sealed
+    assert main([*command, "--model", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "Equal tokens: 6 of 6" in text and "at 6 of 6 places" in text
+    assert "Without mlx-lm's quantised cache: the model has heads of [16]" in text
+    assert f"{folder}, " in text and f"{default_level()} kernels" in text

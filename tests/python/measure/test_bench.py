@@ -19,7 +19,7 @@ import torch
 import toy
 from tqai import _core
 from tqai.cli import main
-from tqai.measure import time_kernels, time_model
+from tqai.measure import time_kernels, time_model, torch_decoder
 from tqai.measure.time_kernels import SDPA, Shape
 from tqai.measure.time_model import COMPRESSED, DYNAMIC, ModelTime, Variant
 from tqai.measure.timing import in_turns, ratio
@@ -242,7 +242,7 @@ def test_user_errors(
 ) -> None:
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
-    monkeypatch.setattr(time_model, "quantized_backend", lambda: None)
+    monkeypatch.setattr(torch_decoder, "quantized_backend", lambda: None)
     assert main(["bench", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -253,8 +253,8 @@ def test_user_errors(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short text to tokenize, and no look at the process, which collects garbage first."""
-    monkeypatch.setattr(time_model, "resident_bytes", lambda: 1000)
-    monkeypatch.setattr(time_model, "prose", lambda: "A short text. " * 40)
+    monkeypatch.setattr(torch_decoder, "resident_bytes", lambda: 1000)
+    monkeypatch.setattr(torch_decoder, "prose", lambda: "A short text. " * 40)
 
 
 def times(folder: str, variants: list[Variant], contexts: list[int], **how: Any) -> list[ModelTime]:
@@ -299,7 +299,7 @@ def test_what_is_decoded_is_the_contexts_continuation(folder: str) -> None:
     """A cache that was filled goes on as one that was read."""
     logits = []
     for prefill in (200, 100):
-        decoder = time_model._Decoder(Variant(DYNAMIC, "float32"), folder, prefill, 300, 1)
+        decoder = torch_decoder.TorchDecoder(Variant(DYNAMIC, "float32"), folder, prefill, 300, 1)
         decoder.fill(100)
         assert decoder._cache.get_seq_length() == 102
         logits.append(decoder._cache.layers[0].keys[:, :, :100])
@@ -319,9 +319,9 @@ def test_learned_positions_end() -> None:
         def get_text_config(self) -> Config:
             return self
 
-    time_model._check_length(Config(), 64)
+    torch_decoder._check_length(Config(), 64)
     with pytest.raises(ValueError, match="the model takes 64"):
-        time_model._check_length(Config(), 65)
+        torch_decoder._check_length(Config(), 65)
 
 
 def test_model(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_model(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) 
     assert f"tqai k4v2 {_core.default_level()} float32" in text
     assert "Context 400: 300 tokens were read by the model; 100 repeat" in text
     assert "Context 64" not in text
-    if time_model.quantized_backend() is None:
+    if torch_decoder.quantized_backend() is None:
         assert "QuantizedCache: not measured" in text
     assert "<svg" in file.read_text()
 
