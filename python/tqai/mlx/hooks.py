@@ -3,6 +3,7 @@
 - the model gets a ``make_cache`` of its own, which mlx-lm's ``make_prompt_cache`` asks, and so
   everything of mlx-lm's that generates; it has the settings, and so is what makes a model a patched
   one;
+- it gets a class of its own, whose calls begin and end forward passes (``tqai.mlx.calls``);
 - while any model is patched, tqai's attention function stands in the place of mlx-lm's, and a
   ``make_prompt_cache`` that knows what compressed caches cannot do in the place of that.
 """
@@ -16,6 +17,7 @@ from weakref import ref
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_caches
 
+from tqai.mlx import calls
 from tqai.mlx.attention import functions, patching
 from tqai.mlx.cache.prompt import TqaiPromptCache
 from tqai.mlx.model.geometry import Geometry, geometry_of
@@ -55,6 +57,7 @@ def install(model: Any, settings: Settings) -> TqaiPromptCache:
     geometry.check(settings)
     maker = _CacheMaker(geometry, settings, before)
     model.make_cache = maker
+    calls.watch(model)
     _note(model)
     functions.install()
     patching.put(make_prompt_cache, _make_prompt_cache)
@@ -81,6 +84,7 @@ def remove(model: Any) -> None:
         ValueError: when `model` is not patched.
     """
     maker = _require_maker(model)
+    calls.unwatch(model)
     del model.make_cache
     if maker.before is not None:
         model.make_cache = maker.before

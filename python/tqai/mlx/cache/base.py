@@ -14,6 +14,8 @@ from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 
 Dtypes = tuple[mx.Dtype, mx.Dtype]
+TILE_TOKENS = 64
+"""Tokens that are sealed together."""
 
 
 class Compressed(mlx_caches._BaseCache):
@@ -30,6 +32,15 @@ class Compressed(mlx_caches._BaseCache):
         """Of the keys and of the values; None before there were any."""
         self.version = 0
         """Counts changes, so that a view can tell whether it is out of date."""
+        self.passing: Any = None
+        """The forward pass that is under way, where its end will be told; see
+        ``tqai.mlx.cache.passes``."""
+        self.broken: str | None = None
+        """Why nothing may be added any more; None: it may."""
+        self._before: Any = None
+        """What the layer was before the pass, once that has added something."""
+        self._seals_later = False
+        """Whether what leaves the window is sealed when the pass has ended."""
         self._update: Update | None = None
         """What the last update handed out, until it is settled."""
 
@@ -89,6 +100,48 @@ class Compressed(mlx_caches._BaseCache):
                 "packed: keys_and_values() stands for them"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # What forward passes ask of it.
+
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held of each row; of rows of equal length, once."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Makes the store hold what is pending.
+
+        Raises:
+            ValueError: for NaN or infinity.
+        """
+        raise NotImplementedError
+
+    def end_pass(self) -> None:
+        """Makes what the pass has added lasting."""
+        self._seals_later = False
+        self.settle()
+        self._before = self.passing = None
+
+    def undo_pass(self) -> None:
+        """Makes the cache as it was before the pass. May be called again."""
+        if self._before is not None:
+            self._restore(self._before)
+        self._seals_later = False
+        self._before = self.passing = None
+
+    def _note_pass(self, tokens: int) -> None:
+        """Called when a pass, if one is under way, is about to add so many tokens."""
+        if self.passing is None or self._before is not None:
+            return
+        self._seals_later = tokens <= TILE_TOKENS
+        self._before = self._kept(not self._seals_later)
+
+    def _kept(self, with_store: bool) -> Any:
+        """What ``_restore`` makes the cache of again; with_store: also where tokens have been
+        sealed or freed since."""
+        raise NotImplementedError
+
+    def _restore(self, before: Any) -> None:
+        raise NotImplementedError
 
     # What views ask of it.
 

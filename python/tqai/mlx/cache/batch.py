@@ -88,6 +88,7 @@ class TqaiBatchKVCache(Compressed):
         self._check(keys, values)
         self.settle()
         before, count = self._idx, keys.shape[2]
+        self._note_pass(count)
         taken = []
         for row, padding in enumerate(self.padding):
             start = min(max(padding - before, 0), count)
@@ -279,7 +280,26 @@ class TqaiBatchKVCache(Compressed):
         other.rows = copy.deepcopy(self.rows, memo)
         other.padding, other._late = list(self.padding), list(self._late)
         other._lengths = None if self._lengths is None else list(self._lengths)
+        other._update = other._before = other.passing = None
+        other._seals_later = False
         return other
+
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(row.offset for row in self.rows)
+
+    def _kept(self, with_store: bool) -> Any:
+        lengths = None if self._lengths is None else list(self._lengths)
+        rows = [(row, row._kept(with_store)) for row in self.rows]
+        return self._idx, self.dtypes, lengths, list(self._late), rows
+
+    def _restore(self, before: Any) -> None:
+        self._pending = self._update = None
+        self._idx, self.dtypes, lengths, late, rows = before
+        self._lengths = None if lengths is None else list(lengths)
+        self._late = list(late)
+        for row, kept in rows:
+            row._restore(kept)
+        self._changed()
 
     def __repr__(self) -> str:
         lengths = [row.offset for row in self.rows]
@@ -400,12 +420,15 @@ class TqaiBatchKVCache(Compressed):
         for row, (start, tokens) in enumerate(taken):
             if tokens > 0:
                 at, heads = (row, 0, start, 0), self.shape.kv_heads
-                self.rows[row].take(
-                    part(k, at, (1, heads, tokens, self.shape.head_dim)),
-                    part(v, at, (1, heads, tokens, self.shape.value_head_dim)),
-                    keys.dtype,
-                    dtypes,
-                )
+                try:
+                    self.rows[row].take(
+                        part(k, at, (1, heads, tokens, self.shape.head_dim)),
+                        part(v, at, (1, heads, tokens, self.shape.value_head_dim)),
+                        keys.dtype,
+                        dtypes,
+                    )
+                except ValueError as error:
+                    raise ValueError(f"row {row} of the batch, {error}") from error
         if keep:
             self._pending = keys[:, :, :0], values[:, :, :0], taken
 
@@ -413,8 +436,9 @@ class TqaiBatchKVCache(Compressed):
         """See ``Compressed.settle``."""
         self.flush()
         self._update = None
-        for row in self.rows:
-            row.settle()
+        if not self._seals_later:
+            for row in self.rows:
+                row.settle()
 
     def _changed(self) -> None:
         self.version += 1

@@ -66,6 +66,7 @@ class TqaiKVCache(Compressed):
         self._check(keys, values)
         self.settle()
         before, count = self._tokens, keys.shape[2]
+        self._note_pass(count)
         self._pending = keys, values
         self.dtypes = keys.dtype, values.dtype
         self._tokens += count
@@ -151,9 +152,27 @@ class TqaiKVCache(Compressed):
         """A copy that shares the tiles."""
         self.flush()
         other = copy.copy(self)
-        other._update = None
+        other._update = other._before = other.passing = None
+        other._seals_later = False
         other.core = None if self.core is None else self.core.copy()
         return other
+
+    def lengths(self) -> tuple[int, ...]:
+        return (self._tokens,)
+
+    def _kept(self, with_store: bool) -> Any:
+        copied = self.core.copy() if with_store and self.core is not None else None
+        return self._tokens, self.dtypes, self.core, copied
+
+    def _restore(self, before: Any) -> None:
+        tokens, dtypes, core, copied = before
+        self._pending = self._update = None
+        if copied is not None:
+            core = copied
+        elif core is not None and core.tokens > tokens:
+            core.crop(tokens)
+        self.core, self.dtypes, self._tokens = core, dtypes, tokens
+        self.version += 1
 
     def __repr__(self) -> str:
         return (
@@ -258,7 +277,7 @@ class TqaiKVCache(Compressed):
         self.flush()
         self._update = None
         core = self.core
-        if core is None or self._settled == self.version:
+        if core is None or self._seals_later or self._settled == self.version:
             return
         self._settled = self.version
         if self.max_size is not None and self._tokens >= self.max_size:
