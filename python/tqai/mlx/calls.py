@@ -45,7 +45,7 @@ def _derived(plain: type) -> type:
             cache = args[place]
         if cache is None:
             return original(self, *args, **kwargs)
-        current = Pass(cache)
+        current = Pass(self, cache)
         try:
             output = original(self, *args, **kwargs)
             current.end()

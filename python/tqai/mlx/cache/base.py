@@ -10,6 +10,7 @@ from mlx_lm.models import cache as mlx_caches
 from tqai.mlx.arrays import DTYPES
 from tqai.mlx.attention import functions
 from tqai.mlx.attention.view import TqaiView, Update
+from tqai.mlx.cache.weights import Weights
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 
@@ -32,6 +33,8 @@ class Compressed(mlx_caches._BaseCache):
         """Of the keys and of the values; None before there were any."""
         self.version = 0
         """Counts changes, so that a view can tell whether it is out of date."""
+        self.weights: Weights | None = None
+        """Of the model whose keys and values it holds; None: unknown."""
         self.passing: Any = None
         """The forward pass that is under way, where its end will be told; see
         ``tqai.mlx.cache.passes``."""

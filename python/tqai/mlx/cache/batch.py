@@ -196,7 +196,9 @@ class TqaiBatchKVCache(Compressed):
     def extract(self, idx: int) -> TqaiKVCache:
         """A cache of one row's own, that shares its tiles."""
         self.settle()
-        return copy.deepcopy(self.rows[idx])
+        row = copy.deepcopy(self.rows[idx])
+        row.weights = self.weights
+        return row
 
     @classmethod
     def merge(cls, caches: Sequence[TqaiKVCache]) -> TqaiBatchKVCache:
@@ -227,6 +229,7 @@ class TqaiBatchKVCache(Compressed):
         columns = max(cache.offset for cache in caches)
         merged = cls(first.shape, first.settings, [columns - cache.offset for cache in caches])
         merged.rows = [copy.deepcopy(cache) for cache in caches]
+        merged.weights = next((each.weights for each in caches if each.weights is not None), None)
         merged.dtypes = next((cache.dtypes for cache in caches if cache.dtypes is not None), None)
         merged._idx = columns
         return merged
@@ -253,13 +256,16 @@ class TqaiBatchKVCache(Compressed):
         text, *rows = state.items_of(items)
         shape, settings, more = state.read_header(text)
         TqaiBatchKVCache.__init__(self, shape, settings, more["padding"])
+        self.weights = state.weights_of(more)
         self.rows = [TqaiKVCache.from_state(row) for row in rows]
         self.dtypes = next((row.dtypes for row in self.rows if row.dtypes is not None), None)
         self._idx = more["columns"]
 
     def _state_items(self) -> list[Any]:
         self.settle()
-        text = state.header(self.shape, self.settings, padding=self.padding, columns=self._idx)
+        text = state.header(
+            self.shape, self.settings, self.weights, padding=self.padding, columns=self._idx
+        )
         return [text, *(row._state_items() for row in self.rows)]
 
     @property

@@ -111,6 +111,7 @@ class TqaiKVCache(Compressed):
         shape, settings, more = state.read_header(text)
         core = state.unpacked(data)
         TqaiKVCache.__init__(self, shape, settings)
+        self.weights = state.weights_of(more)
         self.core = core
         if core is not None:
             self._tokens = core.tokens
@@ -123,7 +124,8 @@ class TqaiKVCache(Compressed):
             if self.dtypes is None
             else [str(dtype).rpartition(".")[2] for dtype in self.dtypes]
         )
-        return [state.header(self.shape, self.settings, dtypes=names), state.packed(self.core)]
+        text = state.header(self.shape, self.settings, self.weights, dtypes=names)
+        return [text, state.packed(self.core)]
 
     def trim(self, n: int) -> int:
         """Forgets the last `n` tokens, or all that there are; returns how many."""

@@ -14,21 +14,24 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
 from tqai.mlx.cache.base import Compressed
+from tqai.mlx.cache.weights import Weights
 from tqai.mlx.model.probe import parts_of
 
 
 class Pass:
     """A forward pass over the caches of all layers."""
 
-    def __init__(self, cache: Any) -> None:
-        """Begins one over a prompt cache, a sequence with one cache a layer.
+    def __init__(self, model: nn.Module, cache: Any) -> None:
+        """Begins one of `model` over a prompt cache, a sequence with one cache a layer.
 
         An earlier one that was neither ended nor undone is undone first.
 
         Raises:
+            ValueError: for a cache that another model's weights have filled.
             RuntimeError: for layers of different lengths, or where an earlier pass could not be
                 undone.
         """
@@ -48,6 +51,18 @@ class Pass:
                 "forward pass over it was interrupted, or single layers were trimmed. Make another "
                 "with make_prompt_cache(model)"
             )
+        own = Weights(model)
+        filled = [layer for layer in self._layers if any(layer.lengths())]
+        for known in {id(layer.weights): layer.weights for layer in filled}.values():
+            if known is not None and not known.is_of(model):
+                raise ValueError(
+                    f"this cache was filled by a model with other weights than this "
+                    f"{type(model).__module__}.{type(model).__name__} has: make another with "
+                    "make_prompt_cache(model)"
+                )
+        for layer in filled:
+            layer.weights = own
+        self._weights = own
         self._others = [
             (part, _Before(part))
             for part in parts
@@ -65,6 +80,7 @@ class Pass:
         for layer in self._layers:
             layer.flush()
         for layer in self._layers:
+            layer.weights = self._weights
             layer.end_pass()
 
     def undo(self) -> None:

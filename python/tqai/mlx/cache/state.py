@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqai import _core
+from tqai.mlx.cache.weights import Weights
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 from tqai.shapes.rope import Rope
@@ -51,11 +52,17 @@ def items_of(state: Any) -> list[Any]:
     return [item for _, item in state.items()] if isinstance(state, State) else list(state)
 
 
-def header(shape: LayerShape, settings: Settings, **more: Any) -> str:
+def header(shape: LayerShape, settings: Settings, weights: Weights | None, **more: Any) -> str:
     """What a cache is, beside its tokens, as a string that a state can hold."""
-    return json.dumps(
-        {"version": VERSION, "shape": asdict(shape), "settings": asdict(settings), **more}
-    )
+    known = None if weights is None else weights.digest()
+    own = {"shape": asdict(shape), "settings": asdict(settings), "weights": known}
+    return json.dumps({"version": VERSION, **own, **more})
+
+
+def weights_of(held: dict[str, Any]) -> Weights | None:
+    """The weights that the rest of a header names, which older ones do not."""
+    known = held.get("weights")
+    return None if known is None else Weights(known)
 
 
 def read_header(text: str) -> tuple[LayerShape, Settings, dict[str, Any]]:
