@@ -1,6 +1,6 @@
 """What holds tokens: ``layer`` in the place of mlx-lm's caches, ``batch`` in that of those for rows
-of different lengths, ``store`` under both, ``prompt``, the list of all layers, ``passes`` over them,
-and ``weights``, which they go with.
+of different lengths, ``store`` under both, and ``prompt``, the list of all layers; ``passes`` over
+these, and the ``weights`` that they go with.
 
 mlx-lm finds the classes of caches that it loads from files by their names; importing this room
 makes ours known there.
