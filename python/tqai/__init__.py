@@ -16,6 +16,7 @@ A map of the package, from what users call down to the bits; a room imports only
   ``stores.torch_ops`` on other devices;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
+- ``remarks``: what a patched model says when it is used without a compressed cache;
 - ``reports``: what memory reports say, whatever the framework;
 - ``settings``: the knobs, checked, and all names and defaults;
 - ``requirements``: says what is not installed;

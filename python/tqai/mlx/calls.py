@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
 
 from tqai.mlx.cache.passes import Pass
+from tqai.mlx.model.probe import parts_of
+from tqai.remarks import remark_on
 
 _PLAIN = "_tqai_plain_class"
 
@@ -46,6 +49,8 @@ def _derived(plain: type) -> type:
         if cache is None:
             return original(self, *args, **kwargs)
         current = Pass(self, cache)
+        if not current.compresses():
+            _remark(self, cache)
         try:
             output = original(self, *args, **kwargs)
             current.end()
@@ -65,4 +70,18 @@ def _derived(plain: type) -> type:
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
         },
+    )
+
+
+def _remark(model: nn.Module, cache: Any) -> None:
+    """Says that nothing in `cache` is compressed, where something would be in the model's own."""
+    maker = vars(model).get("make_cache")
+    if not cache or maker is None or not maker.compresses():
+        return
+    parts = [part for layer in cache for part in parts_of(layer)]
+    first = next((part for part in parts if not isinstance(part, ArraysCache)), parts[0])
+    remark_on(
+        first,
+        f"{type(model).__module__}.{type(model).__name__} was given a {type(first).__name__}",
+        "Leave prompt_cache out, or pass tqai.new_cache(model).",
     )

@@ -37,6 +37,10 @@ class _CacheMaker:
         self.before = before
         """What the model itself, not its class, had as ``make_cache``; None: nothing."""
 
+    def compresses(self) -> bool:
+        """Whether the caches have any compressed layer."""
+        return self.geometry.compresses(self.settings)
+
     def __call__(self) -> TqaiPromptCache:
         return TqaiPromptCache(self.geometry, self.settings)
 

@@ -5,8 +5,7 @@ A map, from what is called first down; a room imports only from those below:
 - ``attention_paths`` finds out by trying how each layer of a model is read, ``loading`` loads
   models for the command line;
 - ``files`` saves and loads caches;
-- ``hooks`` puts the caches on a model and takes them off, with the ``remarks`` of a model that is
-  used without;
+- ``hooks`` puts the caches on a model and takes them off;
 - ``cache`` holds tokens, as transformers' own caches do;
 - ``attention`` reads them;
 - ``model`` says what a model looks like to a cache;

@@ -27,6 +27,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from tqai.remarks import remark_on
 from tqai.settings import Settings
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
@@ -49,7 +50,6 @@ from tqai.transformers.model.geometry import (
 )
 from tqai.transformers.model.parts import parts_of
 from tqai.transformers.model.positions import ARGUMENT, MASK, Turned, TurnWatch
-from tqai.transformers.remarks import remark_on
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()
 """The decoders that have a hook."""

@@ -71,6 +71,10 @@ class Pass:
         for layer in self._layers:
             layer.passing = self
 
+    def compresses(self) -> bool:
+        """Whether any layer is a compressed one."""
+        return bool(self._layers)
+
     def end(self) -> None:
         """Makes what the pass has added lasting.
 

@@ -86,6 +86,11 @@ class Geometry:
             kinds = sorted({type(template).__name__ for template in self.templates})
             raise ValueError(f"{self.model} has no attention layers; its caches are {kinds}")
 
+    def compresses(self, settings: Settings) -> bool:
+        """Whether any layer is compressed with these settings."""
+        count = len(self.shapes)
+        return any(self._compressed(count, settings.skipped(count)))
+
     def _compressed(self, count: int, skipped: frozenset[int]) -> Iterator[tuple[int, LayerShape]]:
         for index in range(count):
             for shape in self.shapes[index]:

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 _known: WeakSet[Any] = WeakSet()
 """Caches that have been remarked on."""
-_OTHERS = ("tqai", "transformers", "torch", "peft", "accelerate")
+_OTHERS = ("tqai", "transformers", "torch", "peft", "accelerate", "mlx_lm", "mlx")
 
 
 def remark_on(cache: Any, what: str, advice: str, said: set[str] | None = None) -> None:
