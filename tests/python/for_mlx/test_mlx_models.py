@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
-from small_mlx import error, make_model, plain_cache, read, tokens
+from small_mlx import error, make_model, mx, plain_cache, read, tokens
 
 # isort: split
 import mlx.nn as nn
 import tqai
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models import gemma2
 from mlx_lm.models.cache import ArraysCache
 from tqai.mlx.cache.layer import TqaiKVCache
 
@@ -110,7 +112,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int], list[int], float]] = {
     ),
     "deepseek_v3": (_LATENT, {"unrecognised": 2}, [0, 1], 0.01),
     "falcon_h1": (_FALCON, {"half_split": 2}, [], 0.01),
-    "gemma2": ({"query_pre_attn_scalar": 16}, {"half_split": 2}, [0, 1], 0.02),
+    "gemma2": (
+        {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+        {"half_split": 2},
+        [],
+        0.02,
+    ),
     "gemma3n": ({"text_config": _GEMMA3N}, {"half_split": 4}, [], 0.03),
     "gemma4_text": (_GEMMA4, {"half_split": 4}, [], 0.06),
     "glm4": (
@@ -153,6 +160,26 @@ def test_latents_have_bits_of_their_own() -> None:
     """They are keys and values of all heads, and a rotary key is short."""
     cache = tqai.patch(make_model("deepseek_v3", **_LONG, **_LATENT), bits_k=3, bits_v=2)
     assert [(layer.settings.bits_k, layer.settings.bits_v) for layer in cache] == [(3, 6)] * 2
+
+
+def test_a_soft_cap_is_read_packed_in_batches() -> None:
+    """mlx-lm's own attention takes no mask that differs by rows."""
+    model = make_model("gemma2", **{**_LONG, **MODELS["gemma2"][0]})
+    tqai.patch(model, residual_window=16)
+    texts = [tokens(200), tokens(90)]
+    alone, rows = [], []
+    for text in texts:
+        cache = tqai.new_cache(model)
+        read(model, cache, text, [text.shape[1]])
+        rows.append(cache)
+        alone.append(model(mx.array([[5]]), cache=copy.deepcopy(cache)))
+    batch = [type(layers[0]).merge(layers) for layers in zip(*rows, strict=True)]
+    together = model(mx.array([[5], [5]]), cache=batch)
+    for row, expected in enumerate(alone):
+        assert error(together[row : row + 1], expected) < 1e-5
+    own = gemma2.Attention.__call__
+    tqai.unpatch(model)
+    assert gemma2.Attention.__call__ is not own
 
 
 @pytest.mark.parametrize("bits", [4, 8])

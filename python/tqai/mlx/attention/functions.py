@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import base
 
-from tqai.mlx.attention import patching
+from tqai.mlx.attention import patching, soft_cap
 from tqai.mlx.attention.view import plain, update_of
 
 _original = base.scaled_dot_product_attention
@@ -16,11 +16,13 @@ _original = base.scaled_dot_product_attention
 def install() -> None:
     """Makes all models call the function here. May be called again."""
     patching.put(scaled_dot_product_attention, _original)
+    soft_cap.install()
 
 
 def uninstall() -> None:
     """Makes all models call mlx-lm's own function again."""
     patching.put(_original, scaled_dot_product_attention)
+    soft_cap.uninstall()
 
 
 def is_installed() -> bool:
@@ -67,6 +69,10 @@ def scaled_dot_product_attention(
         output = update.layer.attend(update, queries, scale, mask, sinks)
     if output is None:
         dense = update.dense(0), update.dense(1)
-        output = _original(queries, *dense, cache, scale, mask, sinks=sinks)
+        cap = update.layer.soft_cap
+        if cap:
+            output = soft_cap.attention(queries, *dense, scale, mask, cap)
+        else:
+            output = _original(queries, *dense, cache, scale, mask, sinks=sinks)
     update.was_read()
     return output

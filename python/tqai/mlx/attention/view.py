@@ -21,6 +21,7 @@ class Layer(Protocol):
     index: int
     version: int
     reads: int
+    soft_cap: float
 
     def is_packed(self) -> bool: ...
     def gather(self, first: int, length: int) -> tuple[mx.array, mx.array]: ...

@@ -25,6 +25,9 @@ class Compressed(mlx_caches._BaseCache):
     Not thread-safe.
     """
 
+    soft_cap = 0.0
+    """Of the scores of the model that reads it; 0: none. The attention module says it."""
+
     def __init__(self, shape: LayerShape, settings: Settings) -> None:
         """`settings` are those of the layer, with bits of its own."""
         self.shape = shape
@@ -50,6 +53,11 @@ class Compressed(mlx_caches._BaseCache):
     @property
     def index(self) -> int:
         return self.shape.index
+
+    @property
+    def takes_soft_cap(self) -> bool:
+        """Whether attention over what it hands out goes by ``soft_cap``."""
+        return self.shape.is_packed and functions.is_installed()
 
     @property
     def reads(self) -> int:

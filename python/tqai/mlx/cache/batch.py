@@ -391,6 +391,7 @@ class TqaiBatchKVCache(Compressed):
                 scale,
                 where,
                 numbers,
+                self.soft_cap,
             )
         return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
 

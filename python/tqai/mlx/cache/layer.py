@@ -224,7 +224,7 @@ class TqaiKVCache(Compressed):
         given = mask if says is None else says
         assert not isinstance(given, str) and given is not None
         numbers = None if sinks is None else np.array(sinks)
-        return store.attend(self.core, queries, update.first, scale, given, numbers)
+        return store.attend(self.core, queries, update.first, scale, given, numbers, self.soft_cap)
 
     def flush(self) -> None:
         """Makes the store hold what is pending.

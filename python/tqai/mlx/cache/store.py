@@ -39,11 +39,12 @@ def attend(
     scale: float,
     mask: mx.array | Meaning,
     sinks: np.ndarray | None,
+    soft_cap: float = 0.0,
 ) -> mx.array:
     """Attention of evaluated queries [batch, query_heads, n, head_dim] over tokens from `first` on.
 
     mask: what it says, or an evaluated array that broadcasts to [batch, query_heads, n, tokens −
-    first]. sinks: [query_heads] float32.
+    first]. sinks: [query_heads] float32. soft_cap: of scores; 0: none.
 
     Returns [batch, query_heads, n, value_head_dim].
     """
@@ -51,7 +52,7 @@ def attend(
     batch, heads, count, _ = queries.shape
     memory, output = blank((batch, count, heads, store.value_head_dim), queries.dtype)
     where = mask if isinstance(mask, Meaning) else mask_ref(mask, count)
-    attend_into(store, q, output, first, scale, where, sinks)
+    attend_into(store, q, output, first, scale, where, sinks, soft_cap)
     return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
 
 
@@ -63,6 +64,7 @@ def attend_into(
     scale: float,
     mask: Ref | Meaning,
     sinks: np.ndarray | None,
+    soft_cap: float = 0.0,
 ) -> None:
     """As ``attend``, of what lies in memory, into [batch, n, query_heads, value_head_dim] there."""
     says = mask if isinstance(mask, Meaning) else Meaning(causal=False)
@@ -71,7 +73,7 @@ def attend_into(
         queries,
         output,
         scale,
-        0.0,
+        soft_cap,
         says.causal,
         says.window,
         first,

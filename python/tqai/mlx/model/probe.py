@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
-from tqai.mlx.attention import patching
+from tqai.mlx.attention import patching, soft_cap
 from tqai.mlx.model.find_rope import Call, Watch, rope_of
 from tqai.shapes.rope import Rope
 
@@ -45,6 +45,8 @@ class Use:
 
 class _Watched:
     """A plain cache that notes what is done with it."""
+
+    takes_soft_cap = True
 
     def __init__(self, cache: Any, ropes: Watch) -> None:
         self._cache = cache
@@ -143,7 +145,7 @@ def uses_of(model: nn.Module, templates: list[Any]) -> list[list[Use | None]]:
             each.read(keys, values)
         return before(queries, keys, values, cache, *args, **kwargs)
 
-    with patching.standing_in(attention, before), ropes.looking():
+    with patching.standing_in(attention, before), soft_cap.standing_in(), ropes.looking():
         try:
             model(mx.array([[1, 0]]), cache=caches)
             model(mx.array([[1]]), cache=caches)
