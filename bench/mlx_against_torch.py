@@ -15,11 +15,11 @@ import argparse
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import torch
 import tqai
 from tqai.measure.text import prose
+from tqai.mlx.loading import load
 from tqai.transformers.model.names import cache_argument
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,8 +40,7 @@ def torch_logits(folder: str, ids: list[int], bits: dict[str, int], given: Any) 
 
 def mlx_logits(folder: str, ids: list[int], bits: dict[str, int], given: Any) -> Any:
     """As ``torch_logits``."""
-    model = mlx_lm.load(folder)[0]
-    model.set_dtype(mx.float32)
+    model = load(folder)[0]
     cache = tqai.patch(model, **bits)
 
     def step(tokens: list[int]) -> np.ndarray:

@@ -108,6 +108,22 @@ def test_dtypes_are_those_of_the_settings(folder: Path) -> None:
         load_checked(folder, "float64")  # type: ignore
 
 
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}])
+def test_a_base_is_found_where_transformers_5_writes_it(tmp_path: Path, scaling: dict) -> None:
+    """mlx-lm would take its own, 10 000."""
+    folder = toy.folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_theta", None)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0, **scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load_checked(folder)
+    x = mx.random.normal((1, 1, 8, 16))
+    own = model.model.layers[0].self_attn.rope(x)
+    scale = 1 / scaling.get("factor", 1.0)
+    turned = mx.fast.rope(x, 16, traditional=False, base=500.0, scale=scale, offset=0)
+    assert mx.allclose(own, turned, atol=1e-5)
+
+
 def test_torch_is_not_needed(folder: Path) -> None:
     code = f"""
 import sys
