@@ -2,6 +2,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <tqai/cache.hpp>
@@ -517,16 +518,15 @@ TQAI_INLINE std::vector<std::byte> KeyBasis::serialize() const {
   check_basis_order();
   const BasisBytes beginning{.kv_heads = kv_heads_, .head_dim = head_dim_, .bits = bits_};
   const std::size_t scale_bytes = scales_.size() * sizeof(float);
-  std::vector<std::byte> all(sizeof beginning + scale_bytes + bytes() + sizeof id_);
-  std::byte* to = all.data();
-  const auto write = [&to](const void* from, std::size_t count) {
-    std::memcpy(to, from, count);
-    to += count;
+  std::vector<std::byte> all;
+  all.reserve(sizeof beginning + scale_bytes + bytes() + sizeof id_);
+  const auto write = [&all](std::span<const std::byte> part) {
+    std::copy(part.begin(), part.end(), std::back_inserter(all));
   };
-  write(&beginning, sizeof beginning);
-  write(scales_.data(), scale_bytes);
-  write(halves_.data(), bytes());
-  write(&id_, sizeof id_);
+  write(std::as_bytes(std::span(&beginning, 1)));
+  write(std::as_bytes(std::span(scales_)));
+  write(std::as_bytes(std::span(halves_)));
+  write(std::as_bytes(std::span(&id_, 1)));
   return all;
 }
 
