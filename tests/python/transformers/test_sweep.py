@@ -14,6 +14,7 @@ import pytest
 import sweep
 import tiny
 import transformers
+from conftest import TRANSFORMERS_4
 
 ALL = os.environ.get("TQAI_SWEEP") == "all"
 # What the matrix of families has nothing like.
@@ -53,6 +54,8 @@ def test_a_type_works_or_is_refused(
         with capsys.disabled():
             print(f"\n{outcome.line()}", end="", flush=True)
     assert outcome.status != "failed", outcome.why
+    if TRANSFORMERS_4 and outcome.status == "unbuildable":
+        pytest.skip(f"the recipe is for transformers 5: {outcome.why}")
     assert ALL or outcome.status != "unbuildable", outcome.why
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import tqai
+import transformers
 import transformers as hf
 from conftest import make_model
 from tqai.transformers.attention.padding import hidden_tokens
@@ -100,9 +101,19 @@ def test_a_mask_that_shows_what_was_dropped_is_refused() -> None:
     assert torch.isfinite(step(model, cache, mask)).all()
 
 
+# Before, Dynamo traces a pass in pieces, and what attention reads in them is a plain tensor.
+IN_PIECES = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9)
+
+
 @pytest.mark.parametrize(
     "told, compiled",
-    [(True, False), (False, False), (True, True)],
+    [
+        (True, False),
+        (False, False),
+        pytest.param(
+            *(True, True), marks=pytest.mark.skipif(IN_PIECES, reason="attention sees no views")
+        ),
+    ],
     ids=["mask of the tokens", "own mask", "compiled"],
 )
 def test_a_mask_that_shows_the_start_of_a_row_is_refused(told: bool, compiled: bool) -> None:
