@@ -161,7 +161,7 @@ TQAI_INLINE SquareMatrix product(const SquareMatrix& a, const SquareMatrix& b) {
   return result;
 }
 
-TQAI_INLINE Eigenvectors eigenvectors(const SquareMatrix& symmetric) {
+TQAI_INLINE Spectrum eigenvectors(const SquareMatrix& symmetric) {
   const std::size_t dim = symmetric.dim();
   auto [d, e, rows] = tridiagonal(symmetric);
   // A value takes two or three steps; the limit is against what is no number.
@@ -177,7 +177,7 @@ TQAI_INLINE Eigenvectors eigenvectors(const SquareMatrix& symmetric) {
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&values = d](std::size_t a, std::size_t b) { return values[a] > values[b]; });
-  Eigenvectors result{std::vector<double>(dim), SquareMatrix(dim)};
+  Spectrum result{std::vector<double>(dim), SquareMatrix(dim)};
   for (std::size_t i = 0; i < dim; ++i) {
     result.values[i] = d[order[i]];
     std::copy_n(rows.row(order[i]), dim, result.vectors.row(i));

@@ -103,7 +103,7 @@ TQAI_INLINE double mean_diagonal(const std::vector<double>& moments, std::size_t
 // matrix^exponent of a positive definite one.
 TQAI_INLINE SquareMatrix power(const SquareMatrix& matrix, double exponent) {
   const std::size_t dim = matrix.dim();
-  const Eigenvectors of = eigenvectors(matrix);
+  const Spectrum of = eigenvectors(matrix);
   SquareMatrix scaled(dim);
   SquareMatrix columns(dim);
   for (std::size_t i = 0; i < dim; ++i) {
@@ -438,7 +438,7 @@ TQAI_INLINE void KeyBasis::learn_head(int head, const std::vector<double>& keys,
   const double energy = mean_diagonal(keys, dim);
   const SquareMatrix metric =
       power(normalised(queries, dim, mean_diagonal(queries, dim)), kMetricExponent);
-  const Eigenvectors seen =
+  const Spectrum seen =
       eigenvectors(product(metric, product(normalised(keys, dim, energy), metric)));
   const double level = water_level(seen.values, bits_);
   std::vector<double> lengths;

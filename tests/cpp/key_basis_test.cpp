@@ -60,7 +60,7 @@ SquareMatrix matrix(std::span<const double> values, std::size_t dim) {
 }
 
 void expect_eigenvectors(const SquareMatrix& a) {
-  const Eigenvectors of = eigenvectors(a);
+  const Spectrum of = eigenvectors(a);
   const double bound = 1e-13 * static_cast<double>(a.dim()) *
                        std::max({std::abs(of.values.front()), std::abs(of.values.back()), 1e-300});
   EXPECT_TRUE(std::is_sorted(of.values.rbegin(), of.values.rend()));
@@ -101,7 +101,7 @@ TEST(Decompositions, EigenvectorsOfDegenerateMatrices) {
 }
 
 TEST(Decompositions, EigenvectorsOfAWideSpectrum) {
-  const Eigenvectors turn = eigenvectors([] {
+  const Spectrum turn = eigenvectors([] {
     const SquareMatrix a = gaussian(48, 2);
     return product(a, transposed(a));
   }());
