@@ -1,4 +1,4 @@
-"""What a patched model says when it is used without a compressed cache."""
+"""What a patched model says where less is compressed than its user may expect."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def remark_on(cache: Any, what: str, advice: str, said: set[str] | None = None) 
         said.add(kind)
     warnings.warn(
         f"{what}, which is used as it is: nothing in it is compressed. {advice}",
+        stacklevel=_level_of_the_caller(),
+    )
+
+
+def remark_on_long_vector(layer: int, sink_tokens: int) -> None:
+    """Warns that `layer` stays exact from a vector on whose norm FP16 does not hold."""
+    warnings.warn(
+        f"layer {layer} has a key or value longer than FP16 norms of codes can hold, beyond its "
+        f"{sink_tokens} sink tokens: from there on all tokens stay exact and take their full "
+        f"memory. Give it more sink_tokens, or leave it exact with skip_layers=[{layer}]",
         stacklevel=_level_of_the_caller(),
     )
 

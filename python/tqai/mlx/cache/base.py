@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as mlx_caches
 
 from tqai.mlx.arrays import DTYPES
 from tqai.mlx.attention import functions
+from tqai.mlx.attention.masks import Meaning, meaning_of
 from tqai.mlx.attention.view import TqaiView, Update
 from tqai.mlx.cache.weights import Weights
 from tqai.mlx.model.geometry import LayerShape
@@ -47,6 +49,8 @@ class Compressed(mlx_caches._BaseCache):
         """What the layer was before the pass, once that has added something."""
         self._seals_later = False
         """Whether what leaves the window is sealed when the pass has ended."""
+        self._pending: Any = None
+        """New keys and values that the store has not got yet, and what else goes with them."""
         self._update: Update | None = None
         """What the last update handed out, until it is settled."""
 
@@ -176,7 +180,43 @@ class Compressed(mlx_caches._BaseCache):
         mask: mx.array | str | None,
         sinks: mx.array | None,
     ) -> mx.array | None:
-        """Attention over an update's tokens; None for what the kernel does not compute."""
+        """Attention over an update's tokens; None for what the kernel does not compute.
+
+        Raises:
+            RuntimeError: where the update is older than the cache.
+        """
+        if not update.is_current():
+            update.dense(0)  # raises
+        says = meaning_of(mask)
+        if not self._fits(update, queries, mask, says):
+            return None
+        # What is pending is evaluated together with what reads it.
+        wanted = [queries, *(self._pending or ())[:2]]
+        if says is None:
+            wanted.append(mask)
+        if sinks is not None:
+            sinks = sinks.astype(mx.float32)
+            wanted.append(sinks)
+        mx.eval(wanted)
+        given = mask if says is None else says
+        assert not isinstance(given, str) and given is not None
+        return self._attend(
+            update, queries, scale, given, None if sinks is None else np.array(sinks)
+        )
+
+    def _fits(self, update: Update, queries: mx.array, mask: Any, says: Meaning | None) -> bool:
+        """Whether the kernel computes this."""
+        raise NotImplementedError
+
+    def _attend(
+        self,
+        update: Update,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | Meaning,
+        sinks: np.ndarray | None,
+    ) -> mx.array:
+        """As ``attend``, of what fits and is evaluated."""
         raise NotImplementedError
 
     def _columns(self) -> int:

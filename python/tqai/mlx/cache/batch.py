@@ -27,7 +27,7 @@ from tqai.mlx.arrays import (
     promoted,
     rows_contiguous,
 )
-from tqai.mlx.attention.masks import Meaning, meaning_of, remember
+from tqai.mlx.attention.masks import Meaning, remember
 from tqai.mlx.attention.view import Update
 from tqai.mlx.cache import state, store
 from tqai.mlx.cache.base import Compressed
@@ -335,36 +335,18 @@ class TqaiBatchKVCache(Compressed):
                 parts[which].append(mx.pad(array, [(0, 0), (0, 0), sides, (0, 0)]))
         return mx.concatenate(parts[0]), mx.concatenate(parts[1])
 
-    def attend(
+    def _attend(
         self,
         update: Update,
         queries: mx.array,
         scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array | None:
-        """See ``Compressed.attend``. Queries in columns of padding give zeros.
-
-        Raises:
-            RuntimeError: where the update is older than the cache.
-        """
-        if not update.is_current():
-            update.dense(0)  # raises
-        if self._pending is None:
-            return None  # what the queries' columns are is no longer known
+        mask: mx.array | Meaning,
+        sinks: np.ndarray | None,
+    ) -> mx.array:
+        """Queries in columns of padding give zeros."""
+        assert self._pending is not None
         taken = self._pending[2]
-        says = meaning_of(mask)
-        if not self._fits(update, queries, mask, says):
-            return None
-        wanted = [queries, *self._pending[:2]]
-        if says is None:
-            wanted.append(mask)
-        if sinks is not None:
-            sinks = sinks.astype(mx.float32)
-            wanted.append(sinks)
-        mx.eval(wanted)
         self.flush(keep=True)
-        numbers = None if sinks is None else np.array(sinks)
         queries, q = rows_contiguous(queries)
         _, heads, count, dim = queries.shape
         value_dim = self.shape.value_head_dim
@@ -377,12 +359,11 @@ class TqaiBatchKVCache(Compressed):
             core = self.rows[row].core
             assert core is not None
             first = max(update.first - self.padding[row], 0)
-            where: Ref | Meaning
-            if says is not None:
-                where = says
-            else:
-                assert isinstance(mask, mx.array)
-                where = self._part_of(mask, row, start, tokens, update, first)
+            where: Ref | Meaning = (
+                self._part_of(mask, row, start, tokens, update, first)
+                if isinstance(mask, mx.array)
+                else mask
+            )
             store.attend_into(
                 core,
                 part(q, (row, 0, start, 0), (1, heads, tokens, dim)),
@@ -390,7 +371,7 @@ class TqaiBatchKVCache(Compressed):
                 first,
                 scale,
                 where,
-                numbers,
+                sinks,
                 self.soft_cap,
             )
         return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
@@ -458,7 +439,8 @@ class TqaiBatchKVCache(Compressed):
         return len(self.rows)
 
     def _fits(self, update: Update, queries: mx.array, mask: Any, says: Meaning | None) -> bool:
-        """Whether the kernel computes this."""
+        if self._pending is None:  # what the queries' columns are is no longer known
+            return False
         batch, heads, count, dim = queries.shape
         if (batch, dim) != (len(self.rows), self.shape.head_dim) or heads % self.shape.kv_heads:
             return False

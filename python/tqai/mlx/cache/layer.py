@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ from mlx_lm.models import cache as mlx_caches
 
 from tqai import _core, reports
 from tqai.mlx.arrays import DTYPES, Ref, is_mask_dtype, promoted, rows_contiguous
-from tqai.mlx.attention.masks import Meaning, meaning_of, remember
+from tqai.mlx.attention.masks import Meaning, remember
 from tqai.mlx.attention.view import Update
 from tqai.mlx.cache import state, store
 from tqai.mlx.cache.base import Compressed, Dtypes
 from tqai.mlx.model.geometry import LayerShape
+from tqai.remarks import remark_on_long_vector
 from tqai.settings import Settings
 
 
@@ -194,37 +194,17 @@ class TqaiKVCache(Compressed):
         assert self.core is not None and self.dtypes is not None
         return store.gather(self.core, first, length, self.dtypes)
 
-    def attend(
+    def _attend(
         self,
         update: Update,
         queries: mx.array,
         scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array | None:
-        """Attention over an update's tokens; None for what the kernel does not compute.
-
-        Raises:
-            RuntimeError: where the update is older than the cache.
-        """
-        if not update.is_current():
-            update.dense(0)  # raises
-        says = meaning_of(mask)
-        if not self._fits(update, queries, mask, says):
-            return None
-        wanted = [queries, *(self._pending or ())]
-        if says is None:
-            wanted.append(mask)
-        if sinks is not None:
-            sinks = sinks.astype(mx.float32)
-            wanted.append(sinks)
-        mx.eval(wanted)
+        mask: mx.array | Meaning,
+        sinks: np.ndarray | None,
+    ) -> mx.array:
         self.flush()
         assert self.core is not None
-        given = mask if says is None else says
-        assert not isinstance(given, str) and given is not None
-        numbers = None if sinks is None else np.array(sinks)
-        return store.attend(self.core, queries, update.first, scale, given, numbers, self.soft_cap)
+        return store.attend(self.core, queries, update.first, scale, mask, sinks, self.soft_cap)
 
     def flush(self) -> None:
         """Makes the store hold what is pending.
@@ -287,13 +267,7 @@ class TqaiKVCache(Compressed):
         waiting = core.seal()
         if waiting > 0 and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"layer {self.index} has a key or value longer than FP16 norms of codes can hold, "
-                f"beyond its {self.settings.sink_tokens} sink tokens: from there on "
-                "all tokens stay exact and take their full memory. Give it more sink_tokens, or "
-                f"leave it exact with skip_layers=[{self.index}]",
-                stacklevel=2,
-            )
+            remark_on_long_vector(self.index, self.settings.sink_tokens)
 
     def memory(self) -> dict[str, int]:
         """The cache's numbers, as in a memory report."""
@@ -311,7 +285,6 @@ class TqaiKVCache(Compressed):
         return 0 if self.core is None else self.core.batch
 
     def _fits(self, update: Update, queries: mx.array, mask: Any, says: Meaning | None) -> bool:
-        """Whether the kernel computes this."""
         batch, heads, count, dim = queries.shape
         if (batch, dim) != (self._rows(), self.shape.head_dim) or heads % self.shape.kv_heads:
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import ReferenceType
 from weakref import ref as weak_ref
@@ -11,6 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from tqai import stores
+from tqai.remarks import remark_on_long_vector
 from tqai.settings import Settings
 from tqai.shapes.heads import Heads, Latents, check_head_dim
 from tqai.shapes.rope import Rope
@@ -380,13 +380,7 @@ class TqaiLayer(CacheLayerMixin):
         self.has_packed = self.has_packed or self.is_packed()
         if waiting > 0 and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"layer {self.index} has a key or value longer than FP16 norms of codes can hold, "
-                f"beyond its {self.settings.sink_tokens} sink tokens: from there on "
-                "all tokens stay exact and take their full memory. Give it more sink_tokens, or "
-                f"leave it exact with skip_layers=[{self.index}]",
-                stacklevel=2,
-            )
+            remark_on_long_vector(self.index, self.settings.sink_tokens)
 
     def put_back(self, store: Store, padding: list[int]) -> None:
         """Makes the layer hold what `store` does."""
