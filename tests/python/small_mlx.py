@@ -32,6 +32,18 @@ _HALF_SLIDING = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 _GEMMA = {"sliding_window": 150, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}
+# Of four layers, two of which are convolutions.
+LFM2 = {
+    "norm_eps": 1e-5,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 96,
+    "block_multiple_of": 16,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "full_attn_idxs": [1, 3],
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_theta": 1e4}),
     "llama3_rope": (

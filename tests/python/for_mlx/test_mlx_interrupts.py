@@ -5,27 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_mlx import make_model, mx, read, tokens
+from small_mlx import LFM2, make_model, mx, read, tokens
 
 # isort: split
 import tqai
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 from tqai.mlx.cache.layer import TqaiKVCache
-
-LFM2 = {
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1e4,
-    "norm_eps": 1e-5,
-    "conv_bias": False,
-    "conv_L_cache": 3,
-    "block_dim": 64,
-    "block_ff_dim": 96,
-    "block_multiple_of": 16,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": False,
-    "full_attn_idxs": [1, 3],
-}
 
 
 class Interrupting:
@@ -161,7 +146,9 @@ def test_exact_layers_beside_go_back_or_the_cache_is_refused(held: int) -> None:
 
 def test_states_beside_go_back() -> None:
     """Layers of other kinds, whose states models replace."""
-    model = make_model("lfm2", **LFM2)
+    model = make_model(
+        "lfm2", **LFM2, num_hidden_layers=4, max_position_embeddings=4096, rope_theta=1e4
+    )
     tqai.patch(model)
     caches = [tqai.new_cache(model), tqai.new_cache(model)]
     assert ArraysCache in map(type, caches[0])

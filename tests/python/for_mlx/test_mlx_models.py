@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from small_mlx import error, make_model, mx, plain_cache, read, tokens
+from small_mlx import LFM2, error, make_model, mx, plain_cache, read, tokens
 
 # isort: split
 import mlx.nn as nn
@@ -91,17 +91,6 @@ _GEMMA4 = {
         "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
     },
 }
-_LFM2 = {
-    "norm_eps": 1e-5,
-    "conv_bias": False,
-    "conv_L_cache": 3,
-    "block_dim": 64,
-    "block_ff_dim": 96,
-    "block_multiple_of": 16,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": False,
-    "full_attn_idxs": [1, 3],
-}
 # Config; layouts of rotary embeddings found; layers that are dequantised; largest error at 8 bits.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, int], list[int], float]] = {
     "cohere2": (
@@ -126,7 +115,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int], list[int], float]] = {
         [],
         0.02,
     ),
-    "lfm2": ({"num_hidden_layers": 4, **_LFM2}, {"half_split": 2}, [], 0.01),
+    "lfm2": ({"num_hidden_layers": 4, **LFM2}, {"half_split": 2}, [], 0.01),
     "stablelm": (
         {"use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
         {"half_split": 2},
