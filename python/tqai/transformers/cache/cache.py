@@ -19,6 +19,7 @@ from tqai.transformers.attention import functions as attention
 from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Before, Passes, copy_of
+from tqai.transformers.model.constants import difference
 from tqai.transformers.model.geometry import (
     Geometry,
     check_model,
@@ -195,10 +196,18 @@ class TqaiCache(Passes, DynamicCache):
                 f"this cache was made for {self.geometry.describe()}, not for "
                 f"{geometry.describe()}; make one with tqai.new_cache(model)"
             )
+        own = self.geometry.describe()
+        if geometry is not self.geometry:
+            differing = difference(self.geometry.constants, geometry.constants)
+            if differing and not self.is_empty():
+                raise ValueError(
+                    f"this cache has read its text with another {own}, whose configuration has "
+                    f"another constant ({differing}); make one with tqai.new_cache(model) and read "
+                    "the text again"
+                )
         now = geometry.weights()
         if now is self.weights:
             return
-        own = self.geometry.describe()
         # Of the model that it was made for, an empty cache takes whatever weights it has.
         others = geometry is not self.geometry and self.weights is None and self.geometry.is_alive()
         read_with = self.geometry.weights() if others else self.weights

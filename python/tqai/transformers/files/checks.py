@@ -49,6 +49,9 @@ def check_header(path: Path, header: Mapping[str, Any]) -> None:
             if not isinstance(around, dict):
                 raise ValueError(f"{path}: its weights have 'around': {_shown(around)}")
             _check(path, "its weights", around, needed)
+    constants = header.get("constants", {})
+    if not isinstance(constants, dict):
+        raise ValueError(f"{path}: its header has 'constants': {_shown(constants)}")
     for part in ("layers", "cross_layers"):
         for index, layer in enumerate(header.get(part, ())):
             _check_layer(path, f"layer {index}", layer)

@@ -29,6 +29,7 @@ from tqai.transformers.cache.encoder_decoder import CrossLayer, TqaiEncoderDecod
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.files import checks as file_checks
 from tqai.transformers.files.checks import WEIGHTS
+from tqai.transformers.model.constants import difference
 from tqai.transformers.model.devices import layer_device
 from tqai.transformers.model.geometry import Geometry, decoder_of, geometry_of
 from tqai.transformers.model.other_layers import holds_nothing
@@ -106,6 +107,7 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
         "model": cache.geometry.describe(),
         "heads": cache.geometry.heads,
         "weights": _weights(cache),
+        "constants": dict(cache.geometry.constants),
         "settings": _of_any_machine(cache.settings),
         "sliding": cache.sliding,
         **described,
@@ -336,6 +338,13 @@ def _check_model(
         raise ValueError(
             f"{path} was made for {header['model']}, not for {geometry.describe()}; a cache goes "
             "with one model"
+        )
+    # Files of before this was known have none.
+    differing = difference(header.get("constants", {}), geometry.constants)
+    if differing:
+        raise ValueError(
+            f"{path} was made by a {header['model']} whose configuration has another constant "
+            f"({differing}); load the model as it was, or read the prompt again with this one"
         )
     saved, state = header["weights"], geometry.weights()
     if isinstance(saved, str):  # before there was "kind"

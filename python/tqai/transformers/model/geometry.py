@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from tqai.settings import Settings
 from tqai.shapes.heads import Heads, Latents, check_head_dim
 from tqai.shapes.rope import Rope
+from tqai.transformers.model.constants import constants_of
 from tqai.transformers.model.find_rope import find_ropes
 from tqai.transformers.model.names import cache_name, takes
 from tqai.transformers.model.other_layers import (
@@ -43,6 +45,8 @@ class Geometry:
     """The rotary embedding of each layer's keys; None where none was recognised."""
     latents: tuple[Latents, ...] = field(compare=False)
     """What each layer would cache if it cached latents."""
+    constants: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the model computes with beside its weights."""
     turns: Any = field(default=None, compare=False, repr=False)
     """The frequencies that the model's rotary modules had."""
     decoder: ref[torch.nn.Module] | None = field(default=None, compare=False, repr=False)
@@ -108,7 +112,10 @@ def geometry_of(model: PreTrainedModel, afresh: bool = False) -> Geometry:
         layers = len(_own_layers(name, config))
         heads, ropes = _heads(decoder, layers), find_ropes(decoder, config, layers)
         latents = _latents(decoder, layers)
-        _geometries[decoder] = Geometry(name, config, heads, ropes, latents, turns, ref(decoder))
+        constants = constants_of(config)
+        _geometries[decoder] = Geometry(
+            name, config, heads, ropes, latents, constants, turns, ref(decoder)
+        )
     return _geometries[decoder]
 
 
