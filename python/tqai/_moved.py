@@ -29,9 +29,12 @@ _NEW_NAMES = {
     "tqai.named": "tqai.measure.named_settings",
     "tqai.original": "tqai.transformers.attention.original",
     "tqai.prefill": "tqai.transformers.attention.stepwise_prefill",
-    "tqai.refs": "tqai.stores.tensor_refs",
+    "tqai.refs": "tqai.stores.for_torch.tensor_refs",
     "tqai.rope": "tqai.transformers.model.find_rope",
     "tqai.stores.rope": "tqai.shapes.rope",
+    "tqai.stores.tensor_refs": "tqai.stores.for_torch.tensor_refs",
+    "tqai.stores.torch_ops": "tqai.stores.for_torch",
+    "tqai.stores.torch_ops.store": "tqai.stores.for_torch.torch_store",
     "tqai.transformers.model.heads": "tqai.shapes.heads",
 }
 

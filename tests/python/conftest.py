@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 if os.environ.get("TQAI_TEST_BACKEND") == "torch-ops":  # all tests that fit, on the other store
-    from tqai import stores
+    from tqai.stores import for_torch as stores
 
     stores.is_native = lambda backend, device: False  # type: ignore
 

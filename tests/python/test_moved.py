@@ -10,6 +10,7 @@ import sys
 import pytest
 import tqai
 from tqai import _moved
+from tqai.stores.for_torch.torch_store import TorchStore
 from tqai.transformers.cache import cache
 
 
@@ -25,6 +26,7 @@ def test_the_function_patch_stays_a_function() -> None:
 
 def test_pickles_that_name_an_old_module_are_read() -> None:
     assert pickle.loads(b"ctqai.cache\nTqaiCache\n.") is cache.TqaiCache
+    assert pickle.loads(b"ctqai.stores.torch_ops.store\nTorchStore\n.") is TorchStore
 
 
 def test_a_name_that_never_was_is_an_import_error() -> None:

@@ -15,7 +15,7 @@ from tqai import _core
 from tqai.measure.named_settings import parse_setting
 from tqai.measure.timing import BUFFER_BYTES, in_turns, memory_reader, ratio
 from tqai.settings import Settings
-from tqai.stores.tensor_refs import ref
+from tqai.stores.for_torch.tensor_refs import ref
 
 CENTERINGS = ("mean", "rope")
 SDPA = "torch SDPA"

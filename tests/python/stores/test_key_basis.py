@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from tqai import _core
-from tqai.stores.tensor_refs import ref
-from tqai.stores.torch_ops import TorchStore
+from tqai.stores.for_torch.tensor_refs import ref
+from tqai.stores.for_torch.torch_store import TorchStore
 
 HEADS, DIM, TOKENS = 2, 32, 300
 

@@ -12,9 +12,10 @@ import torch
 import tqai
 from caches import SEALING, filled
 from conftest import Models, make_ids
-from tqai import _core, stores
+from tqai import _core
 from tqai.settings import Settings
-from tqai.stores.torch_ops import TorchStore
+from tqai.stores import for_torch as stores
+from tqai.stores.for_torch.torch_store import TorchStore
 from tqai.transformers.cache.layer import TqaiLayer
 
 CPU = torch.device("cpu")

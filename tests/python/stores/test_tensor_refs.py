@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tqai import _core
-from tqai.stores.tensor_refs import DTYPES, mask_ref, ref, rows_contiguous
+from tqai.stores.for_torch.tensor_refs import DTYPES, mask_ref, ref, rows_contiguous
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

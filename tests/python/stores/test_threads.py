@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from tqai import _core
-from tqai.stores.tensor_refs import ref
+from tqai.stores.for_torch.tensor_refs import ref
 
 STEP = 64
 LENGTHS = range(0, 641, STEP)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tqai import _core, stores
+from tqai import _core
 from tqai.settings import Settings
 from tqai.shapes.rope import Rope
-from tqai.stores import Store
-from tqai.stores.torch_ops import TorchStore
-from tqai.stores.torch_ops.positions import MAX_POSITION, Positions
+from tqai.stores import for_torch as stores
+from tqai.stores.device.positions import MAX_POSITION, Positions
+from tqai.stores.for_torch import Store
+from tqai.stores.for_torch.torch_store import TorchStore
 
 CPU = torch.device("cpu")
 BOTH_F32 = torch.float32, torch.float32

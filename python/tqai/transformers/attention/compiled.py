@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from tqai import stores
+from tqai.stores import for_torch as stores
 from tqai.transformers.attention.padding import hidden_tokens
 from tqai.transformers.attention.view import NOT_DIFFERENTIABLE
 

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tqai import stores
-from tqai.stores.tensor_refs import is_mask_dtype
+from tqai.stores import for_torch as stores
+from tqai.stores.for_torch.tensor_refs import is_mask_dtype
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention.original import (
     PATCHED_NAMES,

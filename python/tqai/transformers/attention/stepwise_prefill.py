@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tqai import stores
+from tqai.stores import for_torch as stores
 from tqai.transformers.attention.view import Update
 
 STEP = 64

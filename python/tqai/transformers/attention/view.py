@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from tqai.settings import Settings
-from tqai.stores import Store
+from tqai.stores.for_torch import Store
 
 _NAMES = ("keys", "values")
 

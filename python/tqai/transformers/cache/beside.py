@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tqai.settings import Settings
-from tqai.stores import Store
+from tqai.stores.for_torch import Store
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model.other_layers import (
     RECURRENT,

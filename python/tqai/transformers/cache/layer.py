@@ -9,14 +9,14 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from tqai import stores
 from tqai.remarks import remark_on_long_vector
 from tqai.settings import Settings
 from tqai.shapes.heads import Heads, Latents, check_head_dim
 from tqai.shapes.rope import Rope
-from tqai.stores import Store
-from tqai.stores.tensor_refs import DTYPES
-from tqai.stores.torch_ops import TILE_TOKENS
+from tqai.stores import for_torch as stores
+from tqai.stores.device import TILE_TOKENS
+from tqai.stores.for_torch import Store
+from tqai.stores.for_torch.tensor_refs import DTYPES
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention.padding import shown
 from tqai.transformers.attention.view import Owner, TqaiView, Update, view_of

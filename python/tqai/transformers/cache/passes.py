@@ -19,7 +19,7 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from tqai import stores
+from tqai.stores import for_torch as stores
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model.other_layers import has_states
 

@@ -12,7 +12,7 @@ import torch
 
 from tqai.shapes.heads import Heads
 from tqai.shapes.rope import Rope
-from tqai.stores.torch_ops.serialize import options_in
+from tqai.stores.device.serialize import options_in
 from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model.other_layers import holds_nothing
@@ -174,8 +174,9 @@ def check_store(
     )
     dtype = torch.promote_types(*dtypes)
     held, usual = (options_in(each) for each in (data, layer._store_for(keys, values).serialize()))
-    if held.dtype != dtype:
-        raise ValueError(f"{where} holds {held.dtype}, and its header says {dtype}")
+    holds = getattr(torch, held.dtype)
+    if holds != dtype:
+        raise ValueError(f"{where} holds {holds}, and its header says {dtype}")
     for name in _COMPARED:
         got, expected = getattr(held, name), getattr(usual, name)
         if got != expected:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai import _core, container, stores
+from tqai import _core, container
 from tqai.settings import Settings
 from tqai.shapes.heads import Heads
-from tqai.stores.tensor_refs import DTYPES
+from tqai.stores import for_torch as stores
+from tqai.stores.for_torch.tensor_refs import DTYPES
 from tqai.transformers import hooks
 from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.cache import TqaiCache

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tqai.shapes.rope import Rope
-from tqai.stores.torch_ops.positions import MAX_POSITION
+from tqai.stores.device.positions import MAX_POSITION
 
 ARGUMENT = "position_ids"
 """What decoders and rotary modules call them."""

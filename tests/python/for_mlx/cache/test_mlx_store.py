@@ -10,13 +10,13 @@ import torch
 from small_mlx import mx
 
 # isort: split
-from tqai import stores
 from tqai.mlx.arrays import rows_contiguous
 from tqai.mlx.attention.masks import Meaning
 from tqai.mlx.cache import store
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 from tqai.shapes.rope import Rope
+from tqai.stores import for_torch as stores
 
 DTYPES = ["float32", "float16", "bfloat16"]
 KV_HEADS, DIM, VALUE_DIM = 2, 64, 32

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tqai.stores.torch_ops.packing import TILE_TOKENS
+from tqai.stores.device.packing import TILE_TOKENS
 
 MAX_POSITION = (1 << 30) - 1
 

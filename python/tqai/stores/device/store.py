@@ -1,21 +1,23 @@
-"""The compressed cache of one attention layer in torch tensors, on any device."""
+"""The compressed cache of one attention layer in a framework's arrays, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
-from tqai.stores.torch_ops import serialize
-from tqai.stores.torch_ops.attend import Query, attend
-from tqai.stores.torch_ops.codec import Options, codec_of
-from tqai.stores.torch_ops.phasors import phasors_of
-from tqai.stores.torch_ops.positions import MAX_POSITION, Positions, check_positions
-from tqai.stores.torch_ops.rows import Context, Exact, Rows, check_finite
+from tqai.stores.device import serialize
+from tqai.stores.device.attend import Query, attend
+from tqai.stores.device.codec import ITEM_BYTES, Options, codec_of
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.pages import index_of
+from tqai.stores.device.phasors import phasors_of
+from tqai.stores.device.positions import MAX_POSITION, Positions, check_positions
+from tqai.stores.device.rows import Context, Exact, Rows, check_finite
+
+_Store = TypeVar("_Store", bound="DeviceStore")
 
 
 @dataclass(frozen=True)
@@ -34,30 +36,30 @@ class Held:
         raise IndexError(f"row {row} of a batch of {self.batch}")
 
 
-class TorchStore:
+class DeviceStore:
     """What ``_core.KvCache`` is on the CPU: the same tiles, windows and operations.
 
     Codes are equal to the C++ library's but where a rotated coordinate lies within rounding of the
     boundary between two. Attention looks codes up and multiplies in float32, a page of tiles at a
     time; how many makes no difference but rounding.
 
-    NaN and infinity are refused by ``append``; in a single token on another device than the CPU
-    when it is to be sealed, as looking at each would make the device wait. Vectors too long for
-    FP16 norms stay exact, as do the tokens after them.
+    NaN and infinity are refused by ``append``; in a single token, where looking at it would make
+    the device wait (``Operations.waits``), when it is to be sealed. Vectors too long for FP16 norms
+    stay exact, as do the tokens after them.
 
     One thread at a time may change it, while others read. A method that raises, or is interrupted,
     leaves the store as it was. Copies share sealed tiles.
     """
 
-    def __init__(self, options: Options, batch: int, device: torch.device) -> None:
-        """Empty, on `device`.
+    def __init__(self, options: Options, batch: int, ops: Operations) -> None:
+        """Empty, on the device of `ops`.
 
         Raises:
             ValueError: for options out of range.
         """
-        self.device = device
-        with self._plain():
-            self._context = _context_of(options, device)
+        self.ops = ops
+        with ops.plain():
+            self._context = _context_of(options, ops)
             exact = self._empty(batch)
             self._held = Held([Rows(tuple(range(batch)), exact, exact)], 0, batch)
 
@@ -112,9 +114,7 @@ class TorchStore:
         """Sets of centres that the tiles of a row refer to."""
         return len(self._held.find(row)[0].centre_sets)
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray | None = None
-    ) -> None:
+    def append(self, keys: Array, values: Array, positions: np.ndarray | None = None) -> None:
         """Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim].
 
         Tokens that had left the window before are sealed first.
@@ -135,10 +135,10 @@ class TorchStore:
             check_positions(positions, self.batch, tokens, sections)
         if tokens == 0:
             return
-        with self._plain():
-            if tokens > 1 or self.device.type == "cpu":
-                check_finite(keys, values, self.tokens)
-            sealed = [part for rows in self._held.rows for part in rows.sealed(self._context)]
+        with self.ops.plain():
+            if tokens > 1 or not self.ops.waits:
+                check_finite(self.ops, keys, values, self.tokens)
+            sealed = self._sealed()
             appended = [
                 rows.appended(
                     self._context, *(_choose(states, rows) for states in (keys, values)), stand
@@ -185,23 +185,33 @@ class TorchStore:
             ValueError: for NaN and infinity; see the class.
         """
         held = self._held
-        with self._plain():
-            sealed = [part for rows in held.rows for part in rows.sealed(self._context)]
+        with self.ops.plain():
+            sealed = self._sealed()
         self._held = replace(held, rows=sealed)
         return max(rows.sealable(self._context) for rows in sealed)
 
+    def _sealed(self) -> list[Rows]:
+        """What is held, with what has left the window as codes."""
+        sealed = [part for rows in self._held.rows for part in rows.sealed(self._context)]
+        if len(sealed) != len(self._held.rows) or any(map(_differ, sealed, self._held.rows)):
+            self._evaluate(sealed)
+        return sealed
+
+    def _evaluate(self, held: Sequence[Rows]) -> None:
+        self.ops.evaluate(*(array for rows in held for array in rows.arrays))
+
     def attend(
         self,
-        queries: torch.Tensor,
+        queries: Array,
         *,
         scale: float | None = None,
         soft_cap: float = 0.0,
         causal: bool = True,
         window: int = 0,
         first_token: int = 0,
-        mask: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        mask: Array | None = None,
+        sinks: Array | None = None,
+    ) -> Array:
         """Softmax attention of the last n tokens' queries.
 
         Args:
@@ -220,20 +230,21 @@ class TorchStore:
             [batch, n, query_heads, value_head_dim] in the queries' dtype; zeros for a query that
             sees no token.
         """
+        ops, held = self.ops, self._held
         batch, heads, n, dim = queries.shape
         shape = self.kv_heads, heads // self.kv_heads
-        with self._plain():
-            states = queries.float() * (dim**-0.5 if scale is None else scale)
-            states = states.unflatten(1, shape)
+        with ops.plain():
+            states = ops.astype(queries, ops.float32) * (dim**-0.5 if scale is None else scale)
+            states = states.reshape(batch, *shape, n, dim)
             if mask is not None:
-                one = mask.shape[1] == 1
-                mask = mask.unflatten(1, (1, 1) if one else shape)
+                of_head = (1, 1) if mask.shape[1] == 1 else shape
+                mask = mask.reshape(mask.shape[0], *of_head, *mask.shape[2:])
             if sinks is not None:
-                sinks = sinks.float().reshape(shape)
-            output = queries.new_empty(batch, n, heads, self.value_head_dim)
-            held = self._held
+                sinks = ops.astype(sinks, ops.float32).reshape(*shape)
+            outputs = []
             for rows in held.rows:
                 query = Query(
+                    ops,
                     _choose(states, rows),
                     held.tokens,
                     soft_cap,
@@ -243,36 +254,48 @@ class TorchStore:
                     mask if mask is None or len(mask) == 1 else _choose(mask, rows),
                 )
                 part = attend(self._context, rows, query, sinks)
-                part = part.flatten(1, 2).transpose(1, 2).to(output.dtype)
-                if len(held.rows) == 1:
-                    output = part.contiguous()
-                else:
-                    output[rows.index] = part
-        return output
+                part = part.reshape(len(rows.places), heads, n, self.value_head_dim)
+                outputs.append(ops.astype(part.swapaxes(1, 2), queries.dtype))
+            return self._in_order(outputs)
 
-    def gather(
-        self, first: int, length: int, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_order(self, parts: list[Array]) -> Array:
+        """[batch, …] of what each of the held rows has."""
+        if len(parts) == 1:
+            return self.ops.contiguous(parts[0])
+        places = [place for rows in self._held.rows for place in rows.places]
+        order = tuple(map(int, np.argsort(places)))
+        return self.ops.concat(parts, 0)[index_of(order, self.ops)]
+
+    def gather(self, first: int, length: int, dtypes: tuple[Any, Any]) -> tuple[Array, Array]:
         """Decompressed keys and values of tokens first…first + length − 1, in these dtypes.
 
         [batch, kv_heads, length, head_dim] and [.., value_head_dim]; zeros for padding and what was
         discarded.
         """
-        with self._plain():
-            held = self._held
-            dims = self.head_dim, self.value_head_dim
-            shape = held.batch, self.kv_heads, length
-            keys, values = (
-                torch.zeros(*shape, dim, dtype=dtype, device=self.device)
-                for dim, dtype in zip(dims, dtypes, strict=True)
+        with self.ops.plain():
+            found = [self._gathered(rows, first, length, dtypes) for rows in self._held.rows]
+            return self._in_order([keys for keys, _ in found]), self._in_order(
+                [values for _, values in found]
             )
-            for rows in held.rows:
-                spots = rows.spot_of(first), rows.spot_of(first + length)
-                for start, key, value in _parts(self._context, rows, *spots):
-                    at = rows.tokens_at(start, start + key.shape[2], self.device) - first
-                    keys[rows.index[:, None], :, at] = key.transpose(1, 2).to(keys.dtype)
-                    values[rows.index[:, None], :, at] = value.transpose(1, 2).to(values.dtype)
-        return keys, values
+
+    def _gathered(
+        self, rows: Rows, first: int, length: int, dtypes: tuple[Any, Any]
+    ) -> tuple[Array, Array]:
+        shape = len(rows.places), self.kv_heads, length
+        dims = self.head_dim, self.value_head_dim
+        both = [
+            self.ops.zeros((*shape, dim), dtype) for dim, dtype in zip(dims, dtypes, strict=True)
+        ]
+        spots = rows.spot_of(first), rows.spot_of(first + length)
+        for start, *parts in _parts(self._context, rows, *spots):
+            end = start + parts[0].shape[2]
+            token, count = rows.token_at(start), end - start
+            at: Any = slice(token - first, token - first + count)
+            if rows.token_at(end - 1) + 1 - token != count:
+                at = rows.tokens_at(start, end) - first
+            for whole, part, dtype in zip(both, parts, dtypes, strict=True):
+                whole[:, :, at] = self.ops.astype(part, dtype)
+        return both[0], both[1]
 
     def crop(self, tokens: int) -> None:
         """Forgets all tokens from `tokens` on.
@@ -307,13 +330,14 @@ class TorchStore:
         for row in rows:
             if not 0 <= row < self.batch:
                 raise IndexError(f"row {row} of a batch of {self.batch}")
-        with self._plain():
+        with self.ops.plain():
             chosen = []
             for held in self._held.rows:
                 at = {place: i for i, place in enumerate(held.places)}
                 places = tuple(i for i, row in enumerate(rows) if row in at)
                 if places:
                     chosen.append(held.select([at[rows[i]] for i in places], places))
+            self._evaluate(chosen)
         self._held = Held(chosen, self.tokens, len(rows))
 
     def set_padding(self, counts: Sequence[int]) -> None:
@@ -325,7 +349,7 @@ class TorchStore:
         """
         if len(counts) != self.batch:
             raise ValueError(f"{len(counts)} padding counts for a batch of {self.batch}")
-        with self._plain():
+        with self.ops.plain():
             changed = []
             for rows in self._held.rows:
                 for count in dict.fromkeys(counts[place] for place in rows.places):
@@ -340,6 +364,7 @@ class TorchStore:
                     at = [i for i, place in enumerate(rows.places) if counts[place] == count]
                     part = rows.select(at, tuple(rows.places[i] for i in at))
                     changed.append(part.without_padding(count - rows.first))
+            self._evaluate(changed)
         self._held = replace(self._held, rows=changed)
 
     def leave_out(self, hidden: Sequence[bool]) -> None:
@@ -356,7 +381,7 @@ class TorchStore:
                 f"{len(hidden)} marks of hidden tokens for a batch of {self.batch} with "
                 f"{self.tokens} tokens; needed: [batch, n] of the last n tokens"
             )
-        with self._plain():
+        with self.ops.plain():
             changed = []
             for rows in self._held.rows:
                 alike: dict[tuple[bool, ...], list[int]] = {}
@@ -366,6 +391,7 @@ class TorchStore:
                 for marks, group in alike.items():
                     part = rows.select(group, tuple(rows.places[at] for at in group))
                     changed.append(part.left_out(self._context, self.tokens, list(marks)))
+            self._evaluate(changed)
         self._held = replace(self._held, rows=changed)
 
     def left_out(self, row: int) -> list[tuple[int, int]]:
@@ -406,63 +432,54 @@ class TorchStore:
             "mapped_bytes": 0,
             "basis_bytes": 0,
             "total_bytes": packed + exact + overhead,
-            "uncompressed_bytes": tokens * token_bytes * self.options.dtype.itemsize,
+            "uncompressed_bytes": tokens * token_bytes * ITEM_BYTES[self.options.dtype],
         }
 
-    def copy(self) -> TorchStore:
+    def copy(self: _Store) -> _Store:
         """A copy that shares the tiles."""
         other, held = self.snapshot(), self._held
-        with self._plain():
+        with self.ops.plain():
             other._held = replace(held, rows=[rows.copy() for rows in held.rows])
         return other
 
     __copy__ = copy
 
-    def snapshot(self) -> TorchStore:
+    def snapshot(self: _Store) -> _Store:
         """A copy that shares everything: of the two only one may be changed from now on."""
-        other = object.__new__(TorchStore)
+        other = object.__new__(type(self))
         vars(other).update(vars(self))
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TorchStore:
+    def __deepcopy__(self: _Store, memo: dict[int, Any]) -> _Store:
         return self.copy()
 
     def serialize(self) -> bytes:
         """The store as bytes, the same as ``_core.KvCache.serialize`` gives; each reads both."""
         held = self._held
-        with self._plain():
-            return serialize.write(self.options, held.tokens, held.batch, held.rows)
+        with self.ops.plain():
+            return serialize.write(self.ops, self.options, held.tokens, held.batch, held.rows)
 
-    @classmethod
-    def deserialize(cls, data: bytes, device: torch.device) -> TorchStore:
-        """The store that was serialized, on `device`.
+    def _read(self, data: bytes, ops: Operations) -> None:
+        """Becomes the store that was serialized, on the device of `ops`.
 
         Raises:
-            ValueError: for other bytes.
+            ValueError, NotImplementedError: see ``serialize.read``.
         """
-        store = cls.__new__(cls)
-        store.__setstate__((data, device))
-        return store
-
-    def __getstate__(self) -> tuple[bytes, torch.device]:
-        return self.serialize(), self.device
-
-    def __setstate__(self, state: tuple[bytes, torch.device]) -> None:
-        data, self.device = state
-        with self._plain():
-            options, tokens, rows = serialize.read(data, self.device)
-            self._context = _context_of(options, self.device)
+        self.ops = ops
+        with ops.plain():
+            options, tokens, rows = serialize.read(data, ops)
+            self._context = _context_of(options, ops)
         self._held = Held(rows, tokens, sum(len(each.places) for each in rows))
 
     def _empty(self, batch: int) -> Exact:
         options = self._context.options
         keys, values = (
-            torch.empty(batch, options.kv_heads, 0, dim, dtype=options.dtype, device=self.device)
+            self.ops.empty((batch, options.kv_heads, 0, dim), self.ops.dtype(options.dtype))
             for dim in (options.head_dim, options.value_head_dim)
         )
-        return Exact(keys, values, 0)
+        return Exact(self.ops, keys, values, 0)
 
-    def _check_shapes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _check_shapes(self, keys: Array, values: Array) -> None:
         tokens = keys.shape[2]
         for name, states, dim in (
             ("keys", keys, self.head_dim),
@@ -477,29 +494,22 @@ class TorchStore:
 
     def _change(self, change: Callable[[Rows], Rows], tokens: int | None = None) -> None:
         held = self._held
-        with self._plain():
+        with self.ops.plain():
             rows = [change(rows) for rows in held.rows]
+            self._evaluate(rows)
         self._held = replace(held, rows=rows, tokens=held.tokens if tokens is None else tokens)
 
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Neither autograd, nor tensors that only inference mode may change, nor autocast."""
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast(self.device.type):
-            yield
+
+def _context_of(options: Options, ops: Operations) -> Context:
+    phasors = None if options.rope is None else phasors_of(options.rope, ops)
+    return Context(ops, options, codec_of(options, ops), phasors)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+def _differ(one: Rows, other: Rows) -> bool:
+    return one is not other
 
 
-def _context_of(options: Options, device: torch.device) -> Context:
-    phasors = None if options.rope is None else phasors_of(options.rope, device)
-    return Context(options, codec_of(options, device), phasors)
-
-
-def _choose(states: torch.Tensor, rows: Rows) -> torch.Tensor:
+def _choose(states: Array, rows: Rows) -> Array:
     """What of [batch, ...] belongs to `rows`."""
     if rows.places == tuple(range(len(states))):
         return states
@@ -508,7 +518,7 @@ def _choose(states: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def _parts(
     context: Context, rows: Rows, first: int, end: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[int, Array, Array]]:
     """What `rows` hold at spots first…end − 1: the first spot, keys and values, part by part."""
     for exact, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
         a, b = max(first, start), min(end, start + exact.tokens)

@@ -1,16 +1,17 @@
-"""What is left out of the keys' codes, as src/cache/centres.cpp finds it, in torch operations."""
+"""What is left out of the keys' codes, as src/cache/centres.cpp finds it, in array operations."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from tqai.stores.torch_ops.codec import Options
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.phasors import Phasors, turn
-from tqai.stores.torch_ops.positions import Positions
+from tqai.stores.device.codec import Options
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.pages import index_of
+from tqai.stores.device.phasors import Phasors, turn
+from tqai.stores.device.positions import Positions
 
 # The same thresholds as in src/cache/centres.cpp, where each is explained.
 _CLEARLY_A_MEAN = 2.0
@@ -22,9 +23,10 @@ _NEGLIGIBLE = 0.01
 class Centres(NamedTuple):
     """One set of centres of each of some rows. Immutable."""
 
-    constant: torch.Tensor
+    ops: Operations
+    constant: Array
     """[rows, kv_heads, head_dim] float32."""
-    means: torch.Tensor
+    means: Array
     """[rows, kv_heads, 2, pairs] float32, real and imaginary parts; zeros where nothing turns."""
     left: np.ndarray
     """[rows, kv_heads] float32: the energy per token that it left of the keys it comes from."""
@@ -41,39 +43,37 @@ class Centres(NamedTuple):
         return not any("rope" in heads for heads in self.kinds)
 
     def select(self, rows: list[int]) -> Centres:
-        index = torch.tensor(rows, device=self.constant.device)
+        index = index_of(tuple(rows), self.ops)
         kinds = tuple(self.kinds[row] for row in rows)
-        return Centres(self.constant[index], self.means[index], self.left[rows], kinds)
+        return Centres(self.ops, self.constant[index], self.means[index], self.left[rows], kinds)
 
     def of_row(self, row: int) -> RowCentres:
-        constant, means = (part[row].cpu().numpy() for part in (self.constant, self.means))
+        constant, means = (self.ops.to_numpy(part[row]) for part in (self.constant, self.means))
         return RowCentres(constant, means, self.left[row], self.kinds[row])
 
-    def at(self, phasors: Phasors | None, positions: Positions) -> torch.Tensor:
+    def at(self, phasors: Phasors | None, positions: Positions) -> Array:
         """The centres of keys at these positions, [rows, kv_heads, tokens or 1, head_dim]."""
         constant = self.constant[:, :, None]
         if phasors is None or self.is_constant:
             return constant
-        real, imaginary = (part[:, :, None] for part in self.means.unbind(-2))
+        real, imaginary = (part[:, :, None] for part in self.ops.unstack(self.means, -2))
         turned = turn(real, imaginary, *phasors.of(positions))
         return constant + phasors.join(*turned, self.constant.shape[-1])
 
-    def scores(
-        self, phasors: Phasors | None, queries: torch.Tensor, positions: Positions
-    ) -> torch.Tensor:
+    def scores(self, phasors: Phasors | None, queries: Array, positions: Positions) -> Array:
         """What queries [rows, kv_heads, n, head_dim] give with the centres of keys there.
 
         [rows, kv_heads, n, tokens or 1]. Re Σ conj(q) m e^(i p ω), a product of the queries
         with a table that all rows and heads share.
         """
-        scores = (queries * self.constant[:, :, None]).sum(-1, keepdim=True)
+        scores = self.ops.sum_kept(queries * self.constant[:, :, None])
         if phasors is None or self.is_constant:
             return scores
         a, b = phasors.split(queries)
-        real, imaginary = (part[:, :, None] for part in self.means.unbind(-2))
-        factors = torch.cat([a * real + b * imaginary, b * real - a * imaginary], -1)
+        real, imaginary = (part[:, :, None] for part in self.ops.unstack(self.means, -2))
+        factors = self.ops.concat([a * real + b * imaginary, b * real - a * imaginary], -1)
         cos, sin = phasors.of(positions)
-        return scores + factors @ torch.cat([cos, sin], -1).mT
+        return scores + factors @ self.ops.concat([cos, sin], -1).mT
 
 
 class RowCentres(NamedTuple):
@@ -85,14 +85,11 @@ class RowCentres(NamedTuple):
     kinds: tuple[str, ...]
 
 
-def stacked(rows: list[RowCentres], device: torch.device) -> Centres:
-    """Those of several rows, on a device."""
-    constant, means = (
-        torch.from_numpy(np.stack([row[i] for row in rows])).to(device) for i in (0, 1)
-    )
-    return Centres(
-        constant, means, np.stack([row.left for row in rows]), tuple(row.kinds for row in rows)
-    )
+def stacked(rows: list[RowCentres], ops: Operations) -> Centres:
+    """Those of several rows, on the operations' device."""
+    constant, means = (ops.asarray(np.stack([row[i] for row in rows])) for i in (0, 1))
+    left = np.stack([row.left for row in rows])
+    return Centres(ops, constant, means, left, tuple(row.kinds for row in rows))
 
 
 class Moments(NamedTuple):
@@ -118,9 +115,10 @@ class Moments(NamedTuple):
 
 
 def find_moments(
+    ops: Operations,
     options: Options,
     phasors: Phasors | None,
-    keys: torch.Tensor,
+    keys: Array,
     positions: Positions,
     step: int,
 ) -> list[Moments]:
@@ -129,24 +127,24 @@ def find_moments(
     n is a multiple of 64; `step` tokens are gone through at once, a multiple of 64 as well.
     """
     # Not every device has double precision; sums of float32 in pairs are nearly as good.
-    wide = torch.float32 if keys.device.type == "mps" else torch.float64
     parts: list[list[np.ndarray]] = [[], [], []]
     for start in range(0, keys.shape[2], step):
-        part = keys[:, :, start : start + step].to(wide)
-        tiles = part.unflatten(2, (-1, TILE_TOKENS))
-        turned = tiles.new_zeros(*tiles.shape[:3], 2, 0)
+        part = ops.astype(keys[:, :, start : start + step], ops.wide)
+        rows, heads, tokens, dim = part.shape
+        shape = rows, heads, tokens // TILE_TOKENS, TILE_TOKENS
+        tiles = part.reshape(*shape, dim)
+        means, energy = tiles.mean(3), tiles.square().sum(-1).mean(3)
+        turned = np.zeros((*shape[:3], 2, 0))
         if phasors is not None:
-            cos, sin = (
-                table.to(wide) for table in phasors.of(positions.part(start, start + part.shape[2]))
-            )
+            tables = phasors.of(positions.part(start, start + tokens))
+            cos, sin = (ops.astype(table, ops.wide) for table in tables)
             back = turn(*phasors.split(part), cos, -sin)
-            turned = torch.stack(
-                [unturned.unflatten(2, (-1, TILE_TOKENS)).mean(3) for unturned in back], -2
-            )
+            unturned = [each.reshape(*shape, phasors.pairs).mean(3) for each in back]
+            turned = ops.to_numpy(ops.stack(unturned, -2))
         for held, found in zip(
-            parts, (tiles.mean(3), turned, tiles.square().sum(-1).mean(3)), strict=True
+            parts, (ops.to_numpy(means), turned, ops.to_numpy(energy)), strict=True
         ):
-            held.append(found.cpu().double().numpy())
+            held.append(found.astype(np.float64))
     mean, turned_back, energy = (np.concatenate(held, axis=2) for held in parts)
     steady = np.arange(options.head_dim) >= (0 if phasors is None else phasors.rotary_dim)
     return [

@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.positions import Positions
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.positions import Positions
 
 RopeOptions = tuple[Any, ...]
 """inv_freq, "half_split" or "interleaved", rotary_dim, and the section of each frequency where
@@ -26,14 +26,14 @@ class Phasors:
     distance within it, made in double precision, have.
     """
 
-    def __init__(self, rope: RopeOptions, device: torch.device) -> None:
+    def __init__(self, rope: RopeOptions, ops: Operations) -> None:
         self._frequencies = np.asarray(rope[0], dtype=np.float32).astype(np.float64)
         self._half_split = rope[1] == "half_split"
         self.rotary_dim: int = rope[2]
         sections = rope[3] if len(rope) > 3 and len(rope[3]) > 0 else (0,) * len(rope[0])
         self.sections = 1 + max(sections)
-        self._device = device
-        self._section_of = torch.tensor(sections, device=device)
+        self._ops = ops
+        self._section_of = ops.asarray(np.array(sections, np.int64))
         self._distances = self._table(np.arange(TILE_TOKENS))
         self._tiles = self._table(np.arange(64) * TILE_TOKENS)
 
@@ -41,7 +41,7 @@ class Phasors:
     def pairs(self) -> int:
         return len(self._frequencies)
 
-    def of(self, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, positions: Positions) -> tuple[Array, Array]:
         """Those of a multiple of 64 tokens, each [tokens, pairs] float32."""
         first, tiles = positions.first, positions.count // TILE_TOKENS
         if positions.each is None and 0 <= first and first + positions.count < _NEAR:
@@ -51,25 +51,24 @@ class Phasors:
         for section in range(1, table.shape[1]):
             its = self._section_of == section
             parts = self._of_each(table[:, section])
-            cos, sin = (torch.where(its, *pair) for pair in zip(parts, (cos, sin), strict=True))
+            cos, sin = (self._ops.where(its, *pair) for pair in zip(parts, (cos, sin), strict=True))
         return cos, sin
 
-    def _of_consecutive(self, first: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of_consecutive(self, first: int, tiles: int) -> tuple[Array, Array]:
         start, rest = divmod(first, TILE_TOKENS)
         self._grow(start + tiles)
         cos, sin = (table[start : start + tiles] for table in self._tiles)
         if rest:
             cos, sin = turn(cos, sin, *(table[rest] for table in self._distances))
         cos, sin = turn(cos[:, None], sin[:, None], *self._distances)
-        return cos.flatten(0, 1), sin.flatten(0, 1)
+        shape = tiles * TILE_TOKENS, self.pairs
+        return cos.reshape(*shape), sin.reshape(*shape)
 
-    def _of_each(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of_each(self, positions: np.ndarray) -> tuple[Array, Array]:
         """Of [tokens] positions of any kind."""
         steps, near = np.divmod(positions.astype(np.int64), _NEAR)
         self._grow(int(near.max()) // TILE_TOKENS + 1)
-        tile, distance = (
-            torch.from_numpy(index).to(self._device) for index in np.divmod(near, TILE_TOKENS)
-        )
+        tile, distance = map(self._ops.asarray, np.divmod(near, TILE_TOKENS))
         cos, sin = turn(
             *(table[tile] for table in self._tiles), *(table[distance] for table in self._distances)
         )
@@ -81,32 +80,33 @@ class Phasors:
         while len(self._tiles[0]) < tiles:
             self._tiles = self._table(np.arange(2 * len(self._tiles[0])) * TILE_TOKENS)
 
-    def split(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, vectors: Array) -> tuple[Array, Array]:
         """Both coordinates of each pair, [..., pairs], of vectors [..., head_dim]."""
         turning = vectors[..., : self.rotary_dim]
         if self._half_split:
             return turning[..., : self.pairs], turning[..., self.pairs :]
         return turning[..., 0::2], turning[..., 1::2]
 
-    def join(self, a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    def join(self, a: Array, b: Array, dim: int) -> Array:
         """The inverse: [..., dim], zeros where nothing turns."""
-        joined = torch.cat([a, b], -1) if self._half_split else torch.stack([a, b], -1).flatten(-2)
-        return torch.nn.functional.pad(joined, (0, dim - self.rotary_dim))
+        if self._half_split:
+            joined = self._ops.concat([a, b], -1)
+        else:
+            joined = self._ops.stack([a, b], -1).reshape(*a.shape[:-1], self.rotary_dim)
+        return self._ops.pad(joined, 0, dim - self.rotary_dim)
 
-    def _table(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, positions: np.ndarray) -> tuple[Array, Array]:
         angles = positions[:, None] * self._frequencies
         cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
-        return torch.from_numpy(cos).to(self._device), torch.from_numpy(sin).to(self._device)
+        return self._ops.asarray(cos), self._ops.asarray(sin)
 
 
-def turn(
-    a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def turn(a: Array, b: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
     """Real and imaginary part of (a + i b) · (cos + i sin)."""
     return a * cos - b * sin, a * sin + b * cos
 
 
 @lru_cache(maxsize=64)
-def phasors_of(rope: RopeOptions, device: torch.device) -> Phasors:
+def phasors_of(rope: RopeOptions, ops: Operations) -> Phasors:
     """Shared by all caches of the same embedding and device."""
-    return Phasors(rope, device)
+    return Phasors(rope, ops)

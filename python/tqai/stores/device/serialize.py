@@ -6,32 +6,32 @@ docs/format.md is the format's description.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tqai import _core
-from tqai.settings import CENTERINGS, ROTATIONS
+from tqai.settings import CENTERINGS, DTYPES, ROTATIONS
 from tqai.shapes.rope import LAYOUTS
-from tqai.stores.tensor_refs import DTYPES
-from tqai.stores.torch_ops.centres import RowCentres, stacked
-from tqai.stores.torch_ops.codec import Options, codec_of
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.pages import PAGE_TILES, Page
-from tqai.stores.torch_ops.positions import Positions
-from tqai.stores.torch_ops.rows import Exact, Rows
+from tqai.stores.device.centres import RowCentres, stacked
+from tqai.stores.device.codec import ITEM_BYTES, Options, codec_of
+from tqai.stores.device.operations import Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.pages import PAGE_TILES, Page
+from tqai.stores.device.positions import Positions
+from tqai.stores.device.rows import Exact, Rows
 
 _MAGIC, _NOTHING = 0x49415154, 0xFFFFFFFF
 _VERSION, _WITH_GAPS = 3, 4
 _LINE = 64
 """Tiles begin at a multiple of so many bytes."""
-_DTYPES = tuple(DTYPES)
 
 
-def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
+def write(
+    ops: Operations, options: Options, tokens: int, batch: int, held: Sequence[Rows]
+) -> bytes:
     """The bytes of a store with these rows."""
     writer = _Writer()
     exact, blocks, centres = _Numbered(), _Numbered(), _Numbered()
@@ -69,8 +69,8 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
     writer.put("<u4", len(exact.objects))
     for part, at in exact.objects:
         writer.put("<i8", part.tokens)
-        for tensor in part.part(0, part.tokens):
-            writer.tensor(tensor[at])
+        for each in part.part(0, part.tokens):
+            writer.append(ops.to_bytes(each[at]))
     writer.put("<u4", len(blocks.objects))
     for page, _, tile in blocks.objects:
         positions = page.positions.part(tile * TILE_TOKENS, (tile + 1) * TILE_TOKENS)
@@ -81,8 +81,8 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
             writer.put("<i4", *places.flatten())
     writer.put("<u4", len(centres.objects))
     for centre, at in centres.objects:
-        writer.tensor(centre.constant[at])
-        writer.tensor(centre.means[at])
+        writer.append(ops.to_bytes(centre.constant[at]))
+        writer.append(ops.to_bytes(centre.means[at]))
         writer.put("<f4", *centre.left[at])
         for kind in centre.kinds[at]:
             writer.put("<u1", CENTERINGS.index(kind))
@@ -90,12 +90,12 @@ def write(options: Options, tokens: int, batch: int, held: list[Rows]) -> bytes:
     writer.append(listed)
     writer.align(_LINE)
     for page, row, tile in blocks.objects:
-        writer.tensor(page.tiles[row, :, tile])
+        writer.append(ops.to_bytes(page.tiles[row, :, tile]))
     return writer.take()
 
 
-def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
-    """What ``write`` or ``_core.KvCache.serialize`` wrote: options, tokens, rows on `device`.
+def read(data: bytes, ops: Operations) -> tuple[Options, int, list[Rows]]:
+    """What ``write`` or ``_core.KvCache.serialize`` wrote: options, tokens, rows on a device.
 
     Raises:
         ValueError: for bytes that neither wrote.
@@ -119,29 +119,29 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
     for _ in range(reader.get("<u4")):
         count = reader.get("<i8")
         shapes = ((options.kv_heads, count, dim) for dim in dims)
-        exact.append(tuple(reader.tensor(options.dtype, *shape) for shape in shapes))
+        exact.append(tuple(reader.exact(options.dtype, *shape) for shape in shapes))
     stands = []
     for _ in range(reader.get("<u4")):
         first, position, sections = reader.get("<i8"), reader.get("<i8"), reader.get("<u4")
         positions = Positions(position, TILE_TOKENS)
         if sections:
-            each = reader.tensor(torch.int32, sections, TILE_TOKENS).numpy().T
+            each = reader.numbers("<i4", sections, TILE_TOKENS).T
             positions = Positions.of(_widened(each, options))
         stands.append((first, positions))
     pairs = 0 if options.rope is None else len(options.rope[0])
     centres = []
     for _ in range(reader.get("<u4")):
-        constant = reader.tensor(torch.float32, options.kv_heads, options.head_dim)
-        means = reader.tensor(torch.float32, options.kv_heads, 2, pairs)
-        left = reader.tensor(torch.float32, options.kv_heads)
+        constant = reader.numbers("<f4", options.kv_heads, options.head_dim)
+        means = reader.numbers("<f4", options.kv_heads, 2, pairs)
+        left = reader.numbers("<f4", options.kv_heads)
         kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
-        centres.append(RowCentres(constant.numpy(), means.numpy(), left.numpy(), kinds))
+        centres.append(RowCentres(constant, means, left, kinds))
     has_gaps = data[4] == _WITH_GAPS
     rows = [_Row.read(reader, options, exact, stands, has_gaps) for _ in range(reader.get("<u4"))]
     reader.align(_LINE)
-    tile_bytes = codec_of(options, torch.device("cpu")).tile_bytes
+    tile_bytes = codec_of(options, ops).tile_bytes
     blocks = [
-        (first, reader.tensor(torch.uint8, options.kv_heads, tile_bytes), positions)
+        (first, reader.numbers("<u1", options.kv_heads, tile_bytes), positions)
         for first, positions in stands
     ]
 
@@ -152,15 +152,14 @@ def read(data: bytes, device: torch.device) -> tuple[Options, int, list[Rows]]:
     for places in groups.values():
         some = [rows[place] for place in places]
         sinks, tail = (
-            _exact(options, [exact[i] if i != _NOTHING else None for i in indices], device)
+            _exact(ops, options, [exact[i] if i != _NOTHING else None for i in indices])
             for indices in zip(*((row.sinks, row.tail) for row in some), strict=True)
         )
         one = some[0]
         sets = tuple(
-            stacked([centres[row.centres[i]] for row in some], device)
-            for i in range(len(one.centres))
+            stacked([centres[row.centres[i]] for row in some], ops) for i in range(len(one.centres))
         )
-        pages = tuple(_pages([row.tiles for row in some], blocks, device))
+        pages = tuple(_pages(ops, [row.tiles for row in some], blocks))
         stand = one.sink_positions, one.tail_positions, one.next_position, one.gaps
         held.append(Rows(tuple(places), sinks, tail, one.first, pages, sets, *stand))
     return options, tokens, held
@@ -182,7 +181,7 @@ def _read_positions(count: int, options: Options, reader: _Reader) -> Positions:
     first, numbers = reader.get("<i8"), reader.get("<u8")
     if numbers == 0:
         return Positions(first, count)
-    return Positions.of(reader.tensor(torch.int32, count, _sections(options)).numpy())
+    return Positions.of(reader.numbers("<i4", count, _sections(options)))
 
 
 def _sections(options: Options) -> int:
@@ -211,7 +210,7 @@ def _write_options(options: Options, version: int, writer: _Writer) -> None:
     writer.put("<u4", _MAGIC, version)
     writer.put("<i4", options.kv_heads, options.head_dim, options.value_head_dim)
     writer.put("<i4", options.bits_k, options.bits_v, options.sink_tokens, options.residual_window)
-    writer.put("<u1", _DTYPES.index(options.dtype), ROTATIONS.index(options.rotation))
+    writer.put("<u1", DTYPES.index(options.dtype), ROTATIONS.index(options.rotation))
     writer.put("<u1", CENTERINGS.index(options.centering), int(options.rope is not None))
     writer.put("<u8", options.seed)
     if options.rope is not None:
@@ -228,7 +227,7 @@ def _write_options(options: Options, version: int, writer: _Writer) -> None:
 def _read_options(reader: _Reader) -> Options:
     _, version = reader.get("<u4"), reader.get("<u4")
     heads, dim, value_dim, bits_k, bits_v, sinks, window = (reader.get("<i4") for _ in range(7))
-    dtype, rotation = _DTYPES[reader.get("<u1")], ROTATIONS[reader.get("<u1")]
+    dtype, rotation = DTYPES[reader.get("<u1")], ROTATIONS[reader.get("<u1")]
     centering, has_rope = CENTERINGS[reader.get("<u1")], reader.get("<u1")
     seed, rope = reader.get("<u8"), None
     if has_rope:
@@ -242,21 +241,22 @@ def _read_options(reader: _Reader) -> Options:
     )
 
 
-def _exact(options: Options, parts: list[Any], device: torch.device) -> Exact:
-    """Exact tokens of some rows, (keys, values) or None each; all of them have as many."""
-    if parts[0] is None or parts[0][0].shape[1] == 0:  # nothing, or a part that has become empty
-        shape = len(parts), options.kv_heads, 0
-        dims = options.head_dim, options.value_head_dim
-        empty = (torch.empty(*shape, dim, dtype=options.dtype, device=device) for dim in dims)
-        return Exact(*empty, 0)
-    keys, values = (torch.stack([part[i] for part in parts]).to(device) for i in (0, 1))
-    return Exact(keys, values, keys.shape[2])
+def _exact(ops: Operations, options: Options, parts: list[Any]) -> Exact:
+    """Exact tokens of some rows, (keys, values) as bits or None each; all of them have as many."""
+    tokens = 0 if parts[0] is None else parts[0][0].shape[1]  # of a part that has become empty: 0
+    dtype = ops.dtype(options.dtype)
+    both = []
+    for which, dim in enumerate((options.head_dim, options.value_head_dim)):
+        shape = len(parts), options.kv_heads, tokens, dim
+        bits = b"" if tokens == 0 else b"".join(part[which].tobytes() for part in parts)
+        both.append(ops.from_bytes(bits, dtype, shape))
+    return Exact(ops, *both, tokens)
 
 
 def _pages(
+    ops: Operations,
     tiles: list[list[tuple[int, int, int]]],
-    blocks: list[tuple[int, torch.Tensor, Positions]],
-    device: torch.device,
+    blocks: list[tuple[int, np.ndarray, Positions]],
 ) -> Iterator[Page]:
     """tiles: of each row, the block, the tokens and the set of each of its tiles, in order."""
     start, count = 0, len(tiles[0])
@@ -274,11 +274,10 @@ def _pages(
             end += 1
         wanted = [tuple(block for block, _, _ in row[start:end]) for row in tiles]
         held = list(dict.fromkeys(wanted))
-        parts = [torch.stack([blocks[block][1] for block in row], dim=1) for row in held]
+        parts = [np.stack([blocks[block][1] for block in row], 1) for row in held]
         rows = tuple(held.index(row) for row in wanted)
         first = blocks[wanted[0][0]][0]
-        held_tiles = torch.stack(parts).to(device)
-        yield Page(held_tiles, first, tokens, rows, positions, centre_set)
+        yield Page(ops, ops.asarray(np.stack(parts)), first, tokens, rows, positions, centre_set)
         start = end
 
 
@@ -302,7 +301,7 @@ class _Row(NamedTuple):
         cls,
         reader: _Reader,
         options: Options,
-        exact: list[Any],
+        exact: list[tuple[np.ndarray, ...]],
         blocks: list[tuple[int, Positions]],
         has_gaps: bool,
     ) -> _Row:
@@ -349,11 +348,6 @@ class _Writer:
     def put(self, kind: str, *numbers: float) -> None:
         self._parts.append(np.array(numbers, dtype=kind).tobytes())
 
-    def tensor(self, tensor: torch.Tensor) -> None:
-        if tensor.numel() > 0:
-            flat = tensor.contiguous().view(-1).view(torch.uint8).cpu()
-            self._parts.append(flat.numpy().tobytes())
-
     def append(self, data: bytes) -> None:
         self._parts.append(data)
 
@@ -378,10 +372,14 @@ class _Reader:
     def align(self, unit: int) -> None:
         self._at += -self._at % unit
 
-    def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        size = int(np.prod(shape)) * dtype.itemsize
-        if size == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        flat = np.frombuffer(self._data, dtype=np.uint8, count=size, offset=self._at).copy()
-        self._at += size
-        return torch.from_numpy(flat).view(dtype).view(shape)
+    def numbers(self, kind: str, *shape: int) -> np.ndarray:
+        count = int(np.prod(shape))
+        if count == 0:
+            return np.empty(shape, kind)
+        numbers = np.frombuffer(self._data, dtype=kind, count=count, offset=self._at)
+        self._at += numbers.nbytes
+        return numbers.reshape(shape).copy()
+
+    def exact(self, dtype: str, *shape: int) -> np.ndarray:
+        """The bits of numbers of a dtype that numpy may not have."""
+        return self.numbers(f"<u{ITEM_BYTES[dtype]}", *shape)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-import torch
+import numpy as np
 
-from tqai.stores.torch_ops.centre_sets import choose_centre_sets
-from tqai.stores.torch_ops.centres import Centres, find_moments, stacked
-from tqai.stores.torch_ops.codec import Codec, Options
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.pages import PAGE_TILES, Page, extend, index_of
-from tqai.stores.torch_ops.phasors import Phasors
-from tqai.stores.torch_ops.positions import Positions
+from tqai.stores.device.centre_sets import choose_centre_sets
+from tqai.stores.device.centres import Centres, find_moments, stacked
+from tqai.stores.device.codec import Codec, Options
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.pages import PAGE_TILES, Page, extend, index_of
+from tqai.stores.device.phasors import Phasors
+from tqai.stores.device.positions import Positions
 
 _FEWEST_TOKENS = 16
 # What is unpacked at a time, so that never a whole cache is.
@@ -24,6 +25,7 @@ _SCRATCH_FLOATS = 1 << 23
 class Context:
     """Settings and tables that the rows of a cache share."""
 
+    ops: Operations
     options: Options
     codec: Codec
     phasors: Phasors | None
@@ -47,9 +49,10 @@ class Context:
 class Exact:
     """Exact tokens in buffers with room for more."""
 
-    keys: torch.Tensor
+    ops: Operations
+    keys: Array
     """[rows, kv_heads, capacity, head_dim] in the cache's dtype."""
-    values: torch.Tensor
+    values: Array
     """[rows, kv_heads, capacity, value_head_dim]"""
     tokens: int
 
@@ -61,7 +64,7 @@ class Exact:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def part(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(self, start: int, end: int) -> tuple[Array, Array]:
         """Keys and values of tokens start…end − 1, without copying."""
         return self.keys[:, :, start:end], self.values[:, :, start:end]
 
@@ -70,13 +73,13 @@ class Exact:
         copies = []
         for part in self.part(start, end):
             rows, heads, tokens, dim = part.shape
-            copy = part.new_empty(rows, heads, capacity, dim)
+            copy = self.ops.empty((rows, heads, capacity, dim), part.dtype)
             copy[:, :, :tokens] = part
             copies.append(copy)
-        return Exact(copies[0], copies[1], end - start)
+        return Exact(self.ops, copies[0], copies[1], end - start)
 
-    def select(self, index: torch.Tensor) -> Exact:
-        return Exact(self.keys[index], self.values[index], self.tokens)
+    def select(self, index: Array) -> Exact:
+        return Exact(self.ops, self.keys[index], self.values[index], self.tokens)
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,19 @@ class Rows:
     """First token and count of what the rows have left out, in order."""
 
     @property
-    def index(self) -> torch.Tensor:
+    def ops(self) -> Operations:
+        return self.tail.ops
+
+    @property
+    def index(self) -> Array:
         """``places`` on the device."""
-        return index_of(self.places, self.tail.keys.device)
+        return index_of(self.places, self.ops)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All arrays that are held."""
+        exact = [part for each in (self.sinks, self.tail) for part in (each.keys, each.values)]
+        return [*exact, *(page.tiles for page in self.pages)]
 
     @property
     def sealed_tokens(self) -> int:
@@ -134,11 +147,11 @@ class Rows:
             spot += count
         return spot
 
-    def tokens_at(self, start: int, end: int, device: torch.device) -> torch.Tensor:
+    def tokens_at(self, start: int, end: int) -> Array:
         """Those at spots start…end − 1."""
-        tokens = torch.arange(start, end, device=device)
+        tokens = self.ops.arange(start, end)
         for first, count in self.gaps:
-            tokens = torch.where(tokens < first, tokens, tokens + count)
+            tokens = self.ops.where(tokens < first, tokens, tokens + count)
         return tokens
 
     def left_out(self, context: Context, end: int, hidden: list[bool]) -> Rows:
@@ -164,7 +177,7 @@ class Rows:
                 gaps.append((token, 1))
         if all(kept):
             return self
-        index = torch.tensor(kept, device=self.tail.keys.device).nonzero()[:, 0]
+        index = self.ops.asarray(np.flatnonzero(kept))
         keys, values = (part[:, :, index] for part in self.tail.part(0, self.tail.tokens))
         positions, at = Positions(), 0
         for keep, run in groupby(kept):
@@ -178,7 +191,7 @@ class Rows:
             next_position = positions.next
         return replace(
             self,
-            tail=Exact(keys, values, len(index)),
+            tail=Exact(self.ops, keys, values, len(index)),
             tail_positions=positions,
             next_position=next_position,
             first=self.first + leading,
@@ -194,9 +207,7 @@ class Rows:
         )
         return replace(kept, gaps=gaps)
 
-    def appended(
-        self, context: Context, keys: torch.Tensor, values: torch.Tensor, positions: Positions
-    ) -> Rows:
+    def appended(self, context: Context, keys: Array, values: Array, positions: Positions) -> Rows:
         """With more tokens at the end, [rows, kv_heads, n, dim] each."""
         tail, more = self.tail, keys.shape[2]
         needed = tail.tokens + more
@@ -236,12 +247,13 @@ class Rows:
             return [self]
         start = self._new_sinks(context)
         states = self.tail.part(start, start + count)
-        check_finite(*states, self.tail_start + start)
+        check_finite(self.ops, *states, self.tail_start + start)
         longest = context.codec.longest(context.options.centering)
-        norms = zip(map(_norms, states), longest, strict=True)
-        fits = torch.stack([(norm <= most).all(1) for norm, most in norms]).all(0)
-        tiles = fits.unflatten(1, (-1, TILE_TOKENS)).all(-1)
-        counts = (tiles.long().cumprod(-1).sum(-1) * TILE_TOKENS).tolist()
+        norms = zip(map(self.ops.vector_norm, states), longest, strict=True)
+        key_fits, value_fits = ((norm <= most).all(1) for norm, most in norms)
+        fits = self.ops.to_numpy(key_fits & value_fits)
+        tiles = fits.reshape(len(fits), count // TILE_TOKENS, TILE_TOKENS).all(-1)
+        counts = (tiles.cumprod(-1).sum(-1) * TILE_TOKENS).tolist()
         parts = []
         for count in dict.fromkeys(counts):  # mostly one
             at = [row for row, other in enumerate(counts) if other == count]
@@ -261,7 +273,7 @@ class Rows:
         start = self.tail_start + new_sinks
         positions = self.tail_positions.part(new_sinks, end)
         step = self._step(context)
-        moments = find_moments(context.options, context.phasors, keys, positions, step)
+        moments = find_moments(self.ops, context.options, context.phasors, keys, positions, step)
         row_tiles = start // TILE_TOKENS + count // TILE_TOKENS
         chosen = []
         for row, of_row in enumerate(moments):
@@ -274,8 +286,7 @@ class Rows:
         for (_, *of_tile), rows in alike.items():
             part = self.select(rows, tuple(self.places[row] for row in rows))
             sets = zip(*(chosen[row][0] for row in rows), strict=True)
-            device = keys.device
-            new_sets = tuple(stacked(list(rows_of_set), device) for rows_of_set in sets)
+            new_sets = tuple(stacked(list(rows_of_set), self.ops) for rows_of_set in sets)
             parts.append(part._sealed(context, new_sinks, of_tile, new_sets))
         return parts
 
@@ -286,7 +297,8 @@ class Rows:
         sinks, sink_positions = self.sinks, self.sink_positions
         if new_sinks > 0:
             parts = zip(sinks.part(0, sinks.tokens), self.tail.part(0, new_sinks), strict=True)
-            sinks = Exact(*(torch.cat(part, 2) for part in parts), sinks.tokens + new_sinks)
+            both = (self.ops.concat(part, 2) for part in parts)
+            sinks = Exact(self.ops, *both, sinks.tokens + new_sinks)
             sink_positions = sink_positions.joined(self.tail_positions.part(0, new_sinks))
         start, step, pages = self.tail_start, self._step(context), self.pages
         at = new_sinks
@@ -297,8 +309,10 @@ class Rows:
                 key, value = self.tail.part(at, end)
                 positions = self.tail_positions.part(at, end)
                 centre = centre_sets[centre_set].at(context.phasors, positions)
-                tiles = context.codec.encode(key.float() - centre, value.float())
-                pages = extend(pages, tiles, start + at, positions, centre_set)
+                key, value = (self.ops.astype(part, self.ops.float32) for part in (key, value))
+                tiles = context.codec.encode(key - centre, value)
+                pages = extend(self.ops, pages, tiles, start + at, positions, centre_set)
+                self.ops.evaluate(pages[-1].tiles)
                 at = end
         # More is left than usual where not all that may be sealed can be.
         usual = context.options.residual_window + TILE_TOKENS
@@ -317,7 +331,7 @@ class Rows:
         """Tokens that are encoded at once."""
         return context.tiles_at_once(4 * len(self.places) * context.options.kv_heads) * TILE_TOKENS
 
-    def decoded(self, context: Context, page: Page) -> tuple[torch.Tensor, torch.Tensor]:
+    def decoded(self, context: Context, page: Page) -> tuple[Array, Array]:
         """The keys and values of a page, [rows, kv_heads, 64 · tiles, dim] float32."""
         codec = context.codec
         keys, values, key_norms, value_norms = codec.split(page.read(0, page.count))
@@ -437,7 +451,7 @@ class Rows:
         """Row i becomes row rows[i] of these, in the batch's row places[i]."""
         if rows == list(range(len(self.places))):
             return replace(self, places=places)
-        index = torch.tensor(rows, device=self.tail.keys.device)
+        index = index_of(tuple(rows), self.ops)
         return replace(
             self,
             places=places,
@@ -453,25 +467,21 @@ class Rows:
         return replace(self, tail=tail.copy(0, tail.tokens, tail.capacity))
 
 
-def check_finite(keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+def check_finite(ops: Operations, keys: Array, values: Array, first: int) -> None:
     """Raises ValueError for NaN and infinity, naming the vector.
 
     keys, values: [rows, kv_heads, n, dim] of the tokens from `first` on. Waits for the device.
     """
     for name, vectors in (("keys", keys), ("values", values)):
-        bad = ~vectors.isfinite().all(-1)
-        if bad.any():
-            row, head, token = bad.nonzero()[0].tolist()
+        fine = ops.isfinite(vectors).all(-1)
+        if not bool(fine.all()):
+            row, head, token = np.argwhere(~ops.to_numpy(fine))[0].tolist()
             remedy = (
                 ", and float16 ends at 65504: compute the model in bfloat16 or float32"
-                if vectors.dtype == torch.float16
+                if vectors.dtype == ops.float16
                 else ""
             )
             raise ValueError(
                 f"{name}[{row}, {head}] of token {first + token} holds NaN or infinity; only "
                 f"finite numbers can be cached{remedy}"
             )
-
-
-def _norms(vectors: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)

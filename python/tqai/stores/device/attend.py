@@ -1,28 +1,33 @@
-"""Softmax attention over packed tiles, a few at a time, in torch operations.
+"""Softmax attention over packed tiles, a few at a time, in operations on arrays.
 
-Nothing here looks at a tensor's numbers, so that ``torch.compile`` can take each step whole.
+Nothing here looks at an array's numbers, so that ``torch.compile`` can take each step whole, and
+mlx put all of it off.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
-from tqai.stores.torch_ops.codec import Codec
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.rows import Context, Rows
+from tqai.stores.device.codec import Codec
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.rows import Context, Rows
 
-_LOWEST = torch.finfo(torch.float32).min
-_SMALLEST = torch.finfo(torch.float32).tiny
+_LOWEST = float(np.finfo(np.float32).min)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of a cache; ``TorchStore.attend`` explains each part."""
+    """What is asked of a cache; ``DeviceStore.attend`` explains each part."""
 
-    states: torch.Tensor
+    ops: Operations
+    states: Array
     """[rows, kv_heads, group, n, head_dim] float32, times the scale."""
     tokens: int
     """Tokens of the cache; the queries are its last n."""
@@ -30,32 +35,32 @@ class Query:
     causal: bool
     window: int
     first_token: int
-    mask: torch.Tensor | None
+    mask: Array | None
     """[rows or 1, kv_heads or 1, group or 1, n, tokens − first_token]."""
 
     @property
     def count(self) -> int:
         return self.states.shape[3]
 
-    def bias(self, rows: Rows, start: int, end: int) -> torch.Tensor | None:
+    def bias(self, rows: Rows, start: int, end: int) -> Array | None:
         """What is added to the scores of what `rows` hold at spots start…end − 1, where it is seen.
 
         [rows or 1, kv_heads or 1, group or 1, n, end − start]; None where all queries see all.
         """
-        device = self.states.device
+        ops = self.ops
         oldest = self.tokens - self.count
         bias = None
         if self.mask is not None:
             # Tokens before first_token are seen by none, whatever stands there.
             columns = slice(max(start - self.first_token, 0), max(end - self.first_token, 0))
             if rows.gaps:
-                tokens = rows.tokens_at(start, end, device) - self.first_token
-                bias = self.mask[..., tokens.clamp(min=0)]
+                tokens = rows.tokens_at(start, end) - self.first_token
+                bias = self.mask[..., ops.clip(tokens, 0, None)]
             else:
                 bias = self.mask[..., columns]
-            if bias.dtype == torch.bool:
-                bias = torch.where(bias, 0.0, -torch.inf)
-            bias = torch.nn.functional.pad(bias.float(), (end - start - bias.shape[-1], 0))
+            if bias.dtype == ops.bool_:
+                bias = ops.where(bias, 0.0, -math.inf)
+            bias = ops.pad(ops.astype(bias, ops.float32), end - start - bias.shape[-1], 0)
         spots = start, end
         start, end = rows.token_at(start), rows.token_at(end - 1) + 1
         before = start < self.first_token
@@ -64,8 +69,8 @@ class Query:
         if not (before or after or left):
             return bias
         hidden = None
-        key = rows.tokens_at(*spots, device)
-        query = torch.arange(oldest, self.tokens, device=device)[:, None]
+        key = rows.tokens_at(*spots)
+        query = ops.arange(oldest, self.tokens)[:, None]
         if before:
             hidden = key < self.first_token
         if after:
@@ -75,55 +80,61 @@ class Query:
             earlier = key <= query - self.window
             hidden = earlier if hidden is None else hidden | earlier
         assert hidden is not None
-        return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)
+        return ops.where(hidden, -math.inf, 0.0 if bias is None else bias)
 
 
 class State(NamedTuple):
     """A softmax under way, over some of the tokens."""
 
-    max: torch.Tensor
+    max: Array
     """[rows, kv_heads, group, n]: the largest score."""
-    sum: torch.Tensor
+    sum: Array
     """[rows, kv_heads, group, n] of e^(score − max)."""
-    output: torch.Tensor
+    output: Array
     """[rows, kv_heads, group, n, value_head_dim]: the values by those weights."""
 
 
-def attend(context: Context, rows: Rows, query: Query, sinks: torch.Tensor | None) -> torch.Tensor:
+AttendTiles = Callable[..., State]
+"""Takes what ``attend_tiles`` takes, and gives what that gives but for rounding."""
+
+
+def attend(context: Context, rows: Rows, query: Query, sinks: Array | None) -> Array:
     """[rows, kv_heads, group, n, value_head_dim] float32.
 
     sinks: [kv_heads, group] float32, scores that count in the sum and bring no value.
     """
+    ops = context.ops
     packed = _attend_pages(context, rows, query)
     exact = None
-    for keys, values, bias in _exact_parts(rows, query):
-        exact = attend_exact(exact, query.states, keys, values, bias, query.soft_cap)
+    for keys, values, bias in _exact_parts(ops, rows, query):
+        exact = attend_exact(ops, exact, query.states, keys, values, bias, query.soft_cap)
     if packed is not None:
         # Sealed values were summed in their rotated domain.
         turned = packed.output @ context.codec.value.rotation
         packed = packed._replace(output=turned)
-    state = _merge(packed, exact)
+    state = _merge(ops, packed, exact)
     if state is None:
-        return query.states.new_zeros(*query.states.shape[:-1], context.options.value_head_dim)
+        shape = *query.states.shape[:-1], context.options.value_head_dim
+        return ops.zeros(shape, ops.float32)
     total, output = state.sum, state.output
     if sinks is not None:
         sink = sinks[:, :, None]
-        top = torch.maximum(state.max, sink)
-        share = torch.exp(state.max - top)
-        total, output = total * share + torch.exp(sink - top), output * share[..., None]
-    return output / total.clamp(min=_SMALLEST)[..., None]  # a query that sees nothing: 0
+        top = ops.maximum(state.max, sink)
+        share = (state.max - top).exp()
+        total, output = total * share + (sink - top).exp(), output * share[..., None]
+    return output / ops.clip(total, _SMALLEST, None)[..., None]  # a query that sees nothing: 0
 
 
 def _exact_parts(
-    rows: Rows, query: Query
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    ops: Operations, rows: Rows, query: Query
+) -> list[tuple[Array, Array, Array | None]]:
     """Keys, values and bias of the sinks and of the tail, or of both together."""
     parts = []
     for part, start in ((rows.sinks, rows.first), (rows.tail, rows.tail_start)):
         if part.tokens > 0:
             parts.append((*part.part(0, part.tokens), query.bias(rows, start, start + part.tokens)))
     if len(parts) == 2 and parts[0][2] is None and parts[1][2] is None:
-        keys, values = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
+        keys, values = (ops.concat([part[i] for part in parts], 2) for i in (0, 1))
         return [(keys, values, None)]
     return parts
 
@@ -134,8 +145,9 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
     dim = max(context.options.head_dim, context.options.value_head_dim)
     vectors = len(rows.places) * heads * (4 + -(-3 * group * n // dim))
     step = context.tiles_at_once(vectors)
+    go_through = tile_attention(context.ops)
     rotated = query.states @ context.codec.key.rotation.mT
-    flat = query.states.flatten(2, 3)
+    flat = query.states.reshape(len(rows.places), heads, group * n, context.options.head_dim)
     state = None
     for page in rows.pages:
         for at in range(0, page.count, step):
@@ -148,20 +160,26 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
             bias = query.bias(rows, first, first + tokens)
             tiles = page.read(at, count)
-            state = attend_tiles(
+            state = go_through(
                 context.codec, state, rotated, tiles, tokens, centre, bias, query.soft_cap
             )
     return state
 
 
+def tile_attention(ops: Operations) -> AttendTiles:
+    """What goes through packed tiles on this device: the one place where a kernel that is written
+    for it would be chosen. There is none yet, and all devices use ``attend_tiles``."""
+    return attend_tiles
+
+
 def attend_tiles(
     codec: Codec,
     state: State | None,
-    rotated: torch.Tensor,
-    tiles: torch.Tensor,
+    rotated: Array,
+    tiles: Array,
     tokens: int,
-    centre: torch.Tensor,
-    bias: torch.Tensor | None,
+    centre: Array,
+    bias: Array | None,
     soft_cap: float,
 ) -> State:
     """Goes on with the first `tokens` tokens of `tiles` [rows, kv_heads, count, tile_bytes].
@@ -170,60 +188,77 @@ def attend_tiles(
     give with the keys' centres, [rows, kv_heads, group · n, tokens or more, or 1].
     """
     key_codes, value_codes, key_norms, value_norms = codec.split(tiles)
+    rows, heads, group, n, dim = rotated.shape
     keys = codec.key.look_up(key_codes)
-    scores = rotated.flatten(2, 3) @ keys.mT * key_norms[:, :, None] + centre
-    scores = scores[..., :tokens].unflatten(2, rotated.shape[2:4])
+    queries = rotated.reshape(rows, heads, group * n, dim)
+    scores = queries @ keys.mT * key_norms[:, :, None] + centre
+    scores = scores[..., :tokens].reshape(rows, heads, group, n, tokens)
     values = codec.value.look_up(value_codes)[:, :, :tokens]
-    return _go_on(state, scores, bias, soft_cap, values, value_norms[:, :, :tokens])
+
+    def summed(weights: Array) -> Array:
+        weights = weights * value_norms[:, :, :tokens][:, :, None, None]
+        return weights.reshape(rows, heads, group * n, tokens) @ values
+
+    return go_on(codec.key.ops, state, scores, bias, soft_cap, summed)
 
 
 def attend_exact(
+    ops: Operations,
     state: State | None,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    bias: Array | None,
     soft_cap: float,
 ) -> State:
     """Goes on with exact keys and values [rows, kv_heads, tokens, dim]."""
-    scores = queries.flatten(2, 3) @ keys.float().mT
-    scores = scores.unflatten(2, queries.shape[2:4])
-    return _go_on(state, scores, bias, soft_cap, values.float(), None)
+    rows, heads, group, n, dim = queries.shape
+    flat = queries.reshape(rows, heads, group * n, dim)
+    scores = flat @ ops.astype(keys, ops.float32).mT
+    scores = scores.reshape(rows, heads, group, n, keys.shape[2])
+    values = ops.astype(values, ops.float32)
+
+    def summed(weights: Array) -> Array:
+        return weights.reshape(rows, heads, group * n, keys.shape[2]) @ values
+
+    return go_on(ops, state, scores, bias, soft_cap, summed)
 
 
-def _go_on(
+def go_on(
+    ops: Operations,
     state: State | None,
-    scores: torch.Tensor,
-    bias: torch.Tensor | None,
+    scores: Array,
+    bias: Array | None,
     soft_cap: float,
-    values: torch.Tensor,
-    norms: torch.Tensor | None,
+    summed: Callable[[Array], Array],
 ) -> State:
+    """The softmax `state`, gone on with over more tokens.
+
+    scores: [rows, kv_heads, group, n, tokens], before `soft_cap` and `bias`. summed: gives the
+    values by weights of that shape, [rows, kv_heads, group · n, value_head_dim].
+    """
     if soft_cap > 0.0:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = soft_cap * ops.tanh(scores / soft_cap)
     if bias is not None:
         scores = scores + bias
-    top = scores.amax(-1)
+    top = ops.max(scores, -1)
     # Where a query sees none of these, −∞ − −∞ would be no number.
-    weights = torch.exp(scores - top.clamp(min=_LOWEST)[..., None])
-    total = weights.sum(-1)
-    if norms is not None:
-        weights = weights * norms[:, :, None, None]
-    output = (weights.flatten(2, 3) @ values).unflatten(2, scores.shape[2:4])
-    new = State(top, total, output)
-    return new if state is None else _merge_two(state, new)
+    weights = (scores - ops.clip(top, _LOWEST, None)[..., None]).exp()
+    output = summed(weights)
+    new = State(top, weights.sum(-1), output.reshape(*top.shape, output.shape[-1]))
+    return new if state is None else _merge_two(ops, state, new)
 
 
-def _merge(a: State | None, b: State | None) -> State | None:
+def _merge(ops: Operations, a: State | None, b: State | None) -> State | None:
     if a is None or b is None:
         return b if a is None else a
-    return _merge_two(a, b)
+    return _merge_two(ops, a, b)
 
 
-def _merge_two(a: State, b: State) -> State:
-    top = torch.maximum(a.max, b.max)
-    floor = top.clamp(min=_LOWEST)
-    left, right = torch.exp(a.max - floor), torch.exp(b.max - floor)
+def _merge_two(ops: Operations, a: State, b: State) -> State:
+    top = ops.maximum(a.max, b.max)
+    floor = ops.clip(top, _LOWEST, None)
+    left, right = (a.max - floor).exp(), (b.max - floor).exp()
     return State(
         top,
         a.sum * left + b.sum * right,

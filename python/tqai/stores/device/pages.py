@@ -5,25 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
+import numpy as np
 
-from tqai.stores.torch_ops.packing import TILE_TOKENS
-from tqai.stores.torch_ops.positions import Positions
+from tqai.stores.device.operations import Array, Operations
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.positions import Positions
 
 PAGE_TILES = 64
 
 
 @lru_cache(maxsize=256)
-def index_of(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def index_of(rows: tuple[int, ...], ops: Operations) -> Array:
     """`rows` on the device; kept, as copying them there makes the device wait."""
-    return torch.tensor(rows, device=device)
+    return ops.asarray(np.array(rows, np.int64))
 
 
 @dataclass(frozen=True)
 class Page:
-    """Consecutive tiles of some rows with the same history. Immutable, tensors included."""
+    """Consecutive tiles of some rows with the same history. Immutable, arrays included."""
 
-    tiles: torch.Tensor
+    ops: Operations
+    tiles: Array
     """[held rows, kv_heads, tiles, tile_bytes] uint8."""
     first: int
     """The token that the first tile begins with."""
@@ -44,12 +46,12 @@ class Page:
     def end(self) -> int:
         return self.first + self.tokens
 
-    def read(self, start: int, count: int) -> torch.Tensor:
+    def read(self, start: int, count: int) -> Array:
         """Tiles start…start + count − 1, [rows, kv_heads, count, tile_bytes]."""
         tiles = self.tiles[:, :, start : start + count]
         if self.rows == tuple(range(len(tiles))):
             return tiles
-        return tiles[index_of(self.rows, tiles.device)]
+        return tiles[index_of(self.rows, self.ops)]
 
     def select(self, rows: list[int]) -> Page:
         """Row i becomes row rows[i]; held rows that none is any more are freed."""
@@ -57,20 +59,20 @@ class Page:
         held = list(dict.fromkeys(chosen))
         tiles = self.tiles
         if held != list(range(len(tiles))):
-            tiles = tiles[torch.tensor(held, device=tiles.device)]
+            tiles = tiles[index_of(tuple(held), self.ops)]
         return replace(self, tiles=tiles, rows=tuple(held.index(row) for row in chosen))
 
     def crop(self, tokens: int) -> Page:
         """The first `tokens` > 0 tokens."""
         count = -(-tokens // TILE_TOKENS)
-        tiles = self.tiles if count == self.count else self.tiles[:, :, :count].clone()
+        tiles = self.tiles if count == self.count else self.ops.copy(self.tiles[:, :, :count])
         positions = self.positions.part(0, count * TILE_TOKENS)
         return replace(self, tiles=tiles, tokens=tokens, positions=positions)
 
     def drop(self, tiles: int) -> Page:
         """Without the first `tiles` tiles, fewer than there are."""
         tokens = tiles * TILE_TOKENS
-        rest = self.tiles[:, :, tiles:].clone()
+        rest = self.ops.copy(self.tiles[:, :, tiles:])
         return replace(
             self,
             tiles=rest,
@@ -81,7 +83,12 @@ class Page:
 
 
 def extend(
-    pages: tuple[Page, ...], tiles: torch.Tensor, first: int, positions: Positions, centre_set: int
+    ops: Operations,
+    pages: tuple[Page, ...],
+    tiles: Array,
+    first: int,
+    positions: Positions,
+    centre_set: int,
 ) -> tuple[Page, ...]:
     """`pages` and the new tiles [rows, kv_heads, tiles, tile_bytes] of tokens from `first` on.
 
@@ -99,9 +106,10 @@ def extend(
     ):
         more = tiles[:, :, : PAGE_TILES - last.count]
         start = more.shape[2]
-        joined = torch.cat([last.read(0, last.count), more], dim=2)
+        joined = ops.concat([last.read(0, last.count), more], 2)
         new = positions.part(0, start * TILE_TOKENS)
         whole = Page(
+            ops,
             joined,
             last.first,
             last.tokens + start * TILE_TOKENS,
@@ -111,10 +119,10 @@ def extend(
         )
         pages = (*pages[:-1], whole)
     for at in range(start, tiles.shape[2], PAGE_TILES):
-        part = tiles[:, :, at : at + PAGE_TILES].clone(memory_format=torch.contiguous_format)
+        part = ops.copy(tiles[:, :, at : at + PAGE_TILES])
         tokens = part.shape[2] * TILE_TOKENS
         token = at * TILE_TOKENS
         rows = tuple(range(len(part)))
         new = positions.part(token, token + tokens)
-        pages = (*pages, Page(part, first + token, tokens, rows, new, centre_set))
+        pages = (*pages, Page(ops, part, first + token, tokens, rows, new, centre_set))
     return pages

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from tqai.stores.torch_ops.centres import (
+from tqai.stores.device.centres import (
     Moments,
     RowCentres,
     choose_centres,
     least_left,
     left_by,
 )
-from tqai.stores.torch_ops.codec import Options
+from tqai.stores.device.codec import Options
 
 # The same as in src/cache/centre_sets.cpp, where each is explained.
 MOST_SETS = 32

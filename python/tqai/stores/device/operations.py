@@ -1,0 +1,141 @@
+"""The operations on arrays that the store is written in; each framework has its own.
+
+What arrays of all frameworks do alike, as methods and operators, is used as it is: ``Array`` lists
+it. What they call otherwise, or do not all have, goes by ``Operations``, under the names of the
+array API standard where that has one. To bring the store to another framework is to write one class
+like ``tqai.stores.for_torch.operations.TorchOperations``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Array(Protocol):
+    """A framework's array, on the device that its ``Operations`` make arrays on.
+
+    Also used are the operators ``+ - * / @ & | ~ << >> < <= > >= ==`` with arrays and with Python's
+    numbers, which take on the array's dtype.
+    """
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def mT(self) -> Any:  # noqa: N802
+        """The last two axes swapped."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any) -> Any:
+        """By numbers, slices, None, ``...``, and one array of integers, which is copied by."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Into this array, whoever holds it. Parts that were taken of it before may change with it
+        or not."""
+
+    def reshape(self, *shape: int) -> Any: ...
+    def swapaxes(self, one: int, other: int) -> Any: ...
+    def sum(self, axis: int) -> Any: ...
+    def mean(self, axis: int) -> Any: ...
+    def all(self, axis: int) -> Any: ...
+    def any(self) -> Any: ...
+    def exp(self) -> Any: ...
+    def square(self) -> Any: ...
+
+
+class Operations(Protocol):
+    """Makes arrays on one device, and computes there. Immutable, hashable, picklable."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether looking at an array's numbers makes the device, or what is still to be computed,
+        wait: a decoding step does not do it."""
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Arrays made inside are plain ones, and computed with in the dtypes that they have."""
+
+    def evaluate(self, *arrays: Array) -> None:
+        """Computes these now, where a framework puts that off, so that nothing that they were made
+        from is kept."""
+
+    # Dtypes.
+
+    @property
+    def bool_(self) -> Any: ...
+    @property
+    def uint8(self) -> Any: ...
+    @property
+    def float16(self) -> Any: ...
+    @property
+    def float32(self) -> Any: ...
+    @property
+    def wide(self) -> Any:
+        """float64, or float32 where the device has none."""
+
+    def dtype(self, name: str) -> Any:
+        """The one of that name, one of ``tqai.settings.DTYPES``."""
+
+    def astype(self, x: Array, dtype: Any) -> Any: ...
+    def view(self, x: Array, dtype: Any) -> Any:
+        """The bytes of the last axis as numbers of another dtype."""
+
+    # To the device and back.
+
+    def asarray(self, x: np.ndarray) -> Any:
+        """Of numpy's numbers, in their dtype, copied where it need be."""
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Waits for the device; not of bfloat16."""
+
+    def to_bytes(self, x: Array) -> bytes: ...
+    def from_bytes(self, data: bytes, dtype: Any, shape: Sequence[int]) -> Any: ...
+
+    # Arrays.
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Of any numbers."""
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> Any: ...
+    def arange(self, start: int, stop: int) -> Any: ...
+    def contiguous(self, x: Array) -> Any:
+        """`x`, in memory in the order of its axes where it is handed out."""
+
+    def copy(self, x: Array) -> Any:
+        """In memory of its own, no larger than need be."""
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Any: ...
+    def stack(self, arrays: Sequence[Array], axis: int) -> Any: ...
+    def unstack(self, x: Array, axis: int) -> Sequence[Any]: ...
+    def permute_dims(self, x: Array, axes: Sequence[int]) -> Any: ...
+    def pad(self, x: Array, before: int, after: int) -> Any:
+        """Zeros before and after the last axis."""
+
+    # Numbers.
+
+    def where(self, condition: Array, x: Array | float, y: Array | float) -> Any: ...
+    def clip(self, x: Array, low: float | None, high: float | None) -> Any: ...
+    def maximum(self, x: Array, y: Array) -> Any: ...
+    def floor(self, x: Array) -> Any: ...
+    def tanh(self, x: Array) -> Any: ...
+    def isfinite(self, x: Array) -> Any: ...
+    def max(self, x: Array, axis: int) -> Any: ...
+    def sum_kept(self, x: Array) -> Any:
+        """Over the last axis, which stays as one of 1."""
+
+    def vector_norm(self, x: Array) -> Any:
+        """Over the last axis, in float32."""
+
+    def take(self, x: Array, indices: Array) -> Any:
+        """x[i] for each of `indices`, uint8; `x` has one axis."""
+
+    def searchsorted(self, levels: Array, x: Array) -> Any:
+        """uint8, how many of the sorted `levels`, 255 at most, are not above each number."""
