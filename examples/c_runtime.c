@@ -46,7 +46,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   tqai_cache_options options;
-  tqai_cache_options_init(&options);
+  tqai_cache_options_init(&options, sizeof(options));
   options.kv_heads = kHeads;
   options.head_dim = kDim;
   tqai_cache* cache = NULL;
@@ -66,7 +66,7 @@ int main(int argc, char** argv) {
   }
 
   tqai_memory memory;
-  tqai_memory_init(&memory);
+  tqai_memory_init(&memory, sizeof(memory));
   check(tqai_cache_get_memory(cache, &memory));
   printf("%lld tokens in %zu bytes; uncompressed %zu\n", (long long)memory.tokens,
          memory.total_bytes, memory.uncompressed_bytes);

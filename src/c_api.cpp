@@ -8,11 +8,18 @@
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 #include <tqai/files.hpp>
+#include <tqai/key_basis.hpp>
 #include <tqai/quantizer.hpp>
 #include <vector>
 
 struct tqai_cache {
   tqai::KvCache held;
+};
+struct tqai_key_moments {
+  tqai::KeyMoments held;
+};
+struct tqai_key_basis {
+  std::shared_ptr<const tqai::KeyBasis> held;
 };
 struct tqai_file {
   tqai::CacheFile held;
@@ -84,7 +91,7 @@ Handle*& fresh(Handle** handle, const char* name) {
 
 // A copy of the members that the caller knows; the others at their defaults.
 template <typename T>
-T known(const T* structure, const char* name, void (*init)(T*)) {
+T known(const T* structure, const char* name, void (*init)(T*, std::size_t)) {
   const std::size_t size = given(structure, name).size;
   constexpr std::size_t kLeast = sizeof(std::size_t) + sizeof(std::int32_t);
   if (size < kLeast || size > std::size_t{1} << 16) {
@@ -92,7 +99,7 @@ T known(const T* structure, const char* name, void (*init)(T*)) {
                      "; fill the structure with its _init function first");
   }
   T copy;
-  init(&copy);
+  init(&copy, sizeof(T));
   std::memcpy(&copy, structure, std::min(size, sizeof(T)));
   copy.size = sizeof(T);
   const auto* bytes = reinterpret_cast<const unsigned char*>(structure);
@@ -118,11 +125,13 @@ void give(T answer, T* to, const char* name) {
   std::memcpy(to, &answer, std::min(size, sizeof(T)));
 }
 
+// Fills a structure of which the caller knows `size` bytes: with `defaults`, and 0 beyond them.
 template <typename T>
-void clear(T* structure) noexcept {
-  if (structure == nullptr) return;
-  std::memset(structure, 0, sizeof(T));
-  structure->size = sizeof(T);
+void fill(T* structure, std::size_t size, T defaults) noexcept {
+  if (structure == nullptr || size < sizeof(std::size_t)) return;
+  std::memset(structure, 0, size);
+  defaults.size = size;
+  std::memcpy(structure, &defaults, std::min(size, sizeof(T)));
 }
 
 int checked(const char* name, std::int32_t value, int last) {
@@ -203,6 +212,39 @@ std::span<const T> list_of(const T* items, std::size_t count, const char* name) 
   return {items, count};
 }
 
+std::vector<std::shared_ptr<const tqai::KeyBasis>> bases_of(const tqai_key_basis* const* bases,
+                                                            std::size_t count) {
+  std::vector<std::shared_ptr<const tqai::KeyBasis>> held;
+  for (const tqai_key_basis* basis : list_of(bases, count, "key_bases")) {
+    held.push_back(given(basis, "a key basis").held);
+  }
+  return held;
+}
+
+tqai::BasisAs basis_as(std::int32_t basis) {
+  return static_cast<tqai::BasisAs>(checked("basis", basis, TQAI_BASIS_MATRICES));
+}
+
+// Throws unless so many bytes can be written to `to`.
+std::byte* room(void* to, std::size_t capacity, std::size_t needed, const char* function) {
+  if (capacity < needed) {
+    throw ValueError("capacity = " + std::to_string(capacity) +
+                     " bytes; needed: " + std::to_string(needed) + ", as " + function + " says");
+  }
+  return &given(static_cast<std::byte*>(to), "to");
+}
+
+std::size_t numbers(std::size_t rows, std::size_t columns) {
+  if (columns > 0 && rows > PTRDIFF_MAX / sizeof(double) / columns) {
+    throw ValueError("tokens = " + std::to_string(rows) + "; they fit into no memory");
+  }
+  return rows * columns;
+}
+
+std::size_t columns_of(const tqai_key_moments* moments) {
+  return static_cast<std::size_t>(given(moments, "moments").held.head_dim());
+}
+
 // The process's own; C sees no more than its address.
 const tqai::Codebook& book_of(const tqai_codebook* codebook) {
   return *reinterpret_cast<const tqai::Codebook*>(&given(codebook, "codebook"));
@@ -217,6 +259,7 @@ static_assert(TQAI_F16 == static_cast<int>(tqai::DType::f16) &&
 static_assert(TQAI_ROTATION_HAAR == static_cast<int>(tqai::RotationKind::haar));
 static_assert(TQAI_CENTERING_ROPE == static_cast<int>(tqai::Centering::rope));
 static_assert(TQAI_ROPE_INTERLEAVED == static_cast<int>(tqai::Rope::Layout::interleaved));
+static_assert(TQAI_BASIS_MATRICES == static_cast<int>(tqai::BasisAs::matrices));
 static_assert(TQAI_GRID_INT8 == static_cast<int>(tqai::Grid::int8));
 
 }  // namespace
@@ -229,41 +272,41 @@ tqai_status tqai_default_level(const char** name) {
   return guarded([&] { given(name, "name") = tqai::name_of(tqai::default_level()).data(); });
 }
 
-void tqai_cache_options_init(tqai_cache_options* options) {
-  if (options == nullptr) return;
-  clear(options);
+void tqai_cache_options_init(tqai_cache_options* options, size_t size) {
   const tqai::CacheOptions defaults;
-  options->batch = 1;
-  options->bits_k = defaults.bits_k;
-  options->bits_v = defaults.bits_v;
-  options->sink_tokens = defaults.sink_tokens;
-  options->residual_window = defaults.residual_window;
-  options->seed = defaults.seed;
+  tqai_cache_options all{};
+  all.batch = 1;
+  all.bits_k = defaults.bits_k;
+  all.bits_v = defaults.bits_v;
+  all.sink_tokens = defaults.sink_tokens;
+  all.residual_window = defaults.residual_window;
+  all.seed = defaults.seed;
+  fill(options, size, all);
 }
 
-void tqai_attend_options_init(tqai_attend_options* options) {
-  if (options == nullptr) return;
-  clear(options);
-  options->causal = 1;
+void tqai_attend_options_init(tqai_attend_options* options, size_t size) {
+  tqai_attend_options all{};
+  all.causal = 1;
+  fill(options, size, all);
 }
 
-void tqai_cache_info_init(tqai_cache_info* info) { clear(info); }
-void tqai_memory_init(tqai_memory* memory) { clear(memory); }
+void tqai_cache_info_init(tqai_cache_info* info, size_t size) { fill(info, size, {}); }
+void tqai_memory_init(tqai_memory* memory, size_t size) { fill(memory, size, {}); }
 
-void tqai_load_options_init(tqai_load_options* options) {
-  if (options == nullptr) return;
-  clear(options);
-  options->verify = 1;
+void tqai_load_options_init(tqai_load_options* options, size_t size) {
+  tqai_load_options all{};
+  all.verify = 1;
+  fill(options, size, all);
 }
 
-void tqai_quantizer_options_init(tqai_quantizer_options* options) {
-  if (options == nullptr) return;
-  clear(options);
+void tqai_quantizer_options_init(tqai_quantizer_options* options, size_t size) {
   const tqai::ProdQuantizerOptions defaults;
-  options->bits = defaults.bits;
-  options->norm_correction = 1;
-  options->seed = defaults.seed;
-  options->projection_seed = defaults.projection_seed;
+  tqai_quantizer_options all{};
+  all.bits = defaults.bits;
+  all.norm_correction = 1;
+  all.seed = defaults.seed;
+  all.projection_seed = defaults.projection_seed;
+  fill(options, size, all);
 }
 
 tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** cache) {
@@ -285,6 +328,7 @@ tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** ca
     settings.rope = rope_of(all);
     settings.seed = all.seed;
     settings.level = level_of(all.level);
+    if (all.key_basis != nullptr) settings.key_basis = all.key_basis->held;
     made = new tqai_cache{tqai::KvCache(settings, all.batch)};
   });
 }
@@ -361,6 +405,23 @@ tqai_status tqai_cache_set_padding(tqai_cache* cache, const int64_t* counts, siz
   return guarded([&] { given(cache, "cache").held.set_padding(list_of(counts, count, "counts")); });
 }
 
+tqai_status tqai_cache_leave_out(tqai_cache* cache, const uint8_t* hidden, size_t count) {
+  return guarded([&] { given(cache, "cache").held.leave_out(list_of(hidden, count, "hidden")); });
+}
+
+tqai_status tqai_cache_left_out(const tqai_cache* cache, int32_t row, tqai_token_span* spans,
+                                size_t capacity, size_t* count) {
+  return guarded([&] {
+    const std::vector<tqai::TokenSpan> held = given(cache, "cache").held.left_out(row);
+    (void)given(count, "count");
+    if (capacity > 0) (void)given(spans, "spans");
+    for (std::size_t i = 0; i < std::min(capacity, held.size()); ++i) {
+      spans[i] = {held[i].first, held[i].count};
+    }
+    *count = held.size();
+  });
+}
+
 tqai_status tqai_cache_discard_before(tqai_cache* cache, int64_t token) {
   return guarded([&] { given(cache, "cache").held.discard_before(token); });
 }
@@ -402,6 +463,7 @@ tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory) 
     answer.total_bytes = report.total_bytes();
     answer.mapped_bytes = report.mapped_bytes;
     answer.uncompressed_bytes = report.uncompressed_bytes;
+    answer.basis_bytes = report.basis_bytes;
     give(answer, memory, "memory");
   });
 }
@@ -409,42 +471,137 @@ tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory) 
 size_t tqai_allocated_bytes(void) { return tqai::allocated_bytes(); }
 
 tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes) {
-  return guarded([&] { given(bytes, "bytes") = given(cache, "cache").held.serialized_bytes(); });
+  return tqai_cache_serialized_bytes_as(cache, TQAI_BASIS_ID, bytes);
+}
+
+tqai_status tqai_cache_serialized_bytes_as(const tqai_cache* cache, int32_t basis, size_t* bytes) {
+  return guarded([&] {
+    const tqai::KvCache& held = given(cache, "cache").held;
+    given(bytes, "bytes") = held.serialized_bytes(basis_as(basis));
+  });
 }
 
 tqai_status tqai_cache_serialize(const tqai_cache* cache, void* to, size_t capacity) {
+  return tqai_cache_serialize_as(cache, TQAI_BASIS_ID, to, capacity);
+}
+
+tqai_status tqai_cache_serialize_as(const tqai_cache* cache, int32_t basis, void* to,
+                                    size_t capacity) {
   return guarded([&] {
     const tqai::KvCache& held = given(cache, "cache").held;
-    auto* at = &given(static_cast<std::byte*>(to), "to");
-    const std::size_t needed = held.serialized_bytes();
-    if (capacity < needed) {
-      throw ValueError("capacity = " + std::to_string(capacity) + " bytes; needed: " +
-                       std::to_string(needed) + ", as tqai_cache_serialized_bytes says");
-    }
-    held.serialize([&at](std::span<const std::byte> bytes) {
-      at = std::copy(bytes.begin(), bytes.end(), at);
-    });
+    const tqai::BasisAs as = basis_as(basis);
+    std::byte* at = room(to, capacity, held.serialized_bytes(as), "tqai_cache_serialized_bytes");
+    held.serialize(
+        [&at](std::span<const std::byte> bytes) { at = std::copy(bytes.begin(), bytes.end(), at); },
+        as);
   });
 }
 
 tqai_status tqai_cache_deserialize(const void* bytes, size_t size, const char* level,
                                    tqai_cache** cache) {
+  return tqai_cache_deserialize_with(bytes, size, level, nullptr, 0, cache);
+}
+
+tqai_status tqai_cache_deserialize_with(const void* bytes, size_t size, const char* level,
+                                        const tqai_key_basis* const* bases, size_t count,
+                                        tqai_cache** cache) {
   return guarded([&] {
     tqai_cache*& made = fresh(cache, "cache");
     const auto all = list_of(static_cast<const std::byte*>(bytes), size, "bytes");
-    made = new tqai_cache{tqai::KvCache::deserialize(all, level_of(level))};
+    const auto known_bases = bases_of(bases, count);
+    made = new tqai_cache{tqai::KvCache::deserialize(all, level_of(level), known_bases)};
+  });
+}
+
+tqai_status tqai_key_moments_create(const tqai_cache_options* options, tqai_key_moments** moments) {
+  return guarded([&] {
+    tqai_key_moments*& made = fresh(moments, "moments");
+    const tqai_cache_options all = known(options, "options", tqai_cache_options_init);
+    made = new tqai_key_moments{tqai::KeyMoments(all.kv_heads, all.head_dim, rope_of(all))};
+  });
+}
+
+void tqai_key_moments_destroy(tqai_key_moments* moments) { delete moments; }
+
+tqai_status tqai_key_moments_add_keys(tqai_key_moments* moments, int32_t head, const float* keys,
+                                      size_t tokens, const int64_t* positions, size_t count) {
+  return guarded([&] {
+    const std::size_t all = numbers(tokens, columns_of(moments));
+    moments->held.add_keys(head, list_of(keys, all, "keys"),
+                           list_of(positions, count, "positions"));
+  });
+}
+
+tqai_status tqai_key_moments_add_queries(tqai_key_moments* moments, int32_t head,
+                                         const float* queries, size_t tokens,
+                                         const int64_t* positions, size_t count) {
+  return guarded([&] {
+    const std::size_t all = numbers(tokens, columns_of(moments));
+    moments->held.add_queries(head, list_of(queries, all, "queries"),
+                              list_of(positions, count, "positions"));
+  });
+}
+
+tqai_status tqai_key_moments_add_prior(tqai_key_moments* moments, int32_t head, const double* keys,
+                                       const double* queries, double tokens) {
+  return guarded([&] {
+    const std::size_t all = columns_of(moments) * columns_of(moments);
+    moments->held.add_prior(head, list_of(keys, all, "keys"), list_of(queries, all, "queries"),
+                            tokens);
+  });
+}
+
+tqai_status tqai_key_basis_learn(const tqai_key_moments* moments, int32_t bits,
+                                 int64_t last_position, tqai_key_basis** basis) {
+  return guarded([&] {
+    tqai_key_basis*& made = fresh(basis, "basis");
+    const tqai::KeyMoments& seen = given(moments, "moments").held;
+    made = new tqai_key_basis{
+        std::make_shared<const tqai::KeyBasis>(tqai::KeyBasis::learn(seen, bits, last_position))};
+  });
+}
+
+void tqai_key_basis_destroy(tqai_key_basis* basis) { delete basis; }
+
+tqai_status tqai_key_basis_id(const tqai_key_basis* basis, uint64_t* id) {
+  return guarded([&] { given(id, "id") = given(basis, "basis").held->id(); });
+}
+
+tqai_status tqai_key_basis_serialized_bytes(const tqai_key_basis* basis, size_t* bytes) {
+  return guarded([&] { given(bytes, "bytes") = given(basis, "basis").held->serialize().size(); });
+}
+
+tqai_status tqai_key_basis_serialize(const tqai_key_basis* basis, void* to, size_t capacity) {
+  return guarded([&] {
+    const std::vector<std::byte> bytes = given(basis, "basis").held->serialize();
+    std::copy(bytes.begin(), bytes.end(),
+              room(to, capacity, bytes.size(), "tqai_key_basis_serialized_bytes"));
+  });
+}
+
+tqai_status tqai_key_basis_deserialize(const void* bytes, size_t size, tqai_key_basis** basis) {
+  return guarded([&] {
+    tqai_key_basis*& made = fresh(basis, "basis");
+    const auto all = list_of(static_cast<const std::byte*>(bytes), size, "bytes");
+    made = new tqai_key_basis{
+        std::make_shared<const tqai::KeyBasis>(tqai::KeyBasis::deserialize(all))};
   });
 }
 
 tqai_status tqai_save(const char* path, const tqai_cache* const* layers, size_t count,
                       const char* header) {
+  return tqai_save_as(path, layers, count, header, TQAI_BASIS_ID);
+}
+
+tqai_status tqai_save_as(const char* path, const tqai_cache* const* layers, size_t count,
+                         const char* header, int32_t basis) {
   return guarded([&] {
     const std::filesystem::path to = path_of(path);
     std::vector<const tqai::KvCache*> caches;
     for (const tqai_cache* layer : list_of(layers, count, "layers")) {
       caches.push_back(&given(layer, "a layer").held);
     }
-    tqai::save_caches(to, caches, header == nullptr ? "{}" : header);
+    tqai::save_caches(to, caches, header == nullptr ? "{}" : header, basis_as(basis));
   });
 }
 
@@ -477,6 +634,7 @@ tqai_status tqai_file_load(const tqai_file* file, size_t layer, const tqai_load_
       settings.mapped = all.mapped != 0;
       settings.verify = all.verify != 0;
       settings.level = level_of(all.level);
+      settings.key_bases = bases_of(all.key_bases, all.key_basis_count);
     }
     made = new tqai_cache{given(file, "file").held.load(tqai::layer_tensor(layer), settings)};
   });

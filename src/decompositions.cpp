@@ -175,8 +175,10 @@ TQAI_INLINE Spectrum eigenvectors(const SquareMatrix& symmetric) {
   }
   std::vector<std::size_t> order(dim);
   std::iota(order.begin(), order.end(), std::size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&values = d](std::size_t a, std::size_t b) { return values[a] > values[b]; });
+  // Stable by itself: std::stable_sort asks for memory of its own.
+  std::sort(order.begin(), order.end(), [&values = d](std::size_t a, std::size_t b) {
+    return values[a] > values[b] || (values[a] == values[b] && a < b);
+  });
   Spectrum result{std::vector<double>(dim), SquareMatrix(dim)};
   for (std::size_t i = 0; i < dim; ++i) {
     result.values[i] = d[order[i]];

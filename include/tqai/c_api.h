@@ -1,24 +1,24 @@
 /** @file
  * tqai for C, and for languages that call C. What the functions do is said at length in cache.hpp,
- * files.hpp, codebook.hpp and quantizer.hpp; here is what C adds.
+ * key_basis.hpp, files.hpp, codebook.hpp and quantizer.hpp; here is what C adds.
  *
  * Errors: every function that can fail returns a tqai_status. tqai_last_error() says what was
  * given, what is allowed and what to do. What a function writes on success stays as it was on
  * failure, but that handles become NULL; a cache that a function failed to change is as before. No
  * C++ exception ever leaves a function, and nothing is printed.
  *
- * Ownership: handles that a `_create`, `_copy`, `_open`, `_load` or `_deserialize` gives are the
- * caller's, who ends them with the `_destroy` of their kind; NULL is let be. Arrays, tensors and
- * strings are borrowed for the call alone. What a function returns by `const` pointer belongs to
- * the handle that it came from.
+ * Ownership: handles that a `_create`, `_copy`, `_learn`, `_open`, `_load` or `_deserialize` gives
+ * are the caller's, who ends them with the `_destroy` of their kind; NULL is let be. Arrays,
+ * tensors and strings are borrowed for the call alone. What a function returns by `const` pointer
+ * belongs to the handle that it came from.
  *
  * Threads: functions that take a `const` handle may run at the same time on one; others need the
  * handle for themselves. Different handles are independent, copies that share tiles too.
  *
- * Growth: structures whose first member is `size` are filled by their `_init`, which writes the
- * defaults; then their members are set. A program keeps working with libraries that know more
- * members than it did when it was compiled, and with ones that know fewer as long as it leaves the
- * others at 0.
+ * Growth: structures whose first member is `size` are filled by their `_init`, which is given their
+ * sizeof and writes that and the defaults; then their members are set. A program keeps working with
+ * libraries that know more members than it did when it was compiled, and with ones that know fewer
+ * as long as it leaves the others at 0.
  *
  * Units: sizes are bytes where their names say so; strides are elements; tokens, heads and rows are
  * counted from 0.
@@ -86,6 +86,8 @@ enum {
 };
 enum { TQAI_ROPE_HALF_SPLIT = 0, TQAI_ROPE_INTERLEAVED = 1 };
 enum { TQAI_GRID_EXACT = 0, TQAI_GRID_INT8 = 1 };
+/** What of a key basis a cache's bytes and files have. */
+enum { TQAI_BASIS_ID = 0, TQAI_BASIS_MATRICES = 1 };
 
 /** A borrowed 4-dimensional tensor, the last dimension contiguous. */
 typedef struct tqai_tensor {
@@ -115,6 +117,9 @@ typedef struct tqai_positions {
 /** Keys and values of one attention layer for a batch of rows (tqai::KvCache). */
 typedef struct tqai_cache tqai_cache;
 
+/** A basis for the keys of one attention layer (tqai::KeyBasis); below. */
+typedef struct tqai_key_basis tqai_key_basis;
+
 /** What a cache is made of; the comments say the defaults. */
 typedef struct tqai_cache_options {
   size_t size;             /**< written by the _init */
@@ -135,6 +140,8 @@ typedef struct tqai_cache_options {
   const uint8_t* sections; /**< [rotary_dim / 2], or NULL: all pairs are of section 0 */
   uint64_t seed;           /**< of the rotations */
   const char* level;       /**< NULL: tqai_default_level */
+  /** NULL: none. The cache shares it: the handle may be destroyed at once. */
+  const tqai_key_basis* key_basis;
 } tqai_cache_options;
 
 /** What of the tokens a query sees, and how scores become weights. */
@@ -179,16 +186,23 @@ typedef struct tqai_memory {
   size_t total_bytes;        /**< of these three */
   size_t mapped_bytes;       /**< tiles in pages of files; not in the total */
   size_t uncompressed_bytes; /**< of the same tokens in the dtype */
+  size_t basis_bytes;        /**< of the shared key basis; not in the total */
 } tqai_memory;
 
-/** Writes the size and the defaults. */
-TQAI_C_API void tqai_cache_options_init(tqai_cache_options* options);
-/** Writes the size and the defaults. */
-TQAI_C_API void tqai_attend_options_init(tqai_attend_options* options);
-/** Writes the size. */
-TQAI_C_API void tqai_cache_info_init(tqai_cache_info* info);
-/** Writes the size. */
-TQAI_C_API void tqai_memory_init(tqai_memory* memory);
+/** Tokens first ... first + count - 1. */
+typedef struct tqai_token_span {
+  int64_t first; /**< number of the first token */
+  int64_t count; /**< how many */
+} tqai_token_span;
+
+/** size: sizeof(*options). Writes it and the defaults. */
+TQAI_C_API void tqai_cache_options_init(tqai_cache_options* options, size_t size);
+/** size: sizeof(*options). Writes it and the defaults. */
+TQAI_C_API void tqai_attend_options_init(tqai_attend_options* options, size_t size);
+/** size: sizeof(*info). Writes it, and 0 to all else. */
+TQAI_C_API void tqai_cache_info_init(tqai_cache_info* info, size_t size);
+/** size: sizeof(*memory). Writes it, and 0 to all else. */
+TQAI_C_API void tqai_memory_init(tqai_memory* memory, size_t size);
 
 /** An empty cache. */
 TQAI_C_API tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** cache);
@@ -219,6 +233,13 @@ TQAI_C_API tqai_status tqai_cache_select(tqai_cache* cache, const int64_t* rows,
 /** counts: [batch], the first tokens of each row that are padding. */
 TQAI_C_API tqai_status tqai_cache_set_padding(tqai_cache* cache, const int64_t* counts,
                                               size_t count);
+/** Takes tokens of the last count / batch out of the rows that no query will ever see. hidden:
+ * [batch, count / batch], not 0 for these. */
+TQAI_C_API tqai_status tqai_cache_leave_out(tqai_cache* cache, const uint8_t* hidden, size_t count);
+/** What tqai_cache_leave_out has taken out of a row: *count spans, of which the first `capacity` at
+ * most are written to `spans`, which may be NULL where that is 0. */
+TQAI_C_API tqai_status tqai_cache_left_out(const tqai_cache* cache, int32_t row,
+                                           tqai_token_span* spans, size_t capacity, size_t* count);
 /** Says that tokens before `token` will never be seen again. */
 TQAI_C_API tqai_status tqai_cache_discard_before(tqai_cache* cache, int64_t token);
 /** Tokens of a row that are held as codes. */
@@ -235,15 +256,76 @@ TQAI_C_API size_t tqai_allocated_bytes(void);
 TQAI_C_API tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes);
 /** Writes that many bytes at `to`; TQAI_VALUE_ERROR where `capacity` is less. */
 TQAI_C_API tqai_status tqai_cache_serialize(const tqai_cache* cache, void* to, size_t capacity);
-/** level: NULL for tqai_default_level. */
+/** As tqai_cache_serialized_bytes, for a cache whose keys are in a basis, with no more than its id
+ * or with its matrices. basis: TQAI_BASIS_ID, as the plain functions, or TQAI_BASIS_MATRICES. */
+TQAI_C_API tqai_status tqai_cache_serialized_bytes_as(const tqai_cache* cache, int32_t basis,
+                                                      size_t* bytes);
+/** As tqai_cache_serialize; `basis` as above. */
+TQAI_C_API tqai_status tqai_cache_serialize_as(const tqai_cache* cache, int32_t basis, void* to,
+                                               size_t capacity);
+/** level: NULL for tqai_default_level. Bytes that have no more than the id of a basis need
+ * tqai_cache_deserialize_with. */
 TQAI_C_API tqai_status tqai_cache_deserialize(const void* bytes, size_t size, const char* level,
                                               tqai_cache** cache);
+/** As tqai_cache_deserialize; of `bases` a cache whose keys are in one takes that of its id, and
+ * only where there is none what its bytes have. */
+TQAI_C_API tqai_status tqai_cache_deserialize_with(const void* bytes, size_t size,
+                                                   const char* level,
+                                                   const tqai_key_basis* const* bases, size_t count,
+                                                   tqai_cache** cache);
+
+/* ---- Bases for keys ------------------------------------------------------------------------- */
+
+/** Second moments of a layer's keys and queries, which a basis is learnt from (tqai::KeyMoments).
+ */
+typedef struct tqai_key_moments tqai_key_moments;
+
+/** Of nothing yet. options: those of the caches that will have the basis; kv_heads, head_dim and
+ * the rotary embedding are taken from them. */
+TQAI_C_API tqai_status tqai_key_moments_create(const tqai_cache_options* options,
+                                               tqai_key_moments** moments);
+/** Ends a handle; NULL is let be. */
+TQAI_C_API void tqai_key_moments_destroy(tqai_key_moments* moments);
+/** keys: [tokens, head_dim] of a kv head, as attention sees them. positions: what they have been
+ * turned by, [sections, tokens] or [tokens], `count` in all; NULL and 0: token i stands at i. */
+TQAI_C_API tqai_status tqai_key_moments_add_keys(tqai_key_moments* moments, int32_t head,
+                                                 const float* keys, size_t tokens,
+                                                 const int64_t* positions, size_t count);
+/** Queries that read a kv head; otherwise as tqai_key_moments_add_keys. */
+TQAI_C_API tqai_status tqai_key_moments_add_queries(tqai_key_moments* moments, int32_t head,
+                                                    const float* queries, size_t tokens,
+                                                    const int64_t* positions, size_t count);
+/** What is known without having seen any: moments at position 0, each [head_dim, head_dim], of any
+ * scale, that weigh as much as `tokens` tokens. */
+TQAI_C_API tqai_status tqai_key_moments_add_prior(tqai_key_moments* moments, int32_t head,
+                                                  const double* keys, const double* queries,
+                                                  double tokens);
+
+/** The basis for codes of `bits` bits, good up to `last_position` of a text: 4096 where nothing
+ * else is known. Takes 5 ms a head of 64, 0.3 s a head of 256. */
+TQAI_C_API tqai_status tqai_key_basis_learn(const tqai_key_moments* moments, int32_t bits,
+                                            int64_t last_position, tqai_key_basis** basis);
+/** Ends a handle; NULL is let be. Caches that share the basis keep it. */
+TQAI_C_API void tqai_key_basis_destroy(tqai_key_basis* basis);
+/** Tells it from others, in any process. */
+TQAI_C_API tqai_status tqai_key_basis_id(const tqai_key_basis* basis, uint64_t* id);
+/** Bytes that tqai_key_basis_serialize writes. */
+TQAI_C_API tqai_status tqai_key_basis_serialized_bytes(const tqai_key_basis* basis, size_t* bytes);
+/** Writes that many bytes at `to`; TQAI_VALUE_ERROR where `capacity` is less. */
+TQAI_C_API tqai_status tqai_key_basis_serialize(const tqai_key_basis* basis, void* to,
+                                                size_t capacity);
+/** What tqai_key_basis_serialize wrote. */
+TQAI_C_API tqai_status tqai_key_basis_deserialize(const void* bytes, size_t size,
+                                                  tqai_key_basis** basis);
 
 /* ---- Files ---------------------------------------------------------------------------------- */
 
 /** Paths are UTF-8. header: a JSON object of the application's, or NULL for an empty one. */
 TQAI_C_API tqai_status tqai_save(const char* path, const tqai_cache* const* layers, size_t count,
                                  const char* header);
+/** As tqai_save; basis: as tqai_cache_serialize_as. */
+TQAI_C_API tqai_status tqai_save_as(const char* path, const tqai_cache* const* layers, size_t count,
+                                    const char* header, int32_t basis);
 
 /** A file that tqai_save or the Python package wrote, open for reading (tqai::CacheFile). */
 typedef struct tqai_file tqai_file;
@@ -254,10 +336,12 @@ typedef struct tqai_load_options {
   int32_t mapped;    /**< 0; 1: tiles stay in the file's pages, see files.hpp */
   int32_t verify;    /**< 1: checksums are compared */
   const char* level; /**< NULL: tqai_default_level */
+  const tqai_key_basis* const* key_bases; /**< as tqai_cache_deserialize_with; NULL: none */
+  size_t key_basis_count;                 /**< how many */
 } tqai_load_options;
 
-/** Writes the size and the defaults. */
-TQAI_C_API void tqai_load_options_init(tqai_load_options* options);
+/** size: sizeof(*options). Writes it and the defaults. */
+TQAI_C_API void tqai_load_options_init(tqai_load_options* options, size_t size);
 /** Reads the header and checks it. */
 TQAI_C_API tqai_status tqai_file_open(const char* path, tqai_file** file);
 /** Ends a handle; NULL is let be. */
@@ -307,8 +391,8 @@ typedef struct tqai_quantizer_options {
   uint64_t projection_seed; /**< of unbiased ones */
 } tqai_quantizer_options;
 
-/** Writes the size and the defaults. */
-TQAI_C_API void tqai_quantizer_options_init(tqai_quantizer_options* options);
+/** size: sizeof(*options). Writes it and the defaults. */
+TQAI_C_API void tqai_quantizer_options_init(tqai_quantizer_options* options, size_t size);
 /** A quantiser of vectors of one dimension. */
 TQAI_C_API tqai_status tqai_quantizer_create(const tqai_quantizer_options* options,
                                              tqai_quantizer** quantizer);

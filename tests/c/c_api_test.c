@@ -68,7 +68,7 @@ static void fill(void) {
 
 static tqai_cache_options options(void) {
   tqai_cache_options o;
-  tqai_cache_options_init(&o);
+  tqai_cache_options_init(&o, sizeof(o));
   o.kv_heads = kHeads;
   o.head_dim = kDim;
   o.bits_v = 4;
@@ -91,7 +91,7 @@ static tqai_cache* filled(void) {
 
 static int64_t tokens_of(const tqai_cache* cache) {
   tqai_cache_info info;
-  tqai_cache_info_init(&info);
+  tqai_cache_info_init(&info, sizeof(info));
   EXPECT(tqai_cache_get_info(cache, &info) == TQAI_OK);
   return info.tokens;
 }
@@ -159,13 +159,24 @@ static void test_create(void) {
   o.size = offsetof(tqai_cache_options, level);
   EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
   tqai_cache_destroy(cache);
+  /* What such a program has behind its structure is not written to. */
+  memset(&o, 0x55, sizeof(o));
+  tqai_cache_options_init(&o, offsetof(tqai_cache_options, level));
+  EXPECT(o.size == offsetof(tqai_cache_options, level) && o.bits_k == 4);
+  EXPECT(memcmp((const char*)&o + o.size, "UUUUUUUU", 8) == 0);
+  memset(&grown, 0x55, sizeof(grown));
+  tqai_cache_options_init(&grown.known, sizeof(grown));
+  EXPECT(grown.known.size == sizeof(grown) && grown.more == 0);
+  memset(&o, 0x55, sizeof(o));
+  tqai_cache_options_init(&o, 0);
+  EXPECT(memcmp(&o, "UUUUUUUU", 8) == 0);
   tqai_cache_destroy(NULL);
-  tqai_cache_options_init(NULL);
-  tqai_attend_options_init(NULL);
-  tqai_cache_info_init(NULL);
-  tqai_memory_init(NULL);
-  tqai_load_options_init(NULL);
-  tqai_quantizer_options_init(NULL);
+  tqai_cache_options_init(NULL, 8);
+  tqai_attend_options_init(NULL, 8);
+  tqai_cache_info_init(NULL, 8);
+  tqai_memory_init(NULL, 8);
+  tqai_load_options_init(NULL, 8);
+  tqai_quantizer_options_init(NULL, 8);
 }
 
 static void test_append(void) {
@@ -271,7 +282,7 @@ static void test_memory_of_tensors(void) {
   q.strides[1] = INT64_MAX / 2;
   EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, NULL), TQAI_VALUE_ERROR, "out of any memory");
   q.strides[1] = kDim;
-  tqai_attend_options_init(&settings);
+  tqai_attend_options_init(&settings, sizeof(settings));
   settings.sink_scores = (const float*)(const void*)((const char*)queries + 1);
   EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, &settings), TQAI_VALUE_ERROR, "sink_scores lies");
   EXPECT(tqai_cache_attend(cache, &q, &o, NULL) == TQAI_OK);
@@ -294,7 +305,7 @@ static void test_attend(void) {
   for (head = 0; head < 4; ++head) {
     EXPECT(error_of(queries + head * kDim, out + head * kDim, head / 2, kTokens, 0) < 0.05);
   }
-  tqai_attend_options_init(&settings);
+  tqai_attend_options_init(&settings, sizeof(settings));
   settings.window = 10;
   settings.has_scale = 1;
   settings.scale = 0.25F;
@@ -303,7 +314,7 @@ static void test_attend(void) {
   settings.scale = NAN;
   EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, &settings), TQAI_VALUE_ERROR, "scale = ");
   /* The same ten tokens by a mask. */
-  tqai_attend_options_init(&settings);
+  tqai_attend_options_init(&settings, sizeof(settings));
   memset(seen, 0, sizeof(seen));
   memset(seen + kTokens - 10, 1, 10);
   mask.data = seen;
@@ -379,7 +390,7 @@ static void test_rows(void) {
   EXPECT(tqai_cache_select(cache, rows, 3) == TQAI_OK);
   EXPECT(tqai_cache_crop(cache, 100) == TQAI_OK);
   EXPECT(tokens_of(copy) == kTokens && tokens_of(cache) == 100);
-  tqai_cache_info_init(&info);
+  tqai_cache_info_init(&info, sizeof(info));
   EXPECT(tqai_cache_get_info(cache, &info) == TQAI_OK);
   EXPECT(info.batch == 3 && info.kv_heads == kHeads && info.head_dim == kDim);
   EXPECT(info.value_head_dim == kDim && info.dtype == TQAI_F32 && info.bits_k == 4);
@@ -393,7 +404,7 @@ static void test_rows(void) {
   EXPECT_ERROR(tqai_cache_packed_tokens(cache, 3, &packed), TQAI_INDEX_ERROR, "row 3");
   EXPECT_ERROR(tqai_cache_packed_tokens(NULL, 0, &packed), TQAI_VALUE_ERROR, "cache is NULL");
   EXPECT_ERROR(tqai_cache_packed_tokens(cache, 0, NULL), TQAI_VALUE_ERROR, "tokens is NULL");
-  tqai_memory_init(&memory);
+  tqai_memory_init(&memory, sizeof(memory));
   EXPECT(tqai_cache_get_memory(copy, &memory) == TQAI_OK);
   EXPECT(memory.tokens == kTokens && memory.packed_tokens == 128 && memory.mapped_bytes == 0);
   EXPECT(memory.total_bytes == memory.packed_bytes + memory.exact_bytes + memory.overhead_bytes);
@@ -436,9 +447,178 @@ static void test_padding(void) {
   EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
   EXPECT(tqai_cache_append(cache, &keys, &values, NULL) == TQAI_OK);
   EXPECT(tqai_cache_set_padding(cache, &count, 1) == TQAI_OK);
-  tqai_memory_init(&memory);
+  tqai_memory_init(&memory, sizeof(memory));
   EXPECT(tqai_cache_get_memory(cache, &memory) == TQAI_OK && memory.tokens == 15);
   tqai_cache_destroy(cache);
+}
+
+static void test_leave_out(void) {
+  const tqai_cache_options o = options();
+  const tqai_tensor keys = tensor(g_keys, kHeads, 20, kTokens);
+  const tqai_tensor values = tensor(g_values, kHeads, 20, kTokens);
+  const uint8_t hidden[6] = {0, 1, 1, 0, 1, 0};
+  tqai_token_span spans[2];
+  size_t count = 9;
+  tqai_cache* cache = NULL;
+  tqai_memory memory;
+  EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
+  EXPECT(tqai_cache_append(cache, &keys, &values, NULL) == TQAI_OK);
+  EXPECT(tqai_cache_left_out(cache, 0, NULL, 0, &count) == TQAI_OK && count == 0);
+  EXPECT(tqai_cache_leave_out(cache, hidden, 6) == TQAI_OK);
+  tqai_memory_init(&memory, sizeof(memory));
+  EXPECT(tqai_cache_get_memory(cache, &memory) == TQAI_OK && memory.tokens == 17);
+  memset(spans, 0, sizeof(spans));
+  EXPECT(tqai_cache_left_out(cache, 0, spans, 1, &count) == TQAI_OK && count == 2);
+  EXPECT(spans[0].first == 15 && spans[0].count == 2 && spans[1].count == 0);
+  EXPECT(tqai_cache_left_out(cache, 0, spans, 2, &count) == TQAI_OK && count == 2);
+  EXPECT(spans[1].first == 18 && spans[1].count == 1);
+  EXPECT_ERROR(tqai_cache_left_out(cache, 1, spans, 2, &count), TQAI_INDEX_ERROR, "row 1");
+  EXPECT_ERROR(tqai_cache_left_out(cache, 0, NULL, 2, &count), TQAI_VALUE_ERROR, "spans is NULL");
+  EXPECT_ERROR(tqai_cache_left_out(cache, 0, spans, 2, NULL), TQAI_VALUE_ERROR, "count is NULL");
+  EXPECT_ERROR(tqai_cache_left_out(NULL, 0, spans, 2, &count), TQAI_VALUE_ERROR, "cache is NULL");
+  EXPECT_ERROR(tqai_cache_leave_out(cache, NULL, 6), TQAI_VALUE_ERROR, "hidden is NULL");
+  EXPECT_ERROR(tqai_cache_leave_out(NULL, hidden, 6), TQAI_VALUE_ERROR, "cache is NULL");
+  tqai_cache_destroy(cache);
+}
+
+static void add_all(tqai_key_moments* moments) {
+  int head;
+  for (head = 0; head < kHeads; ++head) {
+    const float* keys = g_keys + head * kTokens * kDim;
+    const float* queries = g_values + head * kTokens * kDim;
+    EXPECT(tqai_key_moments_add_keys(moments, head, keys, kTokens, NULL, 0) == TQAI_OK);
+    EXPECT(tqai_key_moments_add_queries(moments, head, queries, kTokens, NULL, 0) == TQAI_OK);
+  }
+}
+
+static void test_key_moments(void) {
+  const tqai_cache_options o = options();
+  static double square[kDim * kDim];
+  const int64_t positions[3] = {7, 8, 9};
+  tqai_key_moments* moments = NULL;
+  tqai_key_basis* basis = NULL;
+  int i;
+  for (i = 0; i < kDim; ++i) square[i * kDim + i] = 1.0;
+  EXPECT_ERROR(tqai_key_moments_create(NULL, &moments), TQAI_VALUE_ERROR, "options is NULL");
+  EXPECT_ERROR(tqai_key_moments_create(&o, NULL), TQAI_VALUE_ERROR, "moments is NULL");
+  EXPECT(tqai_key_moments_create(&o, &moments) == TQAI_OK);
+  EXPECT_ERROR(tqai_key_basis_learn(moments, 2, 64, &basis), TQAI_VALUE_ERROR, "");
+  EXPECT(basis == NULL);
+  EXPECT_ERROR(tqai_key_moments_add_keys(moments, 0, NULL, 3, NULL, 0), TQAI_VALUE_ERROR,
+               "keys is NULL");
+  EXPECT_ERROR(tqai_key_moments_add_keys(moments, 0, g_keys, SIZE_MAX, NULL, 0), TQAI_VALUE_ERROR,
+               "fit into no memory");
+  EXPECT_ERROR(tqai_key_moments_add_queries(moments, 0, g_keys, 3, NULL, 3), TQAI_VALUE_ERROR,
+               "positions is NULL");
+  EXPECT_ERROR(tqai_key_moments_add_queries(moments, 0, g_keys, 3, positions, 2), TQAI_VALUE_ERROR,
+               "2 positions");
+  EXPECT_ERROR(tqai_key_moments_add_keys(moments, kHeads, g_keys, 3, NULL, 0), TQAI_INDEX_ERROR,
+               "2");
+  EXPECT_ERROR(tqai_key_moments_add_keys(NULL, 0, g_keys, 3, NULL, 0), TQAI_VALUE_ERROR,
+               "moments is NULL");
+  EXPECT_ERROR(tqai_key_moments_add_prior(moments, 0, square, NULL, 3.0), TQAI_VALUE_ERROR,
+               "queries is NULL");
+  EXPECT(tqai_key_moments_add_keys(moments, 0, g_keys, 3, positions, 3) == TQAI_OK);
+  EXPECT(tqai_key_moments_add_prior(moments, 0, square, square, 3.0) == TQAI_OK);
+  EXPECT(tqai_key_moments_add_prior(moments, 1, square, square, 3.0) == TQAI_OK);
+  EXPECT(tqai_key_basis_learn(moments, 2, 64, &basis) == TQAI_OK && basis != NULL);
+  tqai_key_basis_destroy(basis);
+  tqai_key_basis_destroy(NULL);
+  tqai_key_moments_destroy(moments);
+  tqai_key_moments_destroy(NULL);
+}
+
+static void test_key_basis(const char* path) {
+  tqai_cache_options o = options();
+  const tqai_tensor keys = tensor(g_keys, kHeads, kTokens, kTokens);
+  const tqai_tensor values = tensor(g_values, kHeads, kTokens, kTokens);
+  tqai_key_moments* moments = NULL;
+  tqai_key_basis* basis = NULL;
+  tqai_key_basis* same = NULL;
+  const tqai_key_basis* known[1];
+  const tqai_cache* layers[1];
+  tqai_cache* cache = NULL;
+  tqai_cache* back = NULL;
+  tqai_file* file = NULL;
+  tqai_load_options how;
+  tqai_memory memory;
+  size_t size = 0;
+  size_t whole = 0;
+  uint64_t id = 0;
+  uint64_t same_id = 1;
+  unsigned char* bytes;
+  EXPECT(tqai_key_moments_create(&o, &moments) == TQAI_OK);
+  add_all(moments);
+  EXPECT_ERROR(tqai_key_basis_learn(moments, 9, 64, &basis), TQAI_VALUE_ERROR, "9");
+  EXPECT_ERROR(tqai_key_basis_learn(NULL, 4, 64, &basis), TQAI_VALUE_ERROR, "moments is NULL");
+  EXPECT_ERROR(tqai_key_basis_learn(moments, 4, 64, NULL), TQAI_VALUE_ERROR, "basis is NULL");
+  EXPECT(tqai_key_basis_learn(moments, 4, 64, &basis) == TQAI_OK);
+  tqai_key_moments_destroy(moments);
+
+  EXPECT(tqai_key_basis_serialized_bytes(basis, &size) == TQAI_OK && size > 2 * kDim * kDim);
+  bytes = malloc(size);
+  if (bytes == NULL) exit(1);
+  EXPECT_ERROR(tqai_key_basis_serialize(basis, bytes, size - 1), TQAI_VALUE_ERROR, "needed: ");
+  EXPECT(tqai_key_basis_serialize(basis, bytes, size) == TQAI_OK);
+  EXPECT_ERROR(tqai_key_basis_deserialize(bytes, size - 1, &same), TQAI_VALUE_ERROR, "bytes");
+  EXPECT(tqai_key_basis_deserialize(bytes, size, &same) == TQAI_OK);
+  EXPECT(tqai_key_basis_id(basis, &id) == TQAI_OK && tqai_key_basis_id(same, &same_id) == TQAI_OK);
+  EXPECT(id == same_id);
+  EXPECT_ERROR(tqai_key_basis_id(NULL, &id), TQAI_VALUE_ERROR, "basis is NULL");
+  free(bytes);
+
+  /* A cache shares the basis, whose handle may end first. */
+  o.key_basis = basis;
+  EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
+  tqai_key_basis_destroy(basis);
+  EXPECT(tqai_cache_append(cache, &keys, &values, NULL) == TQAI_OK);
+  EXPECT(tqai_cache_seal(cache, NULL) == TQAI_OK);
+  tqai_memory_init(&memory, sizeof(memory));
+  EXPECT(tqai_cache_get_memory(cache, &memory) == TQAI_OK);
+  EXPECT(memory.packed_tokens > 0 && memory.basis_bytes > 0);
+
+  /* Bytes with the id need the basis, those with its matrices do not. */
+  EXPECT(tqai_cache_serialized_bytes(cache, &size) == TQAI_OK);
+  EXPECT(tqai_cache_serialized_bytes_as(cache, TQAI_BASIS_MATRICES, &whole) == TQAI_OK);
+  EXPECT(whole > size);
+  EXPECT_ERROR(tqai_cache_serialized_bytes_as(cache, 2, &whole), TQAI_VALUE_ERROR, "basis = 2");
+  bytes = malloc(whole);
+  if (bytes == NULL) exit(1);
+  EXPECT(tqai_cache_serialize(cache, bytes, size) == TQAI_OK);
+  EXPECT_ERROR(tqai_cache_deserialize(bytes, size, NULL, &back), TQAI_VALUE_ERROR, "basis");
+  known[0] = NULL;
+  EXPECT_ERROR(tqai_cache_deserialize_with(bytes, size, NULL, known, 1, &back), TQAI_VALUE_ERROR,
+               "a key basis is NULL");
+  known[0] = same;
+  EXPECT(tqai_cache_deserialize_with(bytes, size, NULL, known, 1, &back) == TQAI_OK);
+  EXPECT(tokens_of(back) == kTokens);
+  tqai_cache_destroy(back);
+  EXPECT_ERROR(tqai_cache_serialize_as(cache, TQAI_BASIS_MATRICES, bytes, size), TQAI_VALUE_ERROR,
+               "needed: ");
+  EXPECT(tqai_cache_serialize_as(cache, TQAI_BASIS_MATRICES, bytes, whole) == TQAI_OK);
+  EXPECT(tqai_cache_deserialize(bytes, whole, NULL, &back) == TQAI_OK);
+  tqai_cache_destroy(back);
+  free(bytes);
+
+  layers[0] = cache;
+  EXPECT_ERROR(tqai_save_as(path, layers, 1, NULL, -1), TQAI_VALUE_ERROR, "basis = -1");
+  EXPECT(tqai_save_as(path, layers, 1, NULL, TQAI_BASIS_MATRICES) == TQAI_OK);
+  EXPECT(tqai_file_open(path, &file) == TQAI_OK);
+  EXPECT(tqai_file_load(file, 0, NULL, &back) == TQAI_OK);
+  tqai_cache_destroy(back);
+  tqai_file_destroy(file);
+  EXPECT(tqai_save(path, layers, 1, NULL) == TQAI_OK);
+  EXPECT(tqai_file_open(path, &file) == TQAI_OK);
+  EXPECT_ERROR(tqai_file_load(file, 0, NULL, &back), TQAI_VALUE_ERROR, "basis");
+  tqai_load_options_init(&how, sizeof(how));
+  how.key_bases = known;
+  how.key_basis_count = 1;
+  EXPECT(tqai_file_load(file, 0, &how, &back) == TQAI_OK);
+  tqai_cache_destroy(back);
+  tqai_file_destroy(file);
+  tqai_cache_destroy(cache);
+  tqai_key_basis_destroy(same);
+  remove(path);
 }
 
 static void test_bytes(void) {
@@ -508,7 +688,7 @@ static void test_files(const char* path) {
   EXPECT_ERROR(tqai_file_load(file, 2, NULL, &back), TQAI_INDEX_ERROR, "layers.2.packed");
   EXPECT_ERROR(tqai_file_load(file, 0, NULL, NULL), TQAI_VALUE_ERROR, "cache is NULL");
   EXPECT_ERROR(tqai_file_load(NULL, 0, NULL, &back), TQAI_VALUE_ERROR, "file is NULL");
-  tqai_load_options_init(&settings);
+  tqai_load_options_init(&settings, sizeof(settings));
   EXPECT(settings.verify == 1 && settings.mapped == 0);
   settings.level = "x";
   EXPECT_ERROR(tqai_file_load(file, 0, &settings, &back), TQAI_VALUE_ERROR, "x");
@@ -517,7 +697,7 @@ static void test_files(const char* path) {
   EXPECT(tqai_file_load(file, 0, &settings, &back) == TQAI_OK);
   tqai_file_destroy(file);
   tqai_file_destroy(NULL);
-  tqai_memory_init(&memory);
+  tqai_memory_init(&memory, sizeof(memory));
   EXPECT(tqai_cache_get_memory(back, &memory) == TQAI_OK);
   EXPECT(memory.mapped_bytes > 0 && memory.packed_bytes == 0 && tokens_of(back) == kTokens);
   tqai_cache_destroy(back);
@@ -573,7 +753,7 @@ static void test_quantizers(void) {
     double error = 0.0;
     double squares = 0.0;
     int i;
-    tqai_quantizer_options_init(&o);
+    tqai_quantizer_options_init(&o, sizeof(o));
     o.head_dim = kDim;
     o.bits = 8;
     o.unbiased = unbiased;
@@ -634,6 +814,9 @@ int main(int argc, char** argv) {
   test_gather();
   test_rows();
   test_padding();
+  test_leave_out();
+  test_key_moments();
+  test_key_basis(argv[1]);
   test_bytes();
   test_files(argv[1]);
   test_codebooks();

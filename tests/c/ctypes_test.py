@@ -85,7 +85,7 @@ class CApi(unittest.TestCase):
 
     def filled(self) -> c.c_void_p:
         options = CacheOptions()
-        self.tqai.tqai_cache_options_init(c.byref(options))
+        self.tqai.tqai_cache_options_init(c.byref(options), c.c_size_t(c.sizeof(options)))
         self.assertEqual(options.size, c.sizeof(CacheOptions))
         options.kv_heads, options.head_dim, options.residual_window = HEADS, DIM, 16
         cache = c.c_void_p()
@@ -118,7 +118,7 @@ class CApi(unittest.TestCase):
 
     def test_memory_falls(self) -> None:
         memory = Memory()
-        self.tqai.tqai_memory_init(c.byref(memory))
+        self.tqai.tqai_memory_init(c.byref(memory), c.c_size_t(c.sizeof(memory)))
         self.assertEqual(memory.size, c.sizeof(Memory))
         self.check(self.tqai.tqai_cache_get_memory(self.filled(), c.byref(memory)))
         self.assertEqual(memory.tokens, TOKENS)

@@ -53,7 +53,7 @@ class CApiAllocations : public testing::TestWithParam<bool> {
     }
     for (int i = 0; i < kDim / 2; ++i) frequencies_.push_back(1.0F / static_cast<float>(1 + i * i));
     for (std::int64_t i = 0; i < kMost; ++i) positions_.push_back(3 * i);
-    tqai_cache_options_init(&options_);
+    tqai_cache_options_init(&options_, sizeof(options_));
     options_.batch = 2;
     options_.kv_heads = kHeads;
     options_.head_dim = kDim;
@@ -210,7 +210,7 @@ TEST_P(CApiAllocations, WhatMakesHandles) {
   tqai_file* file = nullptr;
   ASSERT_EQ(tqai_file_open(path_.c_str(), &file), TQAI_OK);
   tqai_load_options how;
-  tqai_load_options_init(&how);
+  tqai_load_options_init(&how, sizeof(how));
   for (const int mapped : {0, 1}) {
     how.mapped = mapped;
     expect_made_or_null<tqai_cache>(
@@ -226,13 +226,91 @@ TEST_P(CApiAllocations, WhatMakesHandles) {
   tqai_cache_destroy(cache);
   for (const int unbiased : {0, 1}) {
     tqai_quantizer_options quantizer;
-    tqai_quantizer_options_init(&quantizer);
+    tqai_quantizer_options_init(&quantizer, sizeof(quantizer));
     quantizer.head_dim = 24;
     quantizer.unbiased = unbiased;
     expect_made_or_null<tqai_quantizer>(
         "quantizer", [&](tqai_quantizer** to) { return tqai_quantizer_create(&quantizer, to); },
         tqai_quantizer_destroy);
   }
+}
+
+TEST_P(CApiAllocations, KeyBases) {
+  tqai_key_moments* moments = nullptr;
+  expect_made_or_null<tqai_key_moments>(
+      "moments", [&](tqai_key_moments** to) { return tqai_key_moments_create(&options_, to); },
+      tqai_key_moments_destroy);
+  ASSERT_EQ(tqai_key_moments_create(&options_, &moments), TQAI_OK);
+  constexpr std::size_t kTokens = 40;
+  for (int head = 0; head < kHeads; ++head) {
+    // A failed call has added nothing: the basis of both is the same, below.
+    EXPECT_GE(fail_each_status([] {},
+                               [&] {
+                                 return tqai_key_moments_add_keys(moments, head, data_.data(),
+                                                                  kTokens, nullptr, 0);
+                               },
+                               [] {}),
+              0);
+    EXPECT_GE(fail_each_status([] {},
+                               [&] {
+                                 return tqai_key_moments_add_queries(
+                                     moments, head, data_.data() + 100, kTokens, nullptr, 0);
+                               },
+                               [] {}),
+              0);
+  }
+  tqai_key_moments* untroubled = nullptr;
+  ASSERT_EQ(tqai_key_moments_create(&options_, &untroubled), TQAI_OK);
+  for (int head = 0; head < kHeads; ++head) {
+    ASSERT_EQ(tqai_key_moments_add_keys(untroubled, head, data_.data(), kTokens, nullptr, 0),
+              TQAI_OK);
+    ASSERT_EQ(
+        tqai_key_moments_add_queries(untroubled, head, data_.data() + 100, kTokens, nullptr, 0),
+        TQAI_OK);
+  }
+  std::uint64_t ids[2] = {0, 1};
+  tqai_key_basis* basis = nullptr;
+  for (int i = 0; i < 2; ++i) {
+    tqai_key_basis_destroy(basis);
+    ASSERT_EQ(tqai_key_basis_learn(i == 0 ? moments : untroubled, 4, 64, &basis), TQAI_OK);
+    ASSERT_EQ(tqai_key_basis_id(basis, &ids[i]), TQAI_OK);
+  }
+  EXPECT_EQ(ids[0], ids[1]);
+  expect_made_or_null<tqai_key_basis>(
+      "learn", [&](tqai_key_basis** to) { return tqai_key_basis_learn(moments, 4, 64, to); },
+      tqai_key_basis_destroy);
+  std::size_t size = 0;
+  ASSERT_EQ(tqai_key_basis_serialized_bytes(basis, &size), TQAI_OK);
+  std::vector<std::byte> bytes(size);
+  EXPECT_GT(fail_each_status(
+                [] {}, [&] { return tqai_key_basis_serialize(basis, bytes.data(), size); }, [] {}),
+            0);
+  expect_made_or_null<tqai_key_basis>(
+      "basis",
+      [&](tqai_key_basis** to) { return tqai_key_basis_deserialize(bytes.data(), size, to); },
+      tqai_key_basis_destroy);
+
+  options_.key_basis = basis;
+  Cache cache = filled();
+  expect_all_or_nothing(
+      "append", [&] { return filled(); }, [&](Cache to) { return append(to, 0, 70); });
+  const auto unsealed = [&] {
+    Cache whole = made();
+    EXPECT_EQ(append(whole, 0, 160), TQAI_OK);
+    return whole;
+  };
+  expect_all_or_nothing("seal", unsealed, [](Cache to) { return tqai_cache_seal(to, nullptr); });
+  const std::vector<std::byte> held = bytes_of(cache);
+  expect_made_or_null<tqai_cache>(
+      "deserialize_with",
+      [&](Cache* to) {
+        return tqai_cache_deserialize_with(held.data(), held.size(), nullptr, &basis, 1, to);
+      },
+      tqai_cache_destroy);
+  tqai_cache_destroy(cache);
+  tqai_key_basis_destroy(basis);
+  tqai_key_moments_destroy(moments);
+  tqai_key_moments_destroy(untroubled);
 }
 
 // What is kept for the process is made whole, or again at the next call.
@@ -320,7 +398,7 @@ TEST_P(CApiAllocations, WhatReads) {
             0);
   EXPECT_TRUE(bytes == expected);
   tqai_memory memory;
-  EXPECT_GT(fail_each_status([&] { tqai_memory_init(&memory); },
+  EXPECT_GT(fail_each_status([&] { tqai_memory_init(&memory, sizeof(memory)); },
                              [&] { return tqai_cache_get_memory(cache, &memory); },
                              [&] { EXPECT_EQ(memory.total_bytes, 0U); }),
             0);

@@ -88,7 +88,7 @@ class Calls {
  private:
   void create() {
     tqai_cache_options options;
-    tqai_cache_options_init(&options);
+    tqai_cache_options_init(&options, sizeof(options));
     const float frequencies[] = {1.0F, 0.1F, 0.01F, 0.001F};
     const std::uint8_t sections[] = {0, 1, 2, 1};
     options.batch = std::min(choices_.setting(1 + choices_.next() % 3), 4);
@@ -111,19 +111,41 @@ class Calls {
       options.sections = choices_.next() % 2 == 0 ? sections : nullptr;
     }
     options.seed = choices_.next();
+    tqai_key_basis* basis = choices_.next() % 4 == 0 ? learnt(options) : nullptr;
+    options.key_basis = basis;
     if (is_ok(tqai_cache_create(&options, &cache_)) != (cache_ != nullptr)) std::abort();
+    tqai_key_basis_destroy(basis);
+  }
+
+  // Of two keys and queries a head, which mostly fits the options.
+  tqai_key_basis* learnt(const tqai_cache_options& options) {
+    tqai_key_moments* moments = nullptr;
+    tqai_key_basis* basis = nullptr;
+    if (!is_ok(tqai_key_moments_create(&options, &moments))) return nullptr;
+    for (std::int32_t head = 0; head < options.kv_heads; ++head) {
+      const std::size_t count = choices_.next() < 250 ? 2 : 0;
+      is_ok(tqai_key_moments_add_keys(moments, head, kinds_.data(), 2, nullptr, 0));
+      is_ok(tqai_key_moments_add_queries(moments, head, kinds_.data() + 64, count, nullptr, 0));
+    }
+    const std::int32_t bits = choices_.setting(options.bits_k);
+    if (is_ok(tqai_key_basis_learn(moments, bits, choices_.number(64), &basis)) !=
+        (basis != nullptr)) {
+      std::abort();
+    }
+    tqai_key_moments_destroy(moments);
+    return basis;
   }
 
   tqai_cache_info info() {
     tqai_cache_info info;
-    tqai_cache_info_init(&info);
+    tqai_cache_info_init(&info, sizeof(info));
     if (!is_ok(tqai_cache_get_info(cache_, &info))) std::abort();
     return info;
   }
 
   void call() {
     const tqai_cache_info now = info();
-    switch (choices_.next() % 12) {
+    switch (choices_.next() % 13) {
       case 0:
       case 1: append(now); break;
       case 2: {
@@ -166,9 +188,21 @@ class Calls {
         break;
       }
       case 10: through_bytes(); break;
+      case 11: {
+        std::uint8_t hidden[4 * 90] = {};
+        const auto batch = static_cast<std::size_t>(now.batch);
+        const std::size_t count = batch * (choices_.next() % 90);
+        for (std::size_t i = 0; i < count; i += 1 + choices_.next() % 8) hidden[i] = 1;
+        is_ok(tqai_cache_leave_out(cache_, hidden, choices_.next() < 250 ? count : 4));
+        tqai_token_span spans[3];
+        std::size_t left_out = 0;
+        is_ok(tqai_cache_left_out(cache_, choices_.setting(0), spans, choices_.next() % 4,
+                                  &left_out));
+        break;
+      }
       default: {
         tqai_memory memory;
-        tqai_memory_init(&memory);
+        tqai_memory_init(&memory, sizeof(memory));
         if (!is_ok(tqai_cache_get_memory(cache_, &memory))) std::abort();
         std::int64_t packed = 0;
         is_ok(tqai_cache_packed_tokens(cache_, choices_.setting(0), &packed));
@@ -199,7 +233,7 @@ class Calls {
     const auto output = tensor<tqai_output>(choices_, room_.data(), TQAI_F32,
                                             {now.batch, count, heads, now.value_head_dim});
     tqai_attend_options options;
-    tqai_attend_options_init(&options);
+    tqai_attend_options_init(&options, sizeof(options));
     options.first_token = choices_.number(0);
     options.window = choices_.number(0);
     options.causal = choices_.next() % 2;
@@ -230,6 +264,11 @@ class Calls {
   Choices choices_;
   // Shared by all inputs: to make them takes longer than most calls.
   inline static const std::vector<float> numbers_ = std::vector<float>(kElements, 0.5F);
+  inline static const std::vector<float> kinds_ = [] {
+    std::vector<float> kinds;
+    for (int i = 0; i < 256; ++i) kinds.push_back(static_cast<float>(i * i % 17) - 8.0F);
+    return kinds;
+  }();
   inline static std::vector<float> room_ = std::vector<float>(kElements);
   inline static std::vector<float> more_room_ = std::vector<float>(kElements);
   tqai_cache* cache_ = nullptr;
