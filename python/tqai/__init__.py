@@ -12,8 +12,8 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
 - ``mlx``: the seam into mlx-lm, beside that one, ``hooks`` its way in;
 - ``stores``: what holds a layer's tokens: the C++ cache on the CPU, on other devices
-  ``stores.device``, which is written in operations that each framework has its own of;
-  ``stores.for_torch`` is torch's side of it, and the only room of these that imports torch;
+  ``stores.device``, which is written in operations that each framework has its own of:
+  ``stores.for_torch`` and ``stores.for_mlx``, each of which imports its own framework alone;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
 - ``remarks``: what a patched model says when it is used without a compressed cache;

@@ -1,5 +1,8 @@
 """What holds a layer's tokens: the C++ cache on the CPU, operations on arrays on other devices.
 
 - ``for_torch``: the stores of layers whose tokens are torch's tensors;
-- ``device``: the store in operations on arrays, which both frameworks have; imports neither.
+- ``for_mlx``: the device store in mlx's arrays;
+- ``device``: that store, whatever the framework, in operations that each has its own of.
+
+Only ``for_torch`` imports torch, and only ``for_mlx`` mlx.
 """
