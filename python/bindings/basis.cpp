@@ -134,6 +134,7 @@ Immutable. See include/tqai/key_basis.hpp.)")
       .def_static(
           "learn",
           [](const KeyMoments& moments, int bits, std::int64_t last_position) {
+            const py::gil_scoped_release release;
             return std::make_shared<KeyBasis>(KeyBasis::learn(moments, bits, last_position));
           },
           arg("moments"), arg("bits"), arg("last_position") = KeyBasis::kLastPosition,
@@ -148,6 +149,11 @@ head without keys or queries.)")
           "matrices", &matrices, arg("head"),
           R"(A head's E, L and F, float32 [head_dim, head_dim]: a key less its centre, r, is quantised so that
 n L z is near E r, and read as n F z.)")
+      // Copies of what has a basis share it, as copies of caches do.
+      .def("__copy__", [](const BasisPointer& basis) { return basis; })
+      .def(
+          "__deepcopy__", [](const BasisPointer& basis, const py::dict&) { return basis; },
+          arg("memo"))
       .def("serialize", &serialize, "The basis as bytes.")
       .def_static("deserialize", &deserialize, arg("data"),
                   "The basis that serialize() wrote; ValueError for bytes that it did not write.")

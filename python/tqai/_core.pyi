@@ -68,6 +68,10 @@ class KeyBasis:
         The basis for codes of so many bits, good at positions up to last_position. ValueError for a
         head without keys or queries.
         """
+    def __copy__(self) -> KeyBasis:
+        ...
+    def __deepcopy__(self, memo: dict) -> KeyBasis:
+        ...
     def __getstate__(self) -> tuple[bytes]:
         ...
     def __setstate__(self, arg0: tuple) -> None:
