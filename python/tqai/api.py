@@ -97,7 +97,10 @@ def patch(
         sink_tokens: first tokens of each row, kept exact for ever. Layers with a sliding window
             keep none.
         residual_window: last tokens of each row, kept exact.
-        rotation: "auto", "hadamard" or "haar".
+        codec: what keys are quantised in: "scalar", a random rotation, or "adaptive", a basis that
+            is learnt from the model here, in seconds, and takes the error of scores to a fraction
+            at the same bits; on the CPU alone. The report of a cache says which layers have one.
+        rotation: "auto", "hadamard" or "haar"; of values, and of keys that are in no basis.
         centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
             embedding, turned to each position), "none", or "auto": the best for each head.
         skip_layers: layers that stay uncompressed; negative numbers count from the end.
@@ -105,7 +108,7 @@ def patch(
             nothing since they are there anyway. False: 64 at a time go through each layer, and what
             has left the window by then is read from its codes, as in decoding. For evaluators that
             score texts by forward passes (lm-eval-harness): they see the cache's true cost then.
-        seed: of the rotations.
+        seed: of the rotations, and of the random tokens that bases are learnt from.
         backend: what computes: "auto", the C++ kernels for tensors on the CPU and torch operations
             for those on other devices; "torch-ops", torch operations everywhere.
         level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.

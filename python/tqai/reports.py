@@ -12,6 +12,7 @@ BYTES = (
     "overhead_bytes",
     "total_bytes",
     "mapped_bytes",
+    "basis_bytes",
     "uncompressed_bytes",
 )
 COUNTS = ("tokens", "packed_tokens", *BYTES)
@@ -30,7 +31,7 @@ class Counted(Protocol):
 
 def numbers_of(store: Counted) -> dict[str, int]:
     """A store's numbers."""
-    memory = store.memory()
+    memory = {"basis_bytes": 0, **store.memory()}
     return {name: memory[name] for name in COUNTS}
 
 

@@ -17,6 +17,7 @@ from tqai import _core
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+Codec = Literal["scalar", "adaptive"]
 Rotation = Literal["auto", "hadamard", "haar"]
 Centering = Literal["auto", "none", "mean", "rope"]
 Backend = Literal["auto", "torch-ops"]
@@ -24,6 +25,7 @@ Level = Literal["scalar", "neon", "avx2", "avx512"]
 Preset = Literal["quality", "balanced", "small"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
+CODECS: tuple[Codec, ...] = get_args(Codec)
 # Rotations, centrings and dtypes are numbered in files, in this order.
 ROTATIONS: tuple[Rotation, ...] = get_args(Rotation)
 CENTERINGS: tuple[Centering, ...] = get_args(Centering)
@@ -142,6 +144,7 @@ class OwnOptions(TypedDict, total=False):
     bits_v: Bits | None
     sink_tokens: int
     residual_window: int
+    codec: Codec
     rotation: Rotation
     centering: Centering
     skip_layers: Collection[int]
@@ -164,7 +167,8 @@ class Settings:
 
     Raises:
         ValueError: for a value out of range, naming it and what is allowed.
-        NotImplementedError: for a kernel level that this machine lacks.
+        NotImplementedError: for a kernel level that this machine lacks, or a codec that the backend
+            does not have.
     """
 
     bits_k: Bits = DEFAULT_BITS["bits_k"]
@@ -176,6 +180,9 @@ class Settings:
     """First tokens of each row, kept exact for ever."""
     residual_window: int = 128
     """Last tokens of each row, kept exact."""
+    codec: Codec = "scalar"
+    """What keys are quantised in: "scalar", a random rotation, or "adaptive", a basis that is
+    learnt from the model when it is patched, and takes the error of scores to a fraction."""
     rotation: Rotation = "auto"
     centering: Centering = "auto"
     """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
@@ -185,7 +192,8 @@ class Settings:
     exact_prefill: bool = True
     """Whether the tokens of one forward pass see each other exact; False: as decoding would."""
     seed: int | None = None
-    """Of the rotations; None: the library's."""
+    """Of the rotations, and of the random tokens that bases are learnt from; None: the library's
+    own."""
     backend: Backend = "auto"
     """What computes: "auto", the C++ kernels for tensors on the CPU and torch operations for those
     on other devices; "torch-ops", torch operations everywhere."""
@@ -198,6 +206,7 @@ class Settings:
             "bits_v": _bits("bits_v", self.bits_v),
             "sink_tokens": _integer("sink_tokens", self.sink_tokens, 0, _INT32_MAX),
             "residual_window": _integer("residual_window", self.residual_window, 0, _INT32_MAX),
+            "codec": _choice("codec", self.codec, CODECS),
             "rotation": _choice("rotation", self.rotation, ROTATIONS),
             "centering": _choice("centering", self.centering, CENTERINGS),
             "skip_layers": _layers(self.skip_layers),
@@ -208,6 +217,11 @@ class Settings:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.codec != "scalar" and self.backend != "auto":
+            raise NotImplementedError(
+                f"codec={self.codec!r} works on the CPU by the C++ kernels, and "
+                f"backend={self.backend!r} asks for others: use backend='auto', or codec='scalar'"
+            )
 
     @classmethod
     def named(cls, preset: Preset | None = None, **given: Unpack[OwnOptions]) -> Settings:

@@ -59,7 +59,7 @@ def add(verbs: Any) -> None:
         default=["k4v4", "k4v2"],
         metavar="KxVy[,KEY=VALUE…]",
         help="bits of keys and values, or a preset, and what differs from the options below: "
-        "sink_tokens=, residual_window=, rotation=, centering=, seed=, backend=, level=, "
+        "sink_tokens=, residual_window=, codec=, rotation=, centering=, seed=, backend=, level=, "
         "skip_layers=0+1, arithmetic= (default: k4v4 k4v2)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's own manual")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from tqai.settings import BACKENDS, CENTERINGS, DTYPES, LEVELS, PRESETS, ROTATIONS, Settings
+from tqai.settings import BACKENDS, CENTERINGS, CODECS, DTYPES, LEVELS, PRESETS, ROTATIONS, Settings
 
 
 def add_verb(
@@ -99,6 +99,7 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
         group.add_argument(
             former, dest=setting, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **number
         )
+    add("--codec", "codec", "what keys are quantised in", choices=CODECS)
     add("--rotation", "rotation", "kind of rotation", choices=ROTATIONS)
     add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
     add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)

@@ -21,6 +21,7 @@ ARITHMETICS = ("kernel", "exact")
 SETTING_KEYS: dict[str, Callable[[str], Any]] = {
     "sink_tokens": int,
     "residual_window": int,
+    "codec": str,
     "rotation": str,
     "centering": str,
     "seed": int,

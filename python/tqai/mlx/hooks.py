@@ -161,6 +161,10 @@ def _check_settings(settings: Settings) -> None:
             f"backend={settings.backend!r} is for transformers models; for mlx-lm's use "
             "backend='auto'"
         )
+    if settings.codec != "scalar":
+        raise NotImplementedError(
+            f"codec={settings.codec!r} is for transformers models; for mlx-lm's use codec='scalar'"
+        )
     if not settings.exact_prefill:
         raise NotImplementedError(
             "exact_prefill=False is for transformers models; with mlx-lm pass "

@@ -7,6 +7,7 @@ A map, from what is called first down; a room imports only from those below:
 - ``files`` saves and loads caches;
 - ``hooks`` puts the caches on a model and takes them off;
 - ``cache`` holds tokens, as transformers' own caches do;
+- ``basis`` learns what keys are quantised in, where that is asked for;
 - ``attention`` reads them;
 - ``model`` says what a model looks like to a cache;
 - ``weights`` says which weights it computes with.

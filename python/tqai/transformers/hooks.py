@@ -34,10 +34,12 @@ from tqai.transformers.attention import functions as attention
 from tqai.transformers.attention.original import (
     PATCHED_NAMES,
     PatchedName,
+    configs_of,
     learn,
     original_name,
     patched_name,
 )
+from tqai.transformers.basis.bases import Bases
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.model import names
@@ -68,7 +70,7 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
         check_model(part, settings)
     check_model(model, settings)
     caches = [make_cache(part, settings) for part in parts]
-    configs = [_configs(decoder_of(part)) for part in parts]  # raises for what has no kernel
+    configs = [configs_of(decoder_of(part)) for part in parts]  # raises for what has no kernel
     for part, own in zip(parts, configs, strict=True):
         _install(part, settings, own, inner=part is not model)
     return caches[0]
@@ -121,12 +123,15 @@ def fresh_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:
 
 
 def make_cache(
-    model: PreTrainedModel, settings: Settings, sliding: bool = True
+    model: PreTrainedModel, settings: Settings, sliding: bool = True, bases: Bases | None = None
 ) -> TqaiCache | TqaiEncoderDecoderCache:
-    """An empty cache of the kind that `model` takes, patched or not."""
+    """An empty cache of the kind that `model` takes, patched or not.
+
+    bases: what keys are quantised in; None: what the settings say.
+    """
     cross = is_encoder_decoder(model) or reads_encoder(decoder_of(model))
     kind = TqaiEncoderDecoderCache if cross else TqaiCache
-    return kind(geometry_of(model, afresh=True), settings, sliding)
+    return kind(geometry_of(model, afresh=True), settings, sliding, bases)
 
 
 def settings_of(model: PreTrainedModel) -> Settings:
@@ -159,27 +164,6 @@ def _require_hook(model: Any) -> _CacheHook:
             f"this {type(model).__name__} is not patched; call tqai.patch(model) first"
         )
     return hook
-
-
-def _configs(decoder: torch.nn.Module) -> list[Any]:
-    """The distinct configs of the decoder's parts whose attention implementation can be chosen.
-
-    Models whose attention does not go through the interface are left alone; there the views are
-    dequantised.
-
-    Raises:
-        NotImplementedError: for an implementation that tqai does not stand before.
-    """
-    can_set = getattr(type(decoder), "_can_set_attn_implementation", None)
-    if can_set is None or not can_set():
-        return []
-    configs = {}
-    for module in decoder.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) is not None:
-            patched_name(config._attn_implementation)
-            configs[id(config)] = config
-    return list(configs.values())
 
 
 class _CacheHook:

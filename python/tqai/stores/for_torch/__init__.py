@@ -25,11 +25,15 @@ def make_store(
     values: torch.Tensor,
     dtype: torch.dtype,
     keeps_sinks: bool,
+    basis: _core.KeyBasis | None = None,
 ) -> Store:
     """An empty store for tokens like these, [batch, kv_heads, n, head_dim], held in `dtype`.
 
+    basis: what keys are quantised in; None: the rotation of the settings.
+
     Raises:
-        ValueError: for options out of range.
+        ValueError: for options out of range, and for another layer's basis.
+        NotImplementedError: for a basis where the C++ kernels do not compute.
     """
     batch, kv_heads, _, head_dim = keys.shape
     options = settings.core_options()
@@ -38,7 +42,10 @@ def make_store(
         options["sink_tokens"] = 0
     if is_native(settings.backend, keys.device):
         argument = None if rope is None else rope.core_argument()
-        return _core.KvCache(batch=batch, dtype=DTYPES[dtype], rope=argument, **options)
+        return _core.KvCache(
+            batch=batch, dtype=DTYPES[dtype], rope=argument, key_basis=basis, **options
+        )
+    _refuse_basis(basis, keys.device)
     options.pop("level", None)
     argument = None if rope is None else rope.options()
     name = DTYPES[dtype].name
@@ -51,14 +58,32 @@ def is_native(backend: str, device: torch.device) -> bool:
 
 
 def moved(store: Store, settings: Settings, device: torch.device) -> Store:
-    """`store` itself, or the same tokens where tensors on `device` can be added to them."""
+    """`store` itself, or the same tokens where tensors on `device` can be added to them.
+
+    Raises:
+        NotImplementedError: for keys in a basis, where the C++ kernels do not compute.
+    """
     if is_native(settings.backend, device):
         if isinstance(store, TorchStore):
             return _core.KvCache.deserialize(store.serialize(), level=settings.level)
         return store
     if isinstance(store, TorchStore) and store.device == device:
         return store
+    _refuse_basis(basis_of(store), device)
     return TorchStore.deserialize(store.serialize(), device)
+
+
+def basis_of(store: Store) -> _core.KeyBasis | None:
+    """What the store's keys are quantised in; None: a rotation."""
+    return None if isinstance(store, TorchStore) else store.key_basis
+
+
+def _refuse_basis(basis: _core.KeyBasis | None, device: torch.device) -> None:
+    if basis is not None:
+        raise NotImplementedError(
+            "codec='adaptive' works on the CPU by the C++ kernels, and these tokens are on "
+            f"{device}: move the model to the CPU, or patch it with codec='scalar'"
+        )
 
 
 def append(

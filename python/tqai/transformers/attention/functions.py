@@ -31,6 +31,10 @@ CONTINUOUS_BATCHING = (
     "call tqai.unpatch(model) before generate_batch()"
 )
 
+LISTENER = "_tqai_listener"
+"""What a module has that tells somebody of the queries and keys that its attention gets, before it
+is computed; see ``basis.learn``."""
+
 
 def register() -> None:
     """Makes tqai's names known as attention implementations. May be called again."""
@@ -82,6 +86,9 @@ def attention_forward(
         return compiled.outside(attention_forward, *arguments, **kwargs)
     update = update_of(key, value)
     if update is None:
+        listener = module.__dict__.get(LISTENER)
+        if listener is not None:
+            listener(query, key)
         _check_compressed(module, query, key)
         return original(module, query, key, value, attention_mask, **kwargs)
     try:

@@ -94,6 +94,27 @@ def patched_name(implementation: str) -> PatchedName:
     return PatchedName(original)
 
 
+def configs_of(decoder: torch.nn.Module) -> list[Any]:
+    """The distinct configs of the decoder's parts whose attention implementation can be chosen.
+
+    Models whose attention does not go through the interface are left alone; there the views are
+    dequantised.
+
+    Raises:
+        NotImplementedError: for an implementation that tqai does not stand before.
+    """
+    can_set = getattr(type(decoder), "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        return []
+    configs = {}
+    for module in decoder.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) is not None:
+            patched_name(config._attn_implementation)
+            configs[id(config)] = config
+    return list(configs.values())
+
+
 def original_name(implementation: str) -> str:
     """The implementation that `implementation`, perhaps one of tqai's names, stands before."""
     names = {patched: name for name, patched in PATCHED_NAMES.items()}

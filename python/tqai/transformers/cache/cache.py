@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType
@@ -12,10 +13,11 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai import reports
+from tqai import _core, reports
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
+from tqai.transformers.basis.bases import Bases, bases_of
 from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Before, Passes, copy_of
@@ -68,24 +70,34 @@ class TqaiCache(Passes, DynamicCache):
     """The cache of an encoder-decoder model that this is one half of."""
     turned: Turned | None = None
     """What the forward pass that is under way turns its keys by."""
+    rotated: Mapping[int, str]
+    """Why layers are quantised in no basis where the settings ask for one, by their number."""
     weights: State | None = None
     """Those that its text was read with, by which other ones are noticed; None before that."""
 
     @overload
     def __init__(self, model: PreTrainedModel, **options: Unpack[Options]) -> None: ...
     @overload
-    def __init__(self, model: Geometry, settings: Settings, sliding: bool = True) -> None: ...
+    def __init__(
+        self,
+        model: Geometry,
+        settings: Settings,
+        sliding: bool = True,
+        bases: Bases | None = None,
+    ) -> None: ...
     def __init__(
         self,
         model: PreTrainedModel | Geometry,
         settings: Settings | None = None,
         sliding: bool = True,
+        bases: Bases | None = None,
         **options: Unpack[Options],
     ) -> None:
         """An empty cache for `model`; the options are those of ``tqai.patch``.
 
         Or for what is known of a model, with settings; `sliding`: whether layers with a sliding
-        window forget the tokens that have left it.
+        window forget the tokens that have left it; `bases`: what keys are quantised in, None: what
+        the settings say, learnt from the model if need be.
 
         Raises:
             TypeError: for an option that ``tqai.patch`` does not have.
@@ -100,11 +112,15 @@ class TqaiCache(Passes, DynamicCache):
         # Assisted decoding by early exit asks for a cache of the first layers only.
         count = max(len(self.layers), len(geometry.heads))
         skipped = settings.skipped(count)
+        if bases is None:
+            bases = self._find_bases([i for i in range(len(geometry.heads)) if i not in skipped])
+        self.rotated = bases.missing
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
                 window = getattr(layer, "sliding_window", None) if sliding else None
                 own = settings.of_layer(index, count)
-                self.layers[index] = self._make_layer(index, own, window, layer)
+                basis = bases.found.get(index)
+                self.layers[index] = self._make_layer(index, own, window, basis, layer)
             elif type(layer) is DynamicSlidingWindowLayer and not sliding:
                 self.layers[index] = DynamicLayer()
         self._before: dict[int, Before] = {}
@@ -120,15 +136,24 @@ class TqaiCache(Passes, DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.owner = weak_ref(owner)
 
+    def _find_bases(self, layers: list[int]) -> Bases:
+        """What the keys of these layers are quantised in."""
+        return bases_of(self.geometry, self.settings, layers)
+
     def _make_layer(
-        self, index: int, settings: Settings, sliding_window: int | None, own: Any
+        self,
+        index: int,
+        settings: Settings,
+        sliding_window: int | None,
+        basis: _core.KeyBasis | None,
+        own: Any,
     ) -> TqaiLayer:
         """A compressed layer in place of `own`."""
         geometry = self.geometry
         heads, rope, latents = (
             known[index] for known in (geometry.heads, geometry.ropes, geometry.latents)
         )
-        return layer_for(own, index, settings, sliding_window, heads, rope, latents)
+        return layer_for(own, index, settings, sliding_window, heads, rope, latents, basis)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied half gets its own whole, and each forward pass has its own views."""
@@ -459,13 +484,16 @@ class TqaiCache(Passes, DynamicCache):
 
         ``packed_bytes`` (codes and norms), ``exact_bytes`` (sinks, windows, tokens that wait to be
         sealed, uncompressed layers), ``overhead_bytes`` (headers, lists, centres) and their sum
-        ``total_bytes``, ``mapped_bytes`` (tiles in pages of a file, not in the total) and
-        ``uncompressed_bytes``, that the same tokens would take, are sums over the layers.
+        ``total_bytes``, ``mapped_bytes`` (tiles in pages of a file), ``basis_bytes`` (bases that
+        keys are quantised in, which all caches of the model share) and ``uncompressed_bytes``, that
+        the same tokens would take, none of which is in the total, are sums over the layers.
         ``tokens`` and ``packed_tokens`` are those of the layer that holds most, over all rows and
         without padding. ``layers`` has the same numbers layer by layer, ``centering`` counts the
         heads by what their keys are centred on, ``rotary`` the compressed layers by the layout of
-        their rotary embedding, "unrecognised" where keys get no rotary centre, ``settings`` has the
-        arguments of ``patch``. Tiles that caches share count in each of them.
+        their rotary embedding, "unrecognised" where keys get no rotary centre, ``codecs`` by what
+        keys are quantised in, "scalar: " and why where they are in no basis though the settings ask
+        for one, ``settings`` has the arguments of ``patch``. Tiles that caches share count in each
+        of them.
         """
         self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]
@@ -481,14 +509,26 @@ class TqaiCache(Passes, DynamicCache):
                 if isinstance(layer, TqaiLayer)
             )
         )
+        report["codecs"] = dict(
+            Counter(self._codec(layer) for layer in self.layers if isinstance(layer, TqaiLayer))
+        )
         report["settings"] = asdict(self.settings)
         return report
 
+    def _codec(self, layer: TqaiLayer) -> str:
+        """What a layer's keys are quantised in, and why where it is not what the settings say."""
+        if layer.basis is not None:
+            return "adaptive"
+        why = self.rotated.get(layer.index)
+        return "scalar" if why is None else f"scalar: {why}"
+
     def __repr__(self) -> str:
         report = self.memory_report()
+        bases = report["basis_bytes"]
         return (
             f"TqaiCache({self.geometry.describe()}: {report['tokens']} tokens in "
-            f"{report['total_bytes']} bytes, uncompressed {report['uncompressed_bytes']})"
+            f"{report['total_bytes']} bytes, uncompressed {report['uncompressed_bytes']}"
+            f"{f'; keys in bases of {bases} bytes, shared' if bases else ''})"
         )
 
 
@@ -525,6 +565,8 @@ def _memory(layer: Any) -> dict[str, int]:
             numbers["tokens"] = keys.shape[0] * keys.shape[-2]
     elif layer.core is not None:
         numbers = reports.numbers_of(layer.core)
+    if isinstance(layer, TqaiLayer) and layer.basis is not None:
+        numbers["basis_bytes"] = layer.basis.nbytes  # known before there are tokens
     size = sum(tensor.nbytes for tensor in tensors_of(layer))
     for name in ("exact_bytes", "total_bytes", "uncompressed_bytes"):
         numbers[name] += size

@@ -14,9 +14,11 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 
+from tqai import _core
 from tqai.reports import COUNTS
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention.view import TqaiView, Update
+from tqai.transformers.basis.bases import Bases
 from tqai.transformers.cache.cache import TqaiCache, described
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Passes
@@ -77,8 +79,18 @@ class CrossCache(TqaiCache):
         # The encoder's tokens are all seen for ever, whatever window the decoder's own have.
         super().__init__(geometry, settings, sliding=False)
 
+    def _find_bases(self, layers: list[int]) -> Bases:
+        """None: what an encoder makes of its input cannot be had from random tokens of a text."""
+        asked = layers if self.settings.codec == "adaptive" else []
+        return Bases({}, dict.fromkeys(asked, "it reads an encoder's output"))
+
     def _make_layer(
-        self, index: int, settings: Settings, sliding_window: int | None, own: Any
+        self,
+        index: int,
+        settings: Settings,
+        sliding_window: int | None,
+        basis: _core.KeyBasis | None,
+        own: Any,
     ) -> TqaiLayer:
         if settings.centering == "rope":  # these keys have no positions
             settings = replace(settings, centering="mean")
@@ -100,17 +112,25 @@ class TqaiEncoderDecoderCache(Passes, EncoderDecoderCache):
     @overload
     def __init__(self, model: PreTrainedModel, **options: Unpack[Options]) -> None: ...
     @overload
-    def __init__(self, model: Geometry, settings: Settings, sliding: bool = True) -> None: ...
+    def __init__(
+        self,
+        model: Geometry,
+        settings: Settings,
+        sliding: bool = True,
+        bases: Bases | None = None,
+    ) -> None: ...
     def __init__(
         self,
         model: PreTrainedModel | Geometry,
         settings: Settings | None = None,
         sliding: bool = True,
+        bases: Bases | None = None,
         **options: Unpack[Options],
     ) -> None:
         """See ``TqaiCache``; a ValueError for a model that is no encoder-decoder one."""
         geometry, settings = described(type(self), model, settings, options)
-        super().__init__(TqaiCache(geometry, settings, sliding), CrossCache(geometry, settings))
+        own = TqaiCache(geometry, settings, sliding, bases)
+        super().__init__(own, CrossCache(geometry, settings))
         self._attach()
 
     def _attach(self) -> None:

@@ -9,6 +9,7 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from tqai import _core
 from tqai.remarks import remark_on_long_vector
 from tqai.settings import Settings
 from tqai.shapes.heads import Heads, Latents, check_head_dim
@@ -50,11 +51,13 @@ class TqaiLayer(CacheLayerMixin):
         heads: Heads | None = None,
         rope: Rope | None = None,
         latents: Latents = frozenset(),
+        basis: _core.KeyBasis | None = None,
     ) -> None:
         """`heads` is what the model's configuration says, checked at each update; None: unknown.
 
         `rope` is what the keys have gone through; None: unknown, or nothing. `latents` says which
-        tensors would not be keys and values.
+        tensors would not be keys and values. `basis` is what keys are quantised in; None: the
+        settings' rotation.
 
         Raises:
             ValueError: for centering="rope" without one.
@@ -72,6 +75,7 @@ class TqaiLayer(CacheLayerMixin):
         self.heads = heads
         self.rope = rope
         self.latents = latents
+        self.basis = basis
         self.record_past = False
         self.exact_arithmetic = False
         """Whether attention reads the codes dequantised, with torch's arithmetic; see
@@ -462,7 +466,14 @@ class TqaiLayer(CacheLayerMixin):
         state = dict(vars(self))
         state.pop("owner", None)
         state.pop("_reading", None)
+        if self.core is not None and self.basis is stores.basis_of(self.core):
+            del state["basis"]  # the store has it, and would have another one in another process
         return {**state, "turned": None, "told": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "basis" not in state:
+            self.basis = None if self.core is None else stores.basis_of(self.core)
 
     def _select(self, rows: list[int]) -> None:
         if self.core is None:
@@ -485,7 +496,7 @@ class TqaiLayer(CacheLayerMixin):
             settings = settings.of_latents()
         dtype = torch.promote_types(keys.dtype, values.dtype)
         return stores.make_store(
-            settings, self.rope, keys, values, dtype, keeps_sinks=not self.is_sliding
+            settings, self.rope, keys, values, dtype, not self.is_sliding, self.basis
         )
 
     def _take_positions(self, keys: torch.Tensor) -> torch.Tensor | None:

@@ -72,6 +72,10 @@ def _check_layer(path: Path, place: str, layer: Any) -> None:
         "dtypes": _either(nothing, _list(_is(str), 2)),
     }
     _check(path, place, layer, needed)
+    if layer.get("basis") is not None:
+        _check(path, place, layer, {"basis": _is(str), "carried": _is(bool)})
+    if layer.get("rotated") is not None:
+        _check(path, place, layer, {"rotated": _is(str)})
     if layer["rope"] is not None:
         needed = {"inv_freq": _list(_either(_is(float), _count)), "layout": _is(str)}
         _check(path, f"the rotary embedding of {place}", layer["rope"], needed)
@@ -190,6 +194,21 @@ def check_store(
         and (ropes[0][1:] != ropes[1][1:] or not _close(ropes[0][0], ropes[1][0]))
     ):
         raise ValueError(f"{where} was compressed with another rotary embedding than it says")
+
+
+def check_basis(path: Path, layer: TqaiLayer, core: Any, described: Mapping[str, Any]) -> None:
+    """Whether a layer's keys are in the basis that the header names.
+
+    Raises:
+        ValueError: where they are not.
+    """
+    named = described.get("basis")
+    held = None if core.key_basis is None else f"{core.key_basis.id:016x}"
+    if named != held or (held is not None and layer.settings.codec == "scalar"):
+        raise ValueError(
+            f"{path}: the keys of layer {layer.index} are in the basis {held}, and the file's "
+            f"header says {named}, with codec={layer.settings.codec!r}"
+        )
 
 
 def check_index(path: Path, layer: TqaiLayer, core: Any, found: Mapping[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ import copy
 import os
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -24,6 +25,7 @@ from tqai.shapes.heads import Heads
 from tqai.stores import for_torch as stores
 from tqai.stores.for_torch.tensor_refs import DTYPES
 from tqai.transformers import hooks
+from tqai.transformers.basis.bases import NONE, Bases
 from tqai.transformers.cache.beside import IndexedLayer
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.encoder_decoder import CrossLayer, TqaiEncoderDecoderCache
@@ -69,10 +71,16 @@ _FILE_DTYPES = {
 _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 
-def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str]) -> None:
+def save_cache(
+    cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLike[str], *, basis: bool = False
+) -> None:
     """Writes `cache` to the file `path`, whole or not at all; an existing file is replaced.
 
     The file takes about ``cache.nbytes`` bytes; writing it takes memory for one layer at most.
+
+    basis: whether the bases go into it that keys are quantised in (codec="adaptive"), which takes
+    ``memory_report()["basis_bytes"]`` more. Without them the file only names them, and is read
+    where the same ones are learnt: from the same weights, on a like machine with the same PyTorch.
 
     Raises:
         ValueError: for something else than a cache of tqai's; for layers that have not read the
@@ -87,6 +95,8 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
             "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
             f"TqaiEncoderDecoderCache); got {type(cache).__name__}"
         )
+    if not isinstance(basis, bool):
+        raise ValueError(f"save_cache(…, basis={basis!r}): expected True or False")
     cache = copy.copy(cache)  # of one moment, whatever other threads do
     tensors: list[tuple[str, str, tuple[int, ...] | None, container.Source]] = []
     described: dict[str, list[dict[str, Any]]] = {}
@@ -100,8 +110,10 @@ def save_cache(cache: TqaiCache | TqaiEncoderDecoderCache, path: str | os.PathLi
         described[part] = []
         for index, layer in enumerate(half.layers):
             description, held = _describe(index, layer)
+            if cache.settings.codec != "scalar" and isinstance(layer, TqaiLayer):
+                description.update(_basis_of(layer, basis), rotated=half.rotated.get(index))
             for name, tensor in held.items():
-                tensors.append(_entry(f"{part}.{index}.{name}", tensor))
+                tensors.append(_entry(f"{part}.{index}.{name}", tensor, basis))
             described[part].append(description)
     file_checks.check_layers("this cache cannot be saved", _parts(cache))
     header = {
@@ -125,8 +137,8 @@ def load_cache(
 ) -> TqaiCache | TqaiEncoderDecoderCache:
     """The cache that ``save_cache`` wrote, for a patched model with the same weights.
 
-    Bits, windows and centres are the file's; the level and the backend are those that `model` is
-    patched with, and the device is `model`'s, whichever ones wrote the file.
+    Bits, windows, centres and bases are the file's; the level and the backend are those that
+    `model` is patched with, and the device is `model`'s, whichever ones wrote the file.
     Pass the cache as ``past_key_values``, with the ids of all tokens that it has read and new ones.
 
     mapped: compressed tokens stay in the file's pages, which the system reads when they are used,
@@ -136,7 +148,8 @@ def load_cache(
 
     Raises:
         ValueError: for a file that is not such a cache, is damaged, or was written by another
-            version of the format; for another model; for a model that is not patched; where
+            version of the format; for another model; for a model that is not patched; for keys in
+            a basis that the file only names and the model has not learnt; where
             `mapped` is asked for and layers are not read by the C++ kernels, or the file is of a
             format before 3.
         OSError: where the file cannot be read.
@@ -159,7 +172,7 @@ def load_cache(
     left = set(file.tensors)
     try:
         settings = _settings(header["settings"], here)
-        cache = hooks.make_cache(model, settings, header["sliding"])
+        cache = hooks.make_cache(model, settings, header["sliding"], _bases_in(header))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: its settings are none of a cache of this model: {error}"
@@ -179,6 +192,11 @@ def load_cache(
             device = layer_device(decoder, index)
             heads = geometry.heads[index]
             _restore(path, index, heads, layer, described, held, device)
+        half.rotated = {
+            index: described["rotated"]
+            for index, described in enumerate(layers)
+            if described.get("rotated") is not None
+        }
         half.weights = state
     if left:
         raise ValueError(f"{path} has {min(left)!r}, which is no part of a cache")
@@ -272,9 +290,11 @@ def _restore(
             f"{layer.settings.backend!r}; only the C++ kernels (on the CPU, backend 'auto') read "
             "files where they are: load it without mapped"
         )
-    core = packed.file.load(packed.name, level=layer.settings.level, mapped=packed.mapped)
+    core = _load_packed(path, layer, described, packed)
     beginning = container.bytes_of(packed.file, packed.name, most=_OPTIONS_BYTES)
     file_checks.check_store(path, layer, beginning.data, core, dtypes)
+    file_checks.check_basis(path, layer, core, described)
+    layer.basis = core.key_basis
     file_checks.check_index(path, layer, core, found)
     for name, tensor in found.items():
         setattr(layer, _INDEX[name], tensor.to(device))
@@ -283,6 +303,47 @@ def _restore(
     layer.padding = described["padding"]
     layer.has_gaps = any(core.left_out(row) for row in range(core.batch))
     layer.take_note()
+
+
+def _load_packed(
+    path: Path, layer: TqaiLayer, described: dict[str, Any], packed: _Packed
+) -> _core.KvCache:
+    """The store of a compressed layer.
+
+    Raises:
+        ValueError: also where its keys are in a basis that is neither in the file nor the layer's.
+    """
+    needed, own = described.get("basis"), layer.basis
+    if needed is not None and not described["carried"]:
+        if own is None or f"{own.id:016x}" != needed:
+            learnt = "none" if own is None else f"{own.id:016x}"
+            raise ValueError(
+                f"{path}: the keys of layer {layer.index} are in the basis {needed}, which the "
+                f"file only names, and this process has learnt {learnt} from the model: another "
+                "kind of machine or another PyTorch may. Where the file was written, save the "
+                "cache with save_cache(cache, path, basis=True), or read the text again here"
+            )
+    bases = [] if own is None else [own]
+    level = layer.settings.level
+    return packed.file.load(packed.name, level=level, mapped=packed.mapped, key_bases=bases)
+
+
+def _basis_of(layer: TqaiLayer, carried: bool) -> dict[str, Any]:
+    """What the header says of a layer's basis; its matrices are in the layer's bytes."""
+    if layer.basis is None:
+        return {"basis": None, "carried": False}
+    return {"basis": f"{layer.basis.id:016x}", "carried": carried and layer.core is not None}
+
+
+def _bases_in(header: dict[str, Any]) -> Bases | None:
+    """None where the cache that a file holds needs bases that the file only names."""
+    layers = [
+        described for part in ("layers", "cross_layers") for described in header.get(part, ())
+    ]
+    named = any(
+        described.get("basis") is not None and not described["carried"] for described in layers
+    )
+    return None if named else NONE
 
 
 def _restore_exact(
@@ -399,7 +460,12 @@ def _some(names: list[str]) -> str:
 
 
 def _of_any_machine(settings: Settings) -> dict[str, Any]:
-    return {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
+    values = {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
+    if (
+        settings.codec == "scalar"
+    ):  # files of older versions say nothing of it, nor can they read it
+        del values["codec"]
+    return values
 
 
 def _settings(saved: dict[str, Any], here: Settings) -> Settings:
@@ -421,9 +487,13 @@ class _Packed(NamedTuple):
     mapped: bool
 
 
-def _entry(name: str, held: Any) -> tuple[str, str, tuple[int, ...] | None, container.Source]:
+def _entry(
+    name: str, held: Any, basis: bool
+) -> tuple[str, str, tuple[int, ...] | None, container.Source]:
     """A tensor or a store as ``container.write`` takes it; what is elsewhere comes at its turn."""
     if isinstance(held, _core.KvCache):
+        if basis and held.key_basis is not None:
+            return name, "U8", None, partial(held.serialize, with_basis=True)
         return name, "U8", None, held
     if not isinstance(held, torch.Tensor):
         return name, "U8", None, held.serialize

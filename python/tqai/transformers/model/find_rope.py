@@ -9,6 +9,7 @@ it is run once more, on one token at positions that differ, to see which of them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -69,6 +70,31 @@ def find_ropes(decoder: torch.nn.Module, config: Any, layers: int) -> tuple[Rope
         _with_sections(rope, layer, far, len(apart))
         for rope, layer in zip(ropes, probe.keys, strict=True)
     )
+
+
+def turn_unrecognised(
+    shadow: torch.nn.Module, config: Any, ropes: Sequence[Rope | None]
+) -> tuple[bool, ...]:
+    """Whether each layer's keys go through an embedding that ``find_ropes`` did not recognise.
+
+    shadow: of the decoder whose layers have `ropes`; None there also stands for no embedding.
+    """
+    recognised = (False,) * len(ropes)
+    if None not in ropes or not any(True for _ in rotary_modules(shadow)):
+        return recognised
+    positions = [position for position in POSITIONS if position < first_too_far(config)]
+    probe = _probe(shadow, config, torch.tensor(positions)[:, None])
+    if probe is None or len(probe.keys) != len(ropes):
+        return tuple(rope is None for rope in ropes)
+    return tuple(
+        rope is None and (keys is None or not _distance_moved(keys) < TOLERANCE)
+        for rope, keys in zip(ropes, probe.keys, strict=True)
+    )
+
+
+def first_too_far(config: Any) -> int:
+    """The first position that is too far to try on a model of this configuration."""
+    return _limit(config)[0]
 
 
 def _frequencies(decoder: torch.nn.Module) -> list[tuple[float, ...]]:
@@ -177,8 +203,7 @@ def _fit(
             if error < best_error:
                 best, best_error = rope, error
     # Keys that stay as they are would fit any embedding of theirs that hardly turns.
-    moved = max(_distance(keys[0].double(), row) for row in keys)
-    return best if moved > 2 * best_error else None
+    return best if _distance_moved(keys) > 2 * best_error else None
 
 
 def _with_sections(
@@ -203,6 +228,11 @@ def _with_sections(
                 0 if split else 1
             )
     return replace(rope, sections=tuple(errors.argmin(0).tolist()))
+
+
+def _distance_moved(keys: torch.Tensor) -> float:
+    """How far positions move keys, [rows, kv_heads, head_dim], from the first row's."""
+    return max(_distance(keys[0].double(), row) for row in keys)
 
 
 def _distance(expected: torch.Tensor, given: torch.Tensor) -> float:

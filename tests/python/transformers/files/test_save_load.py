@@ -22,6 +22,7 @@ from hypothesis import settings as drawn
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqai.transformers.basis import bases, learn
 from tqai.transformers.weights.identity import sampled_fingerprint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -556,6 +557,112 @@ def places_in(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield (*at, key)
         if isinstance(each, (dict, list)):
             yield from places_in(each, (*at, key))
+
+
+ADAPTIVE: Any = {"codec": "adaptive", "bits_k": 2, **SEALING}
+
+
+@pytest.fixture
+def saved_adaptive(models: Models, tmp_path: Path) -> tuple[Any, Path, Path]:
+    """A cache whose keys are in bases, and files of it without and with these."""
+    model = models("llama")
+    cache = filled(model, tqai.patch(model, **ADAPTIVE), make_ids(2, 150))
+    paths = tmp_path / "named", tmp_path / "carried"
+    for path, carried in zip(paths, (False, True), strict=True):
+        tqai.save_cache(cache, path, basis=carried)
+    return cache, *paths
+
+
+@pytest.fixture
+def learns_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were another kind of machine, on which passes of a model are rounded otherwise."""
+    monkeypatch.setattr(learn, "SINK_TOKENS", 5)
+    monkeypatch.setattr(bases, "_learnt", type(bases._learnt)())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_keys_in_bases_come_back(
+    models: Models, saved_adaptive: tuple[Any, Path, Path], mapped: bool
+) -> None:
+    cache, *paths = saved_adaptive
+    model = models("llama")
+    tqai.patch(model)
+    for path in paths:
+        loaded = tqai.load_cache(path, model, mapped=mapped)
+        assert_equal(loaded, cache)
+        assert loaded.settings.codec == "adaptive"
+        assert loaded.memory_report()["codecs"] == {"adaptive": 2}
+        expected = next_logits(model, copy.deepcopy(cache), 100)
+        assert torch.equal(next_logits(model, loaded, 100), expected)
+
+
+def test_bases_are_in_a_file_on_request(saved_adaptive: tuple[Any, Path, Path]) -> None:
+    cache, named, carried = saved_adaptive
+    more = carried.stat().st_size - named.stat().st_size
+    size = cache.memory_report()["basis_bytes"]
+    assert size <= more < size + 1000
+    with pytest.raises(ValueError, match="basis='all'.: expected True or False"):
+        tqai.save_cache(cache, named, basis="all")  # type: ignore[arg-type]
+
+
+def test_a_basis_that_is_only_named_must_be_the_model_s(
+    models: Models, saved_adaptive: tuple[Any, Path, Path], learns_others: None
+) -> None:
+    cache, named, carried = saved_adaptive
+    model = models("llama")
+    tqai.patch(model)
+    with pytest.raises(ValueError, match="layer 0 are in the basis .*only names.*basis=True"):
+        tqai.load_cache(named, model)
+    loaded = tqai.load_cache(carried, model)
+    assert loaded.layers[0].basis.id == cache.layers[0].basis.id
+    assert loaded.layers[0].basis.id != tqai.patch(model, **ADAPTIVE).layers[0].basis.id
+    assert_equal(loaded, cache)
+    loaded.reset()
+    assert_equal(filled(model, loaded, make_ids(2, 150)), cache)
+
+
+def test_bases_in_a_file_need_no_learning(
+    models: Models, saved_adaptive: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "_learn", None)
+    monkeypatch.setattr(bases, "_learnt", type(bases._learnt)())
+    model = models("llama")
+    tqai.patch(model)
+    assert tqai.load_cache(saved_adaptive[2], model).get_seq_length() == 150
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: layer_of(h).update(basis="0" * 16), "only names, and this process has learnt"),
+        (lambda h: layer_of(h).update(basis=None), "are in the basis .* header says None"),
+        (lambda h: layer_of(h).update(basis=7), "'basis': 7"),
+        (lambda h: layer_of(h).update(carried="yes"), "'carried': 'yes'"),
+        (lambda h: layer_of(h).update(rotated=7), "'rotated': 7"),
+        (lambda h: h["settings"].update(codec="scalar"), "learnt none|with codec='scalar'"),
+        (lambda h: h["settings"].update(codec="trellis"), "codec='trellis': expected one of"),
+    ],
+)
+def test_a_header_that_lies_of_bases_is_refused(
+    models: Models,
+    saved_adaptive: tuple[Any, Path, Path],
+    change: Callable[[dict[str, Any]], None],
+    said: str,
+) -> None:
+    model = models("llama")
+    tqai.patch(model)
+    _, *paths = saved_adaptive
+    for path in paths if "codec" in said else paths[:1]:
+        rewritten(path, change)
+        with pytest.raises(ValueError, match=said):
+            tqai.load_cache(path, model)
+
+
+def test_files_without_bases_say_nothing_of_codecs(models: Models, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        header = json.loads(file.metadata()["header"])
+    assert "codec" not in header["settings"]
+    assert "basis" not in layer_of(header)
 
 
 GOLDEN = Path(__file__).parents[3] / "golden"
