@@ -1,6 +1,11 @@
-# tqai_own_code(target): the settings of everything that this repository compiles.
+# tqai_own_code(target [CXX14]): the settings of everything that this repository compiles, in C++20 or
+# in C++14.
 function(tqai_own_code target)
-  target_compile_features(${target} PRIVATE cxx_std_20)
+  if("CXX14" IN_LIST ARGN)
+    set_target_properties(${target} PROPERTIES CXX_STANDARD 14)
+  else()
+    target_compile_features(${target} PRIVATE cxx_std_20)
+  endif()
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF)
   if(MSVC)
     target_compile_options(${target} PRIVATE /W4 /utf-8 $<$<BOOL:${TQAI_WERROR}>:/WX>)
