@@ -53,6 +53,7 @@
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/trellis.hpp>
 
 // Names in TQAI_LOCAL are seen outside of it, as those of a namespace without a name are.
 namespace tqai {
@@ -127,6 +128,7 @@ inline namespace local {}
 #include "quantizer.cpp"
 #include "rotation.cpp"
 #include "threads.cpp"
+#include "trellis.cpp"
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT

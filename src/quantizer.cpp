@@ -1,5 +1,8 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <new>
 #include <numbers>
 #include <string>
 #include <tqai/error.hpp>
@@ -15,6 +18,9 @@ namespace tqai {
 namespace TQAI_LOCAL {
 
 constexpr std::uint16_t kHalfInfinity = 0x7C00;
+
+constexpr int kShortLanes = 8;  // of the registers that every processor has
+#include "trellis-inl.hpp"
 
 TQAI_INLINE std::size_t bytes_for(int codes, int bits) {
   return (static_cast<std::size_t>(codes) * static_cast<std::size_t>(bits) + 7) / 8;
@@ -187,11 +193,23 @@ TQAI_INLINE Quantizer::Quantizer(const QuantizerOptions& options)
       options_(options),
       rotation_(options.head_dim, options.rotation, options.seed),
       codebook_(&tqai::codebook(options.head_dim, options.bits, options.grid)) {
+  check_enumerator("codes", options.codes, CodeKind::trellis);
+  if (options.codes == CodeKind::trellis) trellis_ = &tqai::trellis(options.bits);
   code_bytes_ = bytes_for(options.head_dim, options.bits);
+}
+
+TQAI_INLINE void Quantizer::store_row(const float* row, std::int64_t index, float norm,
+                                      float length, const std::uint8_t* row_codes,
+                                      std::uint8_t* codes, std::uint16_t* norms) const {
+  if (options_.norm_correction) norm = length > 0.0F ? norm / length : 0.0F;
+  norms[index] = to_half(norm);
+  if (norms[index] >= kHalfInfinity) refuse_row(row, index, head_dim(), "the stored norm");
+  pack_bits(row_codes, head_dim(), bits(), codes + index * static_cast<std::int64_t>(code_bytes()));
 }
 
 TQAI_INLINE void Quantizer::encode_rows(const float* vectors, std::int64_t rows,
                                         std::uint8_t* codes, std::uint16_t* norms) const {
+  if (trellis_ != nullptr) return encode_paths(vectors, rows, codes, norms);
   const int dim = head_dim();
   const auto levels = codebook_->levels();
   const auto centroids = codebook_->centroids();
@@ -200,35 +218,76 @@ TQAI_INLINE void Quantizer::encode_rows(const float* vectors, std::int64_t rows,
   std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* row = vectors + r * dim;
-    float norm = rotated_unit(rotation_, row, y);  // arXiv:2504.19874, Alg. 1, line 5
+    const float norm = rotated_unit(rotation_, row, y);  // arXiv:2504.19874, Alg. 1, line 5
     if (!std::isfinite(norm)) refuse_row(row, r, dim, "the norm");
     for (int i = 0; i < dim; ++i) row_codes[i] = codebook_->encode(y[i]);  // Alg. 1, line 6
-    if (options_.norm_correction) {
-      // On the integer grid in units of the step, where the sum is exact; as the kernels do.
-      float square = 0.0F;
-      for (int i = 0; i < dim; ++i) {
-        const float c =
-            levels.empty() ? centroids[row_codes[i]] : static_cast<float>(levels[row_codes[i]]);
-        square = square + c * c;
-      }
-      const float length = std::sqrt(levels.empty() ? square : square * (step * step));
-      norm = length > 0.0F ? norm / length : 0.0F;
+    // On the integer grid in units of the step, where the sum is exact; as the kernels do.
+    float square = 0.0F;
+    for (int i = 0; i < dim; ++i) {
+      const float c =
+          levels.empty() ? centroids[row_codes[i]] : static_cast<float>(levels[row_codes[i]]);
+      square = square + c * c;
     }
-    norms[r] = to_half(norm);
-    if (norms[r] >= kHalfInfinity) refuse_row(row, r, dim, "the stored norm");
-    pack_bits(row_codes, dim, bits(), codes + r * static_cast<std::int64_t>(code_bytes()));
+    const float length = std::sqrt(levels.empty() ? square : square * (step * step));
+    store_row(row, r, norm, length, row_codes, codes, norms);
   }
+}
+
+TQAI_INLINE void Quantizer::encode_paths(const float* vectors, std::int64_t rows,
+                                         std::uint8_t* codes, std::uint16_t* norms) const {
+  const int dim = head_dim();
+  const float step = trellis_->step(dim);
+  const ThreadMemory memory(1, path_bytes(dim, bits()));
+  std::vector<std::int16_t> targets(static_cast<std::size_t>(dim) * kPathLanes);
+  std::vector<std::uint8_t> found(targets.size());
+  std::uint8_t row_codes[kMaxHeadDim];
+  std::int16_t levels[kMaxHeadDim];
+  for (std::int64_t first = 0; first < rows; first += kPathLanes) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kPathLanes, rows - first));
+    float row_norms[kPathLanes];
+    std::fill(targets.begin(), targets.end(), std::int16_t{0});
+    for (int lane = 0; lane < count; ++lane) {
+      float y[kMaxHeadDim];
+      const float* row = vectors + (first + lane) * dim;
+      row_norms[lane] = rotated_unit(rotation_, row, y);
+      if (!std::isfinite(row_norms[lane])) refuse_row(row, first + lane, dim, "the norm");
+      for (int i = 0; i < dim; ++i) {
+        targets[static_cast<std::size_t>(i * kPathLanes + lane)] = target_of(y[i] * (1.0F / step));
+      }
+    }
+    find_codes(*trellis_, targets.data(), kPathLanes, dim, found.data(), memory.of(0));
+    for (int lane = 0; lane < count; ++lane) {
+      for (int i = 0; i < dim; ++i) {
+        row_codes[i] = found[static_cast<std::size_t>(i * kPathLanes + lane)];
+      }
+      find_levels(*trellis_, row_codes, 1, dim, levels);
+      float square = 0.0F;  // a whole number below 2^24
+      for (int i = 0; i < dim; ++i) square = square + static_cast<float>(levels[i] * levels[i]);
+      store_row(vectors + (first + lane) * dim, first + lane, row_norms[lane],
+                std::sqrt(square * (step * step)), row_codes, codes, norms);
+    }
+  }
+}
+
+TQAI_INLINE void Quantizer::unpack(const std::uint8_t* codes, float* unit) const {
+  const int dim = head_dim();
+  std::uint8_t row_codes[kMaxHeadDim];
+  unpack_bits(codes, dim, bits(), row_codes);
+  if (trellis_ != nullptr) {
+    find_levels(*trellis_, row_codes, 1, dim, unit);
+    scale_row(unit, dim, trellis_->step(dim));
+    return;
+  }
+  const auto centroids = codebook_->centroids();
+  for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
 }
 
 TQAI_INLINE void Quantizer::decode_rows(const std::uint8_t* codes, const std::uint16_t* norms,
                                         std::int64_t rows, float* vectors) const {
   const int dim = head_dim();
-  const auto centroids = codebook_->centroids();
-  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
     float* row = vectors + r * dim;
-    unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
-    for (int i = 0; i < dim; ++i) row[i] = centroids[row_codes[i]];
+    unpack(codes + r * static_cast<std::int64_t>(code_bytes()), row);
     rotation_.apply_transposed(row, row, 1);  // arXiv:2504.19874, Alg. 1, line 10
     scale_row(row, dim, from_half(norms[r]));
   }
@@ -238,13 +297,10 @@ TQAI_INLINE void Quantizer::multiply_rows(const float* queries, std::int64_t que
                                           const std::uint8_t* codes, const std::uint16_t* norms,
                                           std::int64_t rows, float* products) const {
   const int dim = head_dim();
-  const auto centroids = codebook_->centroids();
   const std::vector<float> rotated_queries = rotated(rotation_, queries, query_rows);
   float unit[kMaxHeadDim];
-  std::uint8_t row_codes[kMaxHeadDim];
   for (std::int64_t r = 0; r < rows; ++r) {
-    unpack_bits(codes + r * static_cast<std::int64_t>(code_bytes()), dim, bits(), row_codes);
-    for (int i = 0; i < dim; ++i) unit[i] = centroids[row_codes[i]];
+    unpack(codes + r * static_cast<std::int64_t>(code_bytes()), unit);
     const float norm = from_half(norms[r]);
     for (std::int64_t q = 0; q < query_rows; ++q) {
       products[q * rows + r] = norm * dot(rotated_queries.data() + q * dim, unit, dim);

@@ -10,6 +10,7 @@
 #include <tqai/export.hpp>
 #include <tqai/matrix.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/trellis.hpp>
 #include <vector>
 
 namespace tqai {
@@ -110,11 +111,16 @@ struct QuantizerOptions {
   std::uint64_t seed = 0x7461'6971;                 ///< of the rotation
   Grid grid = Grid::exact;                          ///< of the codebook
   bool norm_correction = true;                      ///< reconstructions get the original's length
+  /// What codes stand for. The trellis has 1…kMaxTrellisBits bits and its own levels, not `grid`'s.
+  CodeKind codes = CodeKind::scalar;
 };
 
 /// Smallest mean squared error: rotation, then the nearest centroid of each coordinate
 /// (arXiv:2504.19874, Alg. 1). Inner products are biased towards zero: by 2/π at 1 bit, before norm
 /// correction.
+/// With trellis codes, whose stream is the vector's codes, the nearest path of levels is taken in
+/// place of centroids: O(256 · head_dim) operations a vector, for a third less error from about 32
+/// coordinates on.
 /// Differs from the paper: any norm, stored as FP16; with `norm_correction` the norm is divided by
 /// that of the quantised unit vector, so that reconstructions have the original length.
 class TQAI_API Quantizer final : public VectorQuantizer {
@@ -126,7 +132,7 @@ class TQAI_API Quantizer final : public VectorQuantizer {
   const QuantizerOptions& options() const noexcept { return options_; }
   /// What vectors go through before they are quantised.
   const Rotation& rotation() const noexcept { return rotation_; }
-  /// The centroids.
+  /// The centroids of scalar codes.
   const Codebook& codebook() const noexcept { return *codebook_; }
 
  private:
@@ -137,9 +143,18 @@ class TQAI_API Quantizer final : public VectorQuantizer {
   void multiply_rows(const float* queries, std::int64_t query_rows, const std::uint8_t* codes,
                      const std::uint16_t* norms, std::int64_t rows, float* products) const override;
 
+  void encode_paths(const float* vectors, std::int64_t rows, std::uint8_t* codes,
+                    std::uint16_t* norms) const;
+  /// Stores a row whose norm, and that of what its codes stand for, are these.
+  void store_row(const float* row, std::int64_t index, float norm, float length,
+                 const std::uint8_t* row_codes, std::uint8_t* codes, std::uint16_t* norms) const;
+  /// What one vector's codes stand for, in units of its norm.
+  void unpack(const std::uint8_t* codes, float* unit) const;
+
   QuantizerOptions options_;
   Rotation rotation_;
-  const Codebook* codebook_;  // of the process
+  const Codebook* codebook_;          // of the process
+  const Trellis* trellis_ = nullptr;  // as well; null for scalar codes
 };
 
 /// What a ProdQuantizer is made of.

@@ -13,3 +13,4 @@
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/trellis.hpp>

@@ -254,6 +254,15 @@ TEST(Golden, CodebooksAreWhatTheyWere) {
   }
 }
 
+std::string hex_of(const std::vector<std::uint8_t>& bytes) {
+  std::string hex;
+  for (const std::uint8_t byte : bytes) {
+    hex += "0123456789abcdef"[byte / 16];
+    hex += "0123456789abcdef"[byte % 16];
+  }
+  return hex;
+}
+
 TEST(Golden, CodesAreWhatTheyWere) {
   const auto lines = golden_lines("codes.txt");
   ASSERT_EQ(lines.size(), 21U);
@@ -269,12 +278,30 @@ TEST(Golden, CodesAreWhatTheyWere) {
     std::uint16_t norm = 0;
     quantizer.encode(fixed_numbers(options.head_dim, 7).data(), 1, codes.data(), &norm);
     EXPECT_EQ(norm, std::stoi(line[5], nullptr, 16)) << line[0] << ' ' << line[1];
-    std::string hex;
-    for (const std::uint8_t byte : codes) {
-      hex += "0123456789abcdef"[byte / 16];
-      hex += "0123456789abcdef"[byte % 16];
+    EXPECT_EQ(hex_of(codes), line[6]) << line[0] << ' ' << line[1];
+  }
+}
+
+// Tables, and the codes of one vector.
+TEST(Golden, TrellisesAreWhatTheyWere) {
+  const auto lines = golden_lines("trellises.txt");
+  ASSERT_EQ(lines.size(), static_cast<std::size_t>(kMaxTrellisBits));
+  for (const auto& line : lines) {
+    const Trellis& now = trellis(std::stoi(line[0]));
+    EXPECT_EQ(now.step(1), hex_float(line[1])) << line[0];
+    ASSERT_EQ(line.size(), 36U);
+    for (std::size_t i = 0; i < 16; ++i) {
+      EXPECT_EQ(now.older[i], std::stoi(line[2 + i])) << line[0] << ' ' << i;
+      EXPECT_EQ(now.recent[i], std::stoi(line[18 + i])) << line[0] << ' ' << i;
     }
-    EXPECT_EQ(hex, line[6]) << line[0] << ' ' << line[1];
+    QuantizerOptions options{64, now.bits};
+    options.codes = CodeKind::trellis;
+    const Quantizer quantizer(options);
+    std::vector<std::uint8_t> codes(quantizer.code_bytes());
+    std::uint16_t norm = 0;
+    quantizer.encode(fixed_numbers(64, 7).data(), 1, codes.data(), &norm);
+    EXPECT_EQ(norm, std::stoi(line[34], nullptr, 16)) << line[0];
+    EXPECT_EQ(hex_of(codes), line[35]) << line[0];
   }
 }
 

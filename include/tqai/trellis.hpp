@@ -1,0 +1,47 @@
+// Trellis codes: a code's level depends on its own bits and on those before it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <tqai/export.hpp>
+
+namespace tqai {
+
+/// What a coordinate's code stands for: a centroid of a Codebook, or a level that the codes before
+/// it have a part in (`Trellis`), which at the same bits has a third less squared error.
+enum class CodeKind : std::uint8_t { scalar, trellis };
+
+/// Trellis codes have 1 to so many bits.
+inline constexpr int kMaxTrellisBits = 4;
+
+/// The levels of trellis codes of b bits (trellis-coded quantisation: Marcellin and Fischer 1990;
+/// bit-shift trellises: QTIP, arXiv:2406.11235).
+///
+/// Codes follow one another in a stream of bits, the lowest of each first. A code's window is the 8
+/// bits of the stream that end with its highest: its own are the upper ones. Before the first code
+/// stands the last one (tail-biting), so that no bit is added. Its level is recent[window >> 4] +
+/// older[window & 15], a whole number within ±63 (kMaxNarrowLevel). Both tables are universal: they
+/// are those of least error for independent normal numbers, which rotated coordinates nearly are.
+struct Trellis {
+  int bits;                            ///< of a code
+  double unit;                         ///< of a level, in standard deviations of a coordinate
+  std::array<std::int8_t, 16> older;   ///< by the window's lower half
+  std::array<std::int8_t, 16> recent;  ///< by its upper half
+
+  /// A window's level.
+  constexpr int level(unsigned window) const noexcept {
+    return recent[window >> 4 & 15U] + older[window & 15U];
+  }
+  /// What a level stands for in vectors of length 1.
+  TQAI_API float step(int head_dim) const noexcept;
+};
+
+/// The trellis of `bits`, 1…kMaxTrellisBits; else ValueError.
+TQAI_API const Trellis& trellis(int bits);
+
+}  // namespace tqai
+
+#if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
+#include <tqai/header_only.hpp>
+#endif
