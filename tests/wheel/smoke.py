@@ -11,6 +11,7 @@ from importlib import metadata
 import numpy as np
 import tqai
 from tqai import _core
+from tqai.stores.metal import kernels
 
 HEADS, DIM, TOKENS = 2, 64, 500
 
@@ -51,6 +52,10 @@ def check_quantizer() -> None:
     assert 0.005 < np.sum((decoded - vectors) ** 2) / np.sum(vectors**2) < 0.02
 
 
+def check_files() -> None:
+    assert kernels.source().startswith("// Softmax attention over sealed tiles")
+
+
 def check_package() -> None:
     assert tqai.__version__ == metadata.version("tqai")
     try:
@@ -69,6 +74,7 @@ def check_package() -> None:
 
 if __name__ == "__main__":
     check_package()
+    check_files()
     check_quantizer()
     check_attention()
     print("tqai", tqai.__version__, "at", ", ".join(_core.available_levels()))

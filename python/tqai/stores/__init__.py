@@ -2,6 +2,7 @@
 
 - ``for_torch``: the stores of layers whose tokens are torch's tensors;
 - ``for_mlx``: the device store in mlx's arrays;
+- ``metal``: attention by Metal kernels, which both launch, each in its own way;
 - ``device``: that store, whatever the framework, in operations that each has its own of.
 
 Only ``for_torch`` imports torch, and only ``for_mlx`` mlx.

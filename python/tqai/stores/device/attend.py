@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tqai.stores.device.codec import Codec
 from tqai.stores.device.operations import Array, Operations
 from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.pages import index_of
 from tqai.stores.device.rows import Context, Rows
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -94,8 +95,31 @@ class State(NamedTuple):
     """[rows, kv_heads, group, n, value_head_dim]: the values by those weights."""
 
 
-AttendTiles = Callable[..., State]
-"""Takes what ``attend_tiles`` takes, and gives what that gives but for rounding."""
+class TileKernel(Protocol):
+    """Goes through packed tiles in a kernel that is written for a device."""
+
+    def takes(self, queries: int) -> bool:
+        """Whether it is meant for so many queries of a head, those of its whole group together."""
+        ...
+
+    def __call__(
+        self,
+        codec: Codec,
+        state: State | None,
+        rotated: Array,
+        tiles: Array,
+        held: Array,
+        tokens: int,
+        centre: Array,
+        bias: Array | None,
+        soft_cap: float,
+    ) -> State:
+        """What ``attend_tiles`` gives but for rounding, of tiles as a page holds them.
+
+        held: [rows] int64, which of the rows of `tiles` each row's are. Where a query sees nothing,
+        the largest score may be any that no other is below.
+        """
+        ...
 
 
 def attend(context: Context, rows: Rows, query: Query, sinks: Array | None) -> Array:
@@ -144,12 +168,14 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
     # A token takes a key, a value and their codes, and scores and weights for each query.
     dim = max(context.options.head_dim, context.options.value_head_dim)
     vectors = len(rows.places) * heads * (4 + -(-3 * group * n // dim))
-    step = context.tiles_at_once(vectors)
-    go_through = tile_attention(context.ops)
+    kernel = tile_kernel(context.ops, group * n)
+    # A kernel takes a whole page, as it unpacks nothing into memory.
+    most = context.tiles_at_once(vectors) if kernel is None else None
     rotated = query.states @ context.codec.key.rotation.mT
     flat = query.states.reshape(len(rows.places), heads, group * n, context.options.head_dim)
     state = None
     for page in rows.pages:
+        step = most or page.count
         for at in range(0, page.count, step):
             count = min(step, page.count - at)
             first = page.first + at * TILE_TOKENS
@@ -159,17 +185,21 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             stand = page.positions.part(at * TILE_TOKENS, (at + count) * TILE_TOKENS)
             centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
             bias = query.bias(rows, first, first + tokens)
-            tiles = page.read(at, count)
-            state = go_through(
-                context.codec, state, rotated, tiles, tokens, centre, bias, query.soft_cap
-            )
+            rest = tokens, centre, bias, query.soft_cap
+            if kernel is None:
+                tiles = page.read(at, count)
+                state = attend_tiles(context.codec, state, rotated, tiles, *rest)
+            else:
+                held = index_of(page.rows, context.ops)
+                state = kernel(context.codec, state, rotated, page.tiles, held, *rest)
     return state
 
 
-def tile_attention(ops: Operations) -> AttendTiles:
-    """What goes through packed tiles on this device: the one place where a kernel that is written
-    for it would be chosen. There is none yet, and all devices use ``attend_tiles``."""
-    return attend_tiles
+def tile_kernel(ops: Operations, queries: int) -> TileKernel | None:
+    """The kernel that goes through packed tiles on this device with so many queries of a head: None
+    where ``attend_tiles`` does. No other place chooses."""
+    kernel = ops.tile_kernel()
+    return kernel if kernel is not None and kernel.takes(queries) else None
 
 
 def attend_tiles(

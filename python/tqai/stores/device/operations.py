@@ -67,6 +67,9 @@ class Operations(Protocol):
         """Computes these now, where a framework puts that off, so that nothing that they were made
         from is kept."""
 
+    def tile_kernel(self) -> Any:
+        """The device's own ``tqai.stores.device.attend.TileKernel``; None: there is none."""
+
     # Dtypes.
 
     @property

@@ -14,6 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from tqai.stores.for_mlx.metal import metal_attention
+from tqai.stores.metal.attention import MetalAttention
+
 _Number = float | int
 
 
@@ -37,6 +40,9 @@ class MlxOperations:
 
     def evaluate(self, *arrays: mx.array) -> None:
         mx.eval(arrays)
+
+    def tile_kernel(self) -> MetalAttention | None:
+        return metal_attention()
 
     def dtype(self, name: str) -> mx.Dtype:
         return getattr(mx, name)

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tqai.stores.for_torch.metal import metal_attention
+from tqai.stores.metal.attention import MetalAttention
+
 _Number = float | int
 
 
@@ -40,6 +43,9 @@ class TorchOperations:
 
     def evaluate(self, *arrays: torch.Tensor) -> None:
         """Nothing is put off."""
+
+    def tile_kernel(self) -> MetalAttention | None:
+        return metal_attention(self.device)
 
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, name)

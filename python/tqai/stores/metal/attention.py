@@ -1,0 +1,121 @@
+"""Attention over a page of packed tiles in two launches of Metal kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tqai.stores.device.attend import State
+from tqai.stores.device.codec import Codec
+from tqai.stores.device.operations import Array
+from tqai.stores.metal.kernels import (
+    SIMD,
+    SIMDS,
+    Kernel,
+    attend_kernel,
+    merge_kernel,
+    rows_at_once,
+)
+
+MOST_QUERIES = 64
+"""Of a head, with which each tile is gone through; more are left to matrix products. What is best
+has not been measured."""
+
+# Tiles that a simdgroup goes through: fewer make more groups, and more of their sums to write, one
+# of 64 tokens' for each.
+_SPLIT_TILES = 4
+
+Numbers = tuple[int, ...] | tuple[float, ...]
+Grid = tuple[int, int, int]
+
+
+class Run(Protocol):
+    """Launches a kernel in a framework."""
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        inputs: Sequence[Array | Numbers],
+        shapes: Sequence[tuple[int, ...]],
+        grid: Grid,
+        group: Grid,
+    ) -> Sequence[Array]:
+        """float32 arrays of these shapes, the kernel's outputs.
+
+        inputs: of the kernel's element types, in its order. grid: threads; group: how many of them
+        make a threadgroup.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MetalAttention:
+    """See ``tqai.stores.device.attend.TileKernel``."""
+
+    run: Run
+
+    def takes(self, queries: int) -> bool:
+        return queries <= MOST_QUERIES
+
+    def __call__(
+        self,
+        codec: Codec,
+        state: State | None,
+        rotated: Array,
+        tiles: Array,
+        held: Array,
+        tokens: int,
+        centre: Array,
+        bias: Array | None,
+        soft_cap: float,
+    ) -> State:
+        rows, heads, group, n, dim = rotated.shape
+        key, value = codec.key, codec.value
+        queries, count = group * n, tiles.shape[2]
+        at_once = rows_at_once(queries, dim, value.dim)
+        splits = -(-count // _SPLIT_TILES)
+        sizes = (
+            *(heads, count, tokens, queries, n, _SPLIT_TILES, splits, centre.shape[-1]),
+            *_strides(bias),
+        )
+        parts = rows, heads, queries, splits
+        each = self.run(
+            attend_kernel(key.bits, value.bits, dim, value.dim, at_once),
+            (
+                rotated,
+                tiles,
+                held,
+                centre,
+                centre if bias is None else bias,
+                key.centroids,
+                value.centroids,
+                sizes,
+                (float(soft_cap),),
+            ),
+            (parts, parts, (*parts, value.dim)),
+            (-(-splits // SIMDS) * SIMDS * SIMD, rows * heads, -(-queries // at_once)),
+            (SIMDS * SIMD, 1, 1),
+        )
+        shape = rows, heads, group, n
+        merged = self.run(
+            merge_kernel(value.dim),
+            (*each, *(each if state is None else state), (splits, int(state is not None))),
+            (shape, shape, (*shape, value.dim)),
+            (value.dim, rows * heads * queries, 1),
+            (min(value.dim, 256), 1, 1),
+        )
+        return State(*merged)
+
+
+def _strides(bias: Array | None) -> tuple[int, ...]:
+    """From one to the next in each axis of [rows, kv_heads, group, n, tokens], 0 where it is one
+    for all."""
+    if bias is None:
+        return (0,) * 5
+    shape = (*(1,) * (5 - bias.ndim), *bias.shape)
+    strides, step = [], 1
+    for size in reversed(shape[:-1]):
+        strides.append(0 if size == 1 else step * shape[-1])
+        step *= size
+    return (*reversed(strides), 1)
