@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqai.stores.device.attend import State
 from tqai.stores.device.codec import Codec
@@ -36,15 +36,15 @@ class Run(Protocol):
     def __call__(
         self,
         kernel: Kernel,
-        inputs: Sequence[Array | Numbers],
+        inputs: Sequence[Any],
         shapes: Sequence[tuple[int, ...]],
         grid: Grid,
         group: Grid,
-    ) -> Sequence[Array]:
+    ) -> Sequence[Any]:
         """float32 arrays of these shapes, the kernel's outputs.
 
-        inputs: of the kernel's element types, in its order. grid: threads; group: how many of them
-        make a threadgroup.
+        inputs: arrays and numbers of the kernel's element types, in its order. grid: threads;
+        group: how many of them make a threadgroup.
         """
         ...
 
