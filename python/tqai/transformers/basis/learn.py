@@ -98,6 +98,7 @@ def _random_ids(geometry: Geometry, seed: int) -> torch.Tensor:
 
 def _make_heard(shadow: torch.nn.Module, decoder: torch.nn.Module, listener: _Listener) -> None:
     """Makes attention inside `shadow` call `listener`, whatever implementation the model has."""
+    attention.register()
     copies: dict[int, Any] = {}
     for config in configs_of(decoder):
         copies[id(config)] = copy.copy(config)
