@@ -230,6 +230,11 @@ def _print(result: dict[str, Any]) -> None:
             ["  packed tokens", *blank, megabytes(report["packed_bytes"])],
             ["  exact tokens", *blank, megabytes(report["exact_bytes"])],
             ["  overhead", *blank, megabytes(report["overhead_bytes"])],
+            *(
+                [["bases of keys, beside it", *blank, megabytes(report["basis_bytes"])]]
+                if report["basis_bytes"]
+                else []
+            ),
             ["growth of the process", *map(growth, runs.values())],
             ["prefill", *(f"{each['prefill_seconds']:.2f} s" for each in runs.values())],
             ["decoding, median", *map(speed, runs.values())],

@@ -14,7 +14,7 @@ import numpy as np
 import tqai
 from tqai import _core
 from tqai.cli.options import add_settings, add_verb, settings_of
-from tqai.cli.output import percent, print_json, print_table
+from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.transformers import loading
 
 
@@ -89,7 +89,8 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
 
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config).eval()
-    cache = tqai.patch(model, **settings)
+    codec = settings.get("codec", "scalar")
+    cache = tqai.patch(model, **{**settings, "codec": "scalar"})  # others need weights
     heads = geometry_of(model).heads
     compressed = [isinstance(layer, TqaiLayer) for layer in cache.layers]
     known = [shape for shape, packed in zip(heads, compressed, strict=True) if packed and shape]
@@ -99,7 +100,7 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         "layers_compressed": sum(compressed),
         "kv_heads": sorted({shape.count for shape in known}),
         "head_dim": sorted({shape.dim for shape in known}),
-        "settings": cache.memory_report()["settings"],
+        "settings": {**cache.memory_report()["settings"], "codec": codec},
     }
     try:
         result["attention"] = attention_paths(config, cache.settings)
@@ -114,6 +115,9 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
             "bfloat16": exact * 2,
             "float32": exact * 4,
         }
+        if codec != "scalar":
+            sizes = (shape.count * (5 * shape.dim - 1) * shape.dim for shape in known)
+            result["basis_bytes_at_most"] = sum(sizes)
     return result
 
 
@@ -184,3 +188,6 @@ def _print_model(model: dict[str, Any]) -> None:
             ),
         ],
     )
+    if "basis_bytes_at_most" in model:
+        size = megabytes(model["basis_bytes_at_most"])
+        print(f"Bases that keys are quantised in: at most {size}, once for all caches.")

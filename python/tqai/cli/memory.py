@@ -111,6 +111,8 @@ def _print(result: dict[str, Any]) -> None:
         ["whole cache by its report", total, ""],
         ["by the allocator", allocated, f"{allocated - total:+} bytes from the report"],
     ]
+    if report["basis_bytes"]:
+        rows.append(["bases of keys, beside it", report["basis_bytes"], "shared by all caches"])
     if growth is not None:
         off = f"{100 * (growth / total - 1):+.1f} % from the report"
         rows.append(["growth of the process", growth, off])

@@ -65,6 +65,18 @@ def test_info_counts_skipped_layers_out(capsys: pytest.CaptureFixture[str], fold
     assert model["token_bytes"]["bfloat16"] == 2 * 64
 
 
+def test_info_says_what_bases_take_without_learning_any(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    info = ("info", "--model", folder, "--codec", "adaptive")
+    model = run_json(capsys, *info)["model"]
+    # (5 · 16² − 16) / 2 FP16 numbers for each of two heads in two layers
+    assert model["basis_bytes_at_most"] == 4 * (5 * 16 * 16 - 16)
+    assert model["settings"]["codec"] == "adaptive"
+    assert model["attention"] == ["kernel", "kernel"]
+    assert "Bases that keys are quantised in: at most 0.01 MB" in run(capsys, *info)
+
+
 def test_demo(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     demo = ("demo", "--model", folder, "--context", "600", "--tokens", "8")
     result = run_json(capsys, *demo, "--level", "scalar", "--window", "32")
@@ -175,6 +187,16 @@ def test_memory(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     assert result["float32_bytes"] == 900 * 2 * 2 * 2 * 16 * 4
     text = run(capsys, *memory, "--dtype", "bfloat16")
     assert "A sealed token takes 16 bytes a layer and head." in text
+    assert "+0 bytes from the report" in text
+
+
+def test_memory_of_keys_in_bases(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    memory = ("memory", "--model", folder, "--context", "900", "--codec", "adaptive")
+    report = run_json(capsys, *memory)["report"]
+    assert report["codecs"] == {"adaptive": 2}
+    assert report["basis_bytes"] == 4 * (5 * 16 * 16 - 16)
+    text = run(capsys, *memory)
+    assert "bases of keys, beside it" in text
     assert "+0 bytes from the report" in text
 
 

@@ -58,7 +58,7 @@ def bases_of(geometry: Geometry, settings: Settings, layers: Sequence[int]) -> B
         NotImplementedError: for a model that they cannot be learnt from, or where no layer has one.
         ValueError: where the model is gone.
     """
-    if settings.codec != "adaptive" or not layers:
+    if not layers:
         return NONE
     state = geometry.weights()  # raises where the model is gone
     count = len(geometry.heads)

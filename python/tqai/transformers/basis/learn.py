@@ -58,10 +58,10 @@ def learn_moments(
     unrecognised = turn_unrecognised(shadow, geometry.config, geometry.ropes)
     listener = _Listener(geometry, unrecognised, progress)
     _make_heard(shadow, decoder, listener)
-    ids = _random_ids(geometry, seed)
     device = device_of(shadow)
     numbered = [device] if device.type == "cuda" else []
     try:
+        ids = _random_ids(geometry, seed)
         with (
             torch.no_grad(),
             torch.random.fork_rng(numbered),
@@ -88,7 +88,7 @@ def _random_ids(geometry: Geometry, seed: int) -> torch.Tensor:
     length = min(ROW_TOKENS, first_too_far(config))
     tokens = max(TOKENS, TOKENS_A_COORDINATE * max(dims, default=0))
     rows = -(-tokens // length)
-    generator = torch.Generator("cpu").manual_seed(seed & (2**63 - 1))
+    generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randint(config.vocab_size, (rows, length), generator=generator, device="cpu")
     first = getattr(config, "bos_token_id", None)
     if isinstance(first, int) and 0 <= first < config.vocab_size:

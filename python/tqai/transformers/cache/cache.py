@@ -17,7 +17,7 @@ from tqai import _core, reports
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
-from tqai.transformers.basis.bases import Bases, bases_of
+from tqai.transformers.basis.bases import NONE, Bases, bases_of
 from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.cache.passes import Before, Passes, copy_of
@@ -112,8 +112,7 @@ class TqaiCache(Passes, DynamicCache):
         # Assisted decoding by early exit asks for a cache of the first layers only.
         count = max(len(self.layers), len(geometry.heads))
         skipped = settings.skipped(count)
-        if bases is None:
-            bases = self._find_bases([i for i in range(len(geometry.heads)) if i not in skipped])
+        bases = self._find_bases() if bases is None else bases
         self.rotated = bases.missing
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
@@ -136,9 +135,21 @@ class TqaiCache(Passes, DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.owner = weak_ref(owner)
 
-    def _find_bases(self, layers: list[int]) -> Bases:
-        """What the keys of these layers are quantised in."""
-        return bases_of(self.geometry, self.settings, layers)
+    def _find_bases(self) -> Bases:
+        """What the keys of the layers are quantised in."""
+        if self.settings.codec == "scalar":
+            return NONE
+        layers = range(len(self.geometry.heads))
+        skipped = self.settings.skipped(len(layers))
+        return bases_of(self.geometry, self.settings, [i for i in layers if i not in skipped])
+
+    def _renew_bases(self) -> None:
+        """Takes the bases of the weights as they are now, for an empty cache."""
+        bases = self._find_bases()
+        self.rotated = bases.missing
+        for layer in self.layers:
+            if isinstance(layer, TqaiLayer):
+                layer.basis = bases.found.get(layer.index)
 
     def _make_layer(
         self,
@@ -254,6 +265,8 @@ class TqaiCache(Passes, DynamicCache):
                 f"this cache was made for {own}, not for another {own} with other weights; make "
                 "one with tqai.new_cache(model)"
             )
+        if self.settings.codec != "scalar" and self.is_empty():
+            self._renew_bases()
         self.weights = now
 
     def is_empty(self) -> bool:

@@ -79,10 +79,10 @@ class CrossCache(TqaiCache):
         # The encoder's tokens are all seen for ever, whatever window the decoder's own have.
         super().__init__(geometry, settings, sliding=False)
 
-    def _find_bases(self, layers: list[int]) -> Bases:
+    def _find_bases(self) -> Bases:
         """None: what an encoder makes of its input cannot be had from random tokens of a text."""
-        asked = layers if self.settings.codec == "adaptive" else []
-        return Bases({}, dict.fromkeys(asked, "it reads an encoder's output"))
+        layers = range(len(self.geometry.heads)) if self.settings.codec == "adaptive" else ()
+        return Bases({}, dict.fromkeys(layers, "it reads an encoder's output"))
 
     def _make_layer(
         self,

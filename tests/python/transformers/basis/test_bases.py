@@ -154,6 +154,21 @@ def test_a_cache_of_before_a_change_keeps_its_bases() -> None:
     assert torch.equal(cache.layers[0].keys, keys)
 
 
+def test_an_empty_cache_takes_the_bases_of_the_weights_that_it_is_used_with() -> None:
+    model = make_model(seed=2)
+    cache = tqai.patch(model, **ADAPTIVE)
+    before = ids_of(cache)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(torch.linspace(0.1, 2, 64))
+    filled(model, cache, make_ids(1, 200))
+    assert ids_of(cache) == ids_of(tqai.new_cache(model)) != before
+    cache.reset()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.neg_()
+    filled(model, cache, make_ids(1, 200))
+    assert ids_of(cache) == ids_of(tqai.new_cache(model))
+
+
 def test_no_more_than_a_few_are_kept(models: Models) -> None:
     model = models("llama")
     for seed in range(bases.KEPT + 2):
@@ -251,6 +266,9 @@ def test_a_compiled_pass_makes_caches_with_them(models: Models) -> None:
         compiled(ids, past_key_values=got)
     assert ids_of(got) == ids_of(expected)
     assert_equal(got, expected)
+    with torch.no_grad():
+        made = compiled(ids, use_cache=True).past_key_values
+    assert ids_of(made) == ids_of(expected)
 
 
 @pytest.mark.parametrize("name", ["trellis", "Adaptive", None])
