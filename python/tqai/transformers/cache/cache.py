@@ -112,7 +112,7 @@ class TqaiCache(Passes, DynamicCache):
         # Assisted decoding by early exit asks for a cache of the first layers only.
         count = max(len(self.layers), len(geometry.heads))
         skipped = settings.skipped(count)
-        bases = self._find_bases() if bases is None else bases
+        bases = self._find_bases(geometry) if bases is None else bases
         self.rotated = bases.missing
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
@@ -135,17 +135,17 @@ class TqaiCache(Passes, DynamicCache):
             if isinstance(layer, TqaiLayer):
                 layer.owner = weak_ref(owner)
 
-    def _find_bases(self) -> Bases:
-        """What the keys of the layers are quantised in."""
+    def _find_bases(self, geometry: Geometry) -> Bases:
+        """What the keys of the layers are quantised in, for a model of this geometry."""
         if self.settings.codec == "scalar":
             return NONE
-        layers = range(len(self.geometry.heads))
+        layers = range(len(geometry.heads))
         skipped = self.settings.skipped(len(layers))
-        return bases_of(self.geometry, self.settings, [i for i in layers if i not in skipped])
+        return bases_of(geometry, self.settings, [i for i in layers if i not in skipped])
 
-    def _renew_bases(self) -> None:
-        """Takes the bases of the weights as they are now, for an empty cache."""
-        bases = self._find_bases()
+    def _renew_bases(self, geometry: Geometry) -> None:
+        """Takes the bases of a model's weights as they are now, for an empty cache."""
+        bases = self._find_bases(geometry)
         self.rotated = bases.missing
         for layer in self.layers:
             if isinstance(layer, TqaiLayer):
@@ -266,7 +266,7 @@ class TqaiCache(Passes, DynamicCache):
                 "one with tqai.new_cache(model)"
             )
         if self.settings.codec != "scalar" and self.is_empty():
-            self._renew_bases()
+            self._renew_bases(geometry)
         self.weights = now
 
     def is_empty(self) -> bool:

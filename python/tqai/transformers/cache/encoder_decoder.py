@@ -79,9 +79,9 @@ class CrossCache(TqaiCache):
         # The encoder's tokens are all seen for ever, whatever window the decoder's own have.
         super().__init__(geometry, settings, sliding=False)
 
-    def _find_bases(self) -> Bases:
+    def _find_bases(self, geometry: Geometry) -> Bases:
         """None: what an encoder makes of its input cannot be had from random tokens of a text."""
-        layers = range(len(self.geometry.heads)) if self.settings.codec == "adaptive" else ()
+        layers = range(len(geometry.heads)) if self.settings.codec == "adaptive" else ()
         return Bases({}, dict.fromkeys(layers, "it reads an encoder's output"))
 
     def _make_layer(

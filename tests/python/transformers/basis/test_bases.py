@@ -319,20 +319,19 @@ def test_queries_that_are_no_numbers_leave_a_layer_scalar() -> None:
 IN_ANOTHER_PROCESS = """
 import sys, torch, tqai
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(2)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+folder, *files = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
 tqai.patch(model)
 ids = torch.arange(3, 120).remainder(100).add(3)[None]
-for mapped in (False, True):
-    cache = tqai.load_cache(sys.argv[2], model, mapped=mapped)
+for file in files:
+    cache = tqai.load_cache(file, model)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False,
                          eos_token_id=999, pad_token_id=0)
     print(out[0, ids.shape[1]:].tolist(), cache.memory_report()["codecs"])
 """
 
 
-@pytest.mark.parametrize("carried", [False, True])
-def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, carried: bool) -> None:
+def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
     folder = toy.folder(tmp_path / "model")
     from transformers import AutoModelForCausalLM
 
@@ -340,15 +339,18 @@ def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, carried: b
     cache = tqai.patch(model, **SMALL)
     ids = torch.arange(3, 120).remainder(100).add(3)[None]
     filled(model, cache, ids[:, :-1])
-    tqai.save_cache(cache, tmp_path / "f", basis=carried)
-    expected = model.generate(
+    files = [str(tmp_path / name) for name in ("named", "carried")]
+    for file, carried in zip(files, (False, True), strict=True):
+        tqai.save_cache(cache, file, basis=carried)
+    generated = model.generate(
         ids,
         past_key_values=cache,
         max_new_tokens=12,
         do_sample=False,
         eos_token_id=999,
         pad_token_id=0,
-    )[0, ids.shape[1] :].tolist()
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(folder), str(tmp_path / "f")]
+    )
+    expected = generated[0, ids.shape[1] :].tolist()
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(folder), *files]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == [f"{expected} {{'adaptive': 2}}"] * 2
