@@ -109,8 +109,8 @@ def patch(
             has left the window by then is read from its codes, as in decoding. For evaluators that
             score texts by forward passes (lm-eval-harness): they see the cache's true cost then.
         seed: of the rotations, and of the random tokens that bases are learnt from.
-        backend: what computes: "auto", the C++ kernels for tensors on the CPU and torch operations
-            for those on other devices; "torch-ops", torch operations everywhere.
+        backend: what computes: "auto", the C++ kernels on the CPU and the framework's operations on
+            other devices; "torch-ops" or "mlx-ops", its operations everywhere.
         level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
 
     Raises:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Codec = Literal["scalar", "adaptive"]
 Rotation = Literal["auto", "hadamard", "haar"]
 Centering = Literal["auto", "none", "mean", "rope"]
-Backend = Literal["auto", "torch-ops"]
+Backend = Literal["auto", "torch-ops", "mlx-ops"]
 Level = Literal["scalar", "neon", "avx2", "avx512"]
 Preset = Literal["quality", "balanced", "small"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -195,8 +195,8 @@ class Settings:
     """Of the rotations, and of the random tokens that bases are learnt from; None: the library's
     own."""
     backend: Backend = "auto"
-    """What computes: "auto", the C++ kernels for tensors on the CPU and torch operations for those
-    on other devices; "torch-ops", torch operations everywhere."""
+    """What computes: "auto", the C++ kernels on the CPU and the framework's operations on other
+    devices; "torch-ops" and "mlx-ops", the operations of that framework everywhere."""
     level: Level | None = None
     """Kernel level; None: the best that the machine has, or TQAI_LEVEL."""
 
@@ -290,7 +290,7 @@ class Settings:
 
     @property
     def arithmetic(self) -> str:
-        """What computes for a model on the CPU: a kernel level, or "torch-ops"."""
+        """What computes for a model on the CPU: a kernel level, or a framework's operations."""
         return self.backend if self.backend != "auto" else self.level or _core.default_level()
 
     def core_options(self) -> dict[str, Any]:

@@ -21,6 +21,11 @@ if os.environ.get("TQAI_TEST_BACKEND") == "torch-ops":  # all tests that fit, on
 
     stores.is_native = lambda backend, device: False  # type: ignore
 
+if os.environ.get("TQAI_TEST_BACKEND") == "mlx-ops" and importlib.util.find_spec("mlx_lm"):
+    from tqai.mlx.cache import store as mlx_stores
+
+    mlx_stores.is_native = lambda backend: False
+
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 VOCABULARY = 128
 SMALL = {

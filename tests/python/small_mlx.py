@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -17,6 +18,9 @@ from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 VOCABULARY = 128
+compiled_alone = pytest.mark.skipif(
+    os.environ.get("TQAI_TEST_BACKEND") == "mlx-ops", reason="about the compiled cache alone"
+)
 _SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -104,7 +104,12 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
     add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
     add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)
     add("--seed", "seed", "of the rotations", **number)
-    add("--backend", "backend", "kernels, or torch operations everywhere", choices=BACKENDS)
+    add(
+        "--backend",
+        "backend",
+        "kernels, or a framework's operations everywhere",
+        choices=BACKENDS,
+    )
     add("--level", "level", "kernel level (default: the best here)", choices=LEVELS)
 
 

@@ -156,10 +156,10 @@ def _own_caches(model: Any) -> list[Any]:
 
 def _check_settings(settings: Settings) -> None:
     """Raises NotImplementedError for what only other frameworks have."""
-    if settings.backend != "auto":
+    if settings.backend == "torch-ops":
         raise NotImplementedError(
-            f"backend={settings.backend!r} is for transformers models; for mlx-lm's use "
-            "backend='auto'"
+            "backend='torch-ops' is for transformers models; for mlx-lm's use backend='auto', or "
+            "'mlx-ops' for mlx operations everywhere"
         )
     if settings.codec != "scalar":
         raise NotImplementedError(

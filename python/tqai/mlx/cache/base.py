@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models import cache as mlx_caches
 
 from tqai.mlx.arrays import DTYPES
@@ -160,6 +159,10 @@ class Compressed(mlx_caches._BaseCache):
 
     # What views ask of it.
 
+    def is_native(self) -> bool:
+        """Whether the compiled cache holds its tokens, or will when it gets some."""
+        raise NotImplementedError
+
     def is_packed(self) -> bool:
         """Whether any token is held as codes."""
         raise NotImplementedError
@@ -190,19 +193,15 @@ class Compressed(mlx_caches._BaseCache):
         says = meaning_of(mask)
         if not self._fits(update, queries, mask, says):
             return None
-        # What is pending is evaluated together with what reads it.
-        wanted = [queries, *(self._pending or ())[:2]]
-        if says is None:
-            wanted.append(mask)
         if sinks is not None:
             sinks = sinks.astype(mx.float32)
-            wanted.append(sinks)
-        mx.eval(wanted)
+        if self.is_native():
+            # What is pending is evaluated together with what reads it.
+            read = [*(self._pending or ())[:2], mask if says is None else None, sinks]
+            mx.eval(queries, [array for array in read if array is not None])
         given = mask if says is None else says
         assert not isinstance(given, str) and given is not None
-        return self._attend(
-            update, queries, scale, given, None if sinks is None else np.array(sinks)
-        )
+        return self._attend(update, queries, scale, given, sinks)
 
     def _fits(self, update: Update, queries: mx.array, mask: Any, says: Meaning | None) -> bool:
         """Whether the kernel computes this."""
@@ -214,9 +213,9 @@ class Compressed(mlx_caches._BaseCache):
         queries: mx.array,
         scale: float,
         mask: mx.array | Meaning,
-        sinks: np.ndarray | None,
+        sinks: mx.array | None,
     ) -> mx.array:
-        """As ``attend``, of what fits and is evaluated."""
+        """As ``attend``, of what fits and, for a compiled cache, is evaluated."""
         raise NotImplementedError
 
     def _columns(self) -> int:

@@ -35,6 +35,9 @@ from tqai.mlx.cache.layer import TqaiKVCache
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 
+Taken = list[tuple[int, int]]
+"""Of each row, which of some new columns it takes: the first and how many."""
+
 
 class TqaiBatchKVCache(Compressed):
     """Keys and values of one layer for several rows, in the place of mlx-lm's BatchKVCache and
@@ -57,8 +60,8 @@ class TqaiBatchKVCache(Compressed):
         """Tokens that each row is still to get before its prompt's padding on the right begins."""
         self._late: list[int] = [0] * len(self.rows)
         """Columns of padding on the right that each row has got."""
-        self._pending: tuple[mx.array, mx.array, list[tuple[int, int]]] | None = None
-        """New columns, and which of them each row takes: the first and how many."""
+        self._pending: tuple[mx.array, mx.array, Taken] | None = None
+        """New columns, and which of them each row takes."""
         self._offset: mx.array | None = None
 
     # What mlx-lm asks of a cache.
@@ -313,6 +316,9 @@ class TqaiBatchKVCache(Compressed):
 
     # What views and attention ask of it.
 
+    def is_native(self) -> bool:
+        return all(row.is_native() for row in self.rows)
+
     def is_packed(self) -> bool:
         return any(row.is_packed() for row in self.rows)
 
@@ -341,12 +347,62 @@ class TqaiBatchKVCache(Compressed):
         queries: mx.array,
         scale: float,
         mask: mx.array | Meaning,
-        sinks: np.ndarray | None,
+        sinks: mx.array | None,
     ) -> mx.array:
         """Queries in columns of padding give zeros."""
         assert self._pending is not None
         taken = self._pending[2]
+        native = self.is_native()
         self.flush(keep=True)
+        attend = self._attend_in_memory if native else self._attend_arrays
+        return attend(taken, update, queries, scale, mask, sinks)
+
+    def _attend_arrays(
+        self,
+        taken: Taken,
+        update: Update,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | Meaning,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        _, heads, count, _ = queries.shape
+        outputs = []
+        for row, (start, tokens) in enumerate(taken):
+            core, end = self.rows[row].core, start + tokens
+            if tokens == 0:
+                shape = 1, heads, count, self.shape.value_head_dim
+                outputs.append(mx.zeros(shape, queries.dtype))
+                continue
+            assert core is not None
+            first = max(update.first - self.padding[row], 0)
+            where = mask
+            if isinstance(mask, mx.array):
+                where = store.in_four(mask)
+                rows, _, mask_rows, _ = where.shape
+                column, held = self._columns_of(row, update, first)
+                where = where[
+                    row if rows > 1 else 0,
+                    None,
+                    :,
+                    slice(start, end) if mask_rows > 1 else slice(None),
+                    column : column + held,
+                ]
+            own = queries[row : row + 1, :, start:end]
+            output = store.attend(core, own, first, scale, where, sinks, self.soft_cap)
+            outputs.append(mx.pad(output, [(0, 0), (0, 0), (start, count - end), (0, 0)]))
+        return mx.concatenate(outputs)
+
+    def _attend_in_memory(
+        self,
+        taken: Taken,
+        update: Update,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | Meaning,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        scores = None if sinks is None else np.array(sinks)
         queries, q = rows_contiguous(queries)
         _, heads, count, dim = queries.shape
         value_dim = self.shape.value_head_dim
@@ -371,7 +427,7 @@ class TqaiBatchKVCache(Compressed):
                 first,
                 scale,
                 where,
-                sinks,
+                scores,
                 self.soft_cap,
             )
         return from_memory(memory, queries.dtype).transpose(0, 2, 1, 3)
@@ -382,9 +438,12 @@ class TqaiBatchKVCache(Compressed):
         """What of a mask is about one row's tokens."""
         whole = mask_ref(mask, update.queries)
         rows, heads, _, _ = whole[2]
-        column = self.padding[row] + first - update.first
-        held = self.rows[row].offset - first
+        column, held = self._columns_of(row, update, first)
         return part(whole, (row if rows > 1 else 0, 0, start, column), (1, heads, tokens, held))
+
+    def _columns_of(self, row: int, update: Update, first: int) -> tuple[int, int]:
+        """Which of a mask's columns are a row's tokens from `first` on: the first and how many."""
+        return self.padding[row] + first - update.first, self.rows[row].offset - first
 
     def flush(self, keep: bool = False) -> None:
         """Makes the rows hold what is pending. keep: it stays known which columns these took.
@@ -402,21 +461,28 @@ class TqaiBatchKVCache(Compressed):
         self._pending = None
         dtypes = keys.dtype, values.dtype
         keys, values = promoted(keys, values)
-        mx.eval(keys, values)
-        keys, k = rows_contiguous(keys)
-        values, v = rows_contiguous(values)
+        both: list[Any] = [keys, values]
+        native = self.is_native()
+        if native:
+            mx.eval(keys, values)
+            keys, k = rows_contiguous(keys)
+            values, v = rows_contiguous(values)
+            both = [k, v]
+        heads = self.shape.kv_heads
+        dims = self.shape.head_dim, self.shape.value_head_dim
         for row, (start, tokens) in enumerate(taken):
-            if tokens > 0:
-                at, heads = (row, 0, start, 0), self.shape.kv_heads
-                try:
-                    self.rows[row].take(
-                        part(k, at, (1, heads, tokens, self.shape.head_dim)),
-                        part(v, at, (1, heads, tokens, self.shape.value_head_dim)),
-                        keys.dtype,
-                        dtypes,
-                    )
-                except ValueError as error:
-                    raise ValueError(f"row {row} of the batch, {error}") from error
+            if tokens == 0:
+                continue
+            parts = [
+                part(whole, (row, 0, start, 0), (1, heads, tokens, dim))
+                if native
+                else whole[row : row + 1, :, start : start + tokens]
+                for whole, dim in zip(both, dims, strict=True)
+            ]
+            try:
+                self.rows[row].take(parts[0], parts[1], tokens, keys.dtype, dtypes)
+            except ValueError as error:
+                raise ValueError(f"row {row} of the batch, {error}") from error
         if keep:
             self._pending = keys[:, :, :0], values[:, :, :0], taken
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_caches
 
 from tqai import _core, reports
-from tqai.mlx.arrays import DTYPES, Ref, is_mask_dtype, promoted, rows_contiguous
+from tqai.mlx.arrays import DTYPES, Ref, is_mask_dtype, promoted
 from tqai.mlx.attention.masks import Meaning, remember
 from tqai.mlx.attention.view import Update
 from tqai.mlx.cache import state, store
@@ -37,7 +36,7 @@ class TqaiKVCache(Compressed):
     def __init__(self, shape: LayerShape, settings: Settings) -> None:
         """See ``Compressed``."""
         super().__init__(shape, settings)
-        self.core: _core.KvCache | None = None
+        self.core: store.Store | None = None
         self._tokens = 0
         self._pending: tuple[mx.array, mx.array] | None = None
         """New tokens that the store has not got yet: they are evaluated together with the queries
@@ -109,7 +108,7 @@ class TqaiKVCache(Compressed):
     def state(self, items: Any) -> None:
         text, data = state.items_of(items)
         shape, settings, more = state.read_header(text)
-        core = state.unpacked(data)
+        core = state.unpacked(data, settings)
         TqaiKVCache.__init__(self, shape, settings)
         self.weights = state.weights_of(more)
         self.core = core
@@ -183,6 +182,11 @@ class TqaiKVCache(Compressed):
 
     # What views and attention ask of it.
 
+    def is_native(self) -> bool:
+        if self.core is None:
+            return store.is_native(self.settings.backend)
+        return isinstance(self.core, _core.KvCache)
+
     def is_packed(self) -> bool:
         """Whether any token is held as codes, or will be when what is pending is added."""
         core = self.core
@@ -200,7 +204,7 @@ class TqaiKVCache(Compressed):
         queries: mx.array,
         scale: float,
         mask: mx.array | Meaning,
-        sinks: np.ndarray | None,
+        sinks: mx.array | None,
     ) -> mx.array:
         self.flush()
         assert self.core is not None
@@ -217,10 +221,7 @@ class TqaiKVCache(Compressed):
         pending, self._pending = self._pending, None
         keys, values = promoted(*pending)
         try:
-            mx.eval(keys, values)
-            keys, k = rows_contiguous(keys)
-            values, v = rows_contiguous(values)
-            self._append(k, v, keys.dtype)
+            self._append(keys, values, keys.dtype, keys.shape[0])
         except BaseException:
             self._tokens -= keys.shape[2]
             self.version += 1
@@ -228,25 +229,34 @@ class TqaiKVCache(Compressed):
                 self.dtypes = None
             raise
 
-    def take(self, keys: Ref, values: Ref, dtype: mx.Dtype, dtypes: Dtypes) -> None:
-        """Adds tokens [batch, kv_heads, n, dim] that lie in memory, in `dtype`, which holds both
-        of `dtypes`.
+    def take(
+        self,
+        keys: Ref | mx.array,
+        values: Ref | mx.array,
+        tokens: int,
+        dtype: mx.Dtype,
+        dtypes: Dtypes,
+    ) -> None:
+        """Adds `tokens` of one row, [1, kv_heads, tokens, dim], in `dtype`, which holds both of
+        `dtypes`; of a cache that is native, they may lie in memory.
 
         Raises:
             ValueError: for NaN or infinity.
         """
         self.settle()
-        self._append(keys, values, dtype)
+        self._append(keys, values, dtype, 1)
         self.dtypes = dtypes
-        self._tokens += keys[2][2]
+        self._tokens += tokens
         self.version += 1
 
-    def _append(self, keys: Ref, values: Ref, dtype: mx.Dtype) -> None:
+    def _append(
+        self, keys: Ref | mx.array, values: Ref | mx.array, dtype: mx.Dtype, rows: int
+    ) -> None:
         core = self.core
         try:
             if core is None:
-                core = store.make_store(self.settings, self.shape, keys[2][0], dtype)
-            core.append(keys, values)
+                core = store.make_store(self.settings, self.shape, rows, dtype)
+            store.append(core, keys, values)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"layer {self.index}: {error}") from error
         self.core = core
@@ -264,7 +274,10 @@ class TqaiKVCache(Compressed):
         self._settled = self.version
         if self.max_size is not None and self._tokens >= self.max_size:
             core.discard_before(self._tokens - self.max_size + 1)
-        waiting = core.seal()
+        try:
+            waiting = core.seal()
+        except ValueError as error:
+            raise ValueError(f"layer {self.index}: {error}") from error
         if waiting > 0 and not self._warned:
             self._warned = True
             remark_on_long_vector(self.index, self.settings.sink_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tqai import _core
+from tqai.mlx.cache import store
 from tqai.mlx.cache.weights import Weights
 from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
@@ -92,15 +92,15 @@ def read_header(text: str) -> tuple[LayerShape, Settings, dict[str, Any]]:
     return LayerShape(**shape, rope=rope), Settings(**settings), held
 
 
-def packed(store: _core.KvCache | None) -> mx.array | None:
+def packed(held: store.Store | None) -> mx.array | None:
     """A store's bytes, uint8."""
-    return None if store is None else mx.array(np.frombuffer(store.serialize(), np.uint8))
+    return None if held is None else mx.array(np.frombuffer(held.serialize(), np.uint8))
 
 
-def unpacked(data: mx.array | None) -> _core.KvCache | None:
+def unpacked(data: mx.array | None, settings: Settings) -> store.Store | None:
     """The store that ``packed`` was given.
 
     Raises:
         ValueError: for bytes that are none.
     """
-    return None if data is None else _core.KvCache.deserialize(data)
+    return None if data is None else store.read(data, settings)

@@ -183,15 +183,18 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             if query.first_token > rows.token_at(first + tokens - 1):
                 continue
             stand = page.positions.part(at * TILE_TOKENS, (at + count) * TILE_TOKENS)
+            tiles = page.read(at, count) if kernel is None else page.tiles
+            if state is not None:
+                # One page after the other: all of them unpacked at once would be the whole cache.
+                tiles, flat = context.ops.after((tiles, flat), state)
             centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
             bias = query.bias(rows, first, first + tokens)
             rest = tokens, centre, bias, query.soft_cap
             if kernel is None:
-                tiles = page.read(at, count)
                 state = attend_tiles(context.codec, state, rotated, tiles, *rest)
             else:
                 held = index_of(page.rows, context.ops)
-                state = kernel(context.codec, state, rotated, page.tiles, held, *rest)
+                state = kernel(context.codec, state, rotated, tiles, held, *rest)
     return state
 
 

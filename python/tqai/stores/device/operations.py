@@ -70,6 +70,9 @@ class Operations(Protocol):
     def tile_kernel(self) -> Any:
         """The device's own ``tqai.stores.device.attend.TileKernel``; None: there is none."""
 
+    def after(self, arrays: Sequence[Array], done: Sequence[Array]) -> Sequence[Any]:
+        """`arrays`, with none of which anything is computed before `done` is."""
+
     # Dtypes.
 
     @property

@@ -428,6 +428,8 @@ class Rows:
             kept = tail.tokens - from_tail
             tail = tail.copy(from_tail, tail.tokens, max(kept, min(tail.capacity, usual)))
             first += from_tail
+        if first == self.first:
+            return self
         rest = replace(
             self,
             sinks=sinks,

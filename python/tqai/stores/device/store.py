@@ -496,7 +496,8 @@ class DeviceStore:
         held = self._held
         with self.ops.plain():
             rows = [change(rows) for rows in held.rows]
-            self._evaluate(rows)
+            if any(map(_differ, rows, held.rows)):
+                self._evaluate(rows)
         self._held = replace(held, rows=rows, tokens=held.tokens if tokens is None else tokens)
 
 

@@ -44,6 +44,9 @@ class MlxOperations:
     def tile_kernel(self) -> MetalAttention | None:
         return metal_attention()
 
+    def after(self, arrays: Sequence[mx.array], done: Sequence[mx.array]) -> Sequence[mx.array]:
+        return mx.depends(list(arrays), list(done))
+
     def dtype(self, name: str) -> mx.Dtype:
         return getattr(mx, name)
 

@@ -14,6 +14,7 @@ from tqai.stores.for_torch.metal import metal_attention
 from tqai.stores.metal.attention import MetalAttention
 
 _Number = float | int
+_Arrays = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TorchOperations:
 
     def tile_kernel(self) -> MetalAttention | None:
         return metal_attention(self.device)
+
+    def after(self, arrays: _Arrays, done: _Arrays) -> _Arrays:
+        """`arrays`: all is done in order."""
+        return arrays
 
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, name)

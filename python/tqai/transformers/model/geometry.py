@@ -163,6 +163,11 @@ def check_model(model: Any, settings: Settings) -> None:
         raise ValueError(
             f"tqai takes a transformers PreTrainedModel; got {type(model).__name__}{_advice(model)}"
         )
+    if settings.backend == "mlx-ops":
+        raise NotImplementedError(
+            "backend='mlx-ops' is for mlx-lm's models; for transformers' use backend='auto', or "
+            "'torch-ops' for torch operations everywhere"
+        )
     check_parts(model)
     name = type(keeper_of(model)).__name__
     decoder = decoder_of(model)

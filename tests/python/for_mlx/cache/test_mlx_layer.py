@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_mlx import error, make_model, make_prompt_cache, mx, plain_cache, read, tokens
+from small_mlx import (
+    compiled_alone,
+    error,
+    make_model,
+    make_prompt_cache,
+    mx,
+    plain_cache,
+    read,
+    tokens,
+)
 
 # isort: split
 import tqai
@@ -213,6 +222,7 @@ def test_prompt_caches_are_saved_and_loaded(family: str, tmp_path: Path) -> None
     assert mx.array_equal(read(model, loaded, text[:, 300:], [50]), expected)
 
 
+@compiled_alone
 def test_what_is_evaluated_is_little() -> None:
     """Attention over a sealed cache makes no array of all its tokens."""
     model = make_model("llama", num_hidden_layers=1)
@@ -225,6 +235,7 @@ def test_what_is_evaluated_is_little() -> None:
     assert mx.get_peak_memory() - before < whole / 4
 
 
+@compiled_alone
 def test_a_prompt_is_never_held_whole() -> None:
     """While it is read, the arrays of mlx and the compressed cache take less than half of what the
     plain cache does."""
@@ -260,6 +271,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert cache.offset == 5
 
 
+@compiled_alone
 def test_what_is_no_number_is_refused_and_forgotten() -> None:
     cache = layer()
     fill(cache, 5)

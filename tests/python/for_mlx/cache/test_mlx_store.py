@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_mlx import mx
+from small_mlx import compiled_alone, mx
 
 # isort: split
 from tqai.mlx.arrays import rows_contiguous
@@ -18,6 +18,7 @@ from tqai.settings import Settings
 from tqai.shapes.rope import Rope
 from tqai.stores import for_torch as stores
 
+pytestmark = compiled_alone
 DTYPES = ["float32", "float16", "bfloat16"]
 KV_HEADS, DIM, VALUE_DIM = 2, 64, 32
 ROPE = Rope(tuple(10000 ** (-2 * f / DIM) for f in range(DIM // 2)), "half_split")

@@ -19,6 +19,7 @@ from small_mlx import mx
 from tqai import _core
 from tqai.mlx.arrays import mask_ref, rows_contiguous
 from tqai.stores.device import Options
+from tqai.stores.device import rows as device_rows
 from tqai.stores.for_mlx import MlxStore
 from tqai.stores.for_mlx.operations import MlxOperations
 from tqai.stores.for_torch.torch_store import TorchStore
@@ -350,6 +351,26 @@ def test_a_decoding_step_computes_nothing_before_it_is_asked_to() -> None:
         mx.compile(looking)(*token)
     with pytest.raises(TracedError):
         mx.compile(traced)(*token, queries)
+
+
+def test_pages_are_unpacked_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attention takes beside the cache does not grow with it, put off as all of it is."""
+    monkeypatch.setattr(device_rows, "_SCRATCH_FLOATS", 1 << 18)
+    rng = np.random.default_rng(6)
+    options = replace(OPTIONS, kv_heads=1, rope=rope(64))
+    peaks = []
+    for parts in (3, 24):
+        store = MlxStore(options, 1)
+        for _ in range(parts):
+            store.append(*tokens_for(options, rng, 1, 500, 2.0))
+            store.seal()
+        queries = mx.array(rng.standard_normal((1, 4, 16, 64), np.float32))
+        mx.eval(store.attend(queries))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(store.attend(queries))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 2 * peaks[0]
 
 
 def test_nan_is_refused_and_in_single_tokens_when_they_are_sealed() -> None:
