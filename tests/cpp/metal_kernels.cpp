@@ -100,6 +100,27 @@ bool run_metal(const MetalConfig& config, const MetalMerge& args, unsigned seed)
   return with(config, [&](auto configured) { merge(configured, args, seed); });
 }
 
+namespace {
+
+template <int Pairs, int Rows>
+void centres(const MetalCentres& args, unsigned seed) {
+  static metal_shim::Shared<float4, tqai::Centres<Pairs, Rows>::kShared> shared;
+  const uint3 grid = {as_uint(args.tiles * 64), as_uint((args.queries + Rows - 1) / Rows), 1};
+  metal_shim::launch(grid, {64, 1, 1}, seed, [&](const metal_shim::Thread& at) {
+    tqai::Centres<Pairs, Rows>::run(
+        args.factors, args.fixed, args.tile_cos, args.tile_sin, args.cos, args.sin, args.sizes,
+        args.scores, shared, at.threadgroup_position_in_grid, at.thread_index_in_threadgroup);
+  });
+}
+
+}  // namespace
+
+bool run_metal(int pairs, int rows, const MetalCentres& args, unsigned seed) {
+  if (pairs == 32 && rows == 16) return centres<32, 16>(args, seed), true;
+  if (pairs == 30 && rows == 5) return centres<30, 5>(args, seed), true;
+  return false;
+}
+
 int metal_shared_bytes(const MetalConfig& config) {
   int bytes = 0;
   with(config, [&](auto configured) {

@@ -59,6 +59,21 @@ const MetalConfig* metal_configs(int* count);
 bool run_metal(const MetalConfig& config, const MetalAttend& args, unsigned seed);
 bool run_metal(const MetalConfig& config, const MetalMerge& args, unsigned seed);
 
+struct MetalCentres {
+  int queries, tiles;
+  const float* factors;
+  const float* fixed;
+  const float* tile_cos;
+  const float* tile_sin;
+  const float* cos;
+  const float* sin;
+  const std::int64_t* sizes;
+  float* scores;
+};
+
+// With 32 or 30 pairs, 16 or 5 queries at once.
+bool run_metal(int pairs, int rows, const MetalCentres& args, unsigned seed);
+
 // Bytes of threadgroup memory, and of a tile.
 int metal_shared_bytes(const MetalConfig& config);
 int metal_tile_bytes(const MetalConfig& config);

@@ -336,6 +336,56 @@ TEST(Metal, MasksCentresAndCaps) {
   }
 }
 
+// Positions from 64 · place + distance on.
+void check_centres(int pairs, int rows, std::int64_t place, std::int64_t distance) {
+  constexpr int kAsked = 19;
+  const int tokens = kTiles * kTileTokens;
+  auto engine = test::random_engine(7);
+  const std::vector<float> factors = test::random_normal(size(kAsked * 2 * pairs), engine);
+  const std::vector<float> fixed = test::random_normal(size(kAsked), engine);
+  const auto frequency = [&](int f) { return std::pow(100.0, -static_cast<double>(f) / pairs); };
+  std::vector<float> tile_cos, tile_sin, cos, sin;
+  for (std::int64_t p = 0; p < place + kTiles; ++p) {
+    for (int f = 0; f < pairs; ++f) {
+      const double angle = static_cast<double>(p * kTileTokens) * frequency(f);
+      tile_cos.push_back(static_cast<float>(std::cos(angle)));
+      tile_sin.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+  for (int f = 0; f < pairs; ++f) {
+    for (int t = 0; t < kTileTokens; ++t) {
+      cos.push_back(static_cast<float>(std::cos(t * frequency(f))));
+      sin.push_back(static_cast<float>(std::sin(t * frequency(f))));
+    }
+  }
+  const std::int64_t sizes[] = {kAsked, kTiles, place, distance};
+  std::vector<float> scores(size(kAsked * tokens), std::numeric_limits<float>::quiet_NaN());
+  const test::MetalCentres args{kAsked,          kTiles,          factors.data(), fixed.data(),
+                                tile_cos.data(), tile_sin.data(), cos.data(),     sin.data(),
+                                sizes,           scores.data()};
+  ASSERT_TRUE(run_metal(pairs, rows, args, 1));
+  for (int query = 0; query < kAsked; ++query) {
+    for (int t = 0; t < tokens; ++t) {
+      double expected = static_cast<double>(fixed[size(query)]);
+      for (int f = 0; f < pairs; ++f) {
+        const auto position = static_cast<double>(place * kTileTokens + distance + t);
+        const double angle = position * frequency(f);
+        const std::size_t at = size(query * 2 * pairs + f);
+        expected += static_cast<double>(factors[at]) * std::cos(angle) +
+                    static_cast<double>(factors[at + size(pairs)]) * std::sin(angle);
+      }
+      ASSERT_NEAR(static_cast<double>(scores[size(query * tokens + t)]), expected, 2e-5)
+          << "query " << query << ", token " << t;
+    }
+  }
+}
+
+TEST(Metal, CentresTurnWithThePosition) {
+  check_centres(32, 16, 0, 0);
+  check_centres(32, 16, 3, 4);
+  check_centres(30, 5, 1000, 63);
+}
+
 TEST(Metal, TheOrderOfThreadsMakesNoDifference) {
   Case chosen;
   chosen.queries_per_head = 4;

@@ -86,6 +86,7 @@ void begin() {
   at.thread_position_in_grid.x += index;
   at.simdgroup_index_in_threadgroup = index / kSimd;
   at.thread_index_in_simdgroup = index % kSimd;
+  at.thread_index_in_threadgroup = index;
   group.body(group.closure, at);
   wait_for(Wait::end);
 }
@@ -192,7 +193,7 @@ void launch_threads(uint3 grid, uint3 size, unsigned seed, void (*body)(const vo
   for (uint z = 0; z < grid.z; ++z) {
     for (uint y = 0; y < grid.y; ++y) {
       for (uint x = 0; x < grid.x; x += size.x) {
-        group.first = {{x / size.x, y, z}, {x, y, z}, 0, 0};
+        group.first = {{x / size.x, y, z}, {x, y, z}, 0, 0, 0};
         run_threadgroup(std::min(size.x, grid.x - x), random);
       }
     }

@@ -13,10 +13,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tqai.stores.device.centres import Asked
 from tqai.stores.device.codec import Codec
 from tqai.stores.device.operations import Array, Operations
 from tqai.stores.device.packing import TILE_TOKENS
 from tqai.stores.device.pages import index_of
+from tqai.stores.device.phasors import Phasors, Steps
+from tqai.stores.device.positions import Positions
 from tqai.stores.device.rows import Context, Rows
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -121,6 +124,10 @@ class TileKernel(Protocol):
         """
         ...
 
+    def centre_scores(self, fixed: Array, factors: Array, steps: Steps, tiles: int) -> Array:
+        """What ``Asked.scores`` gives of its `fixed` and `factors`, for so many tiles."""
+        ...
+
 
 def attend(context: Context, rows: Rows, query: Query, sinks: Array | None) -> Array:
     """[rows, kv_heads, group, n, value_head_dim] float32.
@@ -174,6 +181,7 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
     rotated = query.states @ context.codec.key.rotation.mT
     flat = query.states.reshape(len(rows.places), heads, group * n, context.options.head_dim)
     state = None
+    asked: dict[int, Asked] = {}
     for page in rows.pages:
         step = most or page.count
         for at in range(0, page.count, step):
@@ -183,11 +191,16 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
             if query.first_token > rows.token_at(first + tokens - 1):
                 continue
             stand = page.positions.part(at * TILE_TOKENS, (at + count) * TILE_TOKENS)
-            tiles = page.read(at, count) if kernel is None else page.tiles
-            if state is not None:
-                # One page after the other: all of them unpacked at once would be the whole cache.
-                tiles, flat = context.ops.after((tiles, flat), state)
-            centre = rows.centre_sets[page.set].scores(context.phasors, flat, stand)
+            if page.set not in asked:
+                asked[page.set] = rows.centre_sets[page.set].asked(context.phasors, flat)
+            given = asked[page.set]
+            tiles = page.tiles
+            if kernel is None:
+                tiles = page.read(at, count)
+                if state is not None:
+                    # One page after the other: all unpacked at once would be the whole cache.
+                    tiles, given = _after(context.ops, tiles, given, state)
+            centre = _centre_scores(kernel, context.phasors, given, stand)
             bias = query.bias(rows, first, first + tokens)
             rest = tokens, centre, bias, query.soft_cap
             if kernel is None:
@@ -196,6 +209,27 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
                 held = index_of(page.rows, context.ops)
                 state = kernel(context.codec, state, rotated, tiles, held, *rest)
     return state
+
+
+def _after(ops: Operations, tiles: Array, asked: Asked, state: State) -> tuple[Array, Asked]:
+    """Both, with nothing computed of them before the state is."""
+    if asked.factors is None:
+        tiles, fixed = ops.after((tiles, asked.fixed), state)
+        return tiles, asked._replace(fixed=fixed)
+    tiles, factors = ops.after((tiles, asked.factors), state)
+    return tiles, asked._replace(factors=factors)
+
+
+def _centre_scores(
+    kernel: TileKernel | None, phasors: Phasors | None, asked: Asked, positions: Positions
+) -> Array:
+    """As ``Asked.scores``."""
+    if kernel is not None and asked.factors is not None and phasors is not None:
+        steps = phasors.steps(positions)
+        if steps is not None:
+            tiles = positions.count // TILE_TOKENS
+            return kernel.centre_scores(asked.fixed, asked.factors, steps, tiles)
+    return asked.scores(phasors, positions)
 
 
 def tile_kernel(ops: Operations, queries: int) -> TileKernel | None:

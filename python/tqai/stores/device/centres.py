@@ -60,20 +60,32 @@ class Centres(NamedTuple):
         turned = turn(real, imaginary, *phasors.of(positions))
         return constant + phasors.join(*turned, self.constant.shape[-1])
 
-    def scores(self, phasors: Phasors | None, queries: Array, positions: Positions) -> Array:
-        """What queries [rows, kv_heads, n, head_dim] give with the centres of keys there.
-
-        [rows, kv_heads, n, tokens or 1]. Re Σ conj(q) m e^(i p ω), a product of the queries
-        with a table that all rows and heads share.
-        """
-        scores = self.ops.sum_kept(queries * self.constant[:, :, None])
+    def asked(self, phasors: Phasors | None, queries: Array) -> Asked:
+        """What queries [rows, kv_heads, n, head_dim] give with the centres of keys anywhere."""
+        fixed = self.ops.sum_kept(queries * self.constant[:, :, None])
         if phasors is None or self.is_constant:
-            return scores
+            return Asked(self.ops, fixed, None)
         a, b = phasors.split(queries)
         real, imaginary = (part[:, :, None] for part in self.ops.unstack(self.means, -2))
         factors = self.ops.concat([a * real + b * imaginary, b * real - a * imaginary], -1)
-        cos, sin = phasors.of(positions)
-        return scores + factors @ self.ops.concat([cos, sin], -1).mT
+        return Asked(self.ops, fixed, factors)
+
+
+class Asked(NamedTuple):
+    """What queries give with centres: Re Σ conj(q) m e^(i p ω) for keys at p, and what is fixed."""
+
+    ops: Operations
+    fixed: Array
+    """[rows, kv_heads, n, 1]"""
+    factors: Array | None
+    """[rows, kv_heads, n, 2 · pairs], of cosines and then sines; None where nothing turns."""
+
+    def scores(self, phasors: Phasors | None, positions: Positions) -> Array:
+        """[rows, kv_heads, n, tokens or 1], by a table that all rows and heads share."""
+        if self.factors is None:
+            return self.fixed
+        assert phasors is not None
+        return self.fixed + self.factors @ self.ops.concat(phasors.of(positions), -1).mT
 
 
 class RowCentres(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,18 @@ there are several."""
 
 # Positions from 0 below this many are looked up; others are turned there by multiples of it.
 _NEAR = 1 << 20
+
+
+class Steps(NamedTuple):
+    """Consecutive tiles' positions, for kernels: e^(i p ω) of the first token of tile t is that of
+    place + t times that of the distance."""
+
+    places: tuple[Array, Array]
+    """cos and sin, [places, pairs] float32, of places 64 tokens apart."""
+    distances: tuple[Array, Array]
+    """cos and sin, [pairs, 64] float32, of 0…63 tokens."""
+    place: int
+    distance: int
 
 
 class Phasors:
@@ -35,11 +47,23 @@ class Phasors:
         self._ops = ops
         self._section_of = ops.asarray(np.array(sections, np.int64))
         self._distances = self._table(np.arange(TILE_TOKENS))
+        self._by_pair: tuple[Array, Array] | None = None
         self._tiles = self._table(np.arange(64) * TILE_TOKENS)
 
     @property
     def pairs(self) -> int:
         return len(self._frequencies)
+
+    def steps(self, positions: Positions) -> Steps | None:
+        """Those of a multiple of 64 tokens, where they are consecutive and looked up."""
+        first = positions.first
+        if positions.each is not None or first < 0 or first + positions.count >= _NEAR:
+            return None
+        place, distance = divmod(first, TILE_TOKENS)
+        self._grow(place + positions.count // TILE_TOKENS)
+        if self._by_pair is None:
+            self._by_pair = self._table(np.arange(TILE_TOKENS), by_pair=True)
+        return Steps(self._tiles, self._by_pair, place, distance)
 
     def of(self, positions: Positions) -> tuple[Array, Array]:
         """Those of a multiple of 64 tokens, each [tokens, pairs] float32."""
@@ -95,8 +119,11 @@ class Phasors:
             joined = self._ops.stack([a, b], -1).reshape(*a.shape[:-1], self.rotary_dim)
         return self._ops.pad(joined, 0, dim - self.rotary_dim)
 
-    def _table(self, positions: np.ndarray) -> tuple[Array, Array]:
+    def _table(self, positions: np.ndarray, by_pair: bool = False) -> tuple[Array, Array]:
+        """[positions, pairs], or [pairs, positions]."""
         angles = positions[:, None] * self._frequencies
+        if by_pair:
+            angles = np.ascontiguousarray(angles.T)
         cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
         return self._ops.asarray(cos), self._ops.asarray(sin)
 

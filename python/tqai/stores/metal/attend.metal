@@ -1,7 +1,8 @@
 // Softmax attention over sealed tiles (include/tqai/packing.hpp), in the Metal Shading Language, of
 // which version 2.3 is enough: a dialect of C++14.
 //
-// Two steps, as in flash-decoding. Each simdgroup of 32 threads goes through a few tiles with a
+// `Attend` and `merge` are two steps, as in flash-decoding; `Centres` comes before them where keys'
+// centres turn. Each simdgroup of 32 threads goes through a few tiles with a
 // softmax of its own, then `merge` makes one state of all of theirs. Queries come turned as the
 // keys were, and sums of values leave in the domain that values were turned to.
 //
@@ -69,7 +70,8 @@ struct Width {
       return;
     }
     TQAI_UNROLL for (int n = 0; n < 8; ++n) codes[n] = 0u;
-    TQAI_UNROLL for (int width = 4; width > 0; width /= 2) {  // planes, the lowest bits first
+    TQAI_UNROLL for (int plane = 0; plane < 3; ++plane) {  // the lowest bits first
+      const int width = 4 >> plane;
       if ((Bits & width) == 0) continue;
       const int before = Bits & ~(2 * width - 1);  // bits, and as many lines, of the planes before
       const int held = 8 / width;                  // codes in a byte
@@ -332,5 +334,87 @@ void merge(Maxima maxima, Sums sums, Outputs outputs, PreviousMax previous_max,
     sum[query] = total;
   }
 }
+
+// What `sizes` of Centres::run holds.
+enum CentreSize {
+  kAsked,        // queries, of all rows and heads
+  kCentreTiles,  // tiles
+  kFirstTile,    // the first one's place in the table of tiles
+  kDistance,     // the first one's distance from that place, in tokens
+  kCentreSizes,
+};
+
+// What queries give with keys' centres that turn with the position, Re Σ conj(q) m e^(i p ω), for
+// tiles of consecutive positions. Angles of far positions have no accurate float: e^(i p ω) is the
+// product of what two tables have, of places 64 tokens apart and of distances up to 63 from them.
+template <int Pairs, int Rows>
+struct Centres {
+  static constexpr constant int kPairs = (Pairs + 3) / 4 * 4;
+  // Threadgroup memory, float4: factors [Rows, 2, kPairs], turned to the tile's first token.
+  static constexpr constant int kShared = Rows * 2 * kPairs / 4;
+
+  // For tile at.x, queries from Rows · at.y on and this thread's token of the tile, 64 in all.
+  //
+  // factors: [queries, 2, Pairs], of the cosine and the sine of each frequency's angle. fixed:
+  // [queries], what is added. tile_cos, tile_sin: [places, Pairs]. cos, sin: [Pairs, 64].
+  // scores: [queries, 64 · tiles].
+  template <typename Factors, typename Fixed, typename TileCos, typename TileSin, typename Cos,
+            typename Sin, typename Sizes>
+  static void run(Factors factors, Fixed fixed, TileCos tile_cos, TileSin tile_sin, Cos cos,
+                  Sin sin, Sizes sizes, device float* scores, threadgroup float4* shared, uint3 at,
+                  uint token) {
+    threadgroup float* memory = reinterpret_cast<threadgroup float*>(shared);
+    const int queries = int(sizes[kAsked]);
+    const int first_query = int(at.y) * Rows;
+    const int distance = int(sizes[kDistance]);
+    const size_t place = (size_t(sizes[kFirstTile]) + size_t(at.x)) * Pairs;
+    for (int i = int(token); i < Rows * kPairs; i += kTileTokens) {
+      const int query = first_query + i / kPairs;
+      const int f = i % kPairs;
+      float a = 0.0f;
+      float b = 0.0f;
+      if (query < queries && f < Pairs) {
+        const float far_cos = tile_cos[place + size_t(f)];
+        const float far_sin = tile_sin[place + size_t(f)];
+        const float near_cos = cos[f * kTileTokens + distance];
+        const float near_sin = sin[f * kTileTokens + distance];
+        const float first_cos = far_cos * near_cos - far_sin * near_sin;
+        const float first_sin = far_sin * near_cos + far_cos * near_sin;
+        const float cos_factor = factors[size_t(query) * (2 * Pairs) + size_t(f)];
+        const float sin_factor = factors[size_t(query) * (2 * Pairs) + size_t(Pairs + f)];
+        a = cos_factor * first_cos + sin_factor * first_sin;
+        b = sin_factor * first_cos - cos_factor * first_sin;
+      }
+      memory[i / kPairs * 2 * kPairs + f] = a;
+      memory[i / kPairs * 2 * kPairs + kPairs + f] = b;
+    }
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    float sums[Rows];
+    TQAI_UNROLL for (int r = 0; r < Rows; ++r) sums[r] = 0.0f;
+    for (int f = 0; f < kPairs; f += 4) {
+      float each_cos[4];
+      float each_sin[4];
+      TQAI_UNROLL for (int i = 0; i < 4; ++i) {
+        const bool given = Pairs % 4 == 0 || f + i < Pairs;
+        each_cos[i] = given ? cos[(f + i) * kTileTokens + int(token)] : 0.0f;
+        each_sin[i] = given ? sin[(f + i) * kTileTokens + int(token)] : 0.0f;
+      }
+      const float4 cosines = float4(each_cos[0], each_cos[1], each_cos[2], each_cos[3]);
+      const float4 sines = float4(each_sin[0], each_sin[1], each_sin[2], each_sin[3]);
+      TQAI_UNROLL for (int r = 0; r < Rows; ++r) {
+        sums[r] += metal::dot(cosines, shared[(r * 2 * kPairs + f) / 4]) +
+                   metal::dot(sines, shared[(r * 2 * kPairs + kPairs + f) / 4]);
+      }
+    }
+    const size_t tokens = size_t(sizes[kCentreTiles]) * size_t(kTileTokens);
+    TQAI_UNROLL for (int r = 0; r < Rows; ++r) {
+      const int query = first_query + r;
+      if (query < queries) {
+        scores[size_t(query) * tokens + size_t(at.x) * size_t(kTileTokens) + size_t(token)] =
+            fixed[query] + sums[r];
+      }
+    }
+  }
+};
 
 }  // namespace tqai

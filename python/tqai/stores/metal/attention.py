@@ -9,11 +9,15 @@ from typing import Any, Protocol
 from tqai.stores.device.attend import State
 from tqai.stores.device.codec import Codec
 from tqai.stores.device.operations import Array
+from tqai.stores.device.packing import TILE_TOKENS
+from tqai.stores.device.phasors import Steps
 from tqai.stores.metal.kernels import (
     SIMD,
     SIMDS,
     Kernel,
     attend_kernel,
+    centre_kernel,
+    centre_rows_at_once,
     merge_kernel,
     rows_at_once,
 )
@@ -106,6 +110,22 @@ class MetalAttention:
             (min(value.dim, 256), 1, 1),
         )
         return State(*merged)
+
+    def centre_scores(self, fixed: Array, factors: Array, steps: Steps, tiles: int) -> Array:
+        rows, heads, queries, numbers = factors.shape
+        asked, pairs = rows * heads * queries, numbers // 2
+        at_once = centre_rows_at_once(asked, pairs)
+        (scores,) = self.run(
+            centre_kernel(pairs, at_once),
+            (
+                *(factors, fixed, *steps.places, *steps.distances),
+                (asked, tiles, steps.place, steps.distance),
+            ),
+            ((rows, heads, queries, tiles * TILE_TOKENS),),
+            (tiles * TILE_TOKENS, -(-asked // at_once), 1),
+            (TILE_TOKENS, 1, 1),
+        )
+        return scores
 
 
 def _strides(bias: Array | None) -> tuple[int, ...]:

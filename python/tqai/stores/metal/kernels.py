@@ -20,6 +20,7 @@ SIMD = 32
 # Each thread sums up so many numbers of values at most, in registers.
 _MOST_SUMS = 64
 _MOST_ROWS = 8
+_MOST_CENTRE_ROWS = 16
 _SHARED_BYTES = 32 << 10  # what every GPU of Apple's has for a threadgroup
 
 
@@ -63,8 +64,18 @@ def rows_at_once(queries: int, head_dim: int, value_head_dim: int) -> int:
     levels = 2 * 256
     numbers = _SHARED_BYTES // 4 - levels
     most = min(most, _MOST_ROWS, numbers // (padded_dim(head_dim) + SIMDS * TILE_TOKENS))
-    most = max(most, 1)
-    return -(-queries // -(-queries // most))
+    return _evenly(queries, max(most, 1))
+
+
+def centre_rows_at_once(queries: int, pairs: int) -> int:
+    """How many queries a threadgroup of ``centre_kernel`` computes with."""
+    padded = -(-pairs // 4) * 4
+    return _evenly(queries, max(1, min(_MOST_CENTRE_ROWS, _SHARED_BYTES // (2 * 4 * padded))))
+
+
+def _evenly(count: int, most: int) -> int:
+    """The largest of as few parts as there can be, none of which is more than `most`."""
+    return -(-count // -(-count // most))
 
 
 @lru_cache(maxsize=256)
@@ -122,6 +133,29 @@ def merge_kernel(value_head_dim: int) -> Kernel:
     arguments = *(name for name, _ in inputs), *outputs, *_names(places)
     body = f"tqai::merge<{value_head_dim}>({', '.join(arguments)});\n"
     return Kernel(f"tqai_merge_{value_head_dim}", inputs, outputs, places, body)
+
+
+@lru_cache(maxsize=64)
+def centre_kernel(pairs: int, rows: int) -> Kernel:
+    """What queries give with centres that turn, for tiles of consecutive positions."""
+    configured = f"tqai::Centres<{pairs}, {rows}>"
+    inputs = (
+        ("factors", "float"),
+        ("fixed", "float"),
+        ("tile_cos", "float"),
+        ("tile_sin", "float"),
+        ("cosines", "float"),
+        ("sines", "float"),
+        ("sizes", "int64_t"),
+    )
+    outputs = ("scores",)
+    places = ("uint", "thread_index_in_threadgroup"), ("uint3", "threadgroup_position_in_grid")
+    arguments = *(name for name, _ in inputs), *outputs, "shared", places[1][1], places[0][1]
+    body = (
+        f"threadgroup float4 shared[{configured}::kShared];\n"
+        f"{configured}::run({', '.join(arguments)});\n"
+    )
+    return Kernel(f"tqai_centre_{pairs}_{rows}", inputs, outputs, places, body)
 
 
 def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
