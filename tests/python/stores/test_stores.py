@@ -35,6 +35,11 @@ def test_the_cpu_has_the_kernels_and_other_devices_have_torch() -> None:
         Settings(backend="cuda")
 
 
+def test_the_other_framework_s_operations_are_refused(models: Models) -> None:
+    with pytest.raises(NotImplementedError, match="'mlx-ops' is for mlx-lm's.*'torch-ops'"):
+        tqai.patch(models(), backend="mlx-ops")
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral_wide", "gemma2", "gpt_oss"])
 def test_generate_gives_the_same_tokens_from_both(family: str, models: Models) -> None:
     model, ids = models(family), make_ids(2, 400)

@@ -14,42 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+Array = Any
+"""A framework's array, on the device that its ``Operations`` make arrays on.
 
-class Array(Protocol):
-    """A framework's array, on the device that its ``Operations`` make arrays on.
-
-    Also used are the operators ``+ - * / @ & | ~ << >> < <= > >= ==`` with arrays and with Python's
-    numbers, which take on the array's dtype.
-    """
-
-    @property
-    def shape(self) -> Any: ...
-    @property
-    def ndim(self) -> int: ...
-    @property
-    def dtype(self) -> Any: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def mT(self) -> Any:  # noqa: N802
-        """The last two axes swapped."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Any) -> Any:
-        """By numbers, slices, None, ``...``, and one array of integers, which is copied by."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """Into this array, whoever holds it. Parts that were taken of it before may change with it
-        or not."""
-
-    def reshape(self, *shape: int) -> Any: ...
-    def swapaxes(self, one: int, other: int) -> Any: ...
-    def sum(self, axis: int) -> Any: ...
-    def mean(self, axis: int) -> Any: ...
-    def all(self, axis: int) -> Any: ...
-    def any(self) -> Any: ...
-    def exp(self) -> Any: ...
-    def square(self) -> Any: ...
+What is used of it, beside operators with arrays and with Python's numbers, which take on the
+array's dtype: ``shape``, ``ndim``, ``dtype``, ``nbytes``, ``len``; ``mT``, the last two axes
+swapped; ``reshape(*shape)``, ``swapaxes``; ``sum``, ``mean`` and ``all`` over one axis, ``any``
+over all of them; ``exp``, ``square``. It is indexed by numbers, slices, None, ``...``, and one
+array of integers, by which it is copied. Assigning to a part changes the array for all who hold
+it; parts that were taken of it before may change with it or not.
+"""
 
 
 class Operations(Protocol):
@@ -59,9 +33,11 @@ class Operations(Protocol):
     def waits(self) -> bool:
         """Whether looking at an array's numbers makes the device, or what is still to be computed,
         wait: a decoding step does not do it."""
+        ...
 
     def plain(self) -> AbstractContextManager[None]:
         """Arrays made inside are plain ones, and computed with in the dtypes that they have."""
+        ...
 
     def evaluate(self, *arrays: Array) -> None:
         """Computes these now, where a framework puts that off, so that nothing that they were made
@@ -72,6 +48,7 @@ class Operations(Protocol):
 
     def after(self, arrays: Sequence[Array], done: Sequence[Array]) -> Sequence[Any]:
         """`arrays`, with none of which anything is computed before `done` is."""
+        ...
 
     # Dtypes.
 
@@ -101,6 +78,7 @@ class Operations(Protocol):
 
     def to_numpy(self, x: Array) -> np.ndarray:
         """Waits for the device; not of bfloat16."""
+        ...
 
     def to_bytes(self, x: Array) -> bytes: ...
     def from_bytes(self, data: bytes, dtype: Any, shape: Sequence[int]) -> Any: ...

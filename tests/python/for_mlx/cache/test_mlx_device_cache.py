@@ -1,7 +1,7 @@
 """Compressed caches where mlx does not compute on the CPU: the device store through the whole seam.
 
-There is none here but the CPU, so backend="mlx-ops" takes its place. With TQAI_TEST_BACKEND=mlx-ops
-all tests of mlx go this way.
+Tests have no other device, so backend="mlx-ops" takes its place. With TQAI_TEST_BACKEND=mlx-ops all
+tests of mlx go this way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_mlx import error, make_model, make_prompt_cache, mx, plain_cache, read, tokens
+from small_mlx import (
+    compiled_alone,
+    error,
+    make_model,
+    make_prompt_cache,
+    mx,
+    plain_cache,
+    read,
+    tokens,
+)
 
 # isort: split
 import tqai
@@ -35,13 +44,12 @@ def cores(cache: Any) -> set[type]:
     return {type(layer.core) for layer in cache}
 
 
+@compiled_alone
 def test_the_default_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert MlxOperations().wide == mx.float64
-    assert store.is_native("auto") or store.is_native.__name__ == "<lambda>"
-    assert not store.is_native("mlx-ops")
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert not store.is_native("auto") and MlxOperations().wide == mx.float32
+    for kind, native in ((mx.cpu, True), (mx.gpu, False)):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        assert store.is_native("auto") == native and not store.is_native("mlx-ops")
+        assert MlxOperations().wide == (mx.float64 if native else mx.float32)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_what_is_no_number_is_found() -> None:
         layer.settle()
 
 
-def test_what_it_cannot_do_says_what_to_do() -> None:
+def test_the_other_framework_s_operations_are_refused() -> None:
     model = make_model("llama")
     with pytest.raises(NotImplementedError, match="'torch-ops' is for transformers.*'mlx-ops'"):
         tqai.patch(model, backend="torch-ops")
@@ -193,8 +201,7 @@ def test_what_it_cannot_do_says_what_to_do() -> None:
     )
 
 
-def test_a_model_that_is_read_dequantised() -> None:
-    """Layers whose attention is not mlx-lm's function, and prompts within the window."""
+def test_a_cache_is_read_dequantised_when_its_model_is_no_longer_patched() -> None:
     model = make_model("llama")
     text = tokens(90)
     expected = read(model, make_prompt_cache(model), text, [40])

@@ -78,10 +78,7 @@ def attend(store: Any, queries: mx.array, **options: Any) -> np.ndarray:
     if isinstance(store, MlxStore):
         return numbers(store.attend(queries, mask=mask, sinks=sinks, **options))
     if isinstance(store, TorchStore):
-        own = (None if part is None else as_torch(part) for part in (mask, sinks))
-        mask, sinks = own
-        if mask is not None:
-            mask = mask.bool() if options.pop("is_bool", False) else mask
+        mask, sinks = (None if part is None else as_torch(part) for part in (mask, sinks))
         return numbers(store.attend(as_torch(queries), mask=mask, sinks=sinks, **options))
     queries, q = rows_contiguous(queries)
     output = np.empty(
