@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import random
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -247,6 +249,17 @@ def test_the_environment_turns_kernels_off(monkeypatch: pytest.MonkeyPatch) -> N
         metal.metal_attention(torch.device("mps"))
 
 
+def test_a_kernel_that_does_not_compile_says_how_to_do_without() -> None:
+    store = filled(replace(OPTIONS, bits_k=7, bits_v=7), 1, 100)
+    broken = mock.Mock(side_effect=RuntimeError("program_source:1:1: error: unknown type"))
+    with (
+        mock.patch.object(TorchOperations, "tile_kernel", lambda _: MetalAttention(metal.run)),
+        mock.patch.object(torch.mps, "compile_shader", broken),
+        pytest.raises(RuntimeError, match="k7v7_64x64_1 failed: program_source.*TQAI_METAL=0"),
+    ):
+        store.attend(torch.randn(1, 2, 1, 64))
+
+
 def test_many_queries_are_left_to_matrix_products() -> None:
     with mock.patch.object(TorchOperations, "tile_kernel", lambda _: MetalAttention(metal.run)):
         ops = TorchOperations(CPU)
@@ -275,6 +288,27 @@ def test_rows_fit_registers_and_threadgroups(dim: int) -> None:
             assert rows == -(-queries // chunks)
 
 
+def texts() -> str:
+    """The source and kernels of all widths."""
+    made = [kernels.attend_kernel(bits, 10 - bits, 64, 80, 7) for bits in range(2, 9)]
+    made += [kernels.merge_kernel(80), kernels.centre_kernel(30, 5)]
+    return "\n".join([kernels.source(), *map(kernels.function, made)])
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_compilers_have_nothing_to_say(compiler: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    path = tmp_path / "kernels.cpp"
+    path.write_text(texts(), encoding="utf-8")
+    warnings = "pedantic all extra shadow conversion double-promotion error no-attributes".split()
+    command = [compiler, "-std=c++14", *(f"-W{warning}" for warning in warnings), "-fsyntax-only"]
+    command += ["-Wno-unknown-attributes"] * (compiler == "clang++")
+    command += ["-I", str(metal_double.SHIM / "run"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 def test_the_source_has_nothing_that_metal_lacks() -> None:
     code = re.sub(r"//.*", "", kernels.source())
     for lacking in (r"\bdouble\b", r"\bstd::", r"\[[&=]?\]\s*\(", r"\b(new|goto|throw|virtual)\b"):
@@ -283,12 +317,7 @@ def test_the_source_has_nothing_that_metal_lacks() -> None:
 
 
 def test_address_spaces_are_right(tmp_path: Path) -> None:
-    made = [kernels.attend_kernel(bits, 10 - bits, 64, 80, 7) for bits in range(2, 9)]
-    made += [kernels.merge_kernel(80), kernels.centre_kernel(30, 5)]
-    functions = map(kernels.function, made)
-    assert (
-        metal_double.address_space_errors("\n".join([kernels.source(), *functions]), tmp_path) == ""
-    )
+    assert metal_double.address_space_errors(texts(), tmp_path) == ""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import mlx.core as mx
 from tqai.stores.metal import kernels
 from tqai.stores.metal.attention import Grid, MetalAttention, Numbers
 
+_tried: set[kernels.Kernel] = set()
+
 
 def metal_attention() -> MetalAttention | None:
     """That of arrays on the default device, where it is one of Metal's and kernels are wanted."""
@@ -25,14 +27,25 @@ def run(
     grid: Grid,
     group: Grid,
 ) -> list[mx.array]:
-    """See ``tqai.stores.metal.attention.Run``."""
-    return _compiled(kernel)(
+    """See ``tqai.stores.metal.attention.Run``.
+
+    Raises:
+        RuntimeError: where mlx cannot compile the kernel.
+    """
+    outputs = _compiled(kernel)(
         inputs=[x if isinstance(x, mx.array) else _numbers(x, _dtype(x)) for x in inputs],
         output_shapes=list(shapes),
         output_dtypes=[mx.float32] * len(shapes),
         grid=grid,
         threadgroup=group,
     )
+    if kernel not in _tried:  # mlx compiles where it computes; later nobody would know what failed
+        try:
+            mx.eval(outputs)
+        except RuntimeError as error:
+            raise kernels.refused(kernel, error) from error
+        _tried.add(kernel)
+    return outputs
 
 
 def _dtype(numbers: Numbers) -> mx.Dtype:

@@ -28,7 +28,11 @@ def run(
     grid: Grid,
     group: Grid,
 ) -> list[torch.Tensor]:
-    """See ``tqai.stores.metal.attention.Run``."""
+    """See ``tqai.stores.metal.attention.Run``.
+
+    Raises:
+        RuntimeError: where torch cannot compile the kernel.
+    """
     arguments = [x.contiguous() if isinstance(x, torch.Tensor) else list(x) for x in inputs]
     device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
     outputs = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
@@ -39,4 +43,7 @@ def run(
 @lru_cache(maxsize=256)
 def _compiled(kernel: kernels.Kernel) -> Any:
     text = f"{kernels.source()}\n{kernels.function(kernel)}"
-    return getattr(torch.mps.compile_shader(text), kernel.name)
+    try:
+        return getattr(torch.mps.compile_shader(text), kernel.name)
+    except RuntimeError as error:
+        raise kernels.refused(kernel, error) from error

@@ -162,6 +162,14 @@ def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     return tuple(name for _, name in places)
 
 
+def refused(kernel: Kernel, error: Exception) -> RuntimeError:
+    """What is said where a framework cannot compile or run a kernel."""
+    return RuntimeError(
+        f"the Metal kernel {kernel.name} failed: {error}. With TQAI_METAL=0 in the environment "
+        "array operations take its place"
+    )
+
+
 def wanted() -> bool:
     """Whether kernels are to be used where there is Metal: unless ``TQAI_METAL`` is 0.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +13,10 @@ from unittest import mock
 import metal_double
 import numpy as np
 import pytest
-from small_mlx import mx
+from small_mlx import error, make_model, mx, read, tokens
 
 # isort: split
+import tqai
 from tqai.stores.device import Options
 from tqai.stores.for_mlx import MlxStore, metal
 from tqai.stores.for_mlx.operations import MlxOperations
@@ -62,13 +64,20 @@ class Kernel:
         return Kernel.texts[key]
 
 
-def with_kernels(store: MlxStore, queries: mx.array, **options: Any) -> mx.array:
-    """``store.attend`` as on Metal; kernels are launched where tokens are packed."""
-    before = Kernel.launches
+@contextmanager
+def kernels_run() -> Iterator[None]:
+    """As on Metal."""
     with (
         mock.patch.object(MlxOperations, "tile_kernel", lambda _: MetalAttention(metal.run)),
         mock.patch.object(mx.fast, "metal_kernel", Kernel),
     ):
+        yield
+
+
+def with_kernels(store: MlxStore, queries: mx.array, **options: Any) -> mx.array:
+    """``store.attend`` with kernels, which are launched where tokens are packed."""
+    before = Kernel.launches
+    with kernels_run():
         output = store.attend(queries, **options)
         mx.eval(output)
     assert Kernel.launches > before
@@ -140,6 +149,29 @@ def test_arrays_of_less_than_eight_numbers(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         assert metal_double.address_space_errors(text, folder) == ""
+
+
+def test_a_model_decodes_as_with_array_operations() -> None:
+    model, text = make_model("llama"), tokens(310)
+    settings: dict[str, Any] = {"backend": "mlx-ops", "residual_window": 32}
+    expected = read(model, tqai.patch(model, **settings), text, [300, *[1] * 10])
+    before = Kernel.launches
+    with kernels_run():
+        given = read(model, tqai.patch(model, **settings), text, [300, *[1] * 10])
+    assert Kernel.launches >= before + 10 * 2 * 2  # steps, layers, attention and merging
+    assert error(given, expected) < 1e-5
+
+
+def test_a_kernel_that_does_not_compile_says_how_to_do_without() -> None:
+    store = filled(replace(OPTIONS, bits_k=7, bits_v=7), 1, 100)
+    broken = mock.Mock(side_effect=RuntimeError("[metal::Device] Unable to build metal library"))
+    match = "k7v7_64x64_1 failed: .metal::Device. Unable.*TQAI_METAL=0"
+    with (
+        kernels_run(),
+        mock.patch.object(mx, "eval", broken),
+        pytest.raises(RuntimeError, match=match),
+    ):
+        store.attend(mx.random.normal((1, 2, 1, 64)))
 
 
 def test_kernels_are_for_metal(monkeypatch: pytest.MonkeyPatch) -> None:
