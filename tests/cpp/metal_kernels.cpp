@@ -9,6 +9,8 @@ namespace tqai {
 namespace test {
 namespace {
 
+static_assert(kMetalSizes == tqai::kSizes, "");
+
 // All widths of keys and values at each head dimension, and with each number of queries.
 #define TQAI_WIDTHS(X, dim, rows, add)    \
   X(2, 2 + add % 7, dim, dim, rows)       \

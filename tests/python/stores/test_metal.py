@@ -265,6 +265,7 @@ def test_many_queries_are_left_to_matrix_products() -> None:
         ops = TorchOperations(CPU)
         assert device_attend.tile_kernel(ops, MOST_QUERIES) is not None
         assert device_attend.tile_kernel(ops, MOST_QUERIES + 1) is None
+        assert device_attend.tile_kernel(ops, 0) is None
 
 
 # The text.

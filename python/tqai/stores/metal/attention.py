@@ -60,7 +60,7 @@ class MetalAttention:
     run: Run
 
     def takes(self, queries: int) -> bool:
-        return queries <= MOST_QUERIES
+        return 0 < queries <= MOST_QUERIES
 
     def __call__(
         self,
