@@ -15,12 +15,13 @@ namespace tqai::bench {
 namespace {
 
 void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, Level level,
-            bool keys) {
+            bool keys, CodeKind value_codes = CodeKind::scalar) {
   CacheOptions options;
   options.kv_heads = 1;
   options.head_dim = options.value_head_dim = dim;
   options.bits_k = options.bits_v = bits;
   options.rotation = rotation;
+  options.value_codes = value_codes;
   const detail::Codec codec(options);
   std::mt19937_64 engine(0xBE7C);
   std::normal_distribution<float> normal;
@@ -28,7 +29,10 @@ void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, L
   for (float& value : rows) value = normal(engine);
   std::vector<std::uint8_t> tile(codec.layout().bytes());
   const kernels::Kernels& kernels = kernels::kernels(level);
-  const ThreadMemory memory(1, kernels::kCodingBytes);
+  const std::size_t bytes = value_codes == CodeKind::trellis
+                                ? kernels::trellis_coding_bytes(dim, bits)
+                                : kernels::kCodingBytes;
+  const ThreadMemory memory(1, bytes);
   const kernels::SidePlan& side = keys ? codec.plan().keys : codec.plan().values;
   for (auto _ : state) {
     kernels.encode(side, keys, rows.data(), tile.data(), memory.of(0));
@@ -39,9 +43,26 @@ void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, L
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
+// Values in trellis codes, by the rotation of the dimension.
+void register_trellises() {
+  for (const int dim : {64, 96, 128, 256}) {
+    for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
+      for (const Level level : available_levels()) {
+        const std::string name = "encode/trellis/d=" + std::to_string(dim) +
+                                 "/bits=" + std::to_string(bits) +
+                                 "/level=" + std::string(name_of(level));
+        benchmark::RegisterBenchmark(name.c_str(), [=](auto& state) {
+          encode(state, dim, bits, RotationKind::automatic, level, false, CodeKind::trellis);
+        });
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void register_all() {
+  register_trellises();
   for (const int dim : {64, 96, 128, 256}) {
     for (const int bits : {2, 4, 8}) {
       for (const bool hadamard : {true, false}) {

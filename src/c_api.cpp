@@ -148,6 +148,10 @@ tqai::RotationKind rotation_of(std::int32_t rotation) {
   return static_cast<tqai::RotationKind>(checked("rotation", rotation, TQAI_ROTATION_HAAR));
 }
 
+tqai::CodeKind codes_of(const char* name, std::int32_t codes) {
+  return static_cast<tqai::CodeKind>(checked(name, codes, TQAI_CODES_TRELLIS));
+}
+
 tqai::Grid grid_of(std::int32_t grid) {
   return static_cast<tqai::Grid>(checked("grid", grid, TQAI_GRID_INT8));
 }
@@ -329,6 +333,7 @@ tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** ca
     settings.seed = all.seed;
     settings.level = level_of(all.level);
     if (all.key_basis != nullptr) settings.key_basis = all.key_basis->held;
+    settings.value_codes = codes_of("value_codes", all.value_codes);
     made = new tqai_cache{tqai::KvCache(settings, all.batch)};
   });
 }
@@ -447,6 +452,7 @@ tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_info* info) 
     answer.tokens = held.tokens();
     answer.first_token = held.first_token();
     answer.level = tqai::name_of(*options.level).data();
+    answer.value_codes = static_cast<std::int32_t>(options.value_codes);
     give(answer, info, "info");
   });
 }
@@ -695,13 +701,18 @@ tqai_status tqai_quantizer_create(const tqai_quantizer_options* options,
     const tqai_quantizer_options all = known(options, "options", tqai_quantizer_options_init);
     const tqai::RotationKind rotation = rotation_of(all.rotation);
     const tqai::Grid grid = grid_of(all.grid);
+    const tqai::CodeKind codes = codes_of("codes", all.codes);
     std::unique_ptr<tqai::VectorQuantizer> held;
     if (all.unbiased != 0) {
+      if (codes != tqai::CodeKind::scalar) {
+        throw ValueError("codes = " + std::to_string(all.codes) +
+                         " for an unbiased quantiser; allowed: TQAI_CODES_SCALAR, 0");
+      }
       held = std::make_unique<tqai::ProdQuantizer>(tqai::ProdQuantizerOptions{
           all.head_dim, all.bits, rotation, all.seed, all.projection_seed, grid});
     } else {
       held = std::make_unique<tqai::Quantizer>(tqai::QuantizerOptions{
-          all.head_dim, all.bits, rotation, all.seed, grid, all.norm_correction != 0});
+          all.head_dim, all.bits, rotation, all.seed, grid, all.norm_correction != 0, codes});
     }
     made = new tqai_quantizer{std::move(held)};
   });

@@ -74,6 +74,38 @@ inline void unpack_bytes(const std::uint8_t* packed, std::uint8_t* codes) noexce
   }
 }
 
+// The same of trellis codes, up to 4 bits: a stream of bits, the first code's lowest first. That is
+// another order for 3 bits alone.
+template <int kBits>
+inline void pack_stream_bytes(const std::uint8_t* codes, std::uint8_t* packed) noexcept {
+  if constexpr (kBits == 3) {
+    unsigned stream = 0;
+    for (int i = 0; i < 8; ++i) {
+      stream |= static_cast<unsigned>(codes[i * kLineBytes]) << (3 * i);
+    }
+    for (int line = 0; line < 3; ++line) {
+      packed[line * kLineBytes] = static_cast<std::uint8_t>(stream >> (8 * line));
+    }
+  } else {
+    pack_bytes<kBits>(codes, packed);
+  }
+}
+
+template <int kBits>
+inline void unpack_stream_bytes(const std::uint8_t* packed, std::uint8_t* codes) noexcept {
+  if constexpr (kBits == 3) {
+    unsigned stream = 0;
+    for (int line = 0; line < 3; ++line) {
+      stream |= static_cast<unsigned>(packed[line * kLineBytes]) << (8 * line);
+    }
+    for (int i = 0; i < 8; ++i) {
+      codes[i * kLineBytes] = static_cast<std::uint8_t>(stream >> (3 * i) & 7U);
+    }
+  } else {
+    unpack_bytes<kBits>(packed, codes);
+  }
+}
+
 // codes: [8 lines, 64], packed: [bits lines, 64].
 template <int kBits>
 inline void pack_group_of(const std::uint8_t* __restrict codes,

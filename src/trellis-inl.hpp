@@ -40,9 +40,10 @@ struct PathScratch {
   alignas(64) PathRow distances[kPathLevels];  // of a step, by level
   alignas(64) PathRow least;                   // of the costs of the step before, from kLeastCost
   std::int16_t levels[kPathLevels];            // those that windows have
-  int level_count;
+  std::uint8_t level_count;
   std::uint8_t level_of[1 << kWindowBits];  // of a window: its place in `distances`
-  std::uint8_t starts[kPathLanes];
+  std::uint8_t starts[kPathLanes];          // of rings
+  std::uint8_t states[kPathLanes];          // of the paths while they are gone back
 };
 
 // Steps before and after the seam, which decide the state there: 8 windows side by side.
@@ -140,14 +141,16 @@ inline void list_levels(const Trellis& trellis, PathScratch& scratch) noexcept {
 }
 
 inline void measure_distances(const std::int16_t* targets, PathScratch& scratch) noexcept {
+  PathRow near;  // what is written cannot be this
+  std::memcpy(near, targets, sizeof near);
   for (int l = 0; l < scratch.level_count; ++l) {
     const int level = scratch.levels[l];
     const auto scaled = static_cast<std::int16_t>(level * kTargetScale);
-    PathRow& distances = scratch.distances[level + kMaxNarrowLevel];
+    std::int16_t* __restrict to = scratch.distances[level + kMaxNarrowLevel];
     for (int i = 0; i < kPathLanes; ++i) {
-      const auto difference = static_cast<std::int16_t>(targets[i] - scaled);
+      const auto difference = static_cast<std::int16_t>(near[i] - scaled);
       // As an instruction of most processors has it.
-      distances[i] = static_cast<std::int16_t>(((difference * difference >> 14) + 1) >> 1);
+      to[i] = static_cast<std::int16_t>(((difference * difference >> 14) + 1) >> 1);
     }
   }
 }
@@ -240,11 +243,18 @@ struct Paths {
     return scratch.costs[count % 2];
   }
 
-  // The window that ends in `state` at a step.
-  unsigned window_before(unsigned state, int step, int lane) const noexcept {
-    const unsigned chosen =
-        static_cast<std::uint16_t>(decisions(step)[state % unsigned{kRows}][lane]);
-    return state << kBits | (chosen >> (4 * (state / unsigned{kRows})) & 15U);
+  // Goes from scratch.states, after a step, to those before it: all paths side by side, as each has
+  // to wait for memory. windows: those between; null: not wanted.
+  void go_back(int step, std::uint8_t* windows) const noexcept {
+    const PathRow* chosen = decisions(step);
+    for (int lane = 0; lane < kPathLanes; ++lane) {
+      const unsigned state = scratch.states[lane];
+      const unsigned numbers = static_cast<std::uint16_t>(chosen[state % unsigned{kRows}][lane]);
+      const unsigned number = numbers >> (4 * (state / unsigned{kRows})) & 15U;
+      const unsigned window = state << kBits | number;
+      if (windows != nullptr) windows[lane] = static_cast<std::uint8_t>(window);
+      scratch.states[lane] = static_cast<std::uint8_t>(window & unsigned{kStates - 1});
+    }
   }
 
   // The states between the last step and the first one, by the paths around that place.
@@ -252,16 +262,21 @@ struct Paths {
     constexpr int kSeam = seam_steps(kBits);
     std::fill_n(scratch.costs[0][0], kStates * kPathLanes, kLeastCost);
     const PathRow* costs = search((steps - kSeam % steps) % steps, 2 * kSeam);
-    for (int lane = 0; lane < kPathLanes; ++lane) {
-      unsigned state = 0;
-      for (unsigned other = 1; other < unsigned{kStates}; ++other) {
-        if (costs[other][lane] < costs[state][lane]) state = other;
+    PathRow least;
+    PathRow best = {};
+    std::memcpy(least, costs[0], sizeof least);
+    for (int state = 1; state < kStates; ++state) {
+      for (int lane = 0; lane < kPathLanes; ++lane) {
+        best[lane] =
+            costs[state][lane] < least[lane] ? static_cast<std::int16_t>(state) : best[lane];
+        least[lane] = costs[state][lane] < least[lane] ? costs[state][lane] : least[lane];
       }
-      for (int step = 2 * kSeam - 1; step >= kSeam; --step) {
-        state = window_before(state, step, lane) & unsigned{kStates - 1};
-      }
-      scratch.starts[lane] = static_cast<std::uint8_t>(state);
     }
+    for (int lane = 0; lane < kPathLanes; ++lane) {
+      scratch.states[lane] = static_cast<std::uint8_t>(best[lane]);
+    }
+    for (int step = 2 * kSeam - 1; step >= kSeam; --step) go_back(step, nullptr);
+    std::memcpy(scratch.starts, scratch.states, sizeof scratch.starts);
   }
 
   // Codes of the paths that leave scratch.starts and come back to them. codes: `apart` a step.
@@ -272,12 +287,13 @@ struct Paths {
       }
     }
     search(0, steps);
-    for (int lane = 0; lane < kPathLanes; ++lane) {
-      unsigned state = scratch.starts[lane];
-      for (int step = steps - 1; step >= 0; --step) {
-        const unsigned window = window_before(state, step, lane);
-        codes[step * apart + lane] = static_cast<std::uint8_t>(window >> (kWindowBits - kBits));
-        state = window & unsigned{kStates - 1};
+    std::memcpy(scratch.states, scratch.starts, sizeof scratch.states);
+    for (int step = steps - 1; step >= 0; --step) {
+      std::uint8_t windows[kPathLanes];
+      go_back(step, windows);
+      for (int lane = 0; lane < kPathLanes; ++lane) {
+        codes[step * apart + lane] =
+            static_cast<std::uint8_t>(windows[lane] >> (kWindowBits - kBits));
       }
     }
   }

@@ -86,6 +86,8 @@ enum {
 };
 enum { TQAI_ROPE_HALF_SPLIT = 0, TQAI_ROPE_INTERLEAVED = 1 };
 enum { TQAI_GRID_EXACT = 0, TQAI_GRID_INT8 = 1 };
+/** What codes stand for: centroids, or levels that the codes before have a part in. */
+enum { TQAI_CODES_SCALAR = 0, TQAI_CODES_TRELLIS = 1 };
 /** What of a key basis a cache's bytes and files have. */
 enum { TQAI_BASIS_ID = 0, TQAI_BASIS_MATRICES = 1 };
 
@@ -142,6 +144,7 @@ typedef struct tqai_cache_options {
   const char* level;       /**< NULL: tqai_default_level */
   /** NULL: none. The cache shares it: the handle may be destroyed at once. */
   const tqai_key_basis* key_basis;
+  int32_t value_codes; /**< TQAI_CODES_SCALAR; a trellis's have 1 to 4 bits */
 } tqai_cache_options;
 
 /** What of the tokens a query sees, and how scores become weights. */
@@ -173,6 +176,7 @@ typedef struct tqai_cache_info {
   int64_t tokens;          /**< of each row, padding and discarded ones included */
   int64_t first_token;     /**< that some row still holds */
   const char* level;       /**< for ever */
+  int32_t value_codes;     /**< TQAI_CODES_SCALAR or TQAI_CODES_TRELLIS */
 } tqai_cache_info;
 
 /** Bytes that a cache holds (tqai::MemoryReport). */
@@ -389,6 +393,7 @@ typedef struct tqai_quantizer_options {
   int32_t unbiased;         /**< 0: least error; 1: unbiased inner products */
   uint64_t seed;            /**< of the rotation */
   uint64_t projection_seed; /**< of unbiased ones */
+  int32_t codes;            /**< TQAI_CODES_SCALAR; not for unbiased ones */
 } tqai_quantizer_options;
 
 /** size: sizeof(*options). Writes it and the defaults. */

@@ -17,6 +17,7 @@
 #include <tqai/matrix.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/trellis.hpp>
 #include <vector>
 
 namespace tqai {
@@ -48,6 +49,8 @@ struct CacheOptions {
   /// What keys are quantised in, in place of the rotation, which then is of values alone; learnt
   /// for as many heads, coordinates and bits (<tqai/key_basis.hpp>). Null: none.
   std::shared_ptr<const KeyBasis> key_basis = nullptr;
+  /// What codes of values stand for. A trellis takes 1…kMaxTrellisBits bits, and the same bytes.
+  CodeKind value_codes = CodeKind::scalar;
 };
 
 /// A borrowed 4-dimensional tensor.

@@ -41,6 +41,9 @@ constexpr std::size_t packed_bytes(int coordinates, int bits) noexcept {
 // horizontal sum. Values: a group is 16 coordinates × 32 tokens, both token halves of a block of
 // coordinates in turn. Line i holds tokens 4i…4i+3; byte 4c+t is coordinate c of token 4i+t. So a
 // lane is a coordinate.
+// Values in trellis codes (tqai/trellis.hpp) are packed as others, but for 3 bits: code n is bits
+// 3n…3n+2 of the three lines' bytes as one little-endian number. So the bytes at one position, line
+// after line, are the stream that windows are taken from.
 
 /// Packs a tile's key codes. `codes`: [coordinates, 64], each < 2^bits; `packed`:
 /// packed_bytes(coordinates, bits). `coordinates` is a multiple of kCoordinateBlock, bits 1…8.

@@ -11,6 +11,7 @@
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 #include <tqai/key_basis.hpp>
+#include <tqai/trellis.hpp>
 #include <tuple>
 #include <variant>
 #include <vector>
@@ -60,6 +61,10 @@ std::vector<std::shared_ptr<const KeyBasis>> bases_of(
 
 RotationKind rotation_from_name(const std::string& name);
 const char* name_of(RotationKind kind);
+
+/// name: "scalar" or "trellis"; what: the argument that it was given for.
+CodeKind codes_from_name(const char* what, const std::string& name);
+const char* name_of(CodeKind kind);
 
 Grid grid_from_name(const std::string& name);
 const char* name_of(Grid grid);

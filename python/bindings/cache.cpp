@@ -45,8 +45,10 @@ CachePointer make_cache(int batch, int kv_heads, int head_dim, int value_head_di
                         int residual_window, const std::string& rotation,
                         const std::string& centering, const std::optional<RopeArguments>& rope,
                         std::uint64_t seed, const std::optional<std::string>& level,
-                        const std::optional<std::shared_ptr<KeyBasis>>& key_basis) {
+                        const std::optional<std::shared_ptr<KeyBasis>>& key_basis,
+                        const std::string& value_codes) {
   CacheOptions options;
+  options.value_codes = codes_from_name("value_codes", value_codes);
   if (key_basis) options.key_basis = *key_basis;
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
@@ -209,13 +211,14 @@ Tensors are passed as (address, DType, shape, strides in elements), 4-dimensiona
 thread may call any method at any time: those that change the cache wait for the others. All or
 nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
 "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
-key_basis: what keys are quantised in, in place of a rotation. See include/tqai/cache.hpp.)")
+key_basis: what keys are quantised in, in place of a rotation. value_codes: "scalar", or "trellis" for
+1 to 4 bits. See include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
            arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
            arg("rotation") = "auto", arg("centering") = "auto", arg("rope") = py::none(),
            arg("seed") = CacheOptions{}.seed, arg("level") = py::none(),
-           arg("key_basis") = py::none())
+           arg("key_basis") = py::none(), arg("value_codes") = "scalar")
       .def_property_readonly("batch", peek(&KvCache::batch))
       .def_property_readonly("kv_heads", [](const LockedCache& c) { return c.options().kv_heads; })
       .def_property_readonly("head_dim", [](const LockedCache& c) { return c.options().head_dim; })
@@ -347,6 +350,10 @@ are in a basis.)")
             return basis ? std::optional(std::const_pointer_cast<KeyBasis>(basis)) : std::nullopt;
           },
           "What keys are quantised in; None: the rotation.")
+      .def_property_readonly(
+          "value_codes",
+          [](const LockedCache& c) { return std::string(name_of(c.options().value_codes)); },
+          R"(What codes of values stand for: "scalar" or "trellis".)")
       .def(
           "serialize", &serialize, arg("with_basis") = false,
           R"(The cache as bytes, for files and other processes. Of a basis that keys are in, its id is

@@ -1,6 +1,7 @@
 #include <pybind11/numpy.h>
 
 #include <tqai/codebook.hpp>
+#include <tqai/trellis.hpp>
 
 #include "bindings.hpp"
 
@@ -52,6 +53,26 @@ kernels use them. head_dim 8 to 512, bits 1 to 8, else ValueError.)")
       .def_property_readonly(
           "levels", [](const Codebook& b) { return array_of(b.levels()); },
           "[2^bits] int8 with centroid = step * level; empty for the exact grid.");
+
+  py::class_<Trellis>(module, "Trellis",
+                      R"(The levels of trellis codes, bits 1 to 4, else ValueError.
+
+A code's window is the 8 bits of the stream of codes that end with its own. See
+include/tqai/trellis.hpp.)")
+      .def(py::init([](int bits) { return trellis(bits); }), arg("bits"))
+      .def_readonly("bits", &Trellis::bits)
+      .def("step", &Trellis::step, arg("head_dim"),
+           "What a level of 1 stands for in vectors of length 1.")
+      .def_property_readonly(
+          "levels",
+          [](const Trellis& t) {
+            std::array<std::int8_t, 256> levels;
+            for (unsigned window = 0; window < levels.size(); ++window) {
+              levels[window] = static_cast<std::int8_t>(t.level(window));
+            }
+            return array_of(std::span<const std::int8_t>(levels));
+          },
+          "[256] int8, by window.");
 }
 
 }  // namespace tqai::python

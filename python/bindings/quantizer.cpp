@@ -85,9 +85,14 @@ py::array_t<float> inner_products(const VectorQuantizer& quantizer, const Array<
 }
 
 Quantizer make_quantizer(int head_dim, int bits, const std::string& rotation, std::uint64_t seed,
-                         const std::string& grid, bool norm_correction) {
-  const QuantizerOptions options{
-      head_dim, bits, rotation_from_name(rotation), seed, grid_from_name(grid), norm_correction};
+                         const std::string& grid, bool norm_correction, const std::string& codes) {
+  const QuantizerOptions options{head_dim,
+                                 bits,
+                                 rotation_from_name(rotation),
+                                 seed,
+                                 grid_from_name(grid),
+                                 norm_correction,
+                                 codes_from_name("codes", codes)};
   const py::gil_scoped_release release;
   return Quantizer(options);
 }
@@ -126,10 +131,11 @@ void bind_quantizers(py::module_& module) {
       module, "Quantizer",
       R"(Smallest mean squared error (arXiv:2504.19874, Alg. 1): a random rotation, then the nearest
 centroid of each coordinate; the norm as FP16. With norm_correction reconstructions keep the length.
-head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8".)")
+head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
+"trellis", of 1 to 4 bits, have levels of their own in place of the grid's.)")
       .def(py::init(&make_quantizer), arg("head_dim"), arg("bits") = 4, kw_only(),
            arg("rotation") = "auto", arg("seed") = QuantizerOptions{}.seed, arg("grid") = "exact",
-           arg("norm_correction") = true)
+           arg("norm_correction") = true, arg("codes") = "scalar")
       .def_property_readonly(
           "rotation", [](const Quantizer& q) { return std::string(name_of(q.rotation().kind())); });
 

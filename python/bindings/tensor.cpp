@@ -143,6 +143,14 @@ Mask TensorReference::mask() const {
   return result;
 }
 
+CodeKind codes_from_name(const char* what, const std::string& name) {
+  if (name == "scalar") return CodeKind::scalar;
+  if (name == "trellis") return CodeKind::trellis;
+  throw ValueError(std::string(what) + " = \"" + name + "\"; allowed: scalar, trellis");
+}
+
+const char* name_of(CodeKind kind) { return kind == CodeKind::scalar ? "scalar" : "trellis"; }
+
 RotationKind rotation_from_name(const std::string& name) {
   if (name == "auto") return RotationKind::automatic;
   if (name == "hadamard") return RotationKind::hadamard;

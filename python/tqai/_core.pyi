@@ -9,7 +9,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
 class KeyMoments:
     """
     Second moments of a layer's keys and queries.
@@ -124,7 +124,8 @@ class KvCache:
     thread may call any method at any time: those that change the cache wait for the others. All or
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
     "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
-    key_basis: what keys are quantised in, in place of a rotation. See include/tqai/cache.hpp.
+    key_basis: what keys are quantised in, in place of a rotation. value_codes: "scalar", or "trellis" for
+    1 to 4 bits. See include/tqai/cache.hpp.
     """
     max_norm: typing.ClassVar[float] = 16376.0
     @staticmethod
@@ -139,7 +140,7 @@ class KvCache:
         ...
     def __getstate__(self) -> tuple[bytes, str]:
         ...
-    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None, key_basis: KeyBasis | None = None) -> None:
+    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None, key_basis: KeyBasis | None = None, value_codes: str = 'scalar') -> None:
         ...
     def __setstate__(self, arg0: tuple) -> None:
         ...
@@ -251,6 +252,11 @@ class KvCache:
         Tokens appended and not cropped, the same for each row.
         """
     @property
+    def value_codes(self) -> str:
+        """
+        What codes of values stand for: "scalar" or "trellis".
+        """
+    @property
     def value_head_dim(self) -> int:
         ...
 class Codebook:
@@ -295,6 +301,27 @@ class Codebook:
     def step(self) -> float:
         """
         Distance of grid points; 0 for the exact grid.
+        """
+class Trellis:
+    """
+    The levels of trellis codes, bits 1 to 4, else ValueError.
+    
+    A code's window is the 8 bits of the stream of codes that end with its own. See
+    include/tqai/trellis.hpp.
+    """
+    def __init__(self, bits: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def step(self, head_dim: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        What a level of 1 stands for in vectors of length 1.
+        """
+    @property
+    def bits(self) -> int:
+        ...
+    @property
+    def levels(self) -> numpy.typing.NDArray[numpy.int8]:
+        """
+        [256] int8, by window.
         """
 class CacheFile:
     """
@@ -367,9 +394,10 @@ class Quantizer(VectorQuantizer):
     """
     Smallest mean squared error (arXiv:2504.19874, Alg. 1): a random rotation, then the nearest
     centroid of each coordinate; the norm as FP16. With norm_correction reconstructions keep the length.
-    head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8".
+    head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
+    "trellis", of 1 to 4 bits, have levels of their own in place of the grid's.
     """
-    def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex = 4, *, rotation: str = 'auto', seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, grid: str = 'exact', norm_correction: bool = True) -> None:
+    def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex = 4, *, rotation: str = 'auto', seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, grid: str = 'exact', norm_correction: bool = True, codes: str = 'scalar') -> None:
         ...
     @property
     def rotation(self) -> str:

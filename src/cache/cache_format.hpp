@@ -16,12 +16,14 @@ namespace tqai::detail {
 inline constexpr std::uint32_t kMagic = 0x4941'5154;  // "TQAI"
 // Versions. 1 had no positions and one centre set a row: its tokens stand at their index. 2 had
 // each block's tiles beside its header, and no codebooks. 4 says what rows have left out, and is
-// written where one has; 5 says what basis keys are in, and is written where they are in one.
+// written where one has; 5 says what basis keys are in, and is written where they are in one; 6 has
+// both, and says what codes of values stand for, where they are a trellis's.
 inline constexpr std::uint32_t kFirstVersion = 1;
 inline constexpr std::uint32_t kTilesLast = 3;
 inline constexpr std::uint32_t kWithGaps = 4;
 inline constexpr std::uint32_t kWithBasis = 5;
-inline constexpr std::uint32_t kVersion = 5;
+inline constexpr std::uint32_t kWithTrellis = 6;
+inline constexpr std::uint32_t kVersion = 6;
 inline constexpr std::uint32_t kNothing = 0xFFFF'FFFF;  // in place of an index: an empty part
 
 inline void check_byte_order() {
@@ -41,9 +43,19 @@ inline CodebookMark mark_of(int dim, int bits) {
   return {crc32(std::as_bytes(book.levels())), book.step()};
 }
 
+inline CodebookMark mark_of(int dim, const Trellis& tables) {
+  std::array<std::int8_t, 256> levels;
+  for (unsigned window = 0; window < levels.size(); ++window) {
+    levels[window] = static_cast<std::int8_t>(tables.level(window));
+  }
+  return {crc32(std::as_bytes(std::span(levels))), tables.step(dim)};
+}
+
 inline std::array<CodebookMark, 2> marks_of(const CacheOptions& options) {
   return {mark_of(options.head_dim, options.bits_k),
-          mark_of(options.value_head_dim, options.bits_v)};
+          options.value_codes == CodeKind::trellis
+              ? mark_of(options.value_head_dim, trellis(options.bits_v))
+              : mark_of(options.value_head_dim, options.bits_v)};
 }
 
 }  // namespace tqai::detail

@@ -118,6 +118,13 @@ TQAI_INLINE CacheOptions checked(CacheOptions options) {
   checked_head_dim("value_head_dim", options.value_head_dim);
   checked_bits("bits_k", options.bits_k);
   checked_bits("bits_v", options.bits_v);
+  check_enumerator("value_codes", options.value_codes, CodeKind::trellis);
+  if (options.value_codes == CodeKind::trellis && options.bits_v > kMaxTrellisBits) {
+    throw ValueError("bits_v = " + std::to_string(options.bits_v) +
+                     " where value_codes is trellis; "
+                     "allowed: 1…" +
+                     std::to_string(kMaxTrellisBits) + ", or scalar codes");
+  }
   check_range("sink_tokens", options.sink_tokens, 0, kMost);
   check_range("residual_window", options.residual_window, 0, kMost);
   if (options.rope) check_rope(*options.rope, options.head_dim);

@@ -50,6 +50,24 @@ TQAI_INLINE std::vector<kernels::SegmentPlan> plan_segments(
   return plans;
 }
 
+TQAI_INLINE std::optional<kernels::TrellisPlan> plan_trellis(const CacheOptions& options) {
+  if (options.value_codes == CodeKind::scalar) return std::nullopt;
+  kernels::TrellisPlan plan{&trellis(options.bits_v), {}, {}};
+  for (std::size_t i = 0; i < plan.older.size(); ++i) {
+    plan.older[i] = plan.tables->older[i % 16];
+    plan.recent[i] = plan.tables->recent[i % 16];
+  }
+  return plan;
+}
+
+// The whole side's.
+TQAI_INLINE kernels::SegmentPlan plan_rings(const Segment& segment, int head_dim,
+                                            const kernels::TrellisPlan& plan) {
+  return {segment.first, segment.count, segment.bits, 0,
+          nullptr,       nullptr,       nullptr,      plan.tables->step(head_dim),
+          &plan};
+}
+
 TQAI_INLINE kernels::SidePlan plan_side(const Rotation& rotation,
                                         const std::vector<kernels::SegmentPlan>& segments,
                                         std::size_t codes, std::size_t norms) {
@@ -83,6 +101,16 @@ TQAI_INLINE float longest_vector(int dim, int bits) {
                             std::sqrt(squares));
 }
 
+// The same for a trellis. The other coordinates may all be 0, though they hardly are at once.
+TQAI_INLINE float longest_in_trellis(int dim, const Trellis& tables) {
+  int outermost = 0;
+  for (unsigned window = 0; window < 256; ++window) {
+    outermost = std::max(outermost, tables.level(window));
+  }
+  constexpr float kRounding = 0.999F;
+  return kRounding * kMaxHalf * tables.step(dim) * static_cast<float>(outermost);
+}
+
 TQAI_INLINE float shortest_vector(int dim, int bits) {
   const Codebook& book = codebook(dim, bits, Grid::int8);
   int innermost = 127;
@@ -101,25 +129,31 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
       value_levels_(repeat_levels(layout_.value_segments(), options.value_head_dim)),
       key_bins_(bins_of(layout_.key_segments(), options.head_dim)),
       value_bins_(bins_of(layout_.value_segments(), options.value_head_dim)),
+      value_trellis_(plan_trellis(options)),
       key_segments_(
           plan_segments(layout_.key_segments(), options.head_dim, key_levels_, key_bins_)),
-      value_segments_(plan_segments(layout_.value_segments(), options.value_head_dim, value_levels_,
-                                    value_bins_)),
+      value_segments_(value_trellis_
+                          ? std::vector{plan_rings(layout_.value_segments().front(),
+                                                   options.value_head_dim, *value_trellis_)}
+                          : plan_segments(layout_.value_segments(), options.value_head_dim,
+                                          value_levels_, value_bins_)),
       plan_{
           plan_side(key_rotation_, key_segments_, layout_.key_codes(), layout_.key_norms()),
           plan_side(value_rotation_, value_segments_, layout_.value_codes(), layout_.value_norms()),
           layout_.bytes()},
       longest_key_(longest_vector(options.head_dim, options.bits_k)),
-      longest_value_(longest_vector(options.value_head_dim, options.bits_v)),
+      longest_value_(value_trellis_
+                         ? longest_in_trellis(options.value_head_dim, *value_trellis_->tables)
+                         : longest_vector(options.value_head_dim, options.bits_v)),
       shortest_codes_(shortest_vector(options.head_dim, options.bits_k)) {}
 
 TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
-  using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t>;
+  using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t, CodeKind>;
   // Never destroyed: caches in static storage may outlive any order of destruction.
   static auto& mutex = *new std::mutex;
   static auto& table = *new std::map<Key, std::weak_ptr<const Codec>>;
-  const Key key{options.head_dim, options.value_head_dim, options.bits_k,
-                options.bits_v,   options.rotation,       options.seed};
+  const Key key{options.head_dim, options.value_head_dim, options.bits_k,     options.bits_v,
+                options.rotation, options.seed,           options.value_codes};
   const std::scoped_lock lock(mutex);
   std::weak_ptr<const Codec>& entry = table[key];
   std::shared_ptr<const Codec> codec = entry.lock();

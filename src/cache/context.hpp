@@ -50,8 +50,12 @@ struct Context {
   }
   /// Of the kernels' working memory for a tile's keys and values.
   std::size_t coding_bytes() const noexcept {
-    return options.key_basis ? kernels::basis_coding_bytes(options.head_dim)
-                             : kernels::kCodingBytes;
+    const std::size_t of_keys =
+        options.key_basis ? kernels::basis_coding_bytes(options.head_dim) : kernels::kCodingBytes;
+    return options.value_codes == CodeKind::scalar
+               ? of_keys
+               : std::max(of_keys,
+                          kernels::trellis_coding_bytes(options.value_head_dim, options.bits_v));
   }
   /// Whether centres may turn with the position.
   bool uses_positions() const noexcept {

@@ -427,7 +427,14 @@ TQAI_INLINE Header read_header(Reader& reader,
     }
     options.rope = std::move(rope);
   }
-  if (header.version >= kWithBasis) options.key_basis = read_basis(bases, reader);
+  bool has_basis = header.version == kWithBasis;
+  if (header.version >= kWithTrellis) {
+    options.value_codes = enumerator(reader, CodeKind::trellis, "a kind of codes");
+    const auto flag = reader.read<std::uint8_t>();
+    require_range("a flag", flag, 0, 1);
+    has_basis = flag != 0;
+  }
+  if (has_basis) options.key_basis = read_basis(bases, reader);
   return header;
 }
 

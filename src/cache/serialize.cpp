@@ -122,11 +122,17 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   Writer writer(sink);
   const bool have_gaps =
       std::any_of(rows.begin(), rows.end(), [](const Row& row) { return !row.gaps.empty(); });
-  const std::uint32_t version = context.options.key_basis ? kWithBasis
-                                : have_gaps               ? kWithGaps
-                                                          : kTilesLast;
+  const bool have_basis = context.options.key_basis != nullptr;
+  const std::uint32_t version = context.options.value_codes == CodeKind::trellis ? kWithTrellis
+                                : have_basis                                     ? kWithBasis
+                                : have_gaps                                      ? kWithGaps
+                                                                                 : kTilesLast;
   write_options(context.options, version, writer);
-  if (version == kWithBasis) write_basis(*context.options.key_basis, basis, writer);
+  if (version >= kWithTrellis) {
+    writer.write(static_cast<std::uint8_t>(context.options.value_codes));
+    writer.write(static_cast<std::uint8_t>(have_basis ? 1 : 0));
+  }
+  if (have_basis) write_basis(*context.options.key_basis, basis, writer);
   write_codebooks(context.options, writer);
   writer.write(tokens);
   writer.write(static_cast<std::uint32_t>(exact.objects().size()));

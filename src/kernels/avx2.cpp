@@ -179,6 +179,9 @@ struct Avx2 {
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
   }
   static Acc add(Acc a, Acc b) noexcept { return _mm256_add_epi32(a, b); }
+  static NarrowValues add_levels(NarrowValues a, NarrowValues b) noexcept {
+    return {_mm256_add_epi8(a.levels, b.levels)};
+  }
   static void store(std::int32_t* p, Acc acc) noexcept {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
   }

@@ -136,6 +136,9 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(acc, broadcast_word(words), values.levels);
   }
   static Acc add(Acc a, Acc b) noexcept { return _mm512_add_epi32(a, b); }
+  static ValueOperand add_levels(ValueOperand a, ValueOperand b) noexcept {
+    return {_mm512_add_epi8(a.levels, b.levels)};
+  }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
   // Compilers narrow by permutations of two registers, each of which is three instructions.
   TQAI_HOT static void round_weights(const float* products, float inverse,

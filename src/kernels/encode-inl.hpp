@@ -312,6 +312,17 @@ void encode(const SidePlan& side, bool keys, const float* rows, std::uint8_t* ti
   std::memcpy(tile + side.norms, halves, sizeof halves);
 }
 
+// scratch.x, in units of the norms, as the rows of tokens `start` and on.
+inline void store_rotated_back(const SidePlan& side, const std::uint16_t* norms, int start,
+                               CodingScratch& scratch, float* rows) noexcept {
+  rotate_back_lanes(side, scratch.x, scratch.y);
+  for (int i = 0; i < kLanes; ++i) {
+    const float norm = half_lane(norms[start + i]);
+    float* row = rows + static_cast<std::ptrdiff_t>(start + i) * side.dim;
+    for (int c = 0; c < side.dim; ++c) row[c] = scratch.x[c][i] * norm;
+  }
+}
+
 TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* tile, float* rows,
                         std::byte* memory) noexcept {
   CodingScratch& scratch = *new (memory) CodingScratch;
@@ -329,12 +340,7 @@ TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* til
         }
       }
     }
-    rotate_back_lanes(side, scratch.x, scratch.y);
-    for (int i = 0; i < kLanes; ++i) {
-      const float norm = half_lane(halves[start + i]);
-      float* row = rows + static_cast<std::ptrdiff_t>(start + i) * side.dim;
-      for (int c = 0; c < side.dim; ++c) row[c] = scratch.x[c][i] * norm;
-    }
+    store_rotated_back(side, halves, start, scratch, rows);
   }
 }
 

@@ -14,6 +14,7 @@
 //   read_halves(from, to)        a tile's norms as floats
 //   round_weights(…)             as conversions-inl.hpp's
 //   add(a, b)                    of sums
+//   add_levels(a, b)             of value operands of up to 4 bits
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
@@ -169,22 +170,98 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
   }
 }
 
+// Values are read as operands of four lines at a time, which a reader makes of their codes.
+// group: of the lines; before: the packed line before it, round the ring.
+
+// Of scalar codes.
+template <typename Ops, int kWidth>
+struct ScalarReader {
+  static constexpr int kBits = kWidth;
+  using Codes = typename Ops::Vec[4];
+
+  explicit ScalarReader(const SegmentPlan& segment) noexcept : table(segment.levels, false) {}
+
+  template <int kQuad>
+  static void load(const std::uint8_t* group, const std::uint8_t* /*before*/, int part,
+                   Codes& codes) noexcept {
+    load_quad<Ops, kBits, kQuad>(group, part, codes);
+  }
+  auto operand(const Codes& codes, int i) const noexcept { return table.value_operand(codes[i]); }
+
+  typename Ops::template Table<kBits> table;
+};
+
+// Four bits of a group's stream, from bit kFirst on; upper bits may be dirty.
+template <typename Ops, int kFirst>
+inline typename Ops::Vec load_nibble(const std::uint8_t* group, const std::uint8_t* before,
+                                     int part) noexcept {
+  constexpr int kLine = kFirst < 0 ? -1 : kFirst / 8;
+  constexpr int kShift = kFirst - 8 * kLine;
+  const typename Ops::Vec low =
+      kLine < 0 ? load_line<Ops>(before, part, 0) : load_line<Ops>(group, part, kLine);
+  if constexpr (kShift == 0) {
+    return low;
+  } else if constexpr (kShift <= 4) {
+    return Ops::template shift_right<kShift>(low);
+  } else {
+    constexpr int kLow = 8 - kShift;  // bits in the first of two lines
+    const typename Ops::Vec high = load_line<Ops>(group, part, kLine + 1);
+    return Ops::either(Ops::template low_bits<kLow>(Ops::template shift_right<kShift>(low)),
+                       Ops::template shift_left<kLow>(Ops::template low_bits<4 - kLow>(high)));
+  }
+}
+
+// Of trellis codes: the two halves of their windows.
+template <typename Ops, int kWidth>
+struct TrellisReader {
+  static constexpr int kBits = kWidth;
+  struct Codes {
+    typename Ops::Vec older[4];
+    typename Ops::Vec recent[4];
+  };
+
+  explicit TrellisReader(const SegmentPlan& segment) noexcept
+      : older(segment.trellis->older.data(), false),
+        recent(segment.trellis->recent.data(), false) {}
+
+  template <int kQuad>
+  static void load(const std::uint8_t* group, const std::uint8_t* before, int part,
+                   Codes& codes) noexcept {
+    constexpr int kEnd = (4 * kQuad + 1) * kBits;  // of the first code
+    codes.older[0] = load_nibble<Ops, kEnd - 8>(group, before, part);
+    codes.older[1] = load_nibble<Ops, kEnd + kBits - 8>(group, before, part);
+    codes.older[2] = load_nibble<Ops, kEnd + 2 * kBits - 8>(group, before, part);
+    codes.older[3] = load_nibble<Ops, kEnd + 3 * kBits - 8>(group, before, part);
+    codes.recent[0] = load_nibble<Ops, kEnd - 4>(group, before, part);
+    codes.recent[1] = load_nibble<Ops, kEnd + kBits - 4>(group, before, part);
+    codes.recent[2] = load_nibble<Ops, kEnd + 2 * kBits - 4>(group, before, part);
+    codes.recent[3] = load_nibble<Ops, kEnd + 3 * kBits - 4>(group, before, part);
+  }
+  auto operand(const Codes& codes, int i) const noexcept {
+    return Ops::add_levels(older.value_operand(codes.older[i]),
+                           recent.value_operand(codes.recent[i]));
+  }
+
+  typename Ops::template Table<4> older;
+  typename Ops::template Table<4> recent;
+};
+
 // Sums of kRows rows over 16 tokens, for kBlocks blocks of coordinates, each in kChains parts.
-// words: [kRows, stride bytes], at the first token's.
-template <typename Ops, int kBits, int kQuad, int kRows, int kBlocks, int kChains>
-inline void accumulate_quad(const typename Ops::template Table<kBits>& table,
-                            const std::uint8_t* group, int part, const std::uint8_t* words,
-                            std::ptrdiff_t stride,
+// words: [kRows, stride bytes], at the first token's; before: of each block's group.
+template <typename Ops, typename Reader, int kQuad, int kRows, int kBlocks, int kChains>
+inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
+                            const std::uint8_t* const (&before)[kBlocks], int part,
+                            const std::uint8_t* words, std::ptrdiff_t stride,
                             typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
-  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
-  constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
-  typename Ops::Vec codes[kBlocks][4];
+  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
+  constexpr int kStep = Ops::template words<Reader::kBits>() * kWordBytes;
+  typename Reader::Codes codes[kBlocks];
   for (int b = 0; b < kBlocks; ++b) {
-    load_quad<Ops, kBits, kQuad>(group + b * kBlockBytes, part, codes[b]);
+    Reader::template load<kQuad>(group + b * kBlockBytes, before[b], part, codes[b]);
   }
   for (int i = 0; i < 4; ++i) {
     for (int b = 0; b < kBlocks; ++b) {
-      const auto operand = table.value_operand(codes[b][i]);
+      const auto operand = reader.operand(codes[b], i);
       for (int r = 0; r < kRows; ++r) {
         sums[b][i % kChains][r] =
             Ops::dot(sums[b][i % kChains][r], operand, words + i * kStep + r * stride);
@@ -201,14 +278,15 @@ struct ScaledOutput {
 };
 
 // Adds the sums of kRows rows and kBlocks blocks of coordinates, the first of them at `group` and
-// output's first coordinate.
-template <typename Ops, int kBits, int kRows, int kBlocks, int kChains>
-inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
-                              const std::uint8_t* group, const std::uint8_t* words,
+// output's first coordinate. before: the packed line before `group`.
+template <typename Ops, typename Reader, int kRows, int kBlocks, int kChains>
+inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
+                              const std::uint8_t* before, const std::uint8_t* words,
                               const ScaledOutput& out, Fetch& fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr int kStep = 4 * Ops::template words<kBits>() * kWordBytes;
+  constexpr int kStep = 4 * Ops::template words<Reader::kBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
+  constexpr std::ptrdiff_t kGroupBytes = std::ptrdiff_t{Reader::kBits} * kLineBytes;
   for (int part = 0; part < Ops::kParts; ++part) {
     typename Ops::Acc acc[kBlocks][kChains][kRows];
     for (int b = 0; b < kBlocks; ++b) {
@@ -220,12 +298,15 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
 #pragma GCC unroll 1  // unrolled, it copies most sums from register to register
 #endif
     for (int half = 0; half < 2; ++half) {
-      const std::uint8_t* lines = group + half * kBits * kLineBytes;
+      const std::uint8_t* lines = group + half * kGroupBytes;
       const std::uint8_t* word = words + static_cast<std::ptrdiff_t>(2 * half) * kStep;
-      accumulate_quad<Ops, kBits, 0, kRows, kBlocks, kChains>(table, lines, part, word, kStride,
-                                                              acc);
-      accumulate_quad<Ops, kBits, 1, kRows, kBlocks, kChains>(table, lines, part, word + kStep,
-                                                              kStride, acc);
+      const std::uint8_t* lines_before[kBlocks];
+      for (int b = 0; b < kBlocks; ++b) lines_before[b] = lines + 2 * b * kGroupBytes - kLineBytes;
+      if (half == 0) lines_before[0] = before;
+      accumulate_quad<Ops, Reader, 0, kRows, kBlocks, kChains>(reader, lines, lines_before, part,
+                                                               word, kStride, acc);
+      accumulate_quad<Ops, Reader, 1, kRows, kBlocks, kChains>(reader, lines, lines_before, part,
+                                                               word + kStep, kStride, acc);
       fetch.template step<Ops>();
     }
     for (int b = 0; b < kBlocks; ++b) {
@@ -239,24 +320,27 @@ inline void accumulate_blocks(const typename Ops::template Table<kBits>& table,
 }
 
 // words: the expanded weights, [kRows, 16, words].
-template <typename Ops, int kBits, int kRows>
+template <typename Ops, typename Reader, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
                             const std::uint8_t* words, ScaledOutput out, Ahead ahead) noexcept {
   constexpr int kBlocks = Ops::value_blocks(kRows);
-  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * kBits * kLineBytes;
-  const typename Ops::template Table<kBits> table(segment.levels, false);
+  constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
+  const Reader reader(segment);
   const int blocks = segment.count / kCoordinateBlock;
+  const std::uint8_t* before = packed + blocks * kBlockBytes - kLineBytes;  // the last line
   Fetch fetch = fetch_of(ahead, 2 * Ops::kParts * (blocks / kBlocks + blocks % kBlocks));
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    accumulate_blocks<Ops, kBits, kRows, kBlocks, Ops::value_chains(kRows)>(
-        table, packed + block * kBlockBytes, words, out, fetch);
+    accumulate_blocks<Ops, Reader, kRows, kBlocks, Ops::value_chains(kRows)>(
+        reader, packed + block * kBlockBytes, before, words, out, fetch);
     out.output += kBlocks * kCoordinateBlock;
+    before = packed + (block + kBlocks) * kBlockBytes - kLineBytes;
   }
   for (; block < blocks; ++block) {
-    accumulate_blocks<Ops, kBits, kRows, 1, Ops::value_chains(kRows)>(
-        table, packed + block * kBlockBytes, words, out, fetch);
+    accumulate_blocks<Ops, Reader, kRows, 1, Ops::value_chains(kRows)>(
+        reader, packed + block * kBlockBytes, before, words, out, fetch);
     out.output += kCoordinateBlock;
+    before = packed + (block + 1) * kBlockBytes - kLineBytes;
   }
 }
 
@@ -348,10 +432,14 @@ struct Integer {
         Ops::expand_weights(segment.bits, words, block * kTileTokens, expanded);
         words = expanded;
       }
+      const ScaledOutput out{steps + first, output + first * stride, stride};
+      const Ahead next = first == 0 ? ahead : Ahead{};
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
-        accumulate_rows<Ops, kBits, kRows>(segment, packed, words,
-                                           {steps + first, output + first * stride, stride},
-                                           first == 0 ? ahead : Ahead{});
+        if (segment.trellis == nullptr) {
+          accumulate_rows<Ops, ScalarReader<Ops, kBits>, kRows>(segment, packed, words, out, next);
+        } else if constexpr (kBits <= kMaxTrellisBits) {
+          accumulate_rows<Ops, TrellisReader<Ops, kBits>, kRows>(segment, packed, words, out, next);
+        }
       });
     }
   }

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <tqai/codebook.hpp>
 #include <tqai/cpu.hpp>
 #include <tqai/half.hpp>
 #include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
+#include <tqai/trellis.hpp>
 
 namespace tqai::kernels {
 
@@ -31,6 +34,16 @@ constexpr std::size_t basis_coding_bytes(int dim) noexcept {
   return (kBasisCodingBytes + 2 * size * size * sizeof(float) + 63) / 64 * 64;
 }
 
+/// What the search for a trellis's paths (trellis-inl.hpp) needs besides its decisions.
+inline constexpr std::size_t kPathScratchBytes = 25152;
+/// Bytes of working memory that coding values in trellis codes needs.
+constexpr std::size_t trellis_coding_bytes(int dim, int bits) noexcept {
+  constexpr std::size_t kTargets = std::size_t{2} * kMaxDim * kLineBytes;
+  const auto steps = static_cast<std::size_t>(std::max(padded_dim(dim), 128 / bits));
+  const std::size_t decisions = steps * (std::size_t{256} >> bits) / 4 * 64;
+  return kCodingBytes + kTargets + kPathScratchBytes + decisions;
+}
+
 /// Even powers, and odd ones, of a polynomial that stands for slow frequencies: with angles of up
 /// to 1 it is off by less than 3e-7.
 inline constexpr int kRopePowers = 4;
@@ -42,6 +55,13 @@ inline constexpr std::int64_t kFarSteps = std::int64_t{1} << 10;
 
 struct CodeBins;
 
+/// Trellis codes, of values alone, whose stream is a byte position's packed bytes, line after line.
+struct TrellisPlan {
+  const Trellis* tables;
+  std::array<std::int8_t, 256> older;  // Trellis::older and recent, repeated as SegmentPlan::levels
+  std::array<std::int8_t, 256> recent;
+};
+
 /// One run of coordinates with its codebook on the int8 grid.
 struct SegmentPlan {
   int first;
@@ -52,6 +72,9 @@ struct SegmentPlan {
   const float* boundaries;    // [2^bits − 1], ascending
   const CodeBins* bins;       // the same for look-ups; null at 8 bits
   float step;                 // centroid = step · level
+  // Of trellis codes, which have neither levels of their own, nor boundaries, nor bins: these are
+  // null then. Null for scalar ones.
+  const TrellisPlan* trellis = nullptr;
 };
 
 /// Keys or values: how a vector becomes codes.
@@ -210,8 +233,8 @@ struct Kernels {
   void (*rotate_back)(const SidePlan& side, const float* y, float* x) noexcept;
 
   /// Norms, rotates, quantises and packs 64 vectors. rows: [64, dim] fp32, finite; `tile`: the
-  /// head's tile, whose part of this side is written; `memory`: kCodingBytes. Same bits at every
-  /// level.
+  /// head's tile, whose part of this side is written; `memory`: kCodingBytes, or
+  /// trellis_coding_bytes where codes are a trellis's, also for `decode`. Same bits at every level.
   void (*encode)(const SidePlan& side, bool keys, const float* rows, std::uint8_t* tile,
                  std::byte* memory) noexcept;
 

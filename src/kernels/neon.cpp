@@ -139,6 +139,9 @@ struct Neon {
     return dot_bytes(dot_bytes(acc, values.levels, half), values.levels, half);
   }
   static Acc add(Acc a, Acc b) noexcept { return vaddq_s32(a, b); }
+  static ValueOperand add_levels(ValueOperand a, ValueOperand b) noexcept {
+    return {vaddq_s8(a.levels, b.levels)};
+  }
   static void store(std::int32_t* p, Acc acc) noexcept { vst1q_s32(p, acc); }
   static void round_weights(const float* products, float inverse, std::uint8_t* weights) noexcept {
     TQAI_LEVEL_NAMESPACE::round_weights(products, inverse, weights);

@@ -46,6 +46,9 @@ struct Integer {
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
                          const std::uint8_t* weights, const float* steps, int rows, float* output,
                          std::int64_t stride, Ahead /*ahead*/) noexcept {
+    if (segment.trellis != nullptr) {
+      return accumulate_rings(segment, packed, weights, steps, rows, output, stride);
+    }
     for (int first = 0; first < segment.count; first += kCoordinateBlock) {
       std::uint8_t codes[kCoordinateBlock * kTileTokens];
       unpack_values(packed + packed_bytes(first, segment.bits), kCoordinateBlock, segment.bits,
@@ -55,6 +58,38 @@ struct Integer {
           std::int32_t sum = 0;
           for (int t = 0; t < kTileTokens; ++t) {
             sum += weights[r * kTileTokens + t] * segment.levels[codes[c * kTileTokens + t]];
+          }
+          float& out = output[r * stride + first + c];
+          out = fused(static_cast<float>(sum), steps[r], out);
+        }
+      }
+    }
+  }
+
+  // Of trellis codes.
+  static void accumulate_rings(const SegmentPlan& segment, const std::uint8_t* packed,
+                               const std::uint8_t* weights, const float* steps, int rows,
+                               float* output, std::int64_t stride) noexcept {
+    const Trellis& trellis = *segment.trellis->tables;
+    // A packed byte is the window that ends with it; before the first stands the last.
+    std::uint8_t windows[kLineBytes];
+    std::memcpy(windows, packed + packed_bytes(segment.count, segment.bits) - kLineBytes,
+                sizeof windows);
+    for (int first = 0; first < segment.count; first += kCoordinateBlock) {
+      std::uint8_t codes[kCoordinateBlock * kTileTokens];
+      unpack_stream(packed + packed_bytes(first, segment.bits), segment.bits, 2, codes);
+      int levels[kCoordinateBlock][kTileTokens];
+      for (int line = 0; line < kCoordinateBlock; ++line) {
+        advance_windows(trellis, codes + line * kLineBytes, windows);
+        for (int i = 0; i < kLineBytes; ++i) {
+          levels[i / 4][4 * line + i % 4] = trellis.level(windows[i]);
+        }
+      }
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < kCoordinateBlock; ++c) {
+          std::int32_t sum = 0;
+          for (int t = 0; t < kTileTokens; ++t) {
+            sum += weights[r * kTileTokens + t] * levels[c][t];
           }
           float& out = output[r * stride + first + c];
           out = fused(static_cast<float>(sum), steps[r], out);

@@ -6,6 +6,7 @@
 #include "basis-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
+#include "paths-inl.hpp"
 #include "rotate-row-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
@@ -23,8 +24,8 @@ constexpr Kernels table_of(Level level) noexcept {
           add_scaled,
           rotate,
           rotate_back,
-          encode<Lanes>,
-          decode,
+          encode_side<Lanes>,
+          decode_side,
           transform_queries,
           encode_in_basis<Lanes>,
           decode_in_basis,

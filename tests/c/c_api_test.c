@@ -140,6 +140,12 @@ static void test_create(void) {
   o.rotary_dim = 8;
   EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "rope_layout = 2");
   o = options();
+  o.value_codes = 2;
+  EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "value_codes = 2");
+  o.value_codes = TQAI_CODES_TRELLIS;
+  o.bits_v = 5;
+  EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "bits_v = 5");
+  o = options();
   o.level = "sse9";
   EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "sse9");
   o = options();
@@ -177,6 +183,24 @@ static void test_create(void) {
   tqai_memory_init(NULL, 8);
   tqai_load_options_init(NULL, 8);
   tqai_quantizer_options_init(NULL, 8);
+}
+
+static void test_trellis(void) {
+  tqai_cache_options o = options();
+  const tqai_tensor keys = tensor(g_keys, kHeads, kTokens, kTokens);
+  const tqai_tensor values = tensor(g_values, kHeads, kTokens, kTokens);
+  tqai_cache_info info;
+  tqai_cache* cache = NULL;
+  int64_t packed = 0;
+  o.value_codes = TQAI_CODES_TRELLIS;
+  EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
+  EXPECT(tqai_cache_append(cache, &keys, &values, NULL) == TQAI_OK);
+  EXPECT(tqai_cache_seal(cache, NULL) == TQAI_OK);
+  EXPECT(tqai_cache_packed_tokens(cache, 0, &packed) == TQAI_OK && packed > 0);
+  tqai_cache_info_init(&info, sizeof(info));
+  EXPECT(tqai_cache_get_info(cache, &info) == TQAI_OK);
+  EXPECT(info.value_codes == TQAI_CODES_TRELLIS);
+  tqai_cache_destroy(cache);
 }
 
 static void test_append(void) {
@@ -808,6 +832,7 @@ int main(int argc, char** argv) {
   before = tqai_allocated_bytes();
   test_versions();
   test_create();
+  test_trellis();
   test_append();
   test_attend();
   test_memory_of_tensors();

@@ -14,13 +14,14 @@
 
 namespace tqai::test {
 
-inline detail::Codec make_codec(int dim, int bits) {
+inline detail::Codec make_codec(int dim, int bits, CodeKind value_codes = CodeKind::scalar) {
   CacheOptions options;
   options.kv_heads = 1;
   options.head_dim = dim;
   options.value_head_dim = dim;
   options.bits_k = bits;
   options.bits_v = bits;
+  options.value_codes = value_codes;
   return detail::Codec(options);
 }
 

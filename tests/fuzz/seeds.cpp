@@ -47,6 +47,7 @@ struct Kind {
   int tokens;
   int rows;
   bool in_basis = false;
+  CodeKind value_codes = CodeKind::scalar;
 };
 
 std::shared_ptr<const KeyBasis> basis_for(int bits) {
@@ -67,6 +68,7 @@ KvCache cache_of(const Kind& kind) {
   options.sink_tokens = 2;
   options.residual_window = 4;
   options.centering = kind.centering;
+  options.value_codes = kind.value_codes;
   if (kind.in_basis) options.key_basis = basis_for(kind.bits);
   if (kind.sections > 0) {
     Rope rope;
@@ -133,6 +135,7 @@ void write_caches(const Folder& folder) {
       {"sections", Centering::rope, 3, DType::bf16, 2, 72, 1},
       {"wide", Centering::automatic, 1, DType::f32, 8, 71, 1},
       {"basis", Centering::rope, 1, DType::f16, 3, 72, 2, true},
+      {"trellis", Centering::mean, 0, DType::f16, 3, 72, 1, false, CodeKind::trellis},
   };
   for (const Kind& kind : kinds) {
     KvCache cache = cache_of(kind);
