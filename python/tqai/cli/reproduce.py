@@ -87,10 +87,21 @@ def _print(result: Reproduction) -> None:
     print(
         f"{result.vectors} unit vectors of {d} coordinates, {result.rotation.title()} rotation, "
         f"seed {result.seed}.\n\n"
-        "Squared error of the mse quantiser, and of the same on the cache's int8 grid:"
+        "Squared error of the mse quantiser, and of the same on the cache's int8 grid, with scalar "
+        "and\nwith trellis codes:"
     )
     print_table(
-        ["bits", "mse", "expected", "paper", "int8 grid", "expected", "4^−b", "√3π/2·4^−b"],
+        [
+            "bits",
+            "mse",
+            "expected",
+            "paper",
+            "int8 grid",
+            "expected",
+            "trellis",
+            "4^−b",
+            "√3π/2·4^−b",
+        ],
         [
             [
                 str(row.bits),
@@ -99,6 +110,7 @@ def _print(result: Reproduction) -> None:
                 paper(row.error),
                 _text(row.error_int8.measured),
                 _text(row.error_int8.expected),
+                _text(row.error_trellis.measured) if row.error_trellis else "",
                 _text(row.error.lower_bound),
                 _text(row.error.upper_bound),
             ]
@@ -164,6 +176,9 @@ def _draw(figure: Figure, result: Reproduction) -> None:
     error = [row.error for row in result.rows]
     points(left, error, "mse", "oC0-")
     points(left, [row.error_int8 for row in result.rows], "mse, int8 grid", "xC2--")
+    trellis = [(row.bits, row.error_trellis.measured) for row in result.rows if row.error_trellis]
+    if trellis:
+        left.plot(*zip(*trellis, strict=True), "^C3-", label="mse, trellis codes", markersize=5)
     bound(left, [q.upper_bound for q in error], r"$\frac{\sqrt{3}\pi}{2}\,4^{-b}$", "--")
     bound(left, [q.lower_bound for q in error], r"$4^{-b}$", ":")
     left.set(title=f"Mean squared error, d = {result.head_dim}", ylabel=r"E‖x − x̂‖²")

@@ -53,6 +53,14 @@ def test_errors_are_within_the_bounds(result: Reproduction) -> None:
                 assert quantity.measured < quantity.upper_bound, (row.bits, name)
 
 
+def test_trellis_codes_have_a_third_less_error(result: Reproduction) -> None:
+    most = (0.84, 0.71, 0.67, 0.66)
+    for row, share in zip(result.rows, most, strict=False):
+        assert row.error_trellis is not None
+        assert 4.0**-row.bits < row.error_trellis.measured < share * row.error.expected, row.bits
+    assert all(row.error_trellis is None for row in result.rows[4:])
+
+
 def test_prod_is_unbiased_and_mse_is_not(result: Reproduction) -> None:
     for row in result.rows:
         assert abs(row.bias_prod.measured) < 3 * row.bias_prod.standard_error, row.bits
@@ -117,6 +125,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         for name in ("error", "error_int8", "product_mse", "product_prod"):
             assert set(row[name]) == set(Quantity.__dataclass_fields__)
             assert row[name]["measured"] > 0
+        assert (row["error_trellis"] is None) == (row["bits"] > 4)
         for name in ("bias_mse", "bias_prod"):
             assert set(row[name]) == {"measured", "standard_error", "expected"}
     assert result["rows"][2]["error"]["paper"] == 0.03
