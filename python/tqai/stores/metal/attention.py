@@ -26,9 +26,10 @@ MOST_QUERIES = 64
 """Of a head, with which each tile is gone through; more are left to matrix products. What is best
 has not been measured."""
 
-# Tiles that a simdgroup goes through: fewer make more groups, and more of their sums to write, one
-# of 64 tokens' for each.
-_SPLIT_TILES = 4
+# Tiles that a simdgroup goes through at most. Fewer make more simdgroups, and more sums of theirs
+# to write and to merge; so no fewer than make enough to keep a GPU busy, as far as is known.
+_MOST_SPLIT_TILES = 4
+_ENOUGH_SIMDGROUPS = 256
 
 Numbers = tuple[int, ...] | tuple[float, ...]
 Grid = tuple[int, int, int]
@@ -78,9 +79,12 @@ class MetalAttention:
         key, value = codec.key, codec.value
         queries, count = group * n, tiles.shape[2]
         at_once = rows_at_once(queries, dim, value.dim)
-        splits = -(-count // _SPLIT_TILES)
+        chunks = -(-queries // at_once)
+        simdgroups = rows * heads * chunks * count  # of a tile each
+        split_tiles = max(1, min(_MOST_SPLIT_TILES, simdgroups // _ENOUGH_SIMDGROUPS))
+        splits = -(-count // split_tiles)
         sizes = (
-            *(heads, count, tokens, queries, n, _SPLIT_TILES, splits, centre.shape[-1]),
+            *(heads, count, tokens, queries, n, split_tiles, splits, centre.shape[-1]),
             *_strides(bias),
         )
         parts = rows, heads, queries, splits
@@ -98,7 +102,7 @@ class MetalAttention:
                 (float(soft_cap),),
             ),
             (parts, parts, (*parts, value.dim)),
-            (-(-splits // SIMDS) * SIMDS * SIMD, rows * heads, -(-queries // at_once)),
+            (-(-splits // SIMDS) * SIMDS * SIMD, rows * heads, chunks),
             (SIMDS * SIMD, 1, 1),
         )
         shape = rows, heads, group, n
