@@ -99,13 +99,19 @@ def read(data: bytes, ops: Operations) -> tuple[Options, int, list[Rows]]:
 
     Raises:
         ValueError: for bytes that neither wrote.
-        NotImplementedError: where keys are in a basis.
+        NotImplementedError: where keys are in a basis, or values in trellis codes.
     """
     checked = _core.KvCache.deserialize(data)  # every length and number
     if checked.key_basis is not None:
         raise NotImplementedError(
             "the cache's keys are in a learnt basis, which is read on the CPU by the C++ kernels "
             "alone: keep it there (backend='auto'), or make the cache without a basis"
+        )
+    if checked.value_codes != "scalar":
+        raise NotImplementedError(
+            f"the cache's values are in {checked.value_codes} codes, which are read on the CPU by "
+            "the C++ kernels alone: keep it there (backend='auto'), or make the cache with scalar "
+            "codes"
         )
     if data[4] not in (_VERSION, _WITH_GAPS):  # of an older version: C++ brings it up to date
         data = checked.serialize()

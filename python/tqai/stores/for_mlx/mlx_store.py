@@ -25,7 +25,7 @@ class MlxStore(DeviceStore):
 
         Raises:
             ValueError: for other bytes.
-            NotImplementedError: where keys are in a basis.
+            NotImplementedError: where keys are in a basis, or values in trellis codes.
         """
         store = cls.__new__(cls)
         store.__setstate__(data)
