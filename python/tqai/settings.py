@@ -17,7 +17,7 @@ from tqai import _core
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Codec = Literal["scalar", "adaptive"]
+Codec = Literal["scalar", "trellis", "adaptive"]
 Rotation = Literal["auto", "hadamard", "haar"]
 Centering = Literal["auto", "none", "mean", "rope"]
 Backend = Literal["auto", "torch-ops", "mlx-ops"]
@@ -33,6 +33,9 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 LEVELS: tuple[Level, ...] = get_args(Level)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Of the keys and values that a cache takes."""
+
+TRELLIS_BITS = 4
+"""Up to which trellises have tables."""
 
 Bits = int | Sequence[int] | Mapping[int, int]
 """Bits of every layer, layer by layer, or of some layers."""
@@ -181,8 +184,10 @@ class Settings:
     residual_window: int = 128
     """Last tokens of each row, kept exact."""
     codec: Codec = "scalar"
-    """What keys are quantised in: "scalar", a random rotation, or "adaptive", a basis that is
-    learnt from the model when it is patched, and takes the error of scores to a fraction."""
+    """How codes are chosen: "scalar", each coordinate of a random rotation by itself; "trellis",
+    values of up to ``TRELLIS_BITS`` bits in trellis codes, which take a third of their squared
+    error away; "adaptive", those, and keys in a basis that is learnt from the model when it is
+    patched, which takes the error of scores to a fraction. All take the same bytes."""
     rotation: Rotation = "auto"
     centering: Centering = "auto"
     """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
@@ -293,6 +298,19 @@ class Settings:
         """What computes for a model on the CPU: a kernel level, or a framework's operations."""
         return self.backend if self.backend != "auto" else self.level or _core.default_level()
 
+    @property
+    def learns_bases(self) -> bool:
+        """Whether keys are quantised in bases that are learnt from the model."""
+        return self.codec == "adaptive"
+
+    @property
+    def value_codes(self) -> str:
+        """What codes of values stand for, of a layer: "scalar" or "trellis"."""
+        if self.codec == "scalar":
+            return "scalar"
+        assert isinstance(self.bits_v, int)
+        return "trellis" if self.bits_v <= TRELLIS_BITS else "scalar"
+
     def core_options(self) -> dict[str, Any]:
         """The keyword arguments of ``_core.KvCache`` that do not depend on the layer."""
         options: dict[str, Any] = {
@@ -303,6 +321,8 @@ class Settings:
             "rotation": self.rotation,
             "centering": self.centering,
         }
+        if self.value_codes != "scalar":
+            options["value_codes"] = self.value_codes
         if self.seed is not None:
             options["seed"] = self.seed
         if self.level is not None:

@@ -18,7 +18,7 @@ from tqai.settings import Settings
         ("sink_tokens", -1, "0 to"),
         ("residual_window", -1, "0 to"),
         ("residual_window", 2**31, "0 to"),
-        ("codec", "trellis", "'scalar', 'adaptive'"),
+        ("codec", "turbo", "'scalar', 'trellis', 'adaptive'"),
         ("rotation", "random", "'auto', 'hadamard', 'haar'"),
         ("rotation", None, "'auto', 'hadamard', 'haar'"),
         ("centering", "median", "'auto', 'none', 'mean'"),

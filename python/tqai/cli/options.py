@@ -99,7 +99,7 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
         group.add_argument(
             former, dest=setting, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **number
         )
-    add("--codec", "codec", "what keys are quantised in", choices=CODECS)
+    add("--codec", "codec", "how codes are chosen", choices=CODECS)
     add("--rotation", "rotation", "kind of rotation", choices=ROTATIONS)
     add("--centering", "centering", "what keys are centred on", choices=CENTERINGS)
     add("--skip-layers", "skip_layers", "layers that stay uncompressed", nargs="+", **number)

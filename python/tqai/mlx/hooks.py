@@ -14,12 +14,14 @@ import sys
 from typing import Any
 from weakref import ref
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_caches
 
 from tqai.mlx import calls
 from tqai.mlx.attention import functions, patching
 from tqai.mlx.cache.prompt import TqaiPromptCache
+from tqai.mlx.cache.store import is_native
 from tqai.mlx.model.geometry import Geometry, geometry_of
 from tqai.settings import Settings
 
@@ -161,9 +163,15 @@ def _check_settings(settings: Settings) -> None:
             "backend='torch-ops' is for transformers models; for mlx-lm's use backend='auto', or "
             "'mlx-ops' for mlx operations everywhere"
         )
-    if settings.codec != "scalar":
+    if settings.learns_bases:
         raise NotImplementedError(
-            f"codec={settings.codec!r} is for transformers models; for mlx-lm's use codec='scalar'"
+            f"codec={settings.codec!r} is for transformers models; for mlx-lm's use "
+            "codec='trellis', or 'scalar'"
+        )
+    if settings.codec != "scalar" and not is_native(settings.backend):
+        raise NotImplementedError(
+            f"codec={settings.codec!r} works on the CPU by the C++ kernels, and mlx's default "
+            f"device is {mx.default_device()}: use codec='scalar'"
         )
     if not settings.exact_prefill:
         raise NotImplementedError(

@@ -33,7 +33,7 @@ def make_store(
 
     Raises:
         ValueError: for options out of range, and for another layer's basis.
-        NotImplementedError: for a basis where the C++ kernels do not compute.
+        NotImplementedError: for a basis or trellis codes where the C++ kernels do not compute.
     """
     batch, kv_heads, _, head_dim = keys.shape
     options = settings.core_options()
@@ -45,7 +45,8 @@ def make_store(
         return _core.KvCache(
             batch=batch, dtype=DTYPES[dtype], rope=argument, key_basis=basis, **options
         )
-    _refuse_basis(basis, keys.device)
+    if basis is not None or settings.value_codes != "scalar":
+        raise _only_on_cpu(settings.codec, keys.device)
     options.pop("level", None)
     argument = None if rope is None else rope.options()
     name = DTYPES[dtype].name
@@ -61,7 +62,8 @@ def moved(store: Store, settings: Settings, device: torch.device) -> Store:
     """`store` itself, or the same tokens where tensors on `device` can be added to them.
 
     Raises:
-        NotImplementedError: for keys in a basis, where the C++ kernels do not compute.
+        NotImplementedError: for keys in a basis and values in trellis codes, where the C++ kernels
+            do not compute.
     """
     if is_native(settings.backend, device):
         if isinstance(store, TorchStore):
@@ -69,7 +71,8 @@ def moved(store: Store, settings: Settings, device: torch.device) -> Store:
         return store
     if isinstance(store, TorchStore) and store.device == device:
         return store
-    _refuse_basis(basis_of(store), device)
+    if basis_of(store) is not None or getattr(store, "value_codes", "scalar") != "scalar":
+        raise _only_on_cpu(settings.codec, device)
     return TorchStore.deserialize(store.serialize(), device)
 
 
@@ -78,12 +81,11 @@ def basis_of(store: Store) -> _core.KeyBasis | None:
     return None if isinstance(store, TorchStore) else store.key_basis
 
 
-def _refuse_basis(basis: _core.KeyBasis | None, device: torch.device) -> None:
-    if basis is not None:
-        raise NotImplementedError(
-            "codec='adaptive' works on the CPU by the C++ kernels, and these tokens are on "
-            f"{device}: move the model to the CPU, or patch it with codec='scalar'"
-        )
+def _only_on_cpu(codec: str, device: torch.device) -> NotImplementedError:
+    return NotImplementedError(
+        f"codec={codec!r} works on the CPU by the C++ kernels, and these tokens are on {device}: "
+        "move the model to the CPU, or patch it with codec='scalar'"
+    )
 
 
 def append(

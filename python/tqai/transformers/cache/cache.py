@@ -137,7 +137,7 @@ class TqaiCache(Passes, DynamicCache):
 
     def _find_bases(self, geometry: Geometry) -> Bases:
         """What the keys of the layers are quantised in, for a model of this geometry."""
-        if self.settings.codec == "scalar":
+        if not self.settings.learns_bases:
             return NONE
         layers = range(len(geometry.heads))
         skipped = self.settings.skipped(len(layers))
@@ -265,7 +265,7 @@ class TqaiCache(Passes, DynamicCache):
                 f"this cache was made for {own}, not for another {own} with other weights; make "
                 "one with tqai.new_cache(model)"
             )
-        if self.settings.codec != "scalar" and self.is_empty():
+        if self.settings.learns_bases and self.is_empty():
             self._renew_bases(geometry)
         self.weights = now
 
@@ -505,8 +505,8 @@ class TqaiCache(Passes, DynamicCache):
         heads by what their keys are centred on, ``rotary`` the compressed layers by the layout of
         their rotary embedding, "unrecognised" where keys get no rotary centre, ``codecs`` by what
         keys are quantised in, "scalar: " and why where they are in no basis though the settings ask
-        for one, ``settings`` has the arguments of ``patch``. Tiles that caches share count in each
-        of them.
+        for one, ``value_codes`` by what codes of values stand for, ``settings`` has the arguments
+        of ``patch``. Tiles that caches share count in each of them.
         """
         self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]
@@ -524,6 +524,11 @@ class TqaiCache(Passes, DynamicCache):
         )
         report["codecs"] = dict(
             Counter(self._codec(layer) for layer in self.layers if isinstance(layer, TqaiLayer))
+        )
+        report["value_codes"] = dict(
+            Counter(
+                layer.settings.value_codes for layer in self.layers if isinstance(layer, TqaiLayer)
+            )
         )
         report["settings"] = asdict(self.settings)
         return report

@@ -81,7 +81,7 @@ class CrossCache(TqaiCache):
 
     def _find_bases(self, geometry: Geometry) -> Bases:
         """None: what an encoder makes of its input cannot be had from random tokens of a text."""
-        layers = range(len(geometry.heads)) if self.settings.codec == "adaptive" else ()
+        layers = range(len(geometry.heads)) if self.settings.learns_bases else ()
         return Bases({}, dict.fromkeys(layers, "it reads an encoder's output"))
 
     def _make_layer(

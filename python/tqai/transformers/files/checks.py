@@ -181,6 +181,12 @@ def check_store(
     holds = getattr(torch, held.dtype)
     if holds != dtype:
         raise ValueError(f"{where} holds {holds}, and its header says {dtype}")
+    codes = getattr(core, "value_codes", "scalar")
+    if codes != layer.settings.value_codes:
+        raise ValueError(
+            f"{where} has values in {codes} codes, and the file's settings say "
+            f"{layer.settings.value_codes}"
+        )
     for name in _COMPARED:
         got, expected = getattr(held, name), getattr(usual, name)
         if got != expected:
@@ -204,7 +210,7 @@ def check_basis(path: Path, layer: TqaiLayer, core: Any, described: Mapping[str,
     """
     named = described.get("basis")
     held = None if core.key_basis is None else f"{core.key_basis.id:016x}"
-    if named != held or (held is not None and layer.settings.codec == "scalar"):
+    if named != held or (held is not None and not layer.settings.learns_bases):
         raise ValueError(
             f"{path}: the keys of layer {layer.index} are in the basis {held}, and the file's "
             f"header says {named}, with codec={layer.settings.codec!r}"

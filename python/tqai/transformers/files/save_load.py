@@ -110,7 +110,7 @@ def save_cache(
         described[part] = []
         for index, layer in enumerate(half.layers):
             description, held = _describe(index, layer)
-            if cache.settings.codec != "scalar" and isinstance(layer, TqaiLayer):
+            if cache.settings.learns_bases and isinstance(layer, TqaiLayer):
                 description.update(_basis_of(layer, basis), rotated=half.rotated.get(index))
             for name, tensor in held.items():
                 tensors.append(_entry(f"{part}.{index}.{name}", tensor, basis))
@@ -461,9 +461,7 @@ def _some(names: list[str]) -> str:
 
 def _of_any_machine(settings: Settings) -> dict[str, Any]:
     values = {name: value for name, value in asdict(settings).items() if name not in _LOCAL}
-    if (
-        settings.codec == "scalar"
-    ):  # files of older versions say nothing of it, nor can they read it
+    if settings.codec == "scalar":  # older versions say nothing of it, and read no other
         del values["codec"]
     return values
 

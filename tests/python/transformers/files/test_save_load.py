@@ -639,8 +639,9 @@ def test_bases_in_a_file_need_no_learning(
         (lambda h: layer_of(h).update(basis=7), "'basis': 7"),
         (lambda h: layer_of(h).update(carried="yes"), "'carried': 'yes'"),
         (lambda h: layer_of(h).update(rotated=7), "'rotated': 7"),
-        (lambda h: h["settings"].update(codec="scalar"), "learnt none|with codec='scalar'"),
-        (lambda h: h["settings"].update(codec="trellis"), "codec='trellis': expected one of"),
+        (lambda h: h["settings"].update(codec="scalar"), "learnt none|trellis codes"),
+        (lambda h: h["settings"].update(codec="trellis"), "learnt none|with codec='trellis'"),
+        (lambda h: h["settings"].update(codec="turbo"), "codec='turbo': expected one of"),
     ],
 )
 def test_a_header_that_lies_of_bases_is_refused(

@@ -1,0 +1,119 @@
+"""codec="trellis": values in trellis codes, through everything that caches go through."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tqai
+from caches import SEALING, assert_equal, filled
+from conftest import Models, make_ids, make_model
+from safetensors import safe_open
+from tqai.settings import Settings
+from tqai.stores import for_torch
+
+TRELLIS: Any = {"codec": "trellis", **SEALING}
+
+
+def value_errors(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Mean squared errors of the values, by layer."""
+    exact = filled(model, tqai.patch(model, residual_window=1000), ids)
+    cache = filled(model, tqai.patch(model, **{**SEALING, **options}), ids)
+    errors = [
+        (ours.values[:] - theirs.values[:]).square().mean()
+        for ours, theirs in zip(cache.layers, exact.layers, strict=True)
+    ]
+    tqai.unpatch(model)
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_values_are_held_better_in_the_same_bytes(bits: int) -> None:
+    model, ids = make_model(), make_ids(1, 300)
+    trellis = value_errors(model, ids, codec="trellis", bits_v=bits)
+    assert (trellis < 0.8 * value_errors(model, ids, bits_v=bits)).all()
+    sizes = [
+        filled(model, tqai.patch(model, bits_v=bits, **options), ids).nbytes
+        for options in (TRELLIS, SEALING)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_wide_values_keep_scalar_codes(models: Models) -> None:
+    model, ids = models("llama"), make_ids(1, 200)
+    cache = filled(model, tqai.patch(model, bits_v={0: 4, 1: 5}, **TRELLIS), ids)
+    assert [layer.core.value_codes for layer in cache.layers] == ["trellis", "scalar"]
+    assert cache.memory_report()["value_codes"] == {"trellis": 1, "scalar": 1}
+    assert cache.memory_report()["codecs"] == {"scalar": 2}
+
+
+def test_adaptive_keys_have_values_in_trellis_codes(models: Models) -> None:
+    model = models("llama")
+    cache = filled(model, tqai.patch(model, codec="adaptive", **SEALING), make_ids(1, 200))
+    assert cache.memory_report()["codecs"] == {"adaptive": 2}
+    assert cache.memory_report()["value_codes"] == {"trellis": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_it_is_the_same_cache_by_any_way(models: Models, family: str, tmp_path: Path) -> None:
+    model = models(family)
+    cache = filled(model, tqai.patch(model, **TRELLIS), make_ids(2, 200))
+    tqai.save_cache(cache, tmp_path / "prompt")
+    others = [
+        copy.deepcopy(cache),
+        pickle.loads(pickle.dumps(cache)),
+        tqai.load_cache(tmp_path / "prompt", model),
+    ]
+    for other in others:
+        assert_equal(other, cache)
+    step = make_ids(2, 5, seed=3)
+    with torch.no_grad():
+        outs = [model(step, past_key_values=each).logits for each in (cache, *others)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_all_in_the_window_it_is_as_scalar_codes(models: Models) -> None:
+    model, ids = models("llama"), make_ids(1, 60)
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    tqai.patch(model, codec="trellis")
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_beams_and_crops(models: Models) -> None:
+    model, ids = models("llama"), make_ids(2, 150)
+    tqai.patch(model, **TRELLIS)
+    assert model.generate(ids, num_beams=3, max_new_tokens=30).shape[0] == 2
+    cache = filled(model, tqai.new_cache(model), ids)
+    cache.crop(140)
+    filled(model, cache, ids[:, 140:])
+    assert cache.get_seq_length() == 150
+
+
+def test_a_header_that_lies_of_codes_is_refused(models: Models, tmp_path: Path) -> None:
+    model = models("llama")
+    cache = filled(model, tqai.patch(model, **TRELLIS), make_ids(1, 150))
+    tqai.save_cache(cache, tmp_path / "prompt")
+    with safe_open(tmp_path / "prompt", "pt") as file:
+        assert json.loads(file.metadata()["header"])["settings"]["codec"] == "trellis"
+    cache.settings = Settings(**SEALING)
+    tqai.save_cache(cache, tmp_path / "lie")
+    with pytest.raises(ValueError, match="layer 0 has values in trellis codes, .* say scalar"):
+        tqai.load_cache(tmp_path / "lie", model)
+
+
+def test_other_arithmetics_are_refused(models: Models) -> None:
+    model = models("llama")
+    with pytest.raises(NotImplementedError, match="codec='trellis' works on the CPU"):
+        tqai.patch(model, codec="trellis", backend="torch-ops")
+    cache = filled(model, tqai.patch(model, **TRELLIS), make_ids(1, 150))
+    layer, elsewhere = cache.layers[0], torch.device("meta")
+    with pytest.raises(NotImplementedError, match="these tokens are on meta: move the model to"):
+        for_torch.moved(layer.core, layer.settings, elsewhere)
+    keys = torch.zeros(1, 2, 0, 16, device=elsewhere)
+    with pytest.raises(NotImplementedError, match="these tokens are on meta: move the model to"):
+        for_torch.make_store(layer.settings, None, keys, keys, torch.float32, True)
