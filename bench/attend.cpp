@@ -23,6 +23,7 @@ struct Shape {
   int bits_k;
   int bits_v;
   std::int64_t tokens;
+  CodeKind value_codes = CodeKind::scalar;
 };
 
 std::vector<float> random_floats(std::size_t count) {
@@ -43,6 +44,7 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
   options.head_dim = shape.dim;
   options.bits_k = shape.bits_k;
   options.bits_v = shape.bits_v;
+  options.value_codes = shape.value_codes;
   options.sink_tokens = 0;
   options.residual_window = exact ? static_cast<int>(shape.tokens) : 0;
   options.level = level;
@@ -171,6 +173,14 @@ void register_all() {
                   [=](auto& state) { attend_cache(state, shape, level, centering); })
                   ->UseRealTime();
             }
+            Shape rings{dim, group, 4, bits_v, tokens};
+            rings.value_codes = CodeKind::trellis;
+            const std::string rest = "/bits=4," + std::to_string(bits_v) +
+                                     "/level=" + std::string(name_of(level)) + "/trellis";
+            benchmark::RegisterBenchmark(
+                name_of_shape("attend", rings, rest).c_str(),
+                [=](auto& state) { attend_cache(state, rings, level, Centering::mean); })
+                ->UseRealTime();
           }
         }
       }

@@ -45,7 +45,10 @@ class Allocations : public testing::TestWithParam<Setting> {
     options_ = geometry(kDim, 4, 4, kHeads);
     switch (GetParam().kind) {
       case Kind::plain: options_.centering = Centering::none; break;
-      case Kind::mean: options_.centering = Centering::mean; break;
+      case Kind::mean:
+        options_.centering = Centering::mean;
+        options_.value_codes = CodeKind::trellis;
+        break;
       case Kind::rope:
       case Kind::rope_at_positions:
         options_.centering = Centering::rope;

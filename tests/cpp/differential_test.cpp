@@ -58,6 +58,9 @@ Case random_case(Random& random) {
   options.kv_heads = random.between(1, 3);
   options.bits_k = random.between(1, 8);
   options.bits_v = random.between(1, 8);
+  if (options.bits_v <= kMaxTrellisBits && random.chance(50)) {
+    options.value_codes = CodeKind::trellis;
+  }
   options.sink_tokens = random.between(0, 5);
   options.residual_window = random.between(0, 150);
   constexpr Centering kCenterings[] = {Centering::none, Centering::mean, Centering::rope};
@@ -107,12 +110,12 @@ Case random_case(Random& random) {
   }
   std::ostringstream text;
   text << "d " << options.head_dim << "/" << options.value_head_dim << ", bits " << options.bits_k
-       << "/" << options.bits_v << ", heads " << options.kv_heads << " x " << all.group
-       << ", sinks " << options.sink_tokens << ", exact " << options.residual_window << ", tokens "
-       << tokens << ", queries " << all.queries << ", batch " << history.batch << ", crop "
-       << history.crop << ", discard " << history.discard << ", first " << attend.first_token
-       << ", window " << attend.window << ", cap " << attend.soft_cap << ", mask "
-       << !all.hidden.empty();
+       << "/" << options.bits_v << (options.value_codes == CodeKind::trellis ? " in a trellis" : "")
+       << ", heads " << options.kv_heads << " x " << all.group << ", sinks " << options.sink_tokens
+       << ", exact " << options.residual_window << ", tokens " << tokens << ", queries "
+       << all.queries << ", batch " << history.batch << ", crop " << history.crop << ", discard "
+       << history.discard << ", first " << attend.first_token << ", window " << attend.window
+       << ", cap " << attend.soft_cap << ", mask " << !all.hidden.empty();
   all.text = text.str();
   return all;
 }
