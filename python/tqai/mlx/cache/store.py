@@ -32,6 +32,8 @@ def make_store(settings: Settings, shape: LayerShape, batch: int, dtype: mx.Dtyp
 
     Raises:
         ValueError: for options out of range.
+        NotImplementedError: for codes that only the C++ cache has, where mlx's default device has
+            become another since ``patch``.
     """
     options = settings.core_options()
     if shape.max_size is not None:
@@ -42,6 +44,11 @@ def make_store(settings: Settings, shape: LayerShape, batch: int, dtype: mx.Dtyp
     if is_native(settings.backend):
         rope = None if shape.rope is None else shape.rope.core_argument()
         return _core.KvCache(batch=batch, dtype=DTYPES[dtype], rope=rope, **options)
+    if settings.value_codes != "scalar":
+        raise NotImplementedError(
+            f"codec={settings.codec!r} works on the CPU by the C++ kernels, and mlx's default "
+            f"device is {mx.default_device()}: use codec='scalar', or mx.set_default_device(mx.cpu)"
+        )
     options.pop("level", None)
     rope = None if shape.rope is None else shape.rope.options()
     return MlxStore(Options(dtype=DTYPES[dtype].name, rope=rope, **options), batch)
