@@ -27,9 +27,10 @@ from tqai.transformers.model.names import cache_argument
 from tqai.transformers.model.shadow import shadow_of
 
 ROW_TOKENS = 64
-TOKENS = 512
+TOKENS = 1024
+"""With half as many, what is learnt depends on which tokens they happen to be."""
 TOKENS_A_COORDINATE = 4
-"""Of wide heads, whose moments have more numbers to be told."""
+"""Of heads so wide that this is more."""
 SINK_TOKENS = 4
 """Of each row, left out: attention's sinks look like no other token's keys."""
 SEED = 1952541041

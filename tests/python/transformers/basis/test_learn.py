@@ -71,13 +71,13 @@ def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> Non
 
 
 def test_wide_heads_are_shown_more_tokens() -> None:
-    model = make("Llama", head_dim=256)
-    assert learn._random_ids(geometry_of(model), 1).numel() == 4 * 256
+    model = make("Llama", head_dim=512)
+    assert learn._random_ids(geometry_of(model), 1).numel() == 4 * 512
 
 
 def test_a_short_model_reads_shorter_rows() -> None:
     model = make("Llama", max_position_embeddings=24)
-    assert learn._random_ids(geometry_of(model), 1).shape == (22, 24)
+    assert learn._random_ids(geometry_of(model), 1).shape == (43, 24)
     assert codecs_of(model) == {"adaptive": 2}
 
 
@@ -163,7 +163,7 @@ def test_queries_of_layers_that_share_keys_count() -> None:
 def test_sliding_layers_have_bases_of_all_rows() -> None:
     model = make_model("mistral")  # whose window is shorter than a row
     found = moments_of(model)[0]
-    assert found.tokens(0) == 8 * (learn.ROW_TOKENS - learn.SINK_TOKENS)
+    assert found.tokens(0) == 16 * (learn.ROW_TOKENS - learn.SINK_TOKENS)
     cache = filled(model, tqai.patch(model, residual_window=4, codec="adaptive"), make_ids(1, 200))
     assert cache.memory_report()["packed_tokens"] >= 0
     assert cache.memory_report()["codecs"] == {"adaptive": 2}
