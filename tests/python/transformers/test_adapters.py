@@ -202,3 +202,17 @@ def test_every_kind_of_adapter(settings: Any, tmp_path: Path) -> None:
         tqai.load_cache(tmp_path / "f", base)
     with model.disable_adapter():
         assert identity(model) == geometry_of(make_model()).identity
+
+
+def test_each_adapter_has_bases_of_its_own() -> None:
+    model = with_adapters("a", "b")
+    base = model.get_base_model()
+
+    def ids() -> list[int]:
+        return [layer.basis.id for layer in tqai.patch(base, codec="adaptive").layers]
+
+    first = ids()
+    switch(model)
+    assert not set(ids()) & set(first)
+    model.set_adapter("a")
+    assert ids() == first

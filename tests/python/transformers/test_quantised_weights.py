@@ -110,3 +110,13 @@ def test_a_quantised_weight_that_is_written_to() -> None:
         decoder_of(model).layers[1].self_attn.k_proj.weight.qdata[3] += 1
     with pytest.raises(ValueError, match="have changed since"):
         filled(model, cache, make_ids(1, 1))
+
+
+def test_bases_are_learnt_from_them(quantise: Callable[[Any], Any]) -> None:
+    model = quantise(make_model(**WIDE))
+    cache = tqai.patch(model, codec="adaptive", **SEALING)
+    assert cache.memory_report()["codecs"] == {"adaptive": 2}
+    filled(model, cache, make_ids(1, 200))
+    again = filled(model, tqai.new_cache(model), make_ids(1, 200))
+    assert cache.memory_report()["packed_tokens"] > 0
+    assert_equal(again, cache)
