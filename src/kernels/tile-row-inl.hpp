@@ -31,7 +31,7 @@ inline FloatVec largest_parts(const RowVecs& row) noexcept {
 // what was added, lane by lane of a register.
 inline FloatVec add_to_lanes(const RowVecs& row, float* sums) noexcept {
   constexpr int kStep = kLanes / kVectorLanes;
-  FloatVec largest;
+  FloatVec largest{};  // the first lanes replace it; GCC's thread sanitizer does not see that
   for (int i = 0; i < kStep; ++i) {
     FloatVec sum = row[i];
     for (int v = i + kStep; v < kRowVecs; v += kStep) sum = sum + row[v];
