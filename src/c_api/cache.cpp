@@ -1,0 +1,269 @@
+// Caches and their bytes.
+#include "calls.hpp"
+
+using namespace tqai::c_api;
+using tqai::ValueError;
+
+namespace {
+
+template <typename To, typename From>
+To tensor_of(const From* from, const char* name) {
+  const From& tensor = given(from, name);
+  To to;
+  to.data = tensor.data;
+  to.dtype = dtype_of(tensor.dtype);
+  std::copy_n(tensor.shape, 4, to.shape.begin());
+  std::copy_n(tensor.strides, 4, to.strides.begin());
+  return to;
+}
+
+tqai::Mask mask_of(const tqai_tensor& tensor) {
+  tqai::Mask mask;
+  mask.data = tensor.data;
+  switch (checked("the mask's dtype", tensor.dtype, TQAI_BOOL)) {
+    case TQAI_F32: mask.kind = tqai::Mask::Kind::f32; break;
+    case TQAI_F16: mask.kind = tqai::Mask::Kind::f16; break;
+    case TQAI_BF16: mask.kind = tqai::Mask::Kind::bf16; break;
+    default: mask.kind = tqai::Mask::Kind::boolean; break;
+  }
+  std::copy_n(tensor.shape, 4, mask.shape.begin());
+  std::copy_n(tensor.strides, 4, mask.strides.begin());
+  return mask;
+}
+
+static_assert(TQAI_F16 == static_cast<int>(tqai::DType::f16) &&
+              TQAI_BF16 == static_cast<int>(tqai::DType::bf16));
+static_assert(TQAI_ROTATION_HAAR == static_cast<int>(tqai::RotationKind::haar));
+static_assert(TQAI_CENTERING_ROPE == static_cast<int>(tqai::Centering::rope));
+static_assert(TQAI_ROPE_INTERLEAVED == static_cast<int>(tqai::Rope::Layout::interleaved));
+static_assert(TQAI_BASIS_MATRICES == static_cast<int>(tqai::BasisAs::matrices));
+static_assert(TQAI_CODES_TRELLIS == static_cast<int>(tqai::CodeKind::trellis));
+
+}  // namespace
+
+void tqai_cache_options_init(tqai_cache_options* options, size_t size) {
+  const tqai::CacheOptions defaults;
+  tqai_cache_options all{};
+  all.batch = 1;
+  all.bits_k = defaults.bits_k;
+  all.bits_v = defaults.bits_v;
+  all.sink_tokens = defaults.sink_tokens;
+  all.residual_window = defaults.residual_window;
+  all.seed = defaults.seed;
+  fill(options, size, all);
+}
+
+void tqai_attend_options_init(tqai_attend_options* options, size_t size) {
+  tqai_attend_options all{};
+  all.causal = 1;
+  fill(options, size, all);
+}
+
+void tqai_cache_info_init(tqai_cache_info* info, size_t size) { fill(info, size, {}); }
+void tqai_memory_init(tqai_memory* memory, size_t size) { fill(memory, size, {}); }
+
+tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** cache) {
+  return guarded([&] {
+    tqai_cache*& made = fresh(cache, "cache");
+    const tqai_cache_options all = known(options, "options", tqai_cache_options_init);
+    tqai::CacheOptions settings;
+    settings.kv_heads = all.kv_heads;
+    settings.head_dim = all.head_dim;
+    settings.value_head_dim = all.value_head_dim;
+    settings.dtype = dtype_of(all.dtype);
+    settings.bits_k = all.bits_k;
+    settings.bits_v = all.bits_v;
+    settings.sink_tokens = all.sink_tokens;
+    settings.residual_window = all.residual_window;
+    settings.rotation = rotation_of(all.rotation);
+    settings.centering =
+        static_cast<tqai::Centering>(checked("centering", all.centering, TQAI_CENTERING_ROPE));
+    settings.rope = rope_of(all);
+    settings.seed = all.seed;
+    settings.level = level_of(all.level);
+    if (all.key_basis != nullptr) settings.key_basis = all.key_basis->held;
+    settings.value_codes = codes_of("value_codes", all.value_codes);
+    made = new tqai_cache{tqai::KvCache(settings, all.batch)};
+  });
+}
+
+void tqai_cache_destroy(tqai_cache* cache) { delete cache; }
+
+tqai_status tqai_cache_copy(const tqai_cache* cache, tqai_cache** copy) {
+  return guarded([&] {
+    tqai_cache*& made = fresh(copy, "copy");
+    made = new tqai_cache(given(cache, "cache"));
+  });
+}
+
+tqai_status tqai_cache_append(tqai_cache* cache, const tqai_tensor* keys, const tqai_tensor* values,
+                              const tqai_positions* positions) {
+  return guarded([&] {
+    std::optional<tqai::PositionTensor> places;
+    if (positions != nullptr) {
+      places.emplace().data = &given(positions->data, "positions->data");
+      std::copy_n(positions->shape, 3, places->shape.begin());
+      std::copy_n(positions->strides, 3, places->strides.begin());
+    }
+    given(cache, "cache")
+        .held.append(tensor_of<tqai::ConstTensor>(keys, "keys"),
+                     tensor_of<tqai::ConstTensor>(values, "values"), places);
+  });
+}
+
+tqai_status tqai_cache_seal(tqai_cache* cache, int64_t* held) {
+  return guarded([&] {
+    const std::int64_t exact = given(cache, "cache").held.seal();
+    if (held != nullptr) *held = exact;
+  });
+}
+
+tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* queries,
+                              const tqai_output* output, const tqai_attend_options* options) {
+  return guarded([&] {
+    tqai::AttendOptions settings;
+    if (options != nullptr) {
+      const tqai_attend_options all = known(options, "options", tqai_attend_options_init);
+      if (all.has_scale != 0) settings.scale = all.scale;
+      settings.soft_cap = all.soft_cap;
+      settings.causal = all.causal != 0;
+      settings.window = all.window;
+      settings.first_token = all.first_token;
+      if (all.mask != nullptr) settings.mask = mask_of(*all.mask);
+      settings.sink_scores = all.sink_scores;
+    }
+    given(cache, "cache")
+        .held.attend(tensor_of<tqai::ConstTensor>(queries, "queries"),
+                     tensor_of<tqai::Tensor>(output, "output"), settings);
+  });
+}
+
+tqai_status tqai_cache_gather(const tqai_cache* cache, int64_t first, const tqai_output* keys,
+                              const tqai_output* values) {
+  return guarded([&] {
+    given(cache, "cache")
+        .held.gather(first, tensor_of<tqai::Tensor>(keys, "keys"),
+                     tensor_of<tqai::Tensor>(values, "values"));
+  });
+}
+
+tqai_status tqai_cache_crop(tqai_cache* cache, int64_t tokens) {
+  return guarded([&] { given(cache, "cache").held.crop(tokens); });
+}
+
+tqai_status tqai_cache_select(tqai_cache* cache, const int64_t* rows, size_t count) {
+  return guarded([&] { given(cache, "cache").held.select(list_of(rows, count, "rows")); });
+}
+
+tqai_status tqai_cache_set_padding(tqai_cache* cache, const int64_t* counts, size_t count) {
+  return guarded([&] { given(cache, "cache").held.set_padding(list_of(counts, count, "counts")); });
+}
+
+tqai_status tqai_cache_leave_out(tqai_cache* cache, const uint8_t* hidden, size_t count) {
+  return guarded([&] { given(cache, "cache").held.leave_out(list_of(hidden, count, "hidden")); });
+}
+
+tqai_status tqai_cache_left_out(const tqai_cache* cache, int32_t row, tqai_token_span* spans,
+                                size_t capacity, size_t* count) {
+  return guarded([&] {
+    const std::vector<tqai::TokenSpan> held = given(cache, "cache").held.left_out(row);
+    (void)given(count, "count");
+    if (capacity > 0) (void)given(spans, "spans");
+    for (std::size_t i = 0; i < std::min(capacity, held.size()); ++i) {
+      spans[i] = {held[i].first, held[i].count};
+    }
+    *count = held.size();
+  });
+}
+
+tqai_status tqai_cache_discard_before(tqai_cache* cache, int64_t token) {
+  return guarded([&] { given(cache, "cache").held.discard_before(token); });
+}
+
+tqai_status tqai_cache_packed_tokens(const tqai_cache* cache, int32_t row, int64_t* tokens) {
+  return guarded([&] { given(tokens, "tokens") = given(cache, "cache").held.packed_tokens(row); });
+}
+
+tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_info* info) {
+  return guarded([&] {
+    const tqai::KvCache& held = given(cache, "cache").held;
+    const tqai::CacheOptions& options = held.options();
+    tqai_cache_info answer{};
+    answer.batch = held.batch();
+    answer.kv_heads = options.kv_heads;
+    answer.head_dim = options.head_dim;
+    answer.value_head_dim = options.value_head_dim;
+    answer.dtype = static_cast<std::int32_t>(options.dtype);
+    answer.bits_k = options.bits_k;
+    answer.bits_v = options.bits_v;
+    answer.sink_tokens = options.sink_tokens;
+    answer.residual_window = options.residual_window;
+    answer.tokens = held.tokens();
+    answer.first_token = held.first_token();
+    answer.level = tqai::name_of(*options.level).data();
+    answer.value_codes = static_cast<std::int32_t>(options.value_codes);
+    give(answer, info, "info");
+  });
+}
+
+tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory) {
+  return guarded([&] {
+    const tqai::MemoryReport report = given(cache, "cache").held.memory();
+    tqai_memory answer{};
+    answer.tokens = report.tokens;
+    answer.packed_tokens = report.packed_tokens;
+    answer.packed_bytes = report.packed_bytes;
+    answer.exact_bytes = report.exact_bytes;
+    answer.overhead_bytes = report.overhead_bytes;
+    answer.total_bytes = report.total_bytes();
+    answer.mapped_bytes = report.mapped_bytes;
+    answer.uncompressed_bytes = report.uncompressed_bytes;
+    answer.basis_bytes = report.basis_bytes;
+    give(answer, memory, "memory");
+  });
+}
+
+size_t tqai_allocated_bytes(void) { return tqai::allocated_bytes(); }
+
+tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes) {
+  return tqai_cache_serialized_bytes_as(cache, TQAI_BASIS_ID, bytes);
+}
+
+tqai_status tqai_cache_serialized_bytes_as(const tqai_cache* cache, int32_t basis, size_t* bytes) {
+  return guarded([&] {
+    const tqai::KvCache& held = given(cache, "cache").held;
+    given(bytes, "bytes") = held.serialized_bytes(basis_as(basis));
+  });
+}
+
+tqai_status tqai_cache_serialize(const tqai_cache* cache, void* to, size_t capacity) {
+  return tqai_cache_serialize_as(cache, TQAI_BASIS_ID, to, capacity);
+}
+
+tqai_status tqai_cache_serialize_as(const tqai_cache* cache, int32_t basis, void* to,
+                                    size_t capacity) {
+  return guarded([&] {
+    const tqai::KvCache& held = given(cache, "cache").held;
+    const tqai::BasisAs as = basis_as(basis);
+    std::byte* at = room(to, capacity, held.serialized_bytes(as), "tqai_cache_serialized_bytes");
+    held.serialize(
+        [&at](std::span<const std::byte> bytes) { at = std::copy(bytes.begin(), bytes.end(), at); },
+        as);
+  });
+}
+
+tqai_status tqai_cache_deserialize(const void* bytes, size_t size, const char* level,
+                                   tqai_cache** cache) {
+  return tqai_cache_deserialize_with(bytes, size, level, nullptr, 0, cache);
+}
+
+tqai_status tqai_cache_deserialize_with(const void* bytes, size_t size, const char* level,
+                                        const tqai_key_basis* const* bases, size_t count,
+                                        tqai_cache** cache) {
+  return guarded([&] {
+    tqai_cache*& made = fresh(cache, "cache");
+    const auto all = list_of(static_cast<const std::byte*>(bytes), size, "bytes");
+    const auto known_bases = bases_of(bases, count);
+    made = new tqai_cache{tqai::KvCache::deserialize(all, level_of(level), known_bases)};
+  });
+}
