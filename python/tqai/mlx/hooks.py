@@ -14,14 +14,13 @@ import sys
 from typing import Any
 from weakref import ref
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_caches
 
 from tqai.mlx import calls
 from tqai.mlx.attention import functions, patching
 from tqai.mlx.cache.prompt import TqaiPromptCache
-from tqai.mlx.cache.store import is_native
+from tqai.mlx.cache.store import check_codec
 from tqai.mlx.model.geometry import Geometry, geometry_of
 from tqai.settings import Settings
 
@@ -168,11 +167,7 @@ def _check_settings(settings: Settings) -> None:
             f"codec={settings.codec!r} is for transformers models; for mlx-lm's use "
             "codec='trellis', or 'scalar'"
         )
-    if settings.codec != "scalar" and not is_native(settings.backend):
-        raise NotImplementedError(
-            f"codec={settings.codec!r} works on the CPU by the C++ kernels, and mlx's default "
-            f"device is {mx.default_device()}: use codec='scalar'"
-        )
+    check_codec(settings)
     if not settings.exact_prefill:
         raise NotImplementedError(
             "exact_prefill=False is for transformers models; with mlx-lm pass "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -50,6 +50,11 @@ class DeviceStore:
     One thread at a time may change it, while others read. A method that raises, or is interrupted,
     leaves the store as it was. Copies share sealed tiles.
     """
+
+    key_basis: ClassVar[None] = None
+    """Learnt bases are the C++ cache's alone."""
+    value_codes: ClassVar[str] = "scalar"
+    """And so are trellis codes."""
 
     def __init__(self, options: Options, batch: int, ops: Operations) -> None:
         """Empty, on the device of `ops`.

@@ -71,14 +71,9 @@ def moved(store: Store, settings: Settings, device: torch.device) -> Store:
         return store
     if isinstance(store, TorchStore) and store.device == device:
         return store
-    if basis_of(store) is not None or getattr(store, "value_codes", "scalar") != "scalar":
+    if store.key_basis is not None or store.value_codes != "scalar":
         raise _only_on_cpu(settings.codec, device)
     return TorchStore.deserialize(store.serialize(), device)
-
-
-def basis_of(store: Store) -> _core.KeyBasis | None:
-    """What the store's keys are quantised in; None: a rotation."""
-    return None if isinstance(store, TorchStore) else store.key_basis
 
 
 def _only_on_cpu(codec: str, device: torch.device) -> NotImplementedError:

@@ -466,14 +466,14 @@ class TqaiLayer(CacheLayerMixin):
         state = dict(vars(self))
         state.pop("owner", None)
         state.pop("_reading", None)
-        if self.core is not None and self.basis is stores.basis_of(self.core):
+        if self.core is not None and self.basis is self.core.key_basis:
             del state["basis"]  # the store has it, and would have another one in another process
         return {**state, "turned": None, "told": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if "basis" not in state:
-            self.basis = None if self.core is None else stores.basis_of(self.core)
+            self.basis = None if self.core is None else self.core.key_basis
 
     def _select(self, rows: list[int]) -> None:
         if self.core is None:

@@ -181,10 +181,9 @@ def check_store(
     holds = getattr(torch, held.dtype)
     if holds != dtype:
         raise ValueError(f"{where} holds {holds}, and its header says {dtype}")
-    codes = getattr(core, "value_codes", "scalar")
-    if codes != layer.settings.value_codes:
+    if core.value_codes != layer.settings.value_codes:
         raise ValueError(
-            f"{where} has values in {codes} codes, and the file's settings say "
+            f"{where} has values in {core.value_codes} codes, and the file's settings say "
             f"{layer.settings.value_codes}"
         )
     for name in _COMPARED:
