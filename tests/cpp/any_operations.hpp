@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
+#include <random>
 #include <span>
 #include <tqai/cache.hpp>
 #include <vector>
@@ -178,5 +179,27 @@ class AnyOperations {
   std::span<const std::uint8_t> choices_;
   std::uint64_t state_ = 1;
 };
+
+/// Flips one bit of a cache's bytes, `trials` times: of each of the first `each` bytes, then of
+/// any. What is not refused gives a cache, and any operations follow. Returns how many were
+/// refused.
+inline int refusals_of_damaged(const std::vector<std::byte>& bytes, int trials, int each,
+                               std::mt19937_64& engine) {
+  int refused = 0;
+  for (int trial = 0; trial < trials; ++trial) {
+    auto damaged = bytes;
+    const std::size_t at = trial < each ? static_cast<std::size_t>(trial) : engine() % bytes.size();
+    damaged[at] ^= static_cast<std::byte>(1U << (engine() % 8));
+    std::uint8_t choices[16];
+    for (std::uint8_t& choice : choices) choice = static_cast<std::uint8_t>(engine());
+    try {
+      KvCache cache = KvCache::deserialize(damaged);
+      AnyOperations(choices).apply_to(cache);
+    } catch (const ValueError&) {
+      ++refused;
+    }
+  }
+  return refused;
+}
 
 }  // namespace tqai::test

@@ -39,6 +39,21 @@ struct Encoded {
   std::vector<std::uint16_t> norms;
 };
 
+/// Squared errors of vectors that went through a quantiser and back.
+inline Sample squared_errors(const Quantizer& quantizer, const std::vector<float>& vectors) {
+  const std::vector<float> decoded = Encoded(quantizer, vectors).decode(quantizer);
+  const auto dim = static_cast<std::size_t>(quantizer.head_dim());
+  Sample errors;
+  for (std::size_t row = 0; row < vectors.size(); row += dim) {
+    double square = 0.0;
+    for (std::size_t i = row; i < row + dim; ++i) {
+      square += std::pow(static_cast<double>(vectors[i]) - decoded[i], 2.0);
+    }
+    errors.add(square);
+  }
+  return errors;
+}
+
 /// Both quantisers at these bits.
 inline std::vector<std::unique_ptr<VectorQuantizer>> both(int dim, int bits) {
   std::vector<std::unique_ptr<VectorQuantizer>> quantizers;

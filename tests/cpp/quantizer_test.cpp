@@ -40,16 +40,7 @@ void expect_table_distortion(int table_row) {
         QuantizerOptions options{dim, bits, kind};
         options.grid = grid;
         options.norm_correction = false;
-        const Quantizer quantizer(options);
-        const std::vector<float> decoded = Encoded(quantizer, vectors).decode(quantizer);
-        Sample error;
-        for (std::size_t row = 0; row < vectors.size(); row += static_cast<std::size_t>(dim)) {
-          double square = 0.0;
-          for (std::size_t i = row; i < row + static_cast<std::size_t>(dim); ++i) {
-            square += std::pow(static_cast<double>(vectors[i]) - decoded[i], 2.0);
-          }
-          error.add(square);
-        }
+        const Sample error = test::squared_errors(Quantizer(options), vectors);
         const double expected = test::kTable[table_row][bits - 1];
         const double rounding = kHalfEpsilon * kHalfEpsilon;  // of the norm
         const double most = grid == Grid::exact ? 1.01 : test::kGridFactor[bits - 1];

@@ -135,21 +135,7 @@ TEST_F(Serialize, SurvivesDamage) {
   CacheOptions options = geometry(16, 3, 3, 1);
   options.rope = Rope{{1.0F, 0.1F}, Rope::Layout::half_split, 4};
   const auto bytes = filled(options).serialize();
-  int refused = 0;
-  for (int trial = 0; trial < 1200; ++trial) {
-    auto damaged = bytes;
-    const std::size_t at = trial < 400 ? static_cast<std::size_t>(trial) : engine_() % bytes.size();
-    damaged[at] ^= static_cast<std::byte>(1U << (engine_() % 8));
-    std::uint8_t choices[16];
-    for (std::uint8_t& choice : choices) choice = static_cast<std::uint8_t>(engine_());
-    try {
-      KvCache cache = KvCache::deserialize(damaged);
-      test::AnyOperations(choices).apply_to(cache);
-    } catch (const ValueError&) {
-      ++refused;
-    }
-  }
-  EXPECT_GT(refused, 40);
+  EXPECT_GT(test::refusals_of_damaged(bytes, 1200, 400, engine_), 40);
 }
 
 TEST_F(Serialize, NamesAnotherVersion) {

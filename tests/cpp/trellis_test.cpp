@@ -87,16 +87,7 @@ TEST(Trellis, SquaredErrorsAreAThirdLess) {
     const int dim = test::kTableDims[row];
     const std::vector<float> vectors = sphere_vectors(dim, 1500, kDataSeed);
     for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
-      const Quantizer quantizer = trellis_quantizer(dim, bits, false);
-      const std::vector<float> decoded = Encoded(quantizer, vectors).decode(quantizer);
-      Sample error;
-      for (std::size_t from = 0; from < vectors.size(); from += static_cast<std::size_t>(dim)) {
-        double square = 0.0;
-        for (std::size_t i = from; i < from + static_cast<std::size_t>(dim); ++i) {
-          square += std::pow(static_cast<double>(vectors[i]) - decoded[i], 2.0);
-        }
-        error.add(square);
-      }
+      const Sample error = test::squared_errors(trellis_quantizer(dim, bits, false), vectors);
       const double scalar = test::kTable[row][bits - 1];
       EXPECT_LE(error.mean() - 3.0 * error.error(), kMost[bits - 1] * scalar) << dim << ' ' << bits;
       EXPECT_GE(error.mean() + 3.0 * error.error(), std::pow(4.0, -bits)) << dim << ' ' << bits;
