@@ -19,8 +19,9 @@ from tqai.settings import DTYPES, LEVELS, Settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tqai.measure.decoder import Variant
     from tqai.measure.time_kernels import KernelTime, KernelTimes
-    from tqai.measure.time_model import ModelTime, Variant
+    from tqai.measure.time_model import ModelTime
 
 
 def add(verbs: Any) -> None:
@@ -260,7 +261,7 @@ def _draw_kernels(figure: Figure, results: list[KernelTimes]) -> None:
 
 def _variants(options: argparse.Namespace) -> tuple[list[Variant], list[str]]:
     """What is asked for and can be had, and what to say about the rest."""
-    from tqai.measure.time_model import KINDS, Variant
+    from tqai.measure.decoder import KINDS, Variant
 
     notes = []
     framework = options.framework

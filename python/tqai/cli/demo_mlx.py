@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+from tqai.cli.demo_prompt import WARM_UP_TOKENS, check_length, prompt_ids
 from tqai.cli.options import load_model
 from tqai.measure.resident import resident_bytes
 
@@ -33,7 +34,6 @@ def generate(
 
     import tqai
     from tqai import _core
-    from tqai.cli.demo import WARM_UP_TOKENS, check_length, prompt_ids
     from tqai.measure.mlx_decoder import quantised_together
     from tqai.measure.readers import MlxReader
 

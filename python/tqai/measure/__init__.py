@@ -2,6 +2,6 @@
 
 - ``fidelity`` (KL, perplexity) and ``recall`` (needles), for ``named_settings``, on ``text``;
 - ``time_kernels``, ``time_model`` and ``time_prefill``, by ``timing`` and ``resident`` memory;
-  ``torch_decoder`` and ``mlx_decoder`` are what ``time_model`` times;
+  ``decoder`` says what ``time_model`` times, ``torch_decoder`` and ``mlx_decoder`` are that;
 - ``reproduce``: the paper's figures from the quantisers alone.
 """

@@ -9,9 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from tqai import _core, api
-from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
-from tqai.measure.text import prose
-from tqai.measure.time_model import (
+from tqai.measure.decoder import (
     COMPRESSED,
     FIRST_STEPS,
     MLX_QUANTIZED,
@@ -19,6 +17,8 @@ from tqai.measure.time_model import (
     Variant,
     short_bits,
 )
+from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
+from tqai.measure.text import prose
 from tqai.mlx.cache.base import Compressed
 from tqai.mlx.loading import load
 from tqai.mlx.model.probe import is_replaced, parts_of
@@ -27,7 +27,7 @@ States = tuple[mx.array, mx.array]
 
 
 class MlxDecoder:
-    """See ``tqai.measure.time_model.Decoder``."""
+    """See ``tqai.measure.decoder.Decoder``."""
 
     def __init__(
         self,

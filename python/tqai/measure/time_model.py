@@ -7,39 +7,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
+from tqai.measure.decoder import DYNAMIC, FIRST_STEPS, MLX_PLAIN, Decoder, Variant
 from tqai.measure.timing import ratio
 
-DYNAMIC = "DynamicCache"
-QUANTIZED = "QuantizedCache"
-MLX_PLAIN = "KVCache"
-MLX_QUANTIZED = "QuantizedKVCache"
-COMPRESSED = "tqai"
-KINDS = {
-    "transformers": (DYNAMIC, QUANTIZED, COMPRESSED),
-    "mlx": (MLX_PLAIN, MLX_QUANTIZED, COMPRESSED),
-}
-"""Of caches, by framework."""
-
-# More than sinks, window and a tile hold by default, so that nothing runs for the first time later.
-WARM_UP_TOKENS = 320
-# Decoded before the steps that count, at each context.
-FIRST_STEPS = 2
 _ROUND_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kind of cache, of a model in one dtype."""
-
-    kind: str
-    """One of ``KINDS[framework]``."""
-    dtype: str
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of ``tqai.patch``, or what quantises, and with how many bits."""
-    framework: str = "transformers"
 
 
 @dataclass(frozen=True)
@@ -159,22 +133,6 @@ def time_model(
             ]
 
 
-class Decoder(Protocol):
-    """A model with one kind of cache, which is filled and decoded from."""
-
-    def fill(self, context: int) -> None:
-        """Makes a cache of `context` tokens, and decodes the first steps."""
-        ...
-
-    def decode(self, steps: int) -> list[float]:
-        """Seconds of each step."""
-        ...
-
-    def look_at(self) -> dict[str, Any]:
-        """The part of a ``ModelTime`` that this process knows."""
-        ...
-
-
 # What runs in a variant's process. Several may live in one process, for tests.
 _decoders: dict[int, Decoder] = {}
 
@@ -198,8 +156,3 @@ def _decode(index: int, steps: int) -> list[float]:
 
 def _look_at(index: int) -> dict[str, Any]:
     return _decoders[index].look_at()
-
-
-def short_bits(bits: Any) -> str:
-    """Bits of all layers, or a star where they differ."""
-    return str(bits) if isinstance(bits, int) else "*"

@@ -10,9 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from tqai import api
-from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
-from tqai.measure.text import prose
-from tqai.measure.time_model import (
+from tqai.measure.decoder import (
     COMPRESSED,
     DYNAMIC,
     FIRST_STEPS,
@@ -20,6 +18,8 @@ from tqai.measure.time_model import (
     Variant,
     short_bits,
 )
+from tqai.measure.resident import peak_resident_bytes, reset_peak, resident_bytes
+from tqai.measure.text import prose
 from tqai.measure.timing import wait_for
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.loading import default_model, load

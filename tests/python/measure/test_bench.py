@@ -20,8 +20,9 @@ import toy
 from tqai import _core
 from tqai.cli import main
 from tqai.measure import time_kernels, time_model, torch_decoder
+from tqai.measure.decoder import COMPRESSED, DYNAMIC, Variant
 from tqai.measure.time_kernels import SDPA, Shape
-from tqai.measure.time_model import COMPRESSED, DYNAMIC, ModelTime, Variant
+from tqai.measure.time_model import ModelTime
 from tqai.measure.timing import in_turns, ratio
 from tqai.settings import Settings
 
