@@ -14,6 +14,7 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``stores``: what holds a layer's tokens: the C++ cache on the CPU, on other devices
   ``stores.device``, which is written in operations that each framework has its own of:
   ``stores.for_torch`` and ``stores.for_mlx``, each of which imports its own framework alone;
+- ``exchange``: packed caches between processes and machines, in envelopes;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
 - ``remarks``: what a patched model says when it is used without a compressed cache;

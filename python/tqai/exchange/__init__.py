@@ -1,0 +1,7 @@
+"""Packed caches between processes and machines: what they travel in, and where they are kept.
+
+- ``envelope``: bytes that say what they are and what they go with, checked before they are used;
+- ``cache_bytes``: a store's bytes taken apart into tiles, centres and exact tokens, and back.
+
+It knows no framework.
+"""
