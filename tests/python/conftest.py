@@ -26,6 +26,12 @@ if os.environ.get("TQAI_TEST_BACKEND") == "mlx-ops" and importlib.util.find_spec
 
     mlx_stores.is_native = lambda backend: False
 
+# Where the tests' models and token numbers are, and all tensors that are given no device: for those
+# who have another than the CPU (CONTRIBUTING.md).
+DEVICE = torch.device(os.environ.get("TQAI_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 VOCABULARY = 128
 SMALL = {
@@ -110,13 +116,14 @@ def make_model(family: str = "llama", seed: int = 1, **options: Any) -> Any:
             parameter.data.normal_(0, 0.08)
         elif "sinks" in name:
             parameter.data.normal_(4, 1)
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def make_ids(batch: int = 1, tokens: int = 23, seed: int = 0) -> Any:
     """Token numbers [batch, tokens], none of them special."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator, device="cpu")
+    return ids.to(DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,7 @@ def generate(
         text = torch.tensor([[ids[0, -1].item(), *others[:-1]]], device=ids.device)
         with torch.inference_mode():
             chosen = model(text, **cache_argument(model, cache)).logits[0].argmax(-1)
-        result["foreseen"] = int((chosen.cpu() == torch.tensor(others)).sum())
+        result["foreseen"] = int((chosen.cpu() == torch.tensor(others, device="cpu")).sum())
     return result
 
 

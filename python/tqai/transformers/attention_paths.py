@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqai.settings import Settings
 from tqai.transformers import hooks
 from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.model.devices import device_of
 from tqai.transformers.model.names import cache_argument
 from tqai.transformers.model.other_layers import is_recurrent
 from tqai.transformers.model.shadow import with_constants
@@ -80,13 +81,14 @@ def _explained(config: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _read(model: Any, cache: Any) -> list[str]:
-    model(torch.ones(1, _TOKENS, dtype=torch.long), **cache_argument(model, cache))
+    text = torch.ones(1, _TOKENS, dtype=torch.long, device=device_of(model))
+    model(text, **cache_argument(model, cache))
     decompressed: set[int] = set()
     tokens = [_tokens(layer) for layer in cache.layers]
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, TqaiLayer):
             _note_gathers(layer, index, decompressed)
-    model(torch.ones(1, 1, dtype=torch.long), **cache_argument(model, cache))
+    model(text[:, :1], **cache_argument(model, cache))
 
     def path(index: int, layer: Any) -> str:
         if is_recurrent(layer):

@@ -54,3 +54,10 @@ def test_memory_that_no_tensor_has_is_refused() -> None:
         places = torch.arange(6)
         cache.append(ref(tokens), ref(tokens), (places.data_ptr() + 4, (1, 1, 5), (0, 0, 1)))
     assert cache.tokens == 5
+
+
+def test_addresses_of_other_devices_are_refused() -> None:
+    elsewhere = torch.empty(1, 2, 5, 16, device="meta")
+    for reference in (ref, mask_ref):
+        with pytest.raises(ValueError, match="a tensor on meta.*allowed: on the CPU"):
+            reference(elsewhere)

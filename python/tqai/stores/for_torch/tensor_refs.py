@@ -24,13 +24,23 @@ def ref(tensor: torch.Tensor) -> Ref:
     """Borrows a 4-dimensional CPU tensor whose dtype is a key of ``DTYPES``.
 
     The caller keeps `tensor` alive while the reference is used.
+
+    Raises:
+        ValueError: for one on another device, whose address is none of this process's.
     """
+    _check_device(tensor)
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def mask_ref(mask: torch.Tensor) -> Ref:
     """As ``ref``, for an attention mask: bool as well, and any strides."""
+    _check_device(mask)
     return mask.data_ptr(), _MASK_DTYPES[mask.dtype], mask.shape, mask.stride()
+
+
+def _check_device(tensor: torch.Tensor) -> None:
+    if not tensor.is_cpu:
+        raise ValueError(f"a tensor on {tensor.device} for the CPU's kernels; allowed: on the CPU")
 
 
 def is_mask_dtype(dtype: torch.dtype) -> bool:

@@ -67,7 +67,7 @@ class StatesLayer(TqaiLayer, RECURRENT or object):  # type: ignore[misc]
 
     def _select(self, rows: list[int]) -> None:
         super()._select(rows)
-        RECURRENT.reorder_cache(self, torch.tensor(rows))
+        RECURRENT.reorder_cache(self, torch.tensor(rows, device="cpu"))
 
 
 class IndexedLayer(TqaiLayer):

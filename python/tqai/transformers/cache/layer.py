@@ -262,7 +262,7 @@ class TqaiLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.core is not None:
-            rows = torch.arange(self.core.batch)[indices.cpu()]
+            rows = torch.arange(self.core.batch, device="cpu")[indices.cpu()]
             self._select(rows.reshape(-1).tolist())
 
     def offload(self) -> None:

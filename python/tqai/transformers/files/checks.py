@@ -152,7 +152,8 @@ def _sections_of(saved: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _close(a: Any, b: Any) -> bool:
-    frequencies = [torch.tensor([float(f) for f in given], dtype=torch.float64) for given in (a, b)]
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = [torch.tensor([float(f) for f in given], **exact) for given in (a, b)]
     return frequencies[0].shape == frequencies[1].shape and torch.allclose(
         *frequencies, rtol=ROPE_TOLERANCE, atol=0.0
     )

@@ -48,7 +48,7 @@ def find_ropes(decoder: torch.nn.Module, config: Any, layers: int) -> tuple[Rope
     if len(positions) < 4:
         return none
     shadow = shadow_of(decoder)
-    probe = _probe(shadow, config, torch.tensor(positions)[:, None])
+    probe = _probe(shadow, config, torch.tensor(positions, device="cpu")[:, None])
     if probe is None or len(probe.keys) != layers:
         return none
     bases = _frequencies(shadow)
@@ -59,10 +59,11 @@ def find_ropes(decoder: torch.nn.Module, config: Any, layers: int) -> tuple[Rope
         return ropes
     far = [position for position in FAR_POSITIONS if not changes or position < limit]
     # [sections, rows, 1]: all at 0, then each section alone at each position.
-    apart = torch.zeros(probe.sections, 1 + probe.sections * len(far), 1, dtype=torch.long)
+    shape = probe.sections, 1 + probe.sections * len(far), 1
+    apart = torch.zeros(shape, dtype=torch.long, device="cpu")
     for section in range(probe.sections):
         start = 1 + section * len(far)
-        apart[section, start : start + len(far), 0] = torch.tensor(far)
+        apart[section, start : start + len(far), 0] = torch.tensor(far, device="cpu")
     probe = _probe(shadow, config, apart)
     if probe is None or len(probe.keys) != layers:
         return ropes
@@ -83,7 +84,7 @@ def turn_unrecognised(
     if None not in ropes or not any(True for _ in rotary_modules(shadow)):
         return recognised
     positions = [position for position in POSITIONS if position < first_too_far(config)]
-    probe = _probe(shadow, config, torch.tensor(positions)[:, None])
+    probe = _probe(shadow, config, torch.tensor(positions, device="cpu")[:, None])
     if probe is None or len(probe.keys) != len(ropes):
         return tuple(rope is None for rope in ropes)
     return tuple(
@@ -217,7 +218,7 @@ def _with_sections(
     if rope is None or keys is None or not torch.isfinite(keys).all():
         return rope
     pairs = len(rope.inv_freq)
-    errors = torch.zeros(sections, pairs, dtype=torch.float64)
+    errors = torch.zeros(sections, pairs, dtype=torch.float64, device="cpu")
     for section in range(sections):
         for row, position in enumerate(far):
             expected = rope.turn(keys[0], position)

@@ -91,7 +91,8 @@ def _flat(value: Any) -> Iterator[torch.Tensor | None]:
 def _quantized(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What a tensor of PyTorch's own quantisation consists of."""
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scales = [torch.tensor(tensor.q_scale()), torch.tensor(tensor.q_zero_point())]
+        scale, zero_point = tensor.q_scale(), tensor.q_zero_point()
+        scales = [torch.tensor(each, device="cpu") for each in (scale, zero_point)]
     else:
         scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
     return [tensor.int_repr(), *scales]

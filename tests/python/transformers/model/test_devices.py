@@ -72,3 +72,24 @@ def test_a_model_on_the_disk(backend: str, models: Models, tmp_path: Path) -> No
     assert report["packed_tokens"] > 0 and report["rotary"] == {"half_split": 2}
     tqai.save_cache(cache, tmp_path / "cache")
     assert tqai.load_cache(tmp_path / "cache", offloaded).get_seq_length() == 319
+
+
+def test_the_default_device_makes_no_difference(models: Models, tmp_path: Path) -> None:
+    """As for those who have ``torch.set_default_device("cuda")`` and a model on the CPU."""
+    model, ids, one = models(), make_ids(2, 200), make_ids(1, 1)
+
+    def logits() -> torch.Tensor:
+        cache = tqai.patch(model, **SEALING)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0], device="cpu"))
+            cache.batch_select_indices(torch.tensor([0], device="cpu"))
+            tqai.save_cache(cache, tmp_path / "cache.safetensors")
+            cache = tqai.load_cache(tmp_path / "cache.safetensors", model)
+            result = model(one, past_key_values=cache).logits
+        tqai.unpatch(model)
+        return result
+
+    expected = logits()
+    with META:  # what is made there by itself cannot be used here
+        assert torch.equal(logits(), expected)

@@ -103,6 +103,14 @@ def noise(model: Any) -> float:
     return error_of(model, *both(model, torch.arange(400)[None]))
 
 
+def test_sections_are_found_whatever_the_default_device_is() -> None:
+    model = mrope_model("Qwen2_5_VL")
+    expected = geometry_of(model).ropes
+    assert expected[0].sections
+    with torch.device("meta"):
+        assert geometry_of(model, afresh=True).ropes == expected
+
+
 @pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
 @pytest.mark.parametrize("rows", [3, 4])
 def test_images_cost_no_more_than_text(kind: str, rows: int) -> None:
