@@ -6,6 +6,7 @@ import argparse
 import itertools
 from dataclasses import asdict
 from pathlib import Path
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from tqai.cli.options import (
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from tqai.measure.recall import Recall
 
 # Option, default, what it means: of the comparison, and of the search for needles.
-_COMPARISON: tuple[tuple[str, int, str], ...] = (
+_COMPARISON: tuple[tuple[str, int | str, str], ...] = (
     ("--prefill", 512, "tokens read at once and exactly, first"),
-    ("--read", 256, "tokens fed after them"),
-    ("--chunk", 1, "tokens fed at a time, at most a window of them"),
-    ("--samples", 1, "stretches of the text"),
+    ("--read", "256; with --own 1024", "tokens fed after them"),
+    ("--chunk", "16, or the window", "tokens fed at a time, at most a window of them"),
+    ("--samples", "4; with --own 2", "stretches of the text"),
+    ("--seeds", 1, "seeds of the rotations for each setting"),
 )
-_SEARCH: tuple[tuple[str, int, str], ...] = (
+_SEARCH: tuple[tuple[str, int | str, str], ...] = (
     ("--context", 1024, "tokens of the whole prompt"),
     ("--needles", 2, "needles for each depth"),
     ("--needle-seed", 0, "of the codes and of the stretches of the text"),
@@ -63,14 +65,39 @@ def add(verbs: Any) -> None:
         "skip_layers=0+1, arithmetic= (default: k4v4 k4v2)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's own manual")
-    add_plot(parser, "mean KL against bits")
+    add_plot(parser, "mean KL against the bytes that caches hold")
 
-    def add_numbers(group: Any, numbers: tuple[tuple[str, int, str], ...]) -> None:
+    def add_numbers(group: Any, numbers: tuple[tuple[str, int | str, str], ...]) -> None:
         for option, default, text in numbers:
             group.add_argument(option, type=int, metavar="N", help=f"{text} (default: {default})")
 
     comparison = parser.add_argument_group("comparison")
     add_numbers(comparison, _COMPARISON)
+    comparison.add_argument(
+        "--own",
+        action="store_true",
+        help="read what the model itself goes on with after the prefill, in place of the text",
+    )
+    comparison.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of what it goes on with (default: 0, the likeliest tokens)",
+    )
+    windows = comparison.add_mutually_exclusive_group()
+    windows.add_argument(
+        "--tails",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="measure each setting with each of these residual windows",
+    )
+    windows.add_argument(
+        "--equal-bytes",
+        action="store_true",
+        help="give each setting but the first, which is to be the largest, the window that "
+        "makes its cache as large as the first one's",
+    )
     comparison.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
@@ -125,6 +152,10 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
             text,
             names,
             **_numbers(options, _COMPARISON),
+            own=options.own,
+            temperature=options.temperature or 0.0,
+            tails=options.tails or (),
+            equal_bytes=options.equal_bytes,
             bos=options.bos,
             progress=progress,
         )
@@ -140,8 +171,9 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
 def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
     from tqai.measure.recall import needle
 
-    for option in ("--plot", "--bos", *(option for option, *_ in _COMPARISON)):
-        if _value(options, option) is not None:
+    own = ("--plot", "--bos", "--own", "--temperature", "--tails", "--equal-bytes")
+    for option in (*own, *(option for option, *_ in _COMPARISON)):
+        if _value(options, option) not in (None, False):
             raise ValueError(f"{option} goes without --needle")
     numbers = _numbers(options, _SEARCH)
     seed = numbers.pop("needle_seed")
@@ -166,38 +198,72 @@ def _value(options: argparse.Namespace, option: str) -> Any:
 
 
 def _numbers(
-    options: argparse.Namespace, numbers: tuple[tuple[str, int, str], ...]
+    options: argparse.Namespace, numbers: tuple[tuple[str, int | str, str], ...]
 ) -> dict[str, int]:
-    return {
+    """Those that were given, or have one default."""
+    values = {
         _name(option): default if _value(options, option) is None else _value(options, option)
         for option, default, _ in numbers
     }
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def _print_comparison(results: list[Fidelity]) -> None:
     print_table(
-        ["setting", "mean KL", "median", "max", "top-1", "perplexity", "bits", "bits, all"],
+        [
+            *("setting", "mean KL", "±", "median", "99.9 %", "max", "top-1", "perplexity"),
+            *("bits", "MB", "of"),
+        ],
         [
             [
                 result.setting,
                 f"{result.kl_mean:.5f}",
+                _half_width(result),
                 f"{result.kl_median:.5f}",
+                f"{result.kl_p999:.4f}",
                 f"{result.kl_max:.4f}",
                 percent(result.top1_agreement),
                 f"{result.perplexity:.3f}",
                 f"{result.bits_per_coordinate:.3f}",
-                f"{result.bits_per_coordinate_whole:.3f}",
+                f"{(result.bytes_held + result.bytes_shared) / 1e6:.2f}",
+                f"{result.bytes_uncompressed / 1e6:.2f}",
             ]
             for result in results
         ],
     )
-    print(f"\nUncompressed perplexity {results[0].perplexity_uncompressed:.3f}.")
+    first = results[0]
+    print(f"\nUncompressed perplexity {first.perplexity_uncompressed:.3f}.")
     for result in results:
         print(
             f"{result.setting}: {result.tokens_read_packed} of {result.tokens_read} tokens read "
-            f"packed ones; at the end {percent(result.packed_share)} of the context was packed."
+            f"packed ones, {result.chunk} at a time; at the end {percent(result.packed_share)} of "
+            f"the context was packed."
         )
-    print("KL(p‖q) in nats; bits per coordinate of packed tokens, and of the whole cache.")
+    if first.own:
+        print("\nTokens that the model goes on with before the first one that is another:")
+        for result in results:
+            assert result.equal_tokens is not None
+            print(f"{result.setting}: {', '.join(map(str, result.equal_tokens))}")
+    if first.own:
+        print("Mean KL along what was read, in equal parts:")
+        for result in results:
+            print(f"{result.setting}: {', '.join(f'{mean:.5f}' for mean in result.kl_along)}")
+    if len(first.kl_by_seed) > 1:
+        print(f"\nMean KL over {len(first.kl_by_seed)} seeds: least, most, standard deviation:")
+        for result in results:
+            each = result.kl_by_seed
+            print(f"{result.setting}: {min(each):.5f}, {max(each):.5f}, {stdev(each):.5f}")
+    print(
+        "\nKL(p‖q) in nats, and 95 % of its mean over stretches (Student's t); bits a coordinate of"
+    )
+    print("packed tokens; megabytes of the cache and what it shares, of those of the model's own.")
+
+
+def _half_width(result: Fidelity) -> str:
+    if result.kl_interval is None:
+        return ""
+    low, high = result.kl_interval
+    return f"{(high - low) / 2:.5f}"
 
 
 def _print_search(results: list[Recall]) -> None:
@@ -233,22 +299,28 @@ def _print_search(results: list[Recall]) -> None:
 
 
 def _draw(figure: Figure, results: list[Fidelity]) -> None:
-    """Mean KL, on a logarithmic scale, against bits: a named point for each setting."""
+    """Mean KL, on a logarithmic scale, against bytes: a named point for each setting."""
     axes = figure.subplots()
     # Hollow and of several shapes, so that settings that come out alike can be told apart.
     for result, marker in zip(results, itertools.cycle("os^Dv<>"), strict=False):
-        axes.plot(
-            result.bits_per_coordinate,
+        low, high = result.kl_interval or (result.kl_mean, result.kl_mean)
+        axes.errorbar(
+            (result.bytes_held + result.bytes_shared) / 1e6,
             result.kl_mean,
-            marker,
+            # An interval that reaches 0 has no place on this scale.
+            yerr=[[result.kl_mean - max(low, result.kl_mean / 10)], [high - result.kl_mean]],
+            fmt=marker,
             fillstyle="none",
             markersize=8,
+            elinewidth=0.8,
             label=result.setting,
         )
+    own = "its own continuation" if results[0].own else "a text"
+    whole = results[0].bytes_uncompressed / 1e6
     axes.set(
-        title="Divergence from the uncompressed model",
-        xlabel="bits a coordinate of packed tokens, codes and norms",
-        ylabel="mean KL(p‖q), nats",
+        title=f"Divergence from the uncompressed model, along {own}",
+        xlabel=f"megabytes that the cache holds (the model's own: {whole:.1f})",
+        ylabel="mean KL(p‖q), nats, and 95 % of it",
         yscale="log",
     )
     axes.margins(0.1)

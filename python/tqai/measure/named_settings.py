@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqai import api
 from tqai.settings import PRESETS
@@ -68,6 +70,34 @@ def parse_setting(name: str) -> dict[str, Any]:
     return options
 
 
+class Candidate(Protocol):
+    """A way of holding keys and values that a model's own is compared with: a setting of tqai's, or
+    any other that can say the same of itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def window(self) -> int:
+        """Last tokens that stay exact."""
+        ...
+
+    @property
+    def seed(self) -> int | None:
+        """Of what is random in it; None: its own."""
+        ...
+
+    def patched(self) -> AbstractContextManager[Any]:
+        """A fresh cache, which the model takes in this context; its ``memory_report()`` has what
+        ``TqaiCache``'s has of tokens and bytes, in all and by layer."""
+        ...
+
+    def again(self, **changes: Any) -> Candidate:
+        """The same with another `seed` or `residual_window`, and under the same name but for the
+        latter."""
+        ...
+
+
 class NamedSetting:
     """Arguments of ``tqai.patch`` for one model, and how attention reads the codes.
 
@@ -104,6 +134,28 @@ class NamedSetting:
         with self.patched() as cache:
             self.settings = cache.settings
 
+    @property
+    def window(self) -> int:
+        return self.settings.residual_window
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.seed
+
+    def again(self, **changes: Any) -> NamedSetting:
+        """See ``Candidate``."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **changes)
+        other._options = {**self._options, **changes}
+        if "residual_window" in changes:
+            kept = [
+                part
+                for part in self.name.split(",")
+                if part.partition("=")[0] not in ("window", "residual_window")
+            ]
+            other.name = ",".join([*kept, f"residual_window={changes['residual_window']}"])
+        return other
+
     @contextmanager
     def patched(self) -> Iterator[TqaiCache]:
         """A fresh cache of the model, which is patched as long as it is in use."""
@@ -121,9 +173,9 @@ class NamedSetting:
 
 
 def named_settings(
-    model: PreTrainedModel, settings: Iterable[str | Mapping[str, Any]]
-) -> list[NamedSetting]:
-    """The settings, for `model`.
+    model: PreTrainedModel, settings: Iterable[str | Mapping[str, Any] | Candidate]
+) -> list[Candidate]:
+    """The settings, for `model`; what is no setting of tqai's stays what it is.
 
     Raises:
         ValueError: for no settings, a patched model, or as ``NamedSetting``.
@@ -140,7 +192,10 @@ def named_settings(
         pass
     else:
         raise ValueError("the model is patched; call tqai.unpatch(model) first")
-    named = [NamedSetting(model, setting) for setting in settings]
+    named: list[Candidate] = [
+        NamedSetting(model, setting) if isinstance(setting, (str, Mapping)) else setting
+        for setting in settings
+    ]
     if not named:
         raise ValueError("settings: expected at least one")
     return named

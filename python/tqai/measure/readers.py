@@ -32,7 +32,7 @@ class Reader(Protocol):
         self, ids: list[int], prefill: int, chunk: int, cache: Any
     ) -> Iterator[tuple[bool, np.ndarray]]:
         """For each chunk after the prefill, which is read at once: whether the cache held packed
-        tokens before it, and log-probabilities [chunk, vocabulary] float64 after its tokens. The
+        tokens before it, and log-probabilities [chunk, vocabulary] float32 after its tokens. The
         last token is not fed."""
         ...
 
@@ -107,7 +107,7 @@ class TorchReader:
             with torch.inference_mode():
                 logits = model(part, use_cache=True, **cache_argument(model, cache)).logits[0]
                 logs = torch.log_softmax(logits.float(), -1).cpu()
-            yield packed, logs.double().numpy()
+            yield packed, logs.numpy()
 
     def read(self, ids: list[int], cache: Any, chunk: int, progress: Callable[[int], Any]) -> None:
         import torch
@@ -187,7 +187,7 @@ class MlxReader:
             part = tokens[:, at : min(at + chunk, len(ids) - 1)]
             logits = self._model(part, cache=cache)[0].astype(mx.float32)
             logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            yield packed, np.array(logs, np.float64)
+            yield packed, np.array(logs, np.float32)
 
     def read(self, ids: list[int], cache: Any, chunk: int, progress: Callable[[int], Any]) -> None:
         import mlx.core as mx

@@ -111,9 +111,32 @@ def test_eval(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -
     few, many = run_json(capsys, *verb, "--setting", "k2v2", "k8v8,window=16", "--window", "0")
     assert (few["setting"], many["setting"]) == ("k2v2,residual_window=0", "k8v8,window=16")
     assert few["kl_mean"] > many["kl_mean"] > 0
-    assert few["tokens_read_packed"] == few["tokens_read"] == 8
+    assert few["tokens_read_packed"] == few["tokens_read"] == 4 * 8
+    assert (few["chunk"], many["chunk"]) == (1, 16)
     printed = run(capsys, *verb, "--setting", "k2v2", "--skip-layers", "0")
-    assert "k2v2,skip_layers=0: 8 of 8 tokens read packed ones" in printed
+    assert "k2v2,skip_layers=0: 32 of 32 tokens read packed ones, 16 at a time" in printed
+    half = (few["kl_interval"][1] - few["kl_interval"][0]) / 2
+    printed = run(capsys, *verb, "--setting", "k2v2", "--window", "0")
+    cells = next(line for line in printed.splitlines() if line.startswith("k2v2")).split()
+    assert cells[1:3] == [f"{few['kl_mean']:.5f}", f"{half:.5f}"]
+
+
+def test_eval_of_its_own_continuation_with_seeds_and_tails(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    verb = ("eval", "--model", folder, "--prefill", "200", "--read", "8", "--setting", "k2v2")
+    own = ("--own", "--temperature", "0.5", "--seeds", "2", "--tails", "0", "32")
+    results = run_json(capsys, *verb, *own)
+    assert [each["setting"] for each in results] == [
+        "k2v2,residual_window=0",
+        "k2v2,residual_window=32",
+    ]
+    for each in results:
+        assert each["own"] and len(each["equal_tokens"]) == 2 * 2 and len(each["kl_by_seed"]) == 2
+    printed = run(capsys, *verb, *own)
+    equal = ", ".join(map(str, results[0]["equal_tokens"]))
+    assert f"k2v2,residual_window=0: {equal}" in printed
+    assert "Mean KL over 2 seeds" in printed
 
 
 def test_eval_in_chunks_with_both_arithmetics(
@@ -127,7 +150,7 @@ def test_eval_in_chunks_with_both_arithmetics(
         "k2v2,arithmetic=kernel,residual_window=4",
     ]
     assert both[0]["kl_mean"] != both[1]["kl_mean"]
-    assert both[0]["tokens_read_packed"] == 10
+    assert both[0]["tokens_read_packed"] == 4 * 10
 
 
 def test_eval_plot(capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path) -> None:
@@ -162,6 +185,9 @@ def test_eval_needle(capsys: pytest.CaptureFixture[str], folder: str) -> None:
         (["--depths", "0.5"], "--depths goes with --needle"),
         (["--needles", "3"], "--needles goes with --needle"),
         (["--needle", "--chunk", "4"], "--chunk goes without --needle"),
+        (["--needle", "--own"], "--own goes without --needle"),
+        (["--needle", "--seeds", "3"], "--seeds goes without --needle"),
+        (["--temperature", "1"], "temperature=1.0: expected at least 0, and 0 where the text"),
         (["--needle", "--plot", "a.png"], "--plot goes without --needle"),
         (["--needle", "--context", "1025"], "context=1025: the model was made for 1024 tokens"),
         (["--needle", "--depths", "1.5"], "depths=[1.5]: expected numbers from 0 to 1"),
@@ -251,7 +277,7 @@ def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], folder: s
     assert main([*verb, "--device", "meta"]) == 2
     assert "holds no numbers" in capsys.readouterr().err
     result = run_json(capsys, *verb, "--device", "cpu", "--read", "2", "--prefill", "400")
-    assert result[0]["tokens_read"] == 2
+    assert result[0]["tokens_read"] == 4 * 2
 
 
 def test_the_former_names_of_options_still_work(

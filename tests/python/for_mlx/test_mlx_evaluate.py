@@ -38,7 +38,7 @@ def test_both_frameworks_measure_the_same(folder: Path) -> None:
     ours = tqai.evaluate(model, tokenizer, None, settings, **NUMBERS, bos=False)
     assert not tqai.is_patched(model)
     for one, other in zip(ours, theirs, strict=True):
-        assert one.tokens_read_packed == other.tokens_read_packed == 12
+        assert one.tokens_read_packed == other.tokens_read_packed == 4 * 12
         assert one.packed_share == other.packed_share
         assert one.bits_per_coordinate == other.bits_per_coordinate
     assert 0 < ours[0].kl_mean < ours[1].kl_mean
@@ -66,6 +66,26 @@ def test_chunks_and_samples(folder: Path) -> None:
     assert results[0].tokens_read == 24
 
 
+def test_its_own_continuation_seeds_and_windows(folder: Path) -> None:
+    """As for transformers."""
+    options = {"prefill": 300, "read": 12, "own": True, "seeds": 2}
+    theirs = tqai.evaluate(
+        make_torch_model("llama"), toy.tokenizer(), None, ["k2v2"], tails=(0, 32), **options
+    )
+    model, tokenizer = load(str(folder))
+    model.set_dtype(mx.float32)
+    ours = tqai.evaluate(model, tokenizer, None, ["k2v2"], tails=(0, 32), bos=False, **options)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.setting == other.setting and one.bytes_held == other.bytes_held
+        assert one.kl_by_seed == pytest.approx(other.kl_by_seed, rel=0.02)
+        assert one.perplexity_uncompressed == pytest.approx(other.perplexity_uncompressed)
+        assert len(one.equal_tokens) == 4
+    large, small = tqai.evaluate(
+        model, tokenizer, None, ["k8v8", "k2v2"], equal_bytes=True, prefill=600, read=4
+    )
+    assert small.setting != "k2v2" and small.bytes_held <= large.bytes_held
+
+
 def test_exact_arithmetic_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="arithmetic='exact' is for transformers"):
         tqai.evaluate(make_model("llama"), toy.tokenizer(), None, ["k4v2,arithmetic=exact"])
@@ -75,7 +95,7 @@ def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str])
     command = ["eval", "--framework", "mlx", "--prefill", "300", "--read", "6", "--setting", "k4v2"]
     assert main([*command, "--model", str(folder), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
-    assert result["setting"] == "k4v2" and result["tokens_read_packed"] == 6
+    assert result["setting"] == "k4v2" and result["tokens_read_packed"] == 4 * 6
     for more, message in (
         ([], "mlx-lm loads no .gguf files"),
         (["--model", str(folder), "--device", "cpu"], "--device cpu goes with"),
@@ -135,7 +155,7 @@ sys.exit(main(["eval", "--framework", "mlx", "--model", {str(folder)!r}, *number
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "4 of 4 tokens read packed ones" in ran.stdout
+    assert "16 of 16 tokens read packed ones" in ran.stdout
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def test_numbers(model: Any, chunk: int) -> None:
         [SETTING],
         prefill=PREFILL,
         read=READ,
+        samples=1,
         chunk=chunk,
         progress=lambda *args: progress.append(args),
     )
@@ -62,7 +63,11 @@ def test_numbers(model: Any, chunk: int) -> None:
     assert kl.max() > 1e-3  # the setting is one that shows
     assert result.kl_mean == pytest.approx(kl.mean().item(), rel=1e-3)
     assert result.kl_median == pytest.approx(kl.median().item(), rel=1e-3)
-    assert result.kl_max == pytest.approx(kl.max().item(), rel=1e-3)
+    assert result.kl_p999 == result.kl_max == pytest.approx(kl.max().item(), rel=1e-3)
+    quarters = kl.reshape(4, -1).mean(1).tolist()
+    assert result.kl_along == pytest.approx(quarters, rel=1e-3)
+    assert result.kl_by_stretch == result.kl_by_seed == (result.kl_mean,)
+    assert result.kl_interval is result.equal_tokens is None
     assert result.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert result.perplexity == pytest.approx(math.exp(-q.gather(1, targets).mean()), rel=1e-4)
     assert result.perplexity_uncompressed == pytest.approx(
@@ -73,6 +78,9 @@ def test_numbers(model: Any, chunk: int) -> None:
     assert result.bits_per_coordinate_whole == pytest.approx(
         32 * report["total_bytes"] / report["uncompressed_bytes"]
     )
+    assert result.bytes_held == report["total_bytes"]
+    assert result.bytes_uncompressed == report["uncompressed_bytes"]
+    assert result.bytes_shared == 0
     assert result.tokens_read == result.tokens_read_packed == READ
     assert result.packed_share == 64 / (PREFILL + READ)
     assert progress[0] == (chunk, 2 * READ, "uncompressed")
@@ -91,6 +99,9 @@ def test_samples_are_spread_over_the_text(model: Any) -> None:
     assert both.tokens_read == 2 * READ
     assert both.kl_mean == pytest.approx(sum(end.kl_mean for end in ends) / 2, rel=1e-4)
     assert both.kl_max == pytest.approx(max(end.kl_max for end in ends), rel=1e-4)
+    assert both.kl_by_stretch == pytest.approx([end.kl_mean for end in ends], rel=1e-4)
+    low, high = both.kl_interval
+    assert low < min(both.kl_by_stretch) and max(both.kl_by_stretch) < high
 
 
 def test_a_stretch_begins_as_asked(model: Any) -> None:
@@ -116,6 +127,7 @@ def test_only_tokens_that_read_packed_ones_are_counted_so(model: Any) -> None:
             ["k4v4,sinks=2,window=32"],
             prefill=PREFILL,
             read=READ,
+            samples=1,
             chunk=chunk,
         )
         return result.tokens_read_packed
@@ -123,6 +135,101 @@ def test_only_tokens_that_read_packed_ones_are_counted_so(model: Any) -> None:
     assert read_packed(1) == READ - 2
     assert read_packed(7) == READ - 7
     assert read_packed(16) == READ - 16
+
+
+def test_seeds_are_counted_together(model: Any) -> None:
+    def evaluate(setting: str, seeds: int) -> tqai.Fidelity:
+        options = {"prefill": PREFILL, "read": READ, "samples": 2, "seeds": seeds}
+        return tqai.evaluate(model, toy.tokenizer(), TEXT, [setting], **options)[0]
+
+    all_three = evaluate(f"{SETTING},seed=5", 3)
+    alone = [evaluate(f"{SETTING},seed={seed}", 1) for seed in (5, 6, 7)]
+    assert all_three.setting == f"{SETTING},seed=5"
+    assert all_three.kl_by_seed == pytest.approx([one.kl_mean for one in alone])
+    assert len(set(all_three.kl_by_seed)) == 3
+    assert all_three.kl_mean == pytest.approx(sum(all_three.kl_by_seed) / 3)
+    assert all_three.kl_max == max(one.kl_max for one in alone)
+    by_stretch = zip(*(one.kl_by_stretch for one in alone), strict=True)
+    assert all_three.kl_by_stretch == pytest.approx([sum(each) / 3 for each in by_stretch])
+    assert all_three.tokens_read == all_three.tokens_read_packed == 2 * READ
+    assert all_three.perplexity == pytest.approx(
+        math.prod(one.perplexity for one in alone) ** (1 / 3)
+    )
+
+
+def test_tails_replace_windows(model: Any) -> None:
+    options = {"prefill": PREFILL, "read": READ, "samples": 1}
+    settings = ["k2v2,window=1,sinks=2", "k4v4,sinks=2"]
+    found = tqai.evaluate(model, toy.tokenizer(), TEXT, settings, tails=(0, 24), **options)
+    names = [
+        f"{bits},sinks=2,residual_window={tail}" for tail in (0, 24) for bits in ("k2v2", "k4v4")
+    ]
+    assert [each.setting for each in found] == names
+    assert [each.chunk for each in found] == [1, 1, 16, 16]
+    assert found == tqai.evaluate(model, toy.tokenizer(), TEXT, names, **options)
+
+
+def test_equal_bytes(model: Any) -> None:
+    options = {"prefill": 600, "read": 8, "samples": 1}
+    settings = ["k8v8,window=16", "k2v2,window=16"]
+    large, small = tqai.evaluate(
+        model, toy.tokenizer(), TEXT, settings, equal_bytes=True, **options
+    )
+    assert large.setting == settings[0]
+    # 2 layers of 2 heads; 16 coordinates in fp32, or at 2 bits and a norm
+    tile = 64 * 2 * 2 * 2 * (16 * 4 - 6)
+    assert 0 <= large.bytes_held - small.bytes_held < tile
+    window = int(small.setting.removeprefix("k2v2,residual_window="))
+    assert window > 16 and (window - 16) % 64 == 0
+    alone = [tqai.evaluate(model, toy.tokenizer(), TEXT, [name], **options)[0] for name in settings]
+    assert alone[0] == large
+    assert alone[0].bytes_held - alone[1].bytes_held >= tile
+    with pytest.raises(ValueError, match=r"setting 'k8v8,window=16': takes more bytes.*largest"):
+        tqai.evaluate(model, toy.tokenizer(), TEXT, settings[::-1], equal_bytes=True, **options)
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_own_continuation(model: Any, chunk: int) -> None:
+    """Against generation itself, of both caches."""
+    options: dict[str, Any] = {"prefill": PREFILL, "read": READ, "own": True, "chunk": chunk}
+    (result,) = tqai.evaluate(model, toy.tokenizer(), TEXT, [SETTING], samples=1, **options)
+    prompt = torch.tensor([toy.tokenizer()(TEXT).input_ids[:PREFILL]])
+
+    def generate(cache: Any) -> Any:
+        never = {"eos_token_id": 1000, "pad_token_id": 0}
+        return model.generate(
+            prompt, past_key_values=cache, max_new_tokens=READ + 1, do_sample=False, **never
+        )
+
+    ids = generate(DynamicCache(config=model.config))
+    p = reference(model, ids, DynamicCache(config=model.config), chunk)
+    q = reference(model, ids, tqai.patch(model, **parse_setting(SETTING)), chunk)
+    theirs = generate(tqai.new_cache(model))
+    tqai.unpatch(model)
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert result.own and result.kl_mean == pytest.approx(kl.mean().item(), rel=1e-3)
+    equal = (ids == theirs)[0, PREFILL:].int().cumprod(0).sum().item()
+    assert 1 < equal < READ  # one that shows
+    if chunk == 1:
+        assert result.equal_tokens == (equal,)
+    targets = ids[0, PREFILL + 1 :, None]
+    loss = -p.gather(1, targets).mean()
+    assert result.perplexity_uncompressed == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_sampled_continuation(model: Any) -> None:
+    def evaluate(setting: str, temperature: float) -> tqai.Fidelity:
+        options: dict[str, Any] = {"own": True, "temperature": temperature}
+        (result,) = tqai.evaluate(
+            model, toy.tokenizer(), TEXT, [setting], prefill=PREFILL, read=READ, **options
+        )
+        return result
+
+    fine, coarse = evaluate("k8v8,sinks=2,window=8", 1.0), evaluate(SETTING, 1.0)
+    assert fine.perplexity_uncompressed == coarse.perplexity_uncompressed
+    assert coarse.perplexity_uncompressed != evaluate(SETTING, 0.0).perplexity_uncompressed
+    assert min(fine.equal_tokens) > 10  # where random numbers of its own would leave 1 or 2
+    assert min(coarse.equal_tokens) < READ
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
@@ -178,6 +285,11 @@ def test_more_bits_cost_less(model: Any) -> None:
         ({"prefill": 0}, "prefill=0"),
         ({"read": 0}, "read=0"),
         ({"samples": 0}, "samples=0"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"temperature": 1.0}, "temperature=1.0: expected at least 0, and 0 where the text"),
+        ({"temperature": -1.0, "own": True}, "temperature=-1.0"),
+        ({"tails": (0,), "equal_bytes": True}, "expected one of them"),
+        ({"tails": (-1,)}, "residual_window=-1"),
         ({"chunk": 0}, "chunk=0"),
         ({"chunk": 33, "settings": ["k4v2", "k4v4,window=32"]}, "chunk=33: setting 'k4v4,window"),
         ({"chunk": 2, "settings": ["k4v4,window=0"]}, "a window of 0 tokens"),
