@@ -126,6 +126,7 @@ inline namespace local {}
 #include "key_basis.cpp"
 #include "packing.cpp"
 #include "quantizer.cpp"
+#include "resources.cpp"
 #include "rotation.cpp"
 #include "threads.cpp"
 #include "trellis.cpp"

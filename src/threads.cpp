@@ -38,7 +38,7 @@ TQAI_INLINE Forks& forks() noexcept {
 TQAI_INLINE bool has_threads() noexcept {
 #ifdef __linux__
   // "." and "..", and a folder for each thread.
-  struct stat tasks{};
+  struct stat tasks {};
   return stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink != 3;
 #else
   return true;
@@ -59,16 +59,16 @@ TQAI_INLINE Forks::Forks() noexcept {
 
 }  // namespace TQAI_LOCAL
 
-TQAI_INLINE int usable_threads() noexcept {
-  const int threads = omp_get_max_threads();
+TQAI_INLINE int usable_threads(int wanted) noexcept {
+  const int threads = wanted > 0 ? wanted : omp_get_max_threads();
   return threads > 1 && forks().lost_threads ? 1 : threads;
 }
 
 #else
 
-TQAI_INLINE int usable_threads() noexcept {
+TQAI_INLINE int usable_threads([[maybe_unused]] int wanted) noexcept {
 #ifdef _OPENMP
-  return omp_get_max_threads();
+  return wanted > 0 ? wanted : omp_get_max_threads();
 #else
   return 1;
 #endif

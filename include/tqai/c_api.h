@@ -114,6 +114,36 @@ typedef struct tqai_positions {
   int64_t strides[3];  /**< in elements */
 } tqai_positions;
 
+/* ---- What calls work with -------------------------------------------------------------------- */
+
+/** Working memory that calls leave to the next ones (tqai::Workspace); for one call at a time. */
+typedef struct tqai_workspace tqai_workspace;
+
+/** A piece of work for an executor: to be called with its `state` and each of 0 ... count - 1 once,
+ * by any threads, at the same time or one after another. */
+typedef void (*tqai_work)(void* state, int64_t index);
+/** An application's own threads. Returns when no work runs any more and none is still to come; what
+ * it leaves undone is done by the calling thread. user: of tqai_resources. */
+typedef void (*tqai_executor)(void* user, int64_t count, tqai_work work, void* state);
+
+/** What a call works with (tqai::Resources). Results do not depend on any of it. */
+typedef struct tqai_resources {
+  size_t size;                /**< written by the _init */
+  int32_t threads;            /**< 0: as many as OpenMP gives; at most 1024 */
+  tqai_executor parallel_for; /**< NULL: OpenMP's threads; else `threads` is needed */
+  void* user;                 /**< NULL: handed to parallel_for */
+  tqai_workspace* workspace;  /**< NULL: memory of the call's own */
+} tqai_resources;
+
+/** size: sizeof(*resources). Writes it and the defaults. */
+TQAI_C_API void tqai_resources_init(tqai_resources* resources, size_t size);
+/** An empty one. */
+TQAI_C_API tqai_status tqai_workspace_create(tqai_workspace** workspace);
+/** Ends a handle; NULL is let be. */
+TQAI_C_API void tqai_workspace_destroy(tqai_workspace* workspace);
+/** Bytes that it holds; 0 of NULL. */
+TQAI_C_API size_t tqai_workspace_bytes(const tqai_workspace* workspace);
+
 /* ---- Caches --------------------------------------------------------------------------------- */
 
 /** Keys and values of one attention layer for a batch of rows (tqai::KvCache). */
@@ -159,6 +189,10 @@ typedef struct tqai_attend_options {
   const tqai_tensor* mask;  /**< NULL: none. [batch or 1, query_heads or 1, queries, tokens -
                              * first_token]; TQAI_BOOL: nonzero = seen; else added to the scores */
   const float* sink_scores; /**< NULL: none. [query_heads] */
+  /** NULL: none. [batch, queries, query_heads, 1] fp32, written: log of the sum of exp(score) over
+   * what each query saw, by which outputs over different tokens merge (cache.hpp). */
+  const tqai_output* log_sum_exp;
+  const tqai_resources* resources; /**< NULL: the defaults */
 } tqai_attend_options;
 
 /** What a cache is, with the defaults filled in. */
@@ -220,8 +254,16 @@ TQAI_C_API tqai_status tqai_cache_copy(const tqai_cache* cache, tqai_cache** cop
 TQAI_C_API tqai_status tqai_cache_append(tqai_cache* cache, const tqai_tensor* keys,
                                          const tqai_tensor* values,
                                          const tqai_positions* positions);
+/** As tqai_cache_append; resources: NULL for the defaults. */
+TQAI_C_API tqai_status tqai_cache_append_with(tqai_cache* cache, const tqai_tensor* keys,
+                                              const tqai_tensor* values,
+                                              const tqai_positions* positions,
+                                              const tqai_resources* resources);
 /** *held, unless held is NULL: tokens of a row, at most, that are too long to be compressed. */
 TQAI_C_API tqai_status tqai_cache_seal(tqai_cache* cache, int64_t* held);
+/** As tqai_cache_seal; resources: NULL for the defaults. */
+TQAI_C_API tqai_status tqai_cache_seal_with(tqai_cache* cache, int64_t* held,
+                                            const tqai_resources* resources);
 /** queries: [batch, query_heads, n, head_dim], those of the last n tokens; output: [batch, n,
  * query_heads, value_head_dim]. options: NULL for the defaults. */
 TQAI_C_API tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* queries,

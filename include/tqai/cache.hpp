@@ -16,6 +16,7 @@
 #include <tqai/half.hpp>
 #include <tqai/matrix.hpp>
 #include <tqai/packing.hpp>
+#include <tqai/resources.hpp>
 #include <tqai/rotation.hpp>
 #include <tqai/trellis.hpp>
 #include <vector>
@@ -106,18 +107,24 @@ struct AttendOptions {
   /// [query_heads] fp32 attention sinks: a score that joins the softmax's sum with no value of its
   /// own; null: none.
   const float* sink_scores = nullptr;
+  /// To be written beside the output: log Σ exp(score) of what each query saw, sinks included, fp32
+  /// [batch, queries, query_heads, 1], any strides, overlapping nothing else. −∞ for a query that
+  /// sees nothing, NaN where the output is. With it outputs over different tokens merge: outputs a,
+  /// b with logarithms s, t are (e^s a + e^t b) / (e^s + e^t) over all of them, whose logarithm is
+  /// log(e^s + e^t).
+  std::optional<Tensor> log_sum_exp;
 };
 
 /// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
 /// in each of them, once.
 struct MemoryReport {
-  std::int64_t tokens = 0;             ///< batch · tokens held, padding and discarded ones left out
-  std::int64_t packed_tokens = 0;      ///< of those, in tiles
-  std::size_t packed_bytes = 0;        ///< tiles: codes and norms
-  std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;      ///< headers, lists, centres
-  std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
-  std::size_t basis_bytes = 0;         ///< the shared CacheOptions::key_basis, not in the total
+  std::int64_t tokens = 0;         ///< batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;  ///< of those, in tiles
+  std::size_t packed_bytes = 0;    ///< tiles: codes and norms
+  std::size_t exact_bytes = 0;     ///< sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;  ///< headers, lists, centres
+  std::size_t mapped_bytes = 0;    ///< tiles in pages of files (files.hpp), not in the total
+  std::size_t basis_bytes = 0;     ///< the shared CacheOptions::key_basis, not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
   /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }
@@ -144,9 +151,10 @@ struct TokenSpan {
 ///
 /// All or nothing: a member that throws leaves the cache as it was. Const members may run
 /// concurrently on one cache; anything else needs a lock. `append`, `attend` and `seal` use OpenMP
-/// threads where the work is worth it; results do not depend on their number, on the level, or on
-/// the rounding, flushing and traps that the application has chosen for its own arithmetic. A
-/// forked child of a process that had several threads works with one.
+/// threads, or the application's (`Resources`), where the work is worth it; results do not depend
+/// on their number, on the level, or on the rounding, flushing and traps that the application has
+/// chosen for its own arithmetic. A forked child of a process that had several threads works with
+/// one, but for those of an application's executor.
 class TQAI_API KvCache {
  public:
   /// Throws ValueError for options out of range, UnsupportedError for a level this machine lacks.
@@ -185,7 +193,7 @@ class TQAI_API KvCache {
   /// ValueError for a wrong shape or dtype, for NaN or infinity, and for positions beyond
   /// ± kMaxPosition.
   void append(const ConstTensor& keys, const ConstTensor& values,
-              const std::optional<PositionTensor>& positions = {});
+              const std::optional<PositionTensor>& positions = {}, const Resources& resources = {});
 
   /// Largest position that `append` takes, and the negative of the smallest.
   static constexpr std::int64_t kMaxPosition = (std::int64_t{1} << 30) - 1;
@@ -203,7 +211,7 @@ class TQAI_API KvCache {
   /// Seals what has left the window; without it the next `append` does. O(tokens · head_dim · log).
   /// Returns how many tokens of a row, at most, have left it and stay exact because of a vector
   /// that is too long for a tile (kMaxNorm); 0 where there is none.
-  std::int64_t seal();
+  std::int64_t seal(const Resources& resources = {});
 
   /// Softmax attention. queries: [batch, query_heads, n, head_dim], query_heads a multiple of
   /// kv_heads, query head h reads kv head h / (query_heads / kv_heads); the n queries are the last
@@ -211,8 +219,8 @@ class TQAI_API KvCache {
   /// query that sees no token gives zeros. Any dtypes.
   /// Tiles are read by integer arithmetic: against exact decoding of the same codes the relative
   /// error is about 1e-2 of the output's norm (docs/kernels.md). Throws ValueError.
-  void attend(const ConstTensor& queries, const Tensor& output,
-              const AttendOptions& options = {}) const;
+  void attend(const ConstTensor& queries, const Tensor& output, const AttendOptions& options = {},
+              const Resources& resources = {}) const;
 
   /// Decompresses tokens [first, first + n) into keys [batch, kv_heads, n, head_dim] and values
   /// [batch, kv_heads, n, value_head_dim], of any dtype; padding and discarded tokens become zeros.
@@ -280,14 +288,15 @@ class TQAI_API KvCache {
   /// expressions (needs <tqai/eigen.hpp>): keys [n, kv_heads · head_dim], values [n, kv_heads ·
   /// value_head_dim], fp32, as projections leave them. What is not row-major is copied first.
   template <detail::EigenMatrix Keys, detail::EigenMatrix Values>
-  void append(const Keys& keys, const Values& values) {
-    detail::EigenRows<Keys>::append(*this, keys, values);
+  void append(const Keys& keys, const Values& values, const Resources& resources = {}) {
+    detail::EigenRows<Keys>::append(*this, keys, values, resources);
   }
   /// `attend` for one batch row (needs <tqai/eigen.hpp>): queries [n, query_heads · head_dim];
   /// output [n, query_heads · value_head_dim], fp32, row-major.
   template <detail::EigenMatrix Queries, detail::EigenMatrix Output>
-  void attend(const Queries& queries, Output&& output, const AttendOptions& options = {}) const {
-    detail::EigenRows<Queries>::attend(*this, queries, output, options);
+  void attend(const Queries& queries, Output&& output, const AttendOptions& options = {},
+              const Resources& resources = {}) const {
+    detail::EigenRows<Queries>::attend(*this, queries, output, options, resources);
   }
 
  private:

@@ -43,19 +43,21 @@ namespace detail {
 
 template <EigenMatrix Matrix>
 struct EigenRows<Matrix> {
-  static void append(KvCache& cache, const ConstRows& keys, const ConstRows& values) {
+  static void append(KvCache& cache, const ConstRows& keys, const ConstRows& values,
+                     const Resources& resources) {
     cache.append(heads_of<ConstTensor>(keys, cache.options().head_dim, "keys"),
-                 heads_of<ConstTensor>(values, cache.options().value_head_dim, "values"));
+                 heads_of<ConstTensor>(values, cache.options().value_head_dim, "values"), {},
+                 resources);
   }
 
   static void attend(const KvCache& cache, const ConstRows& queries, Rows output,
-                     const AttendOptions& options) {
+                     const AttendOptions& options, const Resources& resources) {
     const auto rows = heads_of<ConstTensor>(queries, cache.options().head_dim, "queries");
     auto out = heads_of<Tensor>(output, cache.options().value_head_dim, "output");
     // The output tensor is [batch, queries, heads, dim].
     std::swap(out.shape[1], out.shape[2]);
     std::swap(out.strides[1], out.strides[2]);
-    cache.attend(rows, out, options);
+    cache.attend(rows, out, options, resources);
   }
 
   static void apply(const Rotation& rotation, const ConstRows& x, Rows y) {

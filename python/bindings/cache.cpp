@@ -72,10 +72,17 @@ CachePointer make_cache(int batch, int kv_heads, int head_dim, int value_head_di
   return std::make_unique<LockedCache>(KvCache(options, batch));
 }
 
+// With at most so many of OpenMP's threads.
+Resources on(int threads) {
+  Resources resources;
+  resources.threads = threads;
+  return resources;
+}
+
 void attend(const LockedCache& cache, const py::tuple& queries, const py::tuple& output,
             std::optional<float> scale, float soft_cap, bool causal, std::int64_t window,
             std::int64_t first_token, const std::optional<py::tuple>& mask,
-            std::uintptr_t sink_scores) {
+            std::uintptr_t sink_scores, const std::optional<py::tuple>& log_sum_exp, int threads) {
   AttendOptions options;
   options.scale = scale;
   options.soft_cap = soft_cap;
@@ -84,9 +91,12 @@ void attend(const LockedCache& cache, const py::tuple& queries, const py::tuple&
   options.first_token = first_token;
   if (mask) options.mask = reference_of(*mask, "mask").mask();
   options.sink_scores = reinterpret_cast<const float*>(sink_scores);
+  if (log_sum_exp) {
+    options.log_sum_exp = reference_of(*log_sum_exp, "log_sum_exp").writable("log_sum_exp");
+  }
   const ConstTensor query = reference_of(queries, "queries").constant("queries");
   const Tensor out = reference_of(output, "output").writable("output");
-  cache.read([&](const KvCache& held) { held.attend(query, out, options); });
+  cache.read([&](const KvCache& held) { held.attend(query, out, options, on(threads)); });
 }
 
 py::dict memory(const LockedCache& cache) {
@@ -256,30 +266,35 @@ key_basis: what keys are quantised in, in place of a rotation. value_codes: "sca
       .def(
           "append",
           [](LockedCache& cache, const py::tuple& keys, const py::tuple& values,
-             const std::optional<py::tuple>& positions) {
+             const std::optional<py::tuple>& positions, int threads) {
             const ConstTensor k = reference_of(keys, "keys").constant("keys");
             const ConstTensor v = reference_of(values, "values").constant("values");
             std::optional<PositionTensor> p;
             if (positions) p = positions_of(*positions);
-            cache.change([&](KvCache& held) { held.append(k, v, p); });
+            cache.change([&](KvCache& held) { held.append(k, v, p, on(threads)); });
           },
-          arg("keys"), arg("values"), arg("positions") = py::none(),
+          arg("keys"), arg("values"), arg("positions") = py::none(), arg("threads") = 0,
           R"(Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim]. positions:
 (address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
-None: each token is one further than the one before.)")
+None: each token is one further than the one before. threads: at most so many, here and below; 0: as
+many as OpenMP gives.)")
       .def(
           "seal",
-          [](LockedCache& cache) {
-            return cache.change([](KvCache& held) { return held.seal(); });
+          [](LockedCache& cache, int threads) {
+            return cache.change([=](KvCache& held) { return held.seal(on(threads)); });
           },
+          arg("threads") = 0,
           R"(Compresses what has left the residual window; returns how many tokens of a row cannot be,
 because of a vector that is too long for a tile.)")
       .def("attend", &attend, arg("queries"), arg("output"), arg("scale") = py::none(),
            arg("soft_cap") = 0.0F, arg("causal") = true, arg("window") = 0, arg("first_token") = 0,
-           arg("mask") = py::none(), arg("sink_scores") = 0,
+           arg("mask") = py::none(), arg("sink_scores") = 0, arg("log_sum_exp") = py::none(),
+           arg("threads") = 0,
            R"(Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into
 output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads or 1, n,
-tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0.)")
+tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0;
+log_sum_exp: [batch, n, query_heads, 1] float32, written: log of the sum of exp(score) over what each
+query saw, by which outputs over different tokens merge.)")
       .def(
           "gather",
           [](const LockedCache& cache, std::int64_t first, const py::tuple& keys,

@@ -144,17 +144,20 @@ class KvCache:
         ...
     def __setstate__(self, arg0: tuple) -> None:
         ...
-    def append(self, keys: tuple, values: tuple, positions: tuple | None = None) -> None:
+    def append(self, keys: tuple, values: tuple, positions: tuple | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Adds tokens: keys [batch, kv_heads, n, head_dim], values [.., value_head_dim]. positions:
         (address of int64, shape, strides) of [batch or 1, sections or 1, n], what the keys were turned by;
-        None: each token is one further than the one before.
+        None: each token is one further than the one before. threads: at most so many, here and below; 0: as
+        many as OpenMP gives.
         """
-    def attend(self, queries: tuple, output: tuple, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def attend(self, queries: tuple, output: tuple, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, first_token: typing.SupportsInt | typing.SupportsIndex = 0, mask: tuple | None = None, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0, log_sum_exp: tuple | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Softmax attention of the last n tokens' queries [batch, query_heads, n, head_dim] into
         output [batch, n, query_heads, value_head_dim]. mask: [batch or 1, query_heads or 1, n,
-        tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0.
+        tokens - first_token], bool or float; sink_scores: address of [query_heads] float32, or 0;
+        log_sum_exp: [batch, n, query_heads, 1] float32, written: log of the sum of exp(score) over what each
+        query saw, by which outputs over different tokens merge.
         """
     def centering(self, row: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> str | None:
         """
@@ -197,7 +200,7 @@ class KvCache:
         """
         Tokens of a row held as codes.
         """
-    def seal(self) -> int:
+    def seal(self, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Compresses what has left the residual window; returns how many tokens of a row cannot be,
         because of a vector that is too long for a tile.

@@ -59,6 +59,7 @@ void tqai_attend_options_init(tqai_attend_options* options, size_t size) {
   fill(options, size, all);
 }
 
+void tqai_resources_init(tqai_resources* resources, size_t size) { fill(resources, size, {}); }
 void tqai_cache_info_init(tqai_cache_info* info, size_t size) { fill(info, size, {}); }
 void tqai_memory_init(tqai_memory* memory, size_t size) { fill(memory, size, {}); }
 
@@ -96,8 +97,27 @@ tqai_status tqai_cache_copy(const tqai_cache* cache, tqai_cache** copy) {
   });
 }
 
+tqai_status tqai_workspace_create(tqai_workspace** workspace) {
+  return guarded([&] {
+    tqai_workspace*& made = fresh(workspace, "workspace");
+    made = new tqai_workspace;
+  });
+}
+
+void tqai_workspace_destroy(tqai_workspace* workspace) { delete workspace; }
+
+size_t tqai_workspace_bytes(const tqai_workspace* workspace) {
+  return workspace == nullptr ? 0 : workspace->held.bytes();
+}
+
 tqai_status tqai_cache_append(tqai_cache* cache, const tqai_tensor* keys, const tqai_tensor* values,
                               const tqai_positions* positions) {
+  return tqai_cache_append_with(cache, keys, values, positions, nullptr);
+}
+
+tqai_status tqai_cache_append_with(tqai_cache* cache, const tqai_tensor* keys,
+                                   const tqai_tensor* values, const tqai_positions* positions,
+                                   const tqai_resources* resources) {
   return guarded([&] {
     std::optional<tqai::PositionTensor> places;
     if (positions != nullptr) {
@@ -107,13 +127,19 @@ tqai_status tqai_cache_append(tqai_cache* cache, const tqai_tensor* keys, const 
     }
     given(cache, "cache")
         .held.append(tensor_of<tqai::ConstTensor>(keys, "keys"),
-                     tensor_of<tqai::ConstTensor>(values, "values"), places);
+                     tensor_of<tqai::ConstTensor>(values, "values"), places,
+                     resources_of(resources));
   });
 }
 
 tqai_status tqai_cache_seal(tqai_cache* cache, int64_t* held) {
+  return tqai_cache_seal_with(cache, held, nullptr);
+}
+
+tqai_status tqai_cache_seal_with(tqai_cache* cache, int64_t* held,
+                                 const tqai_resources* resources) {
   return guarded([&] {
-    const std::int64_t exact = given(cache, "cache").held.seal();
+    const std::int64_t exact = given(cache, "cache").held.seal(resources_of(resources));
     if (held != nullptr) *held = exact;
   });
 }
@@ -122,6 +148,7 @@ tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* querie
                               const tqai_output* output, const tqai_attend_options* options) {
   return guarded([&] {
     tqai::AttendOptions settings;
+    tqai::Resources resources;
     if (options != nullptr) {
       const tqai_attend_options all = known(options, "options", tqai_attend_options_init);
       if (all.has_scale != 0) settings.scale = all.scale;
@@ -131,10 +158,14 @@ tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* querie
       settings.first_token = all.first_token;
       if (all.mask != nullptr) settings.mask = mask_of(*all.mask);
       settings.sink_scores = all.sink_scores;
+      if (all.log_sum_exp != nullptr) {
+        settings.log_sum_exp = tensor_of<tqai::Tensor>(all.log_sum_exp, "log_sum_exp");
+      }
+      resources = resources_of(all.resources);
     }
     given(cache, "cache")
         .held.attend(tensor_of<tqai::ConstTensor>(queries, "queries"),
-                     tensor_of<tqai::Tensor>(output, "output"), settings);
+                     tensor_of<tqai::Tensor>(output, "output"), settings, resources);
   });
 }
 

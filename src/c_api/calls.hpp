@@ -15,10 +15,14 @@
 #include <tqai/files.hpp>
 #include <tqai/key_basis.hpp>
 #include <tqai/quantizer.hpp>
+#include <tqai/resources.hpp>
 #include <vector>
 
 struct tqai_cache {
   tqai::KvCache held;
+};
+struct tqai_workspace {
+  tqai::Workspace held;
 };
 struct tqai_key_moments {
   tqai::KeyMoments held;
@@ -172,6 +176,26 @@ template <typename T>
 std::span<const T> list_of(const T* items, std::size_t count, const char* name) {
   if (count > 0) (void)given(items, name);
   return {items, count};
+}
+
+inline Resources resources_of(const tqai_resources* given_ones) {
+  Resources resources;
+  if (given_ones == nullptr) return resources;
+  const tqai_resources all = known(given_ones, "resources", tqai_resources_init);
+  resources.threads = all.threads;
+  if (all.parallel_for != nullptr) {
+    resources.parallel_for = [run = all.parallel_for, user = all.user](
+                                 std::int64_t count, const Resources::Work& work) {
+      run(
+          user, count,
+          [](void* state, std::int64_t index) {
+            (*static_cast<const Resources::Work*>(state))(index);
+          },
+          const_cast<Resources::Work*>(&work));
+    };
+  }
+  if (all.workspace != nullptr) resources.workspace = &all.workspace->held;
+  return resources;
 }
 
 inline std::vector<std::shared_ptr<const KeyBasis>> bases_of(const tqai_key_basis* const* bases,

@@ -1,15 +1,14 @@
-// Attention of a batch of query rows over the rows of a cache.
+// Attention of queries over the rows of caches.
 #pragma once
 
 #include <span>
 #include <tqai/cache.hpp>
 
-#include "row.hpp"
+#include "attend_units.hpp"
 
 namespace tqai::detail {
 
-/// Arguments as KvCache::attend, already checked. `tokens`: the cache's logical length.
-void attend(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-            const ConstTensor& queries, const Tensor& output, const AttendOptions& options);
+/// All of the calls, in one parallel region; each gives what it gives alone.
+void attend(std::span<const AttendCall> calls, const Resources& resources);
 
 }  // namespace tqai::detail

@@ -4,7 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <numeric>
+#include <type_traits>
+#include <utility>
 
 namespace tqai::detail {
 namespace TQAI_LOCAL {
@@ -15,46 +18,53 @@ using kernels::kMaxRows;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
 
+// ln(sum · 2^max). In double, since it is a difference of such numbers that counts.
+TQAI_INLINE float log_of(float sum, float max, bool is_finite) noexcept {
+  if (!is_finite) return std::numeric_limits<float>::quiet_NaN();
+  if (!(sum > 0.0F)) return -kInfinity;
+  return static_cast<float>(std::numbers::ln2 *
+                            (static_cast<double>(max) + std::log2(static_cast<double>(sum))));
+}
+
 }  // namespace TQAI_LOCAL
 
-TQAI_INLINE AttendUnits::AttendUnits(const Context& context, std::span<const Row> rows,
-                                     std::int64_t tokens, const ConstTensor& queries,
-                                     const Tensor& output, const AttendOptions& options)
-    : context_(context),
-      rows_(rows),
-      tokens_(tokens),
-      queries_(queries),
-      output_(output),
-      options_(options),
+TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
+    : context_(*call.context),
+      rows_(call.rows),
+      tokens_(call.tokens),
+      queries_(*call.queries),
+      output_(*call.output),
+      options_(*call.options),
       query_factor_(
-          options.scale.value_or(1.0F / std::sqrt(static_cast<float>(context.options.head_dim))) *
-          (options.soft_cap > 0.0F ? 1.0F / options.soft_cap : kLog2E)),
-      query_count_(queries.shape[2]),
-      group_(queries.shape[1] / context.options.kv_heads),
+          options_.scale.value_or(1.0F / std::sqrt(static_cast<float>(context_.options.head_dim))) *
+          (options_.soft_cap > 0.0F ? 1.0F / options_.soft_cap : kLog2E)),
+      query_count_(queries_.shape[2]),
+      group_(queries_.shape[1] / context_.options.kv_heads),
       blocks_(divide_up(group_ * query_count_, kMaxRows)),
-      units_(queries.shape[0] * context.options.kv_heads * blocks_),
+      units_(queries_.shape[0] * context_.options.kv_heads * blocks_),
       row_capacity_(std::min<std::int64_t>(kMaxRows, group_ * query_count_)),
       parts_(1),
-      key_padded_(padded_dim(context.options.head_dim)),
-      value_padded_(padded_dim(context.options.value_head_dim)) {
-  mask_first_ = tokens;
-  for (std::size_t b = 0; b < rows.size(); ++b) {
+      key_padded_(padded_dim(context_.options.head_dim)),
+      value_padded_(padded_dim(context_.options.value_head_dim)) {
+  mask_first_ = tokens_;
+  for (std::size_t b = 0; b < rows_.size(); ++b) {
     parts_ = std::max(parts_, parts_of(static_cast<std::int64_t>(b)));
-    mask_first_ = std::min(mask_first_, rows[b].first);
+    mask_first_ = std::min(mask_first_, rows_[b].first);
   }
-  if (options.mask) mask_columns_ = tokens - mask_first_;
+  if (options_.mask) mask_columns_ = tokens_ - mask_first_;
   mask_stride_ = round_up(mask_columns_, kLineFloats);
   bool has_rope = false;
-  for (const Row& row : rows) {
+  for (const Row& row : rows_) {
     sets_ = std::max(sets_, std::ssize(row.centre_sets));
     for (const Centres& centres : row.centre_sets) {
-      has_rope = has_rope || CentreScores::has_rope(context, centres);
+      has_rope = has_rope || CentreScores::has_rope(context_, centres);
     }
   }
-  if (has_rope) factor_floats_ = CentreScores::factor_floats(context);
-  prepared_floats_ = static_cast<std::int64_t>(
-      context.kernels->prepared_bytes(context.codec->plan().keys, static_cast<int>(row_capacity_)) /
-      sizeof(float));
+  if (has_rope) factor_floats_ = CentreScores::factor_floats(context_);
+  prepared_floats_ =
+      static_cast<std::int64_t>(context_.kernels->prepared_bytes(context_.codec->plan().keys,
+                                                                 static_cast<int>(row_capacity_)) /
+                                sizeof(float));
   unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ + parts_ * value_padded_) +
                  sets_ * factor_floats_ + prepared_floats_;
 }
@@ -72,31 +82,42 @@ TQAI_INLINE double AttendUnits::multiplications() const noexcept {
   return static_cast<double>(units_) * kMaxRows * static_cast<double>(tokens_) * dims;
 }
 
-// Left as it is: zeroing would take as long as a short call's attention.
-TQAI_INLINE AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t most, int threads)
-    : widened_(threads,
-               sizeof(float) * kernels::exact_floats(units.context_.options.dtype,
-                                                     units.context_.options.head_dim,
-                                                     units.context_.options.value_head_dim)) {
-  const auto count_of = [most](std::int64_t each) { return static_cast<std::size_t>(most * each); };
-  lines_.reset(new Line[count_of(units.unit_floats_ / kLineFloats)]);
-  states_.reset(new PartState[count_of(units.parts_)]);
-  centres_.reset(new CentreScores[count_of(units.sets_)]);
-  finite_.reset(new bool[count_of(kMaxRows)]);
+TQAI_INLINE std::size_t AttendUnits::bytes(std::int64_t count) const noexcept {
+  static_assert(std::is_trivially_destructible_v<CentreScores>);
+  const std::size_t of_one = static_cast<std::size_t>(unit_floats_) * sizeof(float) +
+                             static_cast<std::size_t>(parts_) * sizeof(PartState) +
+                             static_cast<std::size_t>(sets_) * sizeof(CentreScores) +
+                             std::size_t{kMaxRows};
+  return (static_cast<std::size_t>(count) * of_one + 63) / 64 * 64;
+}
+
+// What lies in the memory is left as it is: zeroing would take as long as a short call's attention.
+TQAI_INLINE AttendUnits::Batch::Batch(const AttendUnits& units, std::int64_t first,
+                                      std::int64_t count, std::byte* memory) noexcept
+    : units_(&units), first_(first), count_(count) {
+  // In order of alignment: multiples of lines, of 8 bytes, and bytes.
+  static_assert(sizeof(PartState) % 64 == 0 && sizeof(CentreScores) % alignof(CentreScores) == 0);
+  const auto take = [&memory, count](std::int64_t each, std::size_t bytes) {
+    return std::exchange(memory, memory + static_cast<std::size_t>(count * each) * bytes);
+  };
+  floats_ = reinterpret_cast<float*>(take(units.unit_floats_, sizeof(float)));
+  states_ = reinterpret_cast<PartState*>(take(units.parts_, sizeof(PartState)));
+  centres_ = reinterpret_cast<CentreScores*>(take(units.sets_, sizeof(CentreScores)));
+  finite_ = reinterpret_cast<bool*>(take(kMaxRows, 1));
 }
 
 TQAI_INLINE AttendUnits::Work AttendUnits::work(const Batch& batch,
                                                 std::int64_t index) const noexcept {
   Work work{};
-  work.plain = reinterpret_cast<float*>(batch.lines_.get()) + index * unit_floats_;
+  work.plain = batch.floats_ + index * unit_floats_;
   work.factors = work.plain + row_capacity_ * key_padded_;
   work.mask = work.factors + sets_ * factor_floats_;
   work.outputs = work.mask + row_capacity_ * mask_stride_;
   work.prepared =
       reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
-  work.states = batch.states_.get() + index * parts_;
-  work.centres = batch.centres_.get() + index * sets_;
-  work.finite = batch.finite_.get() + index * kMaxRows;
+  work.states = batch.states_ + index * parts_;
+  work.centres = batch.centres_ + index * sets_;
+  work.finite = batch.finite_ + index * kMaxRows;
   return work;
 }
 
@@ -223,15 +244,14 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
 }
 
 TQAI_INLINE void AttendUnits::attend(const Batch& batch, const Item& item,
-                                     int thread) const noexcept {
+                                     float* widened) const noexcept {
   const std::int64_t batch_row = unit(batch.first_ + item.first).batch_row;
   const std::int64_t exact_parts = exact_parts_of(batch_row);
   if (item.part < exact_parts) {
     for (int u = 0; u < item.count; ++u) {
       const Unit each = unit(batch.first_ + item.first + u);
       const Work memory = work(batch, item.first + u);
-      attend_exact(each, memory, item.part, begin(each, memory, item.part),
-                   reinterpret_cast<float*>(batch.widened_.of(thread)));
+      attend_exact(each, memory, item.part, begin(each, memory, item.part), widened);
     }
     return;
   }
@@ -352,6 +372,12 @@ TQAI_INLINE void AttendUnits::finish(const Batch& batch, std::int64_t index) con
     }
     const float sum = std::accumulate(std::begin(sums), std::end(sums), 0.0F);
     const float factor = sum > 0.0F ? 1.0F / sum : 0.0F;
+    if (options_.log_sum_exp) {
+      const Tensor& logs = *options_.log_sum_exp;
+      static_cast<float*>(logs.data)[unit.batch_row * logs.strides[0] + at.query * logs.strides[1] +
+                                     at.query_head * logs.strides[2]] =
+          log_of(sum, max, work.finite[r]);
+    }
     for (int c = 0; c < dim; ++c) {
       merged[c] = work.finite[r] ? merged[c] * factor : std::numeric_limits<float>::quiet_NaN();
     }

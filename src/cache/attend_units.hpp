@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <tqai/cache.hpp>
 
 #include "../kernels/kernels.hpp"
-#include "../threads.hpp"
 #include "centres.hpp"
 #include "row.hpp"
 
@@ -24,14 +22,23 @@ constexpr std::int64_t round_up(std::int64_t a, std::int64_t unit) {
   return divide_up(a, unit) * unit;
 }
 
+/// What KvCache::attend was called with, already checked. `tokens`: the cache's logical length.
+struct AttendCall {
+  const Context* context;
+  std::span<const Row> rows;
+  std::int64_t tokens;
+  const ConstTensor* queries;
+  const Tensor* output;
+  const AttendOptions* options;
+};
+
 /// The units of a call: (batch row, kv head, block of query rows), each with a part per
 /// kPartTokens exact tokens, sinks first, then one per kPartBlocks sealed blocks. A unit is
 /// prepared, its parts attended to in any order, then it is finished. Units are held in batches, to
 /// bound what lies between. Thread-safe for different units, and for different parts of one.
 class AttendUnits {
  public:
-  AttendUnits(const Context& context, std::span<const Row> rows, std::int64_t tokens,
-              const ConstTensor& queries, const Tensor& output, const AttendOptions& options);
+  explicit AttendUnits(const AttendCall& call);
 
   std::int64_t count() const noexcept { return units_; }
   /// Units of a kv head, and of a batch row: they follow one another.
@@ -45,15 +52,17 @@ class AttendUnits {
   std::int64_t most_parts() const noexcept { return parts_; }
   /// Of all units, about.
   double multiplications() const noexcept;
-  /// Floats of a unit's working memory.
-  std::int64_t floats() const noexcept { return unit_floats_; }
+  /// Bytes of working memory for `count` units, a multiple of 64.
+  std::size_t bytes(std::int64_t count) const noexcept;
+  /// Floats of a thread's working memory (kernels::AttendExact).
+  std::size_t widened_floats() const noexcept {
+    return kernels::exact_floats(context_.options.dtype, context_.options.head_dim,
+                                 context_.options.value_head_dim);
+  }
 
  private:
   // Working memory, of which each array begins a line.
   static constexpr std::int64_t kLineFloats = 16;
-  struct alignas(64) Line {
-    float floats[kLineFloats];
-  };
   // Softmax states of up to kMaxRows query rows (kernels::Softmax).
   struct PartState {
     alignas(64) float sums[kernels::kMaxRows][kernels::kLanes];
@@ -61,27 +70,25 @@ class AttendUnits {
   };
 
  public:
-  /// Working memory of a batch: units first() … first() + count() − 1.
+  /// Units first() … first() + count() − 1, and their working memory.
   class Batch {
    public:
-    /// For up to `most` units and so many threads. Throws std::bad_alloc.
-    Batch(const AttendUnits& units, std::int64_t most, int threads);
-    void move_to(std::int64_t first, std::int64_t count) noexcept {
-      first_ = first;
-      count_ = count;
-    }
+    /// memory: bytes(count), 64-byte aligned.
+    Batch(const AttendUnits& units, std::int64_t first, std::int64_t count,
+          std::byte* memory) noexcept;
+    const AttendUnits& units() const noexcept { return *units_; }
     std::int64_t first() const noexcept { return first_; }
     std::int64_t count() const noexcept { return count_; }
 
    private:
     friend AttendUnits;
-    std::int64_t first_ = 0;
-    std::int64_t count_ = 0;
-    std::unique_ptr<Line[]> lines_;
-    std::unique_ptr<PartState[]> states_;
-    std::unique_ptr<CentreScores[]> centres_;
-    std::unique_ptr<bool[]> finite_;
-    ThreadMemory widened_;  // kernels::AttendExact
+    const AttendUnits* units_;
+    std::int64_t first_;
+    std::int64_t count_;
+    float* floats_;
+    PartState* states_;
+    CentreScores* centres_;
+    bool* finite_;
   };
   /// A part of `count` units from the batch's unit `first` on: one for a part of exact tokens, else
   /// up to kMaxHeads of one batch row.
@@ -93,8 +100,8 @@ class AttendUnits {
 
   /// index: of a unit in the batch.
   void prepare(const Batch& batch, std::int64_t index) const noexcept;
-  /// thread: its number.
-  void attend(const Batch& batch, const Item& item, int thread) const noexcept;
+  /// widened: the thread's, widened_floats().
+  void attend(const Batch& batch, const Item& item, float* widened) const noexcept;
   void finish(const Batch& batch, std::int64_t index) const noexcept;
 
  private:

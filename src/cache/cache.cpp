@@ -68,6 +68,21 @@ TQAI_INLINE void check_mask(const Mask& mask, const ConstTensor& queries, std::i
                        mask.shape.size());
 }
 
+TQAI_INLINE void check_log_sum_exp(const Tensor& logs, const ConstTensor& queries,
+                                   const Tensor& output) {
+  if (logs.dtype != DType::f32) {
+    throw ValueError(std::string("log_sum_exp is ") + name_of(logs.dtype) +
+                     "; needed: float32, since weights are its exponential");
+  }
+  detail::check_shape("log_sum_exp", logs.shape,
+                      {queries.shape[0], queries.shape[2], queries.shape[1], 1},
+                      "batch, queries, query_heads, 1");
+  detail::check_written("log_sum_exp", logs);
+  detail::check_apart("log_sum_exp", logs, "the queries", queries);
+  detail::check_apart("log_sum_exp", logs, "output",
+                      {output.data, output.dtype, output.shape, output.strides});
+}
+
 // Copies the tensor's tokens of one batch row behind the row's exact ones.
 TQAI_INLINE void copy_in(const Context& context, Row& row, const ConstTensor& keys,
                          const ConstTensor& values, std::int64_t batch_row) noexcept {
@@ -119,7 +134,8 @@ TQAI_INLINE std::int64_t most_sealable(const Context& context,
 // What sealing will do to each row, without blocks where that is nothing; empty where it is nothing
 // for all of them. Of the rows themselves only capacity changes.
 TQAI_INLINE std::vector<detail::Sealing> prepare_sealings(const Context& context,
-                                                          detail::CountedVector<Row>& rows) {
+                                                          detail::CountedVector<Row>& rows,
+                                                          const Resources& resources) {
   if (most_sealable(context, rows) == 0) return {};
   struct Job {
     std::size_t row;
@@ -132,18 +148,19 @@ TQAI_INLINE std::vector<detail::Sealing> prepare_sealings(const Context& context
     const std::int64_t tokens =
         detail::encodable(context, rows[b], detail::sealable(context, rows[b]));
     if (tokens == 0) continue;
-    sealings[b] = detail::prepare_sealing(context, rows[b], tokens);
+    sealings[b] = detail::prepare_sealing(context, rows[b], tokens, resources);
     for (std::int64_t block = 0; block < tokens / kTileTokens; ++block) {
       for (int head = 0; head < context.options.kv_heads; ++head) {
         jobs.push_back({b, block, head});
       }
     }
   }
-  parallel_for(
-      std::ssize(jobs), 8, detail::encoding_bytes(context), [&](std::int64_t i, std::byte* memory) {
-        const Job& job = jobs[static_cast<std::size_t>(i)];
-        detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head, memory);
-      });
+  parallel_for(resources, std::ssize(jobs), 8, detail::encoding_bytes(context),
+               [&](std::int64_t i, std::byte* memory) {
+                 const Job& job = jobs[static_cast<std::size_t>(i)];
+                 detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head,
+                                     memory);
+               });
   return sealings;
 }
 
@@ -215,7 +232,9 @@ TQAI_INLINE int KvCache::centre_sets(int row) const {
 }
 
 TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
-                                 const std::optional<PositionTensor>& positions) {
+                                 const std::optional<PositionTensor>& positions,
+                                 const Resources& resources) {
+  (void)usable_threads(resources);  // whether or not this call has work for them
   const UsualArithmetic usual;
   State& state = *state_;
   const Context& context = state.context;
@@ -241,7 +260,7 @@ TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& val
   if (tokens == 0) return;
   detail::check_vectors(*context.kernels, "keys", keys);
   detail::check_vectors(*context.kernels, "values", values);
-  std::vector<detail::Sealing> sealings = prepare_sealings(context, state.rows);
+  std::vector<detail::Sealing> sealings = prepare_sealings(context, state.rows, resources);
   std::vector<Stand> stands;
   stands.reserve(state.rows.size());
   for (std::size_t b = 0; b < state.rows.size(); ++b) {
@@ -263,14 +282,15 @@ TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& val
   state.tokens += tokens;
 }
 
-TQAI_INLINE std::int64_t KvCache::seal() {
+TQAI_INLINE std::int64_t KvCache::seal(const Resources& resources) {
+  (void)usable_threads(resources);
   const UsualArithmetic usual;
-  commit_all(state_->rows, prepare_sealings(state_->context, state_->rows));
+  commit_all(state_->rows, prepare_sealings(state_->context, state_->rows, resources));
   return most_sealable(state_->context, state_->rows);
 }
 
 TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& output,
-                                 const AttendOptions& options) const {
+                                 const AttendOptions& options, const Resources& resources) const {
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
   const auto batch = static_cast<std::int64_t>(state.rows.size());
@@ -312,7 +332,10 @@ TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& outpu
     detail::check_memory("sink_scores", options.sink_scores, sizeof(float), &queries.shape[1],
                          &next, 1);
   }
-  detail::attend(state.context, state.rows, state.tokens, queries, output, options);
+  if (options.log_sum_exp) check_log_sum_exp(*options.log_sum_exp, queries, output);
+  const detail::AttendCall call{&state.context, state.rows, state.tokens,
+                                &queries,       &output,    &options};
+  detail::attend({&call, 1}, resources);
 }
 
 TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,

@@ -48,7 +48,8 @@ TQAI_INLINE ExactTokens copy_tokens(const Context& context, const ExactTokens& s
 // Moments of the tiles from token `from` of the tail on, [kv_heads][blocks].
 TQAI_INLINE std::vector<std::vector<Moments>> moments_of(const Context& context, const Row& row,
                                                          std::int64_t from,
-                                                         const CountedVector<BlockView>& blocks) {
+                                                         const CountedVector<BlockView>& blocks,
+                                                         const Resources& resources) {
   const auto heads = static_cast<std::size_t>(context.options.kv_heads);
   std::vector<std::vector<Moments>> moments(heads,
                                             std::vector<Moments>(blocks.size(), Moments(context)));
@@ -56,7 +57,7 @@ TQAI_INLINE std::vector<std::vector<Moments>> moments_of(const Context& context,
   const auto count = static_cast<std::int64_t>(heads * blocks.size());
   const std::size_t bytes =
       std::size_t{kTileTokens} * static_cast<std::size_t>(context.options.head_dim) * sizeof(float);
-  parallel_for(count, 16, bytes, [&](std::int64_t i, std::byte* memory) {
+  parallel_for(resources, count, 16, bytes, [&](std::int64_t i, std::byte* memory) {
     const auto block = static_cast<std::size_t>(i) / heads;
     const auto head = static_cast<std::size_t>(i) % heads;
     const auto token = static_cast<std::size_t>(from) + block * kTileTokens;
@@ -69,7 +70,8 @@ TQAI_INLINE std::vector<std::vector<Moments>> moments_of(const Context& context,
 }
 
 // Gives the sealing's blocks their centres.
-TQAI_INLINE void choose_centres(const Context& context, const Row& row, Sealing& sealing) {
+TQAI_INLINE void choose_centres(const Context& context, const Row& row, Sealing& sealing,
+                                const Resources& resources) {
   if (context.options.centering == Centering::none) {
     sealing.centre_sets = row.centre_sets;
     if (sealing.centre_sets.empty()) {
@@ -80,9 +82,10 @@ TQAI_INLINE void choose_centres(const Context& context, const Row& row, Sealing&
     return;
   }
   const std::int64_t first_block = sealing.blocks.front().block.header().first_token;
-  CentreChoice choice = choose_centre_sets(
-      context, row.centre_sets, moments_of(context, row, sealing.new_sinks, sealing.blocks),
-      first_block / kTileTokens + std::ssize(sealing.blocks));
+  CentreChoice choice =
+      choose_centre_sets(context, row.centre_sets,
+                         moments_of(context, row, sealing.new_sinks, sealing.blocks, resources),
+                         first_block / kTileTokens + std::ssize(sealing.blocks));
   sealing.centre_sets = std::move(choice.sets);
   for (std::size_t i = 0; i < sealing.blocks.size(); ++i) {
     sealing.blocks[i].set = choice.of_tile[i];
@@ -183,7 +186,8 @@ TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row,
   return tokens;
 }
 
-TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens) {
+TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens,
+                                    const Resources& resources) {
   Sealing sealing;
   if (row.centre_sets.empty()) {
     sealing.new_sinks = context.options.sink_tokens - row.sink_tokens();
@@ -207,7 +211,7 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
     if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
     sealing.blocks.push_back({make_block(std::move(shape), context.block_bytes())});
   }
-  choose_centres(context, row, sealing);
+  choose_centres(context, row, sealing, resources);
   const std::int64_t out = sealing.new_sinks + tokens;
   const std::int64_t left = row.tail_tokens() - out;  // more than usual where not all is encodable
   sealing.tail =

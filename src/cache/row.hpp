@@ -121,7 +121,8 @@ std::int64_t encodable(const Context& context, const Row& row, std::int64_t toke
 
 /// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
 /// sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
-Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens);
+Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens,
+                        const Resources& resources);
 
 /// Encodes one head of block `index`. Thread-safe for different (index, head).
 void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,

@@ -821,6 +821,74 @@ static void test_quantizers(void) {
   EXPECT(quantizer == NULL);
 }
 
+/* An executor of one thread, which counts what it is handed. */
+static void count_and_run(void* user, int64_t count, tqai_work work, void* state) {
+  int64_t i;
+  *(int64_t*)user += count;
+  for (i = count - 1; i >= 0; --i) work(state, i);
+}
+
+static void test_resources(void) {
+  static float big_keys[1000 * 4 * 64], whole[4 * 64], split[4 * 64];
+  float logs[4], others[4];
+  tqai_cache_options o;
+  tqai_cache *cache = NULL, *copy = NULL;
+  tqai_resources resources;
+  tqai_workspace* workspace = NULL;
+  tqai_attend_options settings;
+  tqai_tensor keys = {big_keys, TQAI_F32, {1, 4, 1000, 64}, {0, 64000, 64, 1}};
+  const tqai_tensor q = {big_keys, TQAI_F32, {1, 4, 1, 64}, {0, 64, 64, 1}};
+  tqai_output out = {whole, TQAI_F32, {1, 1, 4, 64}, {256, 256, 64, 1}};
+  tqai_output sums = {logs, TQAI_F32, {1, 1, 4, 1}, {4, 4, 1, 1}};
+  int64_t handed = 0, held = -1;
+  size_t i, bytes;
+  for (i = 0; i < sizeof(big_keys) / sizeof(float); ++i) big_keys[i] = g_keys[i % kNumbers];
+  tqai_cache_options_init(&o, sizeof(o));
+  o.kv_heads = 4;
+  o.head_dim = 64;
+  EXPECT(tqai_cache_create(&o, &cache) == TQAI_OK);
+  EXPECT(tqai_workspace_create(&workspace) == TQAI_OK && tqai_workspace_bytes(workspace) == 0);
+  EXPECT(tqai_workspace_bytes(NULL) == 0);
+  EXPECT_ERROR(tqai_workspace_create(NULL), TQAI_VALUE_ERROR, "workspace is NULL");
+  tqai_resources_init(NULL, 8);
+  tqai_resources_init(&resources, sizeof(resources));
+  resources.threads = 2;
+  resources.parallel_for = count_and_run;
+  resources.user = &handed;
+  resources.workspace = workspace;
+  EXPECT(tqai_cache_append_with(cache, &keys, &keys, NULL, &resources) == TQAI_OK);
+  EXPECT(tqai_cache_copy(cache, &copy) == TQAI_OK);
+  EXPECT(tqai_cache_seal_with(cache, &held, &resources) == TQAI_OK && held == 0);
+  EXPECT(handed > 0);
+  EXPECT(tqai_cache_seal(copy, NULL) == TQAI_OK);
+  tqai_attend_options_init(&settings, sizeof(settings));
+  settings.log_sum_exp = &sums;
+  EXPECT(tqai_cache_attend(copy, &q, &out, &settings) == TQAI_OK);
+  settings.resources = &resources;
+  out.data = split;
+  sums.data = others;
+  EXPECT(tqai_cache_attend(cache, &q, &out, &settings) == TQAI_OK);
+  EXPECT(memcmp(whole, split, sizeof(whole)) == 0);
+  EXPECT(memcmp(logs, others, sizeof(logs)) == 0);
+  EXPECT(logs[0] > 0.0F && logs[0] < 100.0F);
+  bytes = tqai_workspace_bytes(workspace);
+  EXPECT(bytes > 0);
+  EXPECT(tqai_cache_attend(cache, &q, &out, &settings) == TQAI_OK);
+  EXPECT(tqai_workspace_bytes(workspace) == bytes);
+  resources.threads = -1;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &out, &settings), TQAI_VALUE_ERROR, "threads = -1");
+  EXPECT_ERROR(tqai_cache_seal_with(cache, NULL, &resources), TQAI_VALUE_ERROR, "threads = -1");
+  resources.size = 0;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &out, &settings), TQAI_VALUE_ERROR, "resources->size");
+  settings.resources = NULL;
+  sums.shape[2] = 3;
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &out, &settings), TQAI_VALUE_ERROR, "log_sum_exp");
+  tqai_workspace_destroy(workspace);
+  tqai_workspace_destroy(NULL);
+  tqai_cache_destroy(cache);
+  tqai_cache_destroy(copy);
+}
+
 int main(int argc, char** argv) {
   size_t before;
   EXPECT(strcmp(tqai_last_error(), "") == 0);
@@ -835,6 +903,7 @@ int main(int argc, char** argv) {
   test_trellis();
   test_append();
   test_attend();
+  test_resources();
   test_memory_of_tensors();
   test_gather();
   test_rows();

@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> None:
         print_json(result)
         return
     for name, value in result["installation"].items():
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
+        if name == "openmp":
+            value = "yes" if value else "no: this build of tqai has none, and works in one thread"
         text = ", ".join(value) if isinstance(value, list) else value
         print(f"{name.replace('_', ' '):18}{text}")
     if "model" in result:

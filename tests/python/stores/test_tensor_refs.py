@@ -61,3 +61,20 @@ def test_addresses_of_other_devices_are_refused() -> None:
     for reference in (ref, mask_ref):
         with pytest.raises(ValueError, match="a tensor on meta.*allowed: on the CPU"):
             reference(elsewhere)
+
+
+def test_log_sum_exp_of_what_queries_saw_and_threads_by_number() -> None:
+    cache = _core.KvCache(batch=1, kv_heads=1, head_dim=16)
+    keys = torch.randn(1, 1, 20, 16)
+    cache.append(ref(keys), ref(torch.randn(1, 1, 20, 16)), threads=2)
+    assert cache.seal(threads=2) == 0
+    queries, output, logs = (
+        torch.randn(1, 2, 3, 16),
+        torch.empty(1, 3, 2, 16),
+        torch.empty(1, 3, 2, 1),
+    )
+    cache.attend(ref(queries), ref(output), log_sum_exp=ref(logs), causal=False, threads=1)
+    scores = queries.double() @ keys.double().mT / 4
+    torch.testing.assert_close(logs[..., 0].mT.double(), scores.logsumexp(-1), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="threads = -1; allowed: 1"):
+        cache.seal(threads=-1)
