@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         verbs,
         "reproduce",
         "Measures the errors of TurboQuant's two quantisers (arXiv:2504.19874) on random unit "
-        "vectors, beside the paper's values and bounds.",
+        "vectors, and those of trellis codes and lattices, beside the paper's values and bounds.",
         run,
         models=False,
     )
@@ -88,7 +88,7 @@ def _print(result: Reproduction) -> None:
         f"{result.vectors} unit vectors of {d} coordinates, {result.rotation.title()} rotation, "
         f"seed {result.seed}.\n\n"
         "Squared error of the mse quantiser, and of the same on the cache's int8 grid, with scalar "
-        "and\nwith trellis codes:"
+        "and\nwith trellis codes; of lattices, for comparison; and the bounds:"
     )
     print_table(
         [
@@ -99,6 +99,8 @@ def _print(result: Reproduction) -> None:
             "int8 grid",
             "expected",
             "trellis",
+            "D4",
+            "E8",
             "4^−b",
             "√3π/2·4^−b",
         ],
@@ -110,7 +112,10 @@ def _print(result: Reproduction) -> None:
                 paper(row.error),
                 _text(row.error_int8.measured),
                 _text(row.error_int8.expected),
-                _text(row.error_trellis.measured) if row.error_trellis else "",
+                *(
+                    _text(each.measured) if each else ""
+                    for each in (row.error_trellis, row.error_d4, row.error_e8)
+                ),
                 _text(row.error.lower_bound),
                 _text(row.error.upper_bound),
             ]
@@ -176,9 +181,14 @@ def _draw(figure: Figure, result: Reproduction) -> None:
     error = [row.error for row in result.rows]
     points(left, error, "mse", "oC0-")
     points(left, [row.error_int8 for row in result.rows], "mse, int8 grid", "xC2--")
-    trellis = [(row.bits, row.error_trellis.measured) for row in result.rows if row.error_trellis]
-    if trellis:
-        left.plot(*zip(*trellis, strict=True), "^C3-", label="mse, trellis codes", markersize=5)
+    for name, label, style in (
+        ("error_trellis", "mse, trellis codes", "^C3-"),
+        ("error_d4", "lattice D4", "vC4:"),
+        ("error_e8", "lattice E8", "DC5:"),
+    ):
+        found = [(row.bits, each.measured) for row in result.rows if (each := getattr(row, name))]
+        if found:
+            left.plot(*zip(*found, strict=True), style, label=label, markersize=5)
     bound(left, [q.upper_bound for q in error], r"$\frac{\sqrt{3}\pi}{2}\,4^{-b}$", "--")
     bound(left, [q.lower_bound for q in error], r"$4^{-b}$", ":")
     left.set(title=f"Mean squared error, d = {result.head_dim}", ylabel=r"E‖x − x̂‖²")

@@ -61,6 +61,22 @@ def test_trellis_codes_have_a_third_less_error(result: Reproduction) -> None:
     assert all(row.error_trellis is None for row in result.rows[4:])
 
 
+def test_lattices_lie_between_scalar_and_trellis_codes(result: Reproduction) -> None:
+    for row in result.rows[1:4]:
+        assert row.error_d4 is not None and row.error_trellis is not None
+        spread = 3 * row.error_d4.standard_error
+        assert row.error_trellis.measured < row.error_d4.measured + spread
+        assert row.error_d4.measured < row.error.expected + spread
+    e8 = result.rows[1].error_e8
+    assert e8 is not None
+    assert e8.measured == pytest.approx(0.76 * LLOYD_MAX_64[1], rel=0.05)
+    assert [row.bits for row in result.rows if row.error_d4] == [1, 2, 3, 4]
+    assert [row.bits for row in result.rows if row.error_e8] == [1, 2]
+    # 12 coordinates are three runs of D4's and none of E8's
+    (row,) = reproduce(12, (1,), vectors=8, projections=2).rows
+    assert row.error_d4 and not row.error_e8
+
+
 def test_prod_is_unbiased_and_mse_is_not(result: Reproduction) -> None:
     for row in result.rows:
         assert abs(row.bias_prod.measured) < 3 * row.bias_prod.standard_error, row.bits
