@@ -126,6 +126,11 @@ try_mlx() {
   pip_install "$wanted"
 }
 
+# What compiles CUDA's kernels, which needs no GPU, where there are wheels of it.
+try_nvrtc() {
+  pip_install cuda-bindings nvidia-cuda-nvrtc
+}
+
 # 3.20, as CMakeLists.txt asks.
 cmake_is_new_enough() {
   local version

@@ -1,4 +1,4 @@
-// C++14. The Metal kernels of python/tqai/stores/metal/attend.metal, as C++ (tests/metal/run).
+// C++14. The Metal kernels of python/tqai/stores/gpu/attend.metal, as C++ (tests/metal/run).
 #pragma once
 
 #include <cstdint>

@@ -32,6 +32,12 @@ DEVICE = torch.device(os.environ.get("TQAI_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
 
+    class _Generator(torch.Generator):
+        def __new__(cls, device: Any = DEVICE) -> Any:
+            return super().__new__(cls, device)
+
+    torch.Generator = _Generator  # type: ignore
+
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 VOCABULARY = 128
 SMALL = {
@@ -121,9 +127,8 @@ def make_model(family: str = "llama", seed: int = 1, **options: Any) -> Any:
 
 def make_ids(batch: int = 1, tokens: int = 23, seed: int = 0) -> Any:
     """Token numbers [batch, tokens], none of them special."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator, device="cpu")
-    return ids.to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from importlib import metadata
 import numpy as np
 import tqai
 from tqai import _core
-from tqai.stores.metal import kernels
+from tqai.stores.gpu import kernels
 
 HEADS, DIM, TOKENS = 2, 64, 500
 

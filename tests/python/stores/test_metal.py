@@ -22,11 +22,13 @@ import pytest
 import torch
 from tqai.stores.device import Options
 from tqai.stores.device import attend as device_attend
+from tqai.stores.device.attend import FEW_QUERIES
 from tqai.stores.for_torch import metal
 from tqai.stores.for_torch.operations import TorchOperations
 from tqai.stores.for_torch.torch_store import TorchStore
-from tqai.stores.metal import attention, kernels
-from tqai.stores.metal.attention import MOST_QUERIES, MetalAttention
+from tqai.stores.gpu import attention, kernels
+from tqai.stores.gpu import metal as gpu_metal
+from tqai.stores.gpu.attention import GpuAttention
 
 CPU = torch.device("cpu")
 ROPE = tuple(10000.0 ** (-i / 32) for i in range(0, 32, 2)), "half_split", 32
@@ -59,11 +61,13 @@ class Library:
         return call
 
 
-def with_kernels(store: TorchStore, queries: torch.Tensor, **options: Any) -> torch.Tensor:
+def with_kernels(
+    store: TorchStore, queries: torch.Tensor, enough_simdgroups: int = 256, **options: Any
+) -> torch.Tensor:
     """``store.attend`` as on MPS; kernels are launched where tokens are packed."""
-    before = Library.launches
+    before, kernel = Library.launches, GpuAttention(metal.run, enough_simdgroups)
     with (
-        mock.patch.object(TorchOperations, "tile_kernel", lambda _: MetalAttention(metal.run)),
+        mock.patch.object(TorchOperations, "tile_kernel", lambda _: kernel),
         mock.patch.object(torch.mps, "compile_shader", Library),
     ):
         output = store.attend(queries, **options)
@@ -197,8 +201,8 @@ def test_features(seed: int) -> None:
     features = Features(seed)
     queries, options = features.question()
     expected = features.store.attend(queries, **options)
-    with mock.patch.object(attention, "_ENOUGH_SIMDGROUPS", features.random.choice([1, 10, 256])):
-        given = with_kernels(features.store, queries, **options)
+    enough = features.random.choice([1, 10, 256])
+    given = with_kernels(features.store, queries, enough, **options)
     assert given.dtype == queries.dtype
     rounding = 3e-6 if queries.dtype == torch.float32 else torch.finfo(queries.dtype).eps
     torch.testing.assert_close(given, expected, rtol=2 * rounding, atol=rounding)
@@ -237,7 +241,7 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
 
 def test_kernels_are_for_tensors_on_metal() -> None:
     assert metal.metal_attention(CPU) is None
-    assert isinstance(metal.metal_attention(torch.device("mps")), MetalAttention)
+    assert isinstance(metal.metal_attention(torch.device("mps")), GpuAttention)
     with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
         assert metal.metal_attention(torch.device("mps")) is None
 
@@ -254,7 +258,7 @@ def test_a_kernel_that_does_not_compile_says_how_to_do_without() -> None:
     store = filled(replace(OPTIONS, bits_k=7, bits_v=7), 1, 100)
     broken = mock.Mock(side_effect=RuntimeError("program_source:1:1: error: unknown type"))
     with (
-        mock.patch.object(TorchOperations, "tile_kernel", lambda _: MetalAttention(metal.run)),
+        mock.patch.object(TorchOperations, "tile_kernel", lambda _: GpuAttention(metal.run)),
         mock.patch.object(torch.mps, "compile_shader", broken),
         pytest.raises(RuntimeError, match="k7v7_64x64_1 failed: program_source.*TQAI_METAL=0"),
     ):
@@ -262,10 +266,10 @@ def test_a_kernel_that_does_not_compile_says_how_to_do_without() -> None:
 
 
 def test_many_queries_are_left_to_matrix_products() -> None:
-    with mock.patch.object(TorchOperations, "tile_kernel", lambda _: MetalAttention(metal.run)):
+    with mock.patch.object(TorchOperations, "tile_kernel", lambda _: GpuAttention(metal.run)):
         ops = TorchOperations(CPU)
-        assert device_attend.tile_kernel(ops, MOST_QUERIES) is not None
-        assert device_attend.tile_kernel(ops, MOST_QUERIES + 1) is None
+        assert device_attend.tile_kernel(ops, FEW_QUERIES) is not None
+        assert device_attend.tile_kernel(ops, FEW_QUERIES + 1) is None
         assert device_attend.tile_kernel(ops, 0) is None
 
 
@@ -294,7 +298,7 @@ def texts() -> str:
     """The source and kernels of all widths."""
     made = [kernels.attend_kernel(bits, 10 - bits, 64, 80, 7) for bits in range(2, 9)]
     made += [kernels.merge_kernel(80), kernels.centre_kernel(30, 5)]
-    return "\n".join([kernels.source(), *map(kernels.function, made)])
+    return "\n".join([kernels.source(), *map(gpu_metal.function, made)])
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
@@ -332,6 +336,6 @@ def test_address_spaces_are_right(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_address_spaces_are_seen(right: str, wrong: str, tmp_path: Path) -> None:
-    text = kernels.source() + kernels.function(kernels.attend_kernel(4, 2, 64, 64, 1))
+    text = kernels.source() + gpu_metal.function(kernels.attend_kernel(4, 2, 64, 64, 1))
     assert right in text
     assert "error" in metal_double.address_space_errors(text.replace(right, wrong), tmp_path)

@@ -7,7 +7,7 @@ mlx put all of it off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,6 +25,11 @@ from tqai.stores.device.rows import Context, Rows
 _LOWEST = float(np.finfo(np.float32).min)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
+FEW_QUERIES = 64
+"""Of a head, its whole group together: more are left to matrix products, which have hardware of
+their own, by the framework's attention where that says what it summed up. What is best has not been
+measured."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -33,6 +38,7 @@ class Query:
     ops: Operations
     states: Array
     """[rows, kv_heads, group, n, head_dim] float32, times the scale."""
+    scale: float
     tokens: int
     """Tokens of the cache; the queries are its last n."""
     soft_cap: float
@@ -135,15 +141,7 @@ def attend(context: Context, rows: Rows, query: Query, sinks: Array | None) -> A
     sinks: [kv_heads, group] float32, scores that count in the sum and bring no value.
     """
     ops = context.ops
-    packed = _attend_pages(context, rows, query)
-    exact = None
-    for keys, values, bias in _exact_parts(ops, rows, query):
-        exact = attend_exact(ops, exact, query.states, keys, values, bias, query.soft_cap)
-    if packed is not None:
-        # Sealed values were summed in their rotated domain.
-        turned = packed.output @ context.codec.value.rotation
-        packed = packed._replace(output=turned)
-    state = _merge(ops, packed, exact)
+    state = _attend_many(context, rows, query) or _attend_few(context, rows, query)
     if state is None:
         shape = *query.states.shape[:-1], context.options.value_head_dim
         return ops.zeros(shape, ops.float32)
@@ -154,6 +152,58 @@ def attend(context: Context, rows: Rows, query: Query, sinks: Array | None) -> A
         share = (state.max - top).exp()
         total, output = total * share + (sink - top).exp(), output * share[..., None]
     return output / ops.clip(total, _SMALLEST, None)[..., None]  # a query that sees nothing: 0
+
+
+def _attend_few(context: Context, rows: Rows, query: Query) -> State | None:
+    ops = context.ops
+    packed = _attend_pages(context, rows, query)
+    exact = None
+    for keys, values, bias in _exact_parts(ops, rows, query):
+        exact = attend_exact(ops, exact, query.states, keys, values, bias, query.soft_cap)
+    if packed is not None:
+        # Sealed values were summed in their rotated domain.
+        turned = packed.output @ context.codec.value.rotation
+        packed = packed._replace(output=turned)
+    return _merge(ops, packed, exact)
+
+
+def _attend_many(context: Context, rows: Rows, query: Query) -> State | None:
+    """By the framework's own attention over one page after the other; None where it has none for
+    these."""
+    ops, options = context.ops, context.options
+    batch, heads, group, n, dim = query.states.shape
+    if group * n <= FEW_QUERIES or query.soft_cap > 0.0 or query.scale == 0.0:
+        return None
+    dtype = ops.fused_dtype(options.dtype, options.head_dim, options.value_head_dim)
+    if dtype is None:
+        return None
+    # As they were given, but for rounding.
+    asked = ops.astype(query.states / query.scale, dtype).reshape(batch, heads, group * n, dim)
+
+    def parts() -> Iterator[tuple[Array, Array, Array | None]]:
+        for page in rows.pages:
+            if query.first_token <= rows.token_at(page.end - 1):
+                keys, values = rows.decoded(context, page)
+                bias = query.bias(rows, page.first, page.end)
+                yield keys[:, :, : page.tokens], values[:, :, : page.tokens], bias
+        yield from _exact_parts(ops, rows, query)
+
+    state = None
+    for keys, values, bias in parts():
+        keys, values = ops.astype(keys, dtype), ops.astype(values, dtype)
+        if bias is not None:
+            each = (*(1,) * (5 - bias.ndim), *bias.shape)
+            all_queries = *each[:2], group, n, each[-1]
+            bias = ops.broadcast_to(bias.reshape(*each), all_queries)
+            bias = bias.reshape(*each[:2], group * n, each[-1])
+        output, log_sum = ops.fused_attention(asked, keys, values, bias, query.scale)
+        shape = batch, heads, group, n
+        # One sum of a single score, as large as what was summed up.
+        log_sum = log_sum.reshape(*shape)
+        whole = ops.where(log_sum > _LOWEST, 1.0, ops.zeros((), ops.float32))
+        new = State(log_sum, whole, output.reshape(*shape, options.value_head_dim))
+        state = _merge(ops, state, new)
+    return state
 
 
 def _exact_parts(

@@ -46,6 +46,25 @@ class Operations(Protocol):
     def tile_kernel(self) -> Any:
         """The device's own ``tqai.stores.device.attend.TileKernel``; None: there is none."""
 
+    def fused_dtype(self, dtype: str, head_dim: int, value_head_dim: int) -> Any:
+        """What ``fused_attention`` computes in for a cache's dtype and these dimensions; None where
+        there is none for them."""
+
+    def fused_attention(
+        self, queries: Array, keys: Array, values: Array, bias: Array | None, scale: float
+    ) -> tuple[Array, Array]:
+        """Softmax attention by a kernel of the framework's.
+
+        All in one dtype, [rows, heads, queries or tokens, dim]; `bias` [rows or 1, heads or 1,
+        queries, tokens] float32 is added to the scores, where −∞ hides a token.
+
+        Returns:
+            output: [rows, heads, queries, value_dim] float32, 0 for a query that sees nothing.
+            log_sum: [rows, heads, queries] float32, log Σ e^score; the lowest finite number for a
+                query that sees nothing.
+        """
+        ...
+
     def after(self, arrays: Sequence[Array], done: Sequence[Array]) -> Sequence[Any]:
         """`arrays`, with none of which anything is computed before `done` is."""
         ...
@@ -100,6 +119,7 @@ class Operations(Protocol):
     def stack(self, arrays: Sequence[Array], axis: int) -> Any: ...
     def unstack(self, x: Array, axis: int) -> Sequence[Any]: ...
     def permute_dims(self, x: Array, axes: Sequence[int]) -> Any: ...
+    def broadcast_to(self, x: Array, shape: Sequence[int]) -> Any: ...
     def pad(self, x: Array, before: int, after: int) -> Any:
         """Zeros before and after the last axis."""
 

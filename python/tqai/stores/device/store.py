@@ -239,7 +239,8 @@ class DeviceStore:
         batch, heads, n, dim = queries.shape
         shape = self.kv_heads, heads // self.kv_heads
         with ops.plain():
-            states = ops.astype(queries, ops.float32) * (dim**-0.5 if scale is None else scale)
+            factor = dim**-0.5 if scale is None else scale
+            states = ops.astype(queries, ops.float32) * factor
             states = states.reshape(batch, *shape, n, dim)
             if mask is not None:
                 of_head = (1, 1) if mask.shape[1] == 1 else shape
@@ -251,6 +252,7 @@ class DeviceStore:
                 query = Query(
                     ops,
                     _choose(states, rows),
+                    factor,
                     held.tokens,
                     soft_cap,
                     causal,

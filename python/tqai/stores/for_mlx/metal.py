@@ -8,16 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqai.stores.metal import kernels
-from tqai.stores.metal.attention import Grid, MetalAttention, Numbers
+from tqai.stores.gpu import kernels
+from tqai.stores.gpu.attention import GpuAttention, Grid, Numbers
 
 _tried: set[kernels.Kernel] = set()
 
 
-def metal_attention() -> MetalAttention | None:
+def metal_attention() -> GpuAttention | None:
     """That of arrays on the default device, where it is one of Metal's and kernels are wanted."""
     usable = mx.metal.is_available() and mx.default_device().type == mx.gpu
-    return MetalAttention(run) if usable and kernels.wanted() else None
+    return GpuAttention(run) if usable and kernels.wanted(kernels.METAL) else None
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     grid: Grid,
     group: Grid,
 ) -> list[mx.array]:
-    """See ``tqai.stores.metal.attention.Run``.
+    """See ``tqai.stores.gpu.attention.Run``.
 
     Raises:
         RuntimeError: where mlx cannot compile the kernel.
@@ -43,7 +43,7 @@ def run(
         try:
             mx.eval(outputs)
         except RuntimeError as error:
-            raise kernels.refused(kernel, error) from error
+            raise kernels.refused(kernel, error, kernels.METAL) from error
         _tried.add(kernel)
     return outputs
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqai.stores.for_mlx.metal import metal_attention
-from tqai.stores.metal.attention import MetalAttention
+from tqai.stores.gpu.attention import GpuAttention
 
 _Number = float | int
 
@@ -41,8 +41,14 @@ class MlxOperations:
     def evaluate(self, *arrays: mx.array) -> None:
         mx.eval(arrays)
 
-    def tile_kernel(self) -> MetalAttention | None:
+    def tile_kernel(self) -> GpuAttention | None:
         return metal_attention()
+
+    def fused_dtype(self, dtype: str, head_dim: int, value_head_dim: int) -> None:
+        """mlx's attention does not say what it summed up."""
+
+    def fused_attention(self, *_: Any) -> Any:
+        raise NotImplementedError("mlx has no attention that gives its scores' sum")
 
     def after(self, arrays: Sequence[mx.array], done: Sequence[mx.array]) -> Sequence[mx.array]:
         return mx.depends(list(arrays), list(done))
@@ -97,6 +103,9 @@ class MlxOperations:
 
     def permute_dims(self, x: mx.array, axes: Sequence[int]) -> mx.array:
         return x.transpose(*axes)
+
+    def broadcast_to(self, x: mx.array, shape: Sequence[int]) -> mx.array:
+        return mx.broadcast_to(x, shape)
 
     def pad(self, x: mx.array, before: int, after: int) -> mx.array:
         if before == after == 0:

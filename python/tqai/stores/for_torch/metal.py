@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from tqai.stores.metal import kernels
-from tqai.stores.metal.attention import Grid, MetalAttention, Numbers
+from tqai.stores.gpu import kernels, metal
+from tqai.stores.gpu.attention import GpuAttention, Grid, Numbers
 
 
-def metal_attention(device: torch.device) -> MetalAttention | None:
+def metal_attention(device: torch.device) -> GpuAttention | None:
     """That of tensors on `device`, where it is one of Metal's and kernels are wanted."""
     # torch.compile cannot look into kernels, and makes its own of array operations.
     usable = device.type == "mps" and hasattr(torch.mps, "compile_shader")
-    if not usable or torch.compiler.is_compiling() or not kernels.wanted():
+    if not usable or torch.compiler.is_compiling() or not kernels.wanted(kernels.METAL):
         return None
-    return MetalAttention(run)
+    return GpuAttention(run)
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     grid: Grid,
     group: Grid,
 ) -> list[torch.Tensor]:
-    """See ``tqai.stores.metal.attention.Run``.
+    """See ``tqai.stores.gpu.attention.Run``.
 
     Raises:
         RuntimeError: where torch cannot compile the kernel.
@@ -42,8 +42,8 @@ def run(
 
 @lru_cache(maxsize=256)
 def _compiled(kernel: kernels.Kernel) -> Any:
-    text = f"{kernels.source()}\n{kernels.function(kernel)}"
+    text = f"{kernels.source()}\n{metal.function(kernel)}"
     try:
         return getattr(torch.mps.compile_shader(text), kernel.name)
     except RuntimeError as error:
-        raise kernels.refused(kernel, error) from error
+        raise kernels.refused(kernel, error, kernels.METAL) from error

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tqai.stores.for_torch import fused
+from tqai.stores.for_torch.cuda import cuda_attention
 from tqai.stores.for_torch.metal import metal_attention
-from tqai.stores.metal.attention import MetalAttention
+from tqai.stores.gpu.attention import GpuAttention
 
 _Number = float | int
 _Arrays = Sequence[torch.Tensor]
@@ -45,8 +47,22 @@ class TorchOperations:
     def evaluate(self, *arrays: torch.Tensor) -> None:
         """Nothing is put off."""
 
-    def tile_kernel(self) -> MetalAttention | None:
-        return metal_attention(self.device)
+    def tile_kernel(self) -> GpuAttention | None:
+        find = cuda_attention if self.device.type == "cuda" else metal_attention
+        return find(self.device)
+
+    def fused_dtype(self, dtype: str, head_dim: int, value_head_dim: int) -> torch.dtype | None:
+        return fused.dtype_of(self.device, self.dtype(dtype), head_dim, value_head_dim)
+
+    def fused_attention(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return fused.attention(queries, keys, values, bias, scale)
 
     def after(self, arrays: _Arrays, done: _Arrays) -> _Arrays:
         """`arrays`: all is done in order."""
@@ -104,6 +120,9 @@ class TorchOperations:
 
     def permute_dims(self, x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
         return x.permute(tuple(axes))
+
+    def broadcast_to(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return x.expand(tuple(shape))
 
     def pad(self, x: torch.Tensor, before: int, after: int) -> torch.Tensor:
         return torch.nn.functional.pad(x, (before, after))

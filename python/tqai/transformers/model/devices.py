@@ -17,15 +17,17 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 def layer_device(decoder: torch.nn.Module, index: int) -> torch.device:
     """Where layer `index` of a decoder computes, whose layers may be on several devices."""
+    largest, found = -1, None
     for name, parameter in decoder.named_parameters():
         numbered = _LAYER.search(name)
-        if numbered and int(numbered[1]) == index:
-            if parameter.device.type != "meta":
-                return parameter.device
-            device = _execution_device(decoder.get_submodule(name.rpartition(".")[0]))
+        # The largest of its weights: small ones may lie elsewhere.
+        if numbered and int(numbered[1]) == index and parameter.numel() > largest:
+            device = parameter.device
+            if device.type == "meta":
+                device = _execution_device(decoder.get_submodule(name.rpartition(".")[0]))
             if device is not None:
-                return device
-    return device_of(decoder)
+                largest, found = parameter.numel(), device
+    return device_of(decoder) if found is None else found
 
 
 def _execution_device(module: torch.nn.Module) -> torch.device | None:

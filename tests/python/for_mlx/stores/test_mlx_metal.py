@@ -20,7 +20,7 @@ import tqai
 from tqai.stores.device import Options
 from tqai.stores.for_mlx import MlxStore, metal
 from tqai.stores.for_mlx.operations import MlxOperations
-from tqai.stores.metal.attention import MetalAttention
+from tqai.stores.gpu.attention import GpuAttention
 
 OPTIONS = Options(2, 64, 64, "float32", 4, 2, 4, 16, "auto", "auto", None)
 ROPE = tuple(10000.0 ** (-i / 32) for i in range(0, 32, 2)), "half_split", 32
@@ -68,7 +68,7 @@ class Kernel:
 def kernels_run() -> Iterator[None]:
     """As on Metal."""
     with (
-        mock.patch.object(MlxOperations, "tile_kernel", lambda _: MetalAttention(metal.run)),
+        mock.patch.object(MlxOperations, "tile_kernel", lambda _: GpuAttention(metal.run)),
         mock.patch.object(mx.fast, "metal_kernel", Kernel),
     ):
         yield
@@ -178,7 +178,7 @@ def test_kernels_are_for_metal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MlxOperations().tile_kernel() is None or mx.metal.is_available()
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert isinstance(MlxOperations().tile_kernel(), MetalAttention)
+    assert isinstance(MlxOperations().tile_kernel(), GpuAttention)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     assert MlxOperations().tile_kernel() is None
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))

@@ -36,10 +36,11 @@ def test_each_layer_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [("layers.0.weight", wanted), ("layers.10.weight", CPU), ("layers.1.weight", CPU)]
 
     class Weight:
-        def __init__(self, device: torch.device) -> None:
-            self.device = device
+        def __init__(self, device: torch.device, size: int = 4) -> None:
+            self.device, self.numel = device, lambda: size
 
     weights = [(name, Weight(device)) for name, device in names]
+    weights.insert(0, ("layers.0.gain", Weight(CPU, 1)))  # a small one that was left behind
     monkeypatch.setattr(decoder, "named_parameters", lambda: iter(weights))
     assert [layer_device(decoder, index) for index in (0, 1, 10)] == [wanted, CPU, CPU]
 

@@ -1,5 +1,5 @@
 // Softmax attention over sealed tiles (include/tqai/packing.hpp), in the Metal Shading Language, of
-// which version 2.3 is enough: a dialect of C++14.
+// which version 2.3 is enough: a dialect of C++14. CUDA compiles it too, with metal_stdlib.cuh.
 //
 // `Attend` and `merge` are two steps, as in flash-decoding; `Centres` comes before them where keys'
 // centres turn. Each simdgroup of 32 threads goes through a few tiles with a
@@ -14,8 +14,10 @@
 // nothing has the lowest finite number as its largest score, and 0 as its sum.
 #include <metal_stdlib>
 
-#ifdef __METAL_VERSION__
+#if defined(__METAL_VERSION__)
 #define TQAI_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__CUDACC__)
+#define TQAI_UNROLL _Pragma("unroll")
 #else
 #define TQAI_UNROLL
 #endif

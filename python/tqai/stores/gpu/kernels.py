@@ -1,4 +1,4 @@
-"""The text of Metal kernels: a few lines around the functions of ``attend.metal``.
+"""What is called of the functions in ``attend.metal``, and with what.
 
 A kernel is compiled for widths and dimensions, which stand in its text as numbers.
 """
@@ -16,6 +16,9 @@ SIMDS = 4
 """Simdgroups of a threadgroup."""
 SIMD = 32
 """Threads of a simdgroup."""
+
+METAL, CUDA = "TQAI_METAL", "TQAI_CUDA"
+_LANGUAGES = {METAL: "Metal", CUDA: "CUDA"}
 
 # Each thread sums up so many numbers of values at most, in registers.
 _MOST_SUMS = 64
@@ -43,19 +46,6 @@ class Kernel:
 def source() -> str:
     """``attend.metal``, which comes before each kernel."""
     return Path(__file__).with_name("attend.metal").read_text(encoding="utf-8")
-
-
-def function(kernel: Kernel) -> str:
-    """The kernel's text, arguments in the order of inputs and outputs; ``source`` comes before."""
-    arguments = []
-    for name, kind in kernel.inputs:
-        space = "constant" if name in ("sizes", "soft_cap") else "device"
-        arguments.append(f"const {space} {kind}* {name} [[buffer({len(arguments)})]]")
-    for name in kernel.outputs:
-        arguments.append(f"device float* {name} [[buffer({len(arguments)})]]")
-    arguments += [f"{kind} {name} [[{name}]]" for kind, name in kernel.places]
-    signature = ",\n    ".join(arguments)
-    return f"[[kernel]] void {kernel.name}(\n    {signature}) {{\n{kernel.body}}}\n"
 
 
 def rows_at_once(queries: int, head_dim: int, value_head_dim: int) -> int:
@@ -162,23 +152,26 @@ def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     return tuple(name for _, name in places)
 
 
-def refused(kernel: Kernel, error: Exception) -> RuntimeError:
-    """What is said where a framework cannot compile or run a kernel."""
+def refused(kernel: Kernel, error: Exception, switch: str) -> RuntimeError:
+    """What is said where a framework cannot compile or run a kernel; `switch` as for ``wanted``."""
     return RuntimeError(
-        f"the Metal kernel {kernel.name} failed: {error}. With TQAI_METAL=0 in the environment "
-        "array operations take its place"
+        f"the {_LANGUAGES[switch]} kernel {kernel.name} failed: {error}. With {switch}=0 in the "
+        "environment array operations take its place"
     )
 
 
-def wanted() -> bool:
-    """Whether kernels are to be used where there is Metal: unless ``TQAI_METAL`` is 0.
+def wanted(switch: str) -> bool:
+    """Whether kernels are to be used where they can be: unless the environment's `switch` is 0.
+
+    switch: ``METAL`` or ``CUDA``.
 
     Raises:
         ValueError: where it is neither 0 nor 1.
     """
-    value = os.environ.get("TQAI_METAL", "1")
+    value = os.environ.get(switch, "1")
     if value not in ("0", "1"):
         raise ValueError(
-            f"TQAI_METAL={value!r}; allowed: 0, array operations in place of Metal kernels, and 1"
+            f"{switch}={value!r}; allowed: 0, array operations in place of {_LANGUAGES[switch]} "
+            "kernels, and 1"
         )
     return value == "1"

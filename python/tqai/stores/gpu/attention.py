@@ -1,4 +1,4 @@
-"""Attention over a page of packed tiles in two launches of Metal kernels."""
+"""Attention over a page of packed tiles in two launches of kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tqai.stores.device.attend import State
+from tqai.stores.device.attend import FEW_QUERIES, State
 from tqai.stores.device.codec import Codec
 from tqai.stores.device.operations import Array
 from tqai.stores.device.packing import TILE_TOKENS
 from tqai.stores.device.phasors import Steps
-from tqai.stores.metal.kernels import (
+from tqai.stores.gpu.kernels import (
     SIMD,
     SIMDS,
     Kernel,
@@ -22,14 +22,9 @@ from tqai.stores.metal.kernels import (
     rows_at_once,
 )
 
-MOST_QUERIES = 64
-"""Of a head, with which each tile is gone through; more are left to matrix products. What is best
-has not been measured."""
-
 # Tiles that a simdgroup goes through at most. Fewer make more simdgroups, and more sums of theirs
-# to write and to merge; so no fewer than make enough to keep a GPU busy, as far as is known.
+# to write and to merge; so no fewer than make enough to keep a GPU busy.
 _MOST_SPLIT_TILES = 4
-_ENOUGH_SIMDGROUPS = 256
 
 Numbers = tuple[int, ...] | tuple[float, ...]
 Grid = tuple[int, int, int]
@@ -55,13 +50,15 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
-class MetalAttention:
+class GpuAttention:
     """See ``tqai.stores.device.attend.TileKernel``."""
 
     run: Run
+    enough_simdgroups: int = 256
+    """Simdgroups that keep the GPU busy; what is best for Apple's is not known."""
 
     def takes(self, queries: int) -> bool:
-        return 0 < queries <= MOST_QUERIES
+        return 0 < queries <= FEW_QUERIES
 
     def __call__(
         self,
@@ -81,7 +78,7 @@ class MetalAttention:
         at_once = rows_at_once(queries, dim, value.dim)
         chunks = -(-queries // at_once)
         simdgroups = rows * heads * chunks * count  # of a tile each
-        split_tiles = max(1, min(_MOST_SPLIT_TILES, simdgroups // _ENOUGH_SIMDGROUPS))
+        split_tiles = max(1, min(_MOST_SPLIT_TILES, simdgroups // self.enough_simdgroups))
         splits = -(-count // split_tiles)
         sizes = (
             *(heads, count, tokens, queries, n, split_tiles, splits, centre.shape[-1]),
