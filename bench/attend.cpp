@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 #include <tqai/cache.hpp>
+#include <utility>
 #include <vector>
 
 #include "bench.hpp"
@@ -162,21 +163,23 @@ void register_all() {
         })->UseRealTime();
         for (const Level level : available_levels()) {
           if (level == Level::scalar) continue;
-          for (const int bits_v : {4, 2}) {
+          for (const auto& [bits_k, bits_v] : {std::pair{4, 4}, {4, 2}, {2, 2}}) {
+            if (bits_k == 2 && tokens > 8192) continue;
+            const std::string bits =
+                "/bits=" + std::to_string(bits_k) + "," + std::to_string(bits_v);
             for (const Centering centering : {Centering::mean, Centering::rope}) {
-              const Shape shape{dim, group, 4, bits_v, tokens};
-              const std::string rest = "/bits=4," + std::to_string(bits_v) +
-                                       "/level=" + std::string(name_of(level)) +
+              const Shape shape{dim, group, bits_k, bits_v, tokens};
+              const std::string rest = bits + "/level=" + std::string(name_of(level)) +
                                        (centering == Centering::rope ? "/rope" : "");
               benchmark::RegisterBenchmark(
                   name_of_shape("attend", shape, rest).c_str(),
                   [=](auto& state) { attend_cache(state, shape, level, centering); })
                   ->UseRealTime();
             }
-            Shape rings{dim, group, 4, bits_v, tokens};
+            if (bits_k == 2) continue;
+            Shape rings{dim, group, bits_k, bits_v, tokens};
             rings.value_codes = CodeKind::trellis;
-            const std::string rest = "/bits=4," + std::to_string(bits_v) +
-                                     "/level=" + std::string(name_of(level)) + "/trellis";
+            const std::string rest = bits + "/level=" + std::string(name_of(level)) + "/trellis";
             benchmark::RegisterBenchmark(
                 name_of_shape("attend", rings, rest).c_str(),
                 [=](auto& state) { attend_cache(state, rings, level, Centering::mean); })

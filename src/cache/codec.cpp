@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <tuple>
 
 namespace tqai::detail {
@@ -19,7 +20,16 @@ TQAI_INLINE std::vector<LevelTable> repeat_levels(const std::vector<Segment>& se
   for (const Segment& segment : segments) {
     const auto levels = codebook(head_dim, segment.bits, Grid::int8).levels();
     LevelTable& table = tables.emplace_back();
-    for (std::size_t i = 0; i < table.size(); ++i) table[i] = levels[i % levels.size()];
+    for (std::size_t i = 0; i < table.levels.size(); ++i) {
+      table.levels[i] = levels[i % levels.size()];
+    }
+    table.divisor = 0;
+    for (const int level : levels) table.divisor = std::gcd(table.divisor, level);
+    table.has_quotients = segment.bits <= kernels::kMaxQuotientBits &&
+                          levels.back() <= kernels::kMaxQuotient * table.divisor;
+    for (std::size_t i = 0; i < table.quotients.size() && table.has_quotients; ++i) {
+      table.quotients[i] = static_cast<std::int8_t>(table.levels[i] / table.divisor);
+    }
   }
   return tables;
 }
@@ -42,9 +52,11 @@ TQAI_INLINE std::vector<kernels::SegmentPlan> plan_segments(
   std::size_t offset = 0;
   for (const Segment& segment : segments) {
     const Codebook& book = codebook(head_dim, segment.bits, Grid::int8);
-    plans.push_back({segment.first, segment.count, segment.bits, offset,
-                     tables[plans.size()].data(), book.boundaries().data(),
-                     bins[plans.size()] ? &*bins[plans.size()] : nullptr, book.step()});
+    const LevelTable& table = tables[plans.size()];
+    plans.push_back({segment.first, segment.count, segment.bits, offset, table.levels.data(),
+                     book.boundaries().data(), bins[plans.size()] ? &*bins[plans.size()] : nullptr,
+                     book.step(), table.has_quotients ? table.quotients.data() : nullptr,
+                     table.divisor});
     offset += packed_bytes(segment.count, segment.bits);
   }
   return plans;
@@ -63,9 +75,13 @@ TQAI_INLINE std::optional<kernels::TrellisPlan> plan_trellis(const CacheOptions&
 // The whole side's.
 TQAI_INLINE kernels::SegmentPlan plan_rings(const Segment& segment, int head_dim,
                                             const kernels::TrellisPlan& plan) {
-  return {segment.first, segment.count, segment.bits, 0,
-          nullptr,       nullptr,       nullptr,      plan.tables->step(head_dim),
-          &plan};
+  kernels::SegmentPlan rings{};
+  rings.first = segment.first;
+  rings.count = segment.count;
+  rings.bits = segment.bits;
+  rings.step = plan.tables->step(head_dim);
+  rings.trellis = &plan;
+  return rings;
 }
 
 TQAI_INLINE kernels::SidePlan plan_side(const Rotation& rotation,

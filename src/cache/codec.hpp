@@ -16,8 +16,13 @@
 
 namespace tqai::detail {
 
-/// A codebook's levels, repeated: kernels::SegmentPlan::levels.
-using LevelTable = std::array<std::int8_t, 256>;
+/// A codebook's levels, repeated, and what they share: kernels::SegmentPlan's.
+struct LevelTable {
+  std::array<std::int8_t, 256> levels;
+  std::array<std::int8_t, 16> quotients;
+  int divisor;
+  bool has_quotients;
+};
 
 class Codec {
  public:

@@ -38,6 +38,7 @@ struct Avx2 {
   static constexpr int kMaxSums = 8;  // of 16 registers
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 2 : 1; }
   static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
+  static constexpr bool kSumsQuotients = true;
   // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
   // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
   // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
@@ -177,6 +178,19 @@ struct Avx2 {
     const Acc even = _mm256_madd_epi16(levels.even, broadcast_word(words));
     const Acc odd = _mm256_madd_epi16(levels.odd, broadcast_word(words + 4));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+  // Of quotients: kMaxQuotient holds four pairs in 16 bits.
+  static Acc dot_four(Acc acc, const NarrowValues (&values)[4], const std::uint8_t* words,
+                      int step) noexcept {
+    Vec pairs = _mm256_maddubs_epi16(broadcast_word(words), values[0].levels);
+    for (int i = 1; i < 4; ++i) {
+      pairs = _mm256_add_epi16(
+          pairs, _mm256_maddubs_epi16(broadcast_word(words + i * step), values[i].levels));
+    }
+    return add_pairs(acc, pairs);
+  }
+  static Acc times(Acc acc, int factor) noexcept {
+    return _mm256_mullo_epi32(acc, _mm256_set1_epi32(factor));
   }
   static Acc add(Acc a, Acc b) noexcept { return _mm256_add_epi32(a, b); }
   static NarrowValues add_levels(NarrowValues a, NarrowValues b) noexcept {

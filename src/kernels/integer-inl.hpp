@@ -15,6 +15,10 @@
 //   round_weights(…)             as conversions-inl.hpp's
 //   add(a, b)                    of sums
 //   add_levels(a, b)             of value operands of up to 4 bits
+//   kSumsQuotients               whether levels are read as quotients (SegmentPlan) where they have
+//                                some, and if so:
+//   dot_four(acc, operands, words, step)  of four operands, words `step` bytes apart
+//   times(acc, factor)           of sums
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
 //   kRowBlock, kMaxSums          rows and sums that registers hold
@@ -177,6 +181,7 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
 template <typename Ops, int kWidth>
 struct ScalarReader {
   static constexpr int kBits = kWidth;
+  static constexpr bool kByFours = false;
   using Codes = typename Ops::Vec[4];
 
   explicit ScalarReader(const SegmentPlan& segment) noexcept : table(segment.levels, false) {}
@@ -187,8 +192,31 @@ struct ScalarReader {
     load_quad<Ops, kBits, kQuad>(group, part, codes);
   }
   auto operand(const Codes& codes, int i) const noexcept { return table.value_operand(codes[i]); }
+  typename Ops::Acc sum(typename Ops::Acc acc) const noexcept { return acc; }
 
   typename Ops::template Table<kBits> table;
+};
+
+// Of scalar codes whose levels have small quotients: four products at a time add up in 16 bits.
+template <typename Ops, int kWidth>
+struct QuotientReader {
+  static constexpr int kBits = kWidth;
+  static constexpr bool kByFours = true;
+  using Codes = typename Ops::Vec[4];
+
+  explicit QuotientReader(const SegmentPlan& segment) noexcept
+      : table(segment.quotients, false), divisor(segment.divisor) {}
+
+  template <int kQuad>
+  static void load(const std::uint8_t* group, const std::uint8_t* /*before*/, int part,
+                   Codes& codes) noexcept {
+    load_quad<Ops, kBits, kQuad>(group, part, codes);
+  }
+  auto operand(const Codes& codes, int i) const noexcept { return table.value_operand(codes[i]); }
+  typename Ops::Acc sum(typename Ops::Acc acc) const noexcept { return Ops::times(acc, divisor); }
+
+  typename Ops::template Table<kBits> table;
+  int divisor;
 };
 
 // Four bits of a group's stream, from bit kFirst on; upper bits may be dirty.
@@ -215,6 +243,7 @@ inline typename Ops::Vec load_nibble(const std::uint8_t* group, const std::uint8
 template <typename Ops, int kWidth>
 struct TrellisReader {
   static constexpr int kBits = kWidth;
+  static constexpr bool kByFours = false;
   struct Codes {
     typename Ops::Vec older[4];
     typename Ops::Vec recent[4];
@@ -241,6 +270,7 @@ struct TrellisReader {
     return Ops::add_levels(older.value_operand(codes.older[i]),
                            recent.value_operand(codes.recent[i]));
   }
+  typename Ops::Acc sum(typename Ops::Acc acc) const noexcept { return acc; }
 
   typename Ops::template Table<4> older;
   typename Ops::template Table<4> recent;
@@ -259,12 +289,23 @@ inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
   for (int b = 0; b < kBlocks; ++b) {
     Reader::template load<kQuad>(group + b * kBlockBytes, before[b], part, codes[b]);
   }
-  for (int i = 0; i < 4; ++i) {
+  if constexpr (Reader::kByFours) {
     for (int b = 0; b < kBlocks; ++b) {
-      const auto operand = reader.operand(codes[b], i);
+      const decltype(reader.operand(codes[b], 0)) operands[4] = {
+          reader.operand(codes[b], 0), reader.operand(codes[b], 1), reader.operand(codes[b], 2),
+          reader.operand(codes[b], 3)};
       for (int r = 0; r < kRows; ++r) {
-        sums[b][i % kChains][r] =
-            Ops::dot(sums[b][i % kChains][r], operand, words + i * kStep + r * stride);
+        sums[b][0][r] = Ops::dot_four(sums[b][0][r], operands, words + r * stride, kStep);
+      }
+    }
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const auto operand = reader.operand(codes[b], i);
+        for (int r = 0; r < kRows; ++r) {
+          sums[b][i % kChains][r] =
+              Ops::dot(sums[b][i % kChains][r], operand, words + i * kStep + r * stride);
+        }
       }
     }
   }
@@ -313,7 +354,7 @@ inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
       for (int r = 0; r < kRows; ++r) {
         for (int c = 1; c < kChains; ++c) acc[b][0][r] = Ops::add(acc[b][0][r], acc[b][c][r]);
         Ops::add_scaled(out.output + r * out.stride + b * kCoordinateBlock + part * kPartLanes,
-                        acc[b][0][r], out.steps[r]);
+                        reader.sum(acc[b][0][r]), out.steps[r]);
       }
     }
   }
@@ -435,6 +476,13 @@ struct Integer {
       const ScaledOutput out{steps + first, output + first * stride, stride};
       const Ahead next = first == 0 ? ahead : Ahead{};
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
+        if constexpr (Ops::kSumsQuotients && kBits <= kMaxQuotientBits) {
+          if (segment.quotients != nullptr) {
+            accumulate_rows<Ops, QuotientReader<Ops, kBits>, kRows>(segment, packed, words, out,
+                                                                    next);
+            return;
+          }
+        }
         if (segment.trellis == nullptr) {
           accumulate_rows<Ops, ScalarReader<Ops, kBits>, kRows>(segment, packed, words, out, next);
         } else if constexpr (kBits <= kMaxTrellisBits) {

@@ -55,6 +55,11 @@ inline constexpr std::int64_t kFarSteps = std::int64_t{1} << 10;
 
 struct CodeBins;
 
+/// Quotients of levels (SegmentPlan) are within ± this, so that eight products with weights of up to
+/// 255 add up in 16 bits: 8 · 255 · 16 = 32640 < 2^15.
+inline constexpr int kMaxQuotient = 16;
+inline constexpr int kMaxQuotientBits = 2;
+
 /// Trellis codes, of values alone, whose stream is a byte position's packed bytes, line after line.
 struct TrellisPlan {
   const Trellis* tables;
@@ -72,6 +77,10 @@ struct SegmentPlan {
   const float* boundaries;    // [2^bits − 1], ascending
   const CodeBins* bins;       // the same for look-ups; null at 8 bits
   float step;                 // centroid = step · level
+  // Levels of up to 2 bits whose common divisor leaves at most kMaxQuotient: level = divisor ·
+  // quotient, so that more products fit into 16 bits. Else null.
+  const std::int8_t* quotients = nullptr;  // [16], as levels
+  int divisor = 1;
   // Of trellis codes, which have neither levels of their own, nor boundaries, nor bins: these are
   // null then. Null for scalar ones.
   const TrellisPlan* trellis = nullptr;

@@ -1,5 +1,6 @@
 // Every level against plain arithmetic on codes, and against the scalar level bit for bit.
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <tqai/codebook.hpp>
 #include <tqai/rotation.hpp>
@@ -84,6 +85,28 @@ TEST_P(Levels, WeightedSumsAreExact) {
           ASSERT_EQ(sums[i], static_cast<float>(scaled))
               << "bits " << bits << ", d " << dim << ", rows " << rows;
         }
+      }
+    }
+  }
+}
+
+// What lets a level add up more products in 16 bits: exact, or not there.
+TEST(SegmentPlans, QuotientsTimesTheirDivisorAreTheLevels) {
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int dim = 8; dim <= 128; ++dim) {
+      const auto codec = make_codec(dim, bits);
+      const SegmentPlan& segment = codec.plan().values.segments[0];
+      // 1 bit has one level and its negative; at 2 bits ±60 and ±18 are best from d = 57 on.
+      if (bits == 1 || (bits == 2 && dim >= 57)) {
+        ASSERT_NE(segment.quotients, nullptr) << dim;
+      } else if (bits > 2 || dim == 40) {
+        ASSERT_EQ(segment.quotients, nullptr) << bits << ", " << dim;
+      }
+      if (segment.quotients == nullptr) continue;
+      for (int i = 0; i < 16; ++i) {
+        EXPECT_LE(std::abs(segment.quotients[i]), kernels::kMaxQuotient);
+        EXPECT_EQ(segment.quotients[i] * segment.divisor, segment.levels[i])
+            << "bits " << bits << ", d " << dim;
       }
     }
   }
