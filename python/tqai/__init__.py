@@ -14,7 +14,7 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``stores``: what holds a layer's tokens: the C++ cache on the CPU, on other devices
   ``stores.device``, which is written in operations that each framework has its own of:
   ``stores.for_torch`` and ``stores.for_mlx``, each of which imports its own framework alone;
-- ``exchange``: packed caches between processes and machines, in envelopes;
+- ``exchange``: packed caches between processes and machines: envelopes, and shelves for them;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
 - ``remarks``: what a patched model says when it is used without a compressed cache;
@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from tqai.transformers.cache.cache import TqaiCache
     from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
     from tqai.transformers.files.save_load import load_cache, save_cache
+    from tqai.transformers.prefixes.store import PrefixStore
 
 __all__ = [
     "Codebook",
     "Fidelity",
     "PRESETS",
+    "PrefixStore",
     "ProdQuantizer",
     "Quantizer",
     "Recall",
@@ -82,6 +84,7 @@ _LAZY = {
     "TqaiEncoderDecoderCache": "tqai.transformers.cache.encoder_decoder",
     "load_cache": "tqai.transformers.files.save_load",
     "save_cache": "tqai.transformers.files.save_load",
+    "PrefixStore": "tqai.transformers.prefixes.store",
     "Fidelity": "tqai.measure.fidelity",
     "evaluate": "tqai.measure.fidelity",
     "Recall": "tqai.measure.recall",

@@ -31,7 +31,7 @@ def remark_on(cache: Any, what: str, advice: str, said: set[str] | None = None) 
         said.add(kind)
     warnings.warn(
         f"{what}, which is used as it is: nothing in it is compressed. {advice}",
-        stacklevel=_level_of_the_caller(),
+        stacklevel=level_of_the_caller(),
     )
 
 
@@ -41,11 +41,11 @@ def remark_on_long_vector(layer: int, sink_tokens: int) -> None:
         f"layer {layer} has a key or value longer than FP16 norms of codes can hold, beyond its "
         f"{sink_tokens} sink tokens: from there on all tokens stay exact and take their full "
         f"memory. Give it more sink_tokens, or leave it exact with skip_layers=[{layer}]",
-        stacklevel=_level_of_the_caller(),
+        stacklevel=level_of_the_caller(),
     )
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """The stack level, for ``warnings.warn``, of the first code that is nobody's library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None:

@@ -32,6 +32,7 @@ ENTRIES = {
     "TqaiEncoderDecoderCache": "from tqai import TqaiEncoderDecoderCache",
     "save_cache": "tqai.save_cache",
     "load_cache": "from tqai import load_cache",
+    "PrefixStore": "tqai.PrefixStore",
     "evaluate": "tqai.evaluate",
     "needle": "tqai.needle",
     "Fidelity": "tqai.Fidelity",

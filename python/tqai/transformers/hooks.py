@@ -106,11 +106,33 @@ def remove(model: PreTrainedModel) -> None:
 def _remove(hook: _CacheHook) -> None:
     for model in list(_overridden):
         if decoder_of(model) is hook.decoder:
-            for name in _OVERRIDES:
-                if isinstance(vars(model).get(name), _Override):
-                    del vars(model)[name]
+            for name in [name for name, own in vars(model).items() if isinstance(own, _Override)]:
+                del vars(model)[name]
             _overridden.discard(model)
     hook.remove()
+
+
+def override(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> None:
+    """Puts `function`, which takes the model first, in the place of a patched model's method, until
+    it is dropped or the model unpatched.
+
+    Raises:
+        ValueError: when `model` is not patched.
+    """
+    _require_hook(model)
+    model.__dict__[name] = _Override(function, model)
+
+
+def override_of(model: PreTrainedModel, name: str) -> Callable[..., Any] | None:
+    """What stands in the place of a method; None: the method itself."""
+    own = vars(model).get(name)
+    return own.function if isinstance(own, _Override) else None
+
+
+def drop_override(model: PreTrainedModel, name: str) -> None:
+    """Takes away what ``override`` put in the place of a method."""
+    if override_of(model, name) is not None:
+        del vars(model)[name]
 
 
 def fresh_cache(model: PreTrainedModel) -> TqaiCache | TqaiEncoderDecoderCache:

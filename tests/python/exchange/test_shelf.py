@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis_server import Server, skip_without_redis
+from tqai.exchange.folder_shelf import FolderShelf
+from tqai.exchange.shelf import Shelf, ShelfError, shelf_at
+
+MOST = 10_000
+
+
+class Place:
+    """A kind of shelf, and ways to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def shelf(self, most: int = MOST) -> Shelf:
+        return shelf_at(self.url, most)
+
+
+@pytest.fixture(params=["folder", "file URL", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param != "redis":
+        path = tmp_path / "a folder" / "shelf"
+        yield Place(str(path) if request.param == "folder" else path.as_uri())
+        return
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start()
+    yield Place(server.url)
+    server.kill()
+
+
+def name(number: int) -> str:
+    return f"{number:032x}"
+
+
+def test_what_is_put_is_found_by_everybody_with_the_address(place: Place) -> None:
+    one, other = place.shelf(), place.shelf()
+    assert one.fetch([name(1), name(2)]) == [None, None]
+    assert one.held([name(1)]) == [False]
+    one.put(name(1), b"entry")
+    assert other.fetch([name(2), name(1)]) == [None, b"entry"]
+    assert other.held([name(1), name(2)]) == [True, False]
+    assert other.used() == 5
+    other.remove(name(1))
+    other.remove(name(1))
+    assert one.fetch([name(1)]) == [None]
+    assert one.used() == 0
+
+
+def test_an_entry_that_is_there_stays_as_it_is(place: Place) -> None:
+    shelf = place.shelf()
+    shelf.put(name(1), b"first")
+    shelf.put(name(1), b"second")
+    assert shelf.fetch([name(1)]) == [b"first"]
+    assert shelf.used() == 5
+
+
+def test_the_least_recently_used_leave_and_the_bound_holds(place: Place) -> None:
+    shelf = place.shelf()
+    for number in range(8):
+        shelf.put(name(number), bytes(1200))
+        time.sleep(0.002)
+    assert shelf.used() == 9600
+    shelf.use([name(0), name(1)])
+    for number in range(8, 12):
+        shelf.put(name(number), bytes(1200))
+        time.sleep(0.002)
+        assert shelf.used() <= MOST
+    held = {number for number in range(12) if shelf.held([name(number)])[0]}
+    assert {0, 1, 11} <= held
+    assert not {2, 3, 4} & held
+
+
+def test_of_names_used_together_the_last_leave_first(place: Place) -> None:
+    shelf = place.shelf()
+    for number in range(4):
+        shelf.put(name(number), bytes(2400))
+    shelf.use([name(2), name(3), name(0), name(1)])
+    shelf.put(name(4), bytes(2400))
+    assert shelf.held([name(1), name(2), name(3), name(4)]) == [False, True, True, True]
+
+
+def test_an_entry_larger_than_all_the_room_takes_nothing_away(place: Place) -> None:
+    shelf = place.shelf()
+    shelf.put(name(1), bytes(9000))
+    with pytest.raises(ShelfError, match="10001 bytes is more than the 10000"):
+        shelf.put(name(2), bytes(MOST + 1))
+    assert shelf.held([name(1)]) == [True]
+    shelf.put(name(3), bytes(MOST))
+    assert shelf.held([name(1), name(3)]) == [False, True]
+
+
+def test_writers_in_many_threads_hold_the_bound_and_every_entry_is_whole(place: Place) -> None:
+    def write(start: int) -> None:
+        shelf = place.shelf()
+        for number in range(start, start + 40):
+            shelf.put(name(number), bytes([number % 251]) * 500)
+
+    threads = [threading.Thread(target=write, args=(20 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shelf = place.shelf()
+    assert 0 < shelf.used() <= MOST
+    for number in range(100):
+        [entry] = shelf.fetch([name(number)])
+        assert entry in (None, bytes([number % 251]) * 500)
+
+
+KILLED = """
+import sys
+from tqai.exchange.shelf import shelf_at
+shelf = shelf_at(sys.argv[1], 1 << 30)
+print("ready", flush=True)
+number = 0
+while True:
+    shelf.put(f"{number:032x}", bytes([number % 251]) * 2_000_000)
+    number += 1
+"""
+
+
+def test_a_killed_writer_leaves_nothing_half_and_nobody_waits_for_it(place: Place) -> None:
+    shelf = place.shelf(1 << 30)
+    for delay in (0.0, 0.01, 0.03):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", KILLED, place.url], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        writer.wait()
+        writer.stdout.close()
+        for number in range(300):
+            [entry] = shelf.fetch([name(number)])
+            assert entry is None or entry == bytes([number % 251]) * 2_000_000
+            shelf.remove(name(number))
+        shelf.put(name(1000), b"after")
+        assert shelf.fetch([name(1000)]) == [b"after"]
+        shelf.remove(name(1000))
+
+
+def test_what_a_killed_writer_had_begun_is_cleared_away(tmp_path: Path) -> None:
+    shelf = FolderShelf(tmp_path, MOST)
+    shelf.put(name(1), bytes(6000))
+    old, new = (tmp_path / "00" / f"{name(2)}.{n}.part" for n in (1, 2))
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    shelf.put(name(3), bytes(6000))
+    assert not old.exists() and new.exists()
+
+
+def test_a_folder_whose_sum_is_lost_or_wrong_is_counted_anew(tmp_path: Path) -> None:
+    shelf = FolderShelf(tmp_path, MOST)
+    shelf.put(name(1), bytes(6000))
+    for text in ("", "nonsense", "9999"):
+        (tmp_path / "used").write_text(text)
+        shelf.put(name(2), bytes(3000))
+        assert shelf.held([name(1), name(2)]) == [True, True]
+        shelf.remove(name(2))
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    shelf = shelf_at(str(tmp_path / "file"), MOST)
+    with pytest.raises(ShelfError, match="file"):
+        shelf.put(name(1), b"entry")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = FolderShelf(tmp_path, 1 << 20)
+    shelf.put(name(1), b"before")
+    opened = open
+
+    def full(file: object, mode: str = "r", *args: object) -> object:
+        return opened("/dev/full", "wb", 0) if mode == "xb" else opened(file, mode, *args)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(ShelfError, match="No space left"):
+        shelf.put(name(2), bytes(10000))
+    monkeypatch.undo()
+    assert shelf.fetch([name(1), name(2)]) == [b"before", None]
+
+
+@pytest.mark.parametrize("url", ["http://host/", "s3://bucket", "file://elsewhere/folder"])
+def test_other_addresses_are_refused_by_name(url: str) -> None:
+    with pytest.raises(ValueError, match=url):
+        shelf_at(url, MOST)
+
+
+def test_a_server_that_is_gone_is_said_without_its_password_and_found_again(tmp_path: Path) -> None:
+    skip_without_redis()
+    with pytest.raises(ShelfError, match="…@localhost:1") as said:
+        shelf_at("redis://user:secret@localhost:1/0", MOST).used()
+    assert "secret" not in str(said.value)
+    server = Server(tmp_path)
+    server.start()
+    shelf = shelf_at(server.url, MOST)
+    shelf.put(name(1), b"entry")
+    server.kill()
+    with pytest.raises(ShelfError):
+        shelf.fetch([name(1)])
+    server.start()
+    try:
+        assert shelf.fetch([name(1)]) == [None]
+        shelf.put(name(1), b"entry")
+        assert shelf.used() == 5
+    finally:
+        server.kill()
+
+
+def test_a_server_that_drops_entries_itself_is_counted_right(tmp_path: Path) -> None:
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start()
+    try:
+        shelf = shelf_at(server.url, MOST)
+        shelf.put(name(1), bytes(4000))
+        server.client().delete(f"{{tqai}}:{name(1)}")
+        shelf.put(name(1), bytes(3000))
+        assert shelf.used() == 3000
+    finally:
+        server.kill()
+
+
+def test_a_server_without_memory_says_so(tmp_path: Path) -> None:
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start("--maxmemory", "1mb")
+    try:
+        with pytest.raises(ShelfError, match="(?i)maxmemory|oom"):
+            for number in range(10):
+                shelf_at(server.url, 1 << 30).put(name(number), bytes(400_000))
+    finally:
+        server.kill()
