@@ -53,6 +53,7 @@
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/sequences.hpp>
 #include <tqai/trellis.hpp>
 
 // Names in TQAI_LOCAL are seen outside of it, as those of a namespace without a name are.
@@ -111,6 +112,7 @@ inline namespace local {}
 #include "cache/row.cpp"
 #include "cache/serialize.cpp"
 #include "cache/slabs.cpp"
+#include "cache/steps.cpp"
 #include "codebook.cpp"
 #include "cpu.cpp"
 #include "crc32.cpp"

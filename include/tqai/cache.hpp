@@ -27,6 +27,7 @@ class CacheFile;
 class KeyBasis;
 namespace detail {
 class Reader;
+struct CacheAccess;
 }
 
 /// Geometry and settings of a cache; checked by KvCache's constructor.
@@ -301,6 +302,7 @@ class TQAI_API KvCache {
 
  private:
   friend class CacheFile;
+  friend struct detail::CacheAccess;
   static KvCache read(detail::Reader& reader, std::optional<Level> level,
                       std::span<const std::shared_ptr<const KeyBasis>> key_bases);
 

@@ -12,5 +12,7 @@
 #include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/quantizer.hpp>
+#include <tqai/resources.hpp>
 #include <tqai/rotation.hpp>
+#include <tqai/sequences.hpp>
 #include <tqai/trellis.hpp>

@@ -9,166 +9,22 @@
 
 #include "../ranges.hpp"
 #include "../threads.hpp"
-#include "attend.hpp"
 #include "check.hpp"
 #include "gather.hpp"
 #include "row.hpp"
 #include "serialize.hpp"
+#include "state.hpp"
 
 namespace tqai {
 
 using detail::Context;
 using detail::Row;
 
-struct KvCache::State {
-  Context context;
-  std::int64_t tokens = 0;
-  detail::CountedVector<Row> rows;
-};
-
 namespace TQAI_LOCAL {
-
-TQAI_INLINE std::array<std::int64_t, 4> shape_of(const Context& context, std::size_t batch,
-                                                 std::int64_t tokens, int dim) {
-  return {static_cast<std::int64_t>(batch), context.options.kv_heads, tokens, dim};
-}
-
-constexpr const char* kKeyAxes = "batch, kv_heads, tokens, head_dim";
-constexpr const char* kValueAxes = "batch, kv_heads, tokens, value_head_dim";
-
-TQAI_INLINE void check_dtype(const char* name, DType given, DType needed) {
-  if (given == needed) return;
-  throw ValueError(std::string(name) + " are " + name_of(given) + "; this cache holds " +
-                   name_of(needed) + ": convert them, or make a cache of that dtype");
-}
 
 TQAI_INLINE void check_row(std::int64_t row, int batch) {
   if (row >= 0 && row < batch) return;
   throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch));
-}
-
-TQAI_INLINE void check_mask(const Mask& mask, const ConstTensor& queries, std::int64_t columns) {
-  const std::array<std::int64_t, 4> full = {queries.shape[0], queries.shape[1], queries.shape[2],
-                                            columns};
-  bool fits = mask.shape[3] == columns;
-  for (std::size_t i = 0; i < 3; ++i) {
-    fits = fits && (mask.shape[i] == full[i] || mask.shape[i] == 1);
-  }
-  if (!fits) {
-    throw ValueError("the mask has shape " + detail::shape_text(mask.shape) +
-                     "; needed: " + detail::shape_text(full) +
-                     " = [batch, query_heads, queries, tokens − first_token], the first three may "
-                     "be 1");
-  }
-  check_enumerator("the mask's kind", mask.kind, Mask::Kind::bf16);
-  const std::size_t element = mask.kind == Mask::Kind::boolean ? 1
-                              : mask.kind == Mask::Kind::f32   ? 4
-                                                               : 2;
-  detail::check_memory("the mask", mask.data, element, mask.shape.data(), mask.strides.data(),
-                       mask.shape.size());
-}
-
-TQAI_INLINE void check_log_sum_exp(const Tensor& logs, const ConstTensor& queries,
-                                   const Tensor& output) {
-  if (logs.dtype != DType::f32) {
-    throw ValueError(std::string("log_sum_exp is ") + name_of(logs.dtype) +
-                     "; needed: float32, since weights are its exponential");
-  }
-  detail::check_shape("log_sum_exp", logs.shape,
-                      {queries.shape[0], queries.shape[2], queries.shape[1], 1},
-                      "batch, queries, query_heads, 1");
-  detail::check_written("log_sum_exp", logs);
-  detail::check_apart("log_sum_exp", logs, "the queries", queries);
-  detail::check_apart("log_sum_exp", logs, "output",
-                      {output.data, output.dtype, output.shape, output.strides});
-}
-
-// Copies the tensor's tokens of one batch row behind the row's exact ones.
-TQAI_INLINE void copy_in(const Context& context, Row& row, const ConstTensor& keys,
-                         const ConstTensor& values, std::int64_t batch_row) noexcept {
-  const std::int64_t tokens = keys.shape[2];
-  const auto copy = [&](const ConstTensor& from, std::byte* to, int head, std::size_t bytes) {
-    const auto element = static_cast<std::int64_t>(size_of(from.dtype));
-    const auto* source = static_cast<const std::byte*>(from.data) +
-                         (batch_row * from.strides[0] + head * from.strides[1]) * element;
-    to += static_cast<std::size_t>(row.tail_tokens()) * bytes;
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(source + t * from.strides[2] * element, bytes,
-                  to + static_cast<std::size_t>(t) * bytes);
-    }
-  };
-  for (int head = 0; head < context.options.kv_heads; ++head) {
-    copy(keys, exact_keys(context, row.tail, head), head, context.key_bytes());
-    copy(values, exact_values(context, row.tail, head), head, context.value_bytes());
-  }
-  row.tail.header().tokens += tokens;
-}
-
-// Where a row's tail stands, and what comes next, once tokens are added to it.
-struct Stand {
-  detail::Positions tail;
-  std::int64_t next = 0;
-};
-
-// tail: where its tokens stand when these are added.
-TQAI_INLINE Stand stand(const Context& context, const Row& row, const detail::Positions& tail,
-                        const std::optional<PositionTensor>& given, std::int64_t batch_row,
-                        std::int64_t tokens) {
-  detail::Positions positions;
-  if (given && context.uses_positions()) {
-    positions = detail::read_positions(*given, batch_row, context.sections());
-  } else {
-    positions = detail::Positions::consecutive(row.next_position, tokens);
-    detail::check_position(row.next_position + tokens - 1);
-  }
-  return {tail.joined(positions), positions.next()};
-}
-
-TQAI_INLINE std::int64_t most_sealable(const Context& context,
-                                       const detail::CountedVector<Row>& rows) noexcept {
-  std::int64_t most = 0;
-  for (const Row& row : rows) most = std::max(most, detail::sealable(context, row));
-  return most;
-}
-
-// What sealing will do to each row, without blocks where that is nothing; empty where it is nothing
-// for all of them. Of the rows themselves only capacity changes.
-TQAI_INLINE std::vector<detail::Sealing> prepare_sealings(const Context& context,
-                                                          detail::CountedVector<Row>& rows,
-                                                          const Resources& resources) {
-  if (most_sealable(context, rows) == 0) return {};
-  struct Job {
-    std::size_t row;
-    std::int64_t block;
-    int head;
-  };
-  std::vector<detail::Sealing> sealings(rows.size());
-  std::vector<Job> jobs;
-  for (std::size_t b = 0; b < rows.size(); ++b) {
-    const std::int64_t tokens =
-        detail::encodable(context, rows[b], detail::sealable(context, rows[b]));
-    if (tokens == 0) continue;
-    sealings[b] = detail::prepare_sealing(context, rows[b], tokens, resources);
-    for (std::int64_t block = 0; block < tokens / kTileTokens; ++block) {
-      for (int head = 0; head < context.options.kv_heads; ++head) {
-        jobs.push_back({b, block, head});
-      }
-    }
-  }
-  parallel_for(resources, std::ssize(jobs), 8, detail::encoding_bytes(context),
-               [&](std::int64_t i, std::byte* memory) {
-                 const Job& job = jobs[static_cast<std::size_t>(i)];
-                 detail::encode_tile(context, rows[job.row], sealings[job.row], job.block, job.head,
-                                     memory);
-               });
-  return sealings;
-}
-
-TQAI_INLINE void commit_all(detail::CountedVector<Row>& rows,
-                            std::vector<detail::Sealing>&& sealings) noexcept {
-  for (std::size_t b = 0; b < sealings.size(); ++b) {
-    if (!sealings[b].blocks.empty()) detail::commit(rows[b], std::move(sealings[b]));
-  }
 }
 
 }  // namespace TQAI_LOCAL
@@ -231,124 +87,16 @@ TQAI_INLINE int KvCache::centre_sets(int row) const {
   return static_cast<int>(state_->rows[static_cast<std::size_t>(row)].centre_sets.size());
 }
 
-TQAI_INLINE void KvCache::append(const ConstTensor& keys, const ConstTensor& values,
-                                 const std::optional<PositionTensor>& positions,
-                                 const Resources& resources) {
-  (void)usable_threads(resources);  // whether or not this call has work for them
-  const UsualArithmetic usual;
-  State& state = *state_;
-  const Context& context = state.context;
-  detail::check_shape("keys", keys.shape,
-                      shape_of(context, state.rows.size(), -1, context.options.head_dim), kKeyAxes);
-  const std::int64_t tokens = keys.shape[2];
-  check_range("the keys' number of tokens", tokens, 0, detail::kMostTokens - state.tokens);
-  detail::check_shape("values", values.shape,
-                      shape_of(context, state.rows.size(), tokens, context.options.value_head_dim),
-                      kValueAxes);
-  check_dtype("keys", keys.dtype, context.options.dtype);
-  check_dtype("values", values.dtype, context.options.dtype);
-  detail::check_layout("keys", keys);
-  detail::check_layout("values", values);
-  if (positions) {
-    // Without an embedding there are none to go by; they are of no use then.
-    const std::int64_t sections =
-        context.rope ? context.sections()
-                     : std::clamp<std::int64_t>(positions->shape[1], 1, Rope::kMaxSections);
-    detail::check_positions(*positions, static_cast<std::int64_t>(state.rows.size()), tokens,
-                            static_cast<int>(sections));
-  }
-  if (tokens == 0) return;
-  detail::check_vectors(*context.kernels, "keys", keys);
-  detail::check_vectors(*context.kernels, "values", values);
-  std::vector<detail::Sealing> sealings = prepare_sealings(context, state.rows, resources);
-  std::vector<Stand> stands;
-  stands.reserve(state.rows.size());
-  for (std::size_t b = 0; b < state.rows.size(); ++b) {
-    Row& row = state.rows[b];
-    detail::Sealing* sealing =
-        sealings.empty() || sealings[b].blocks.empty() ? nullptr : &sealings[b];
-    stands.push_back(stand(context, row,
-                           sealing != nullptr ? sealing->tail_positions : row.tail_positions,
-                           positions, static_cast<std::int64_t>(b), tokens));
-    detail::reserve_tail(context, sealing != nullptr ? sealing->tail : row.tail, tokens);
-  }
-  // From here on nothing may throw.
-  commit_all(state.rows, std::move(sealings));
-  for (std::size_t b = 0; b < state.rows.size(); ++b) {
-    copy_in(context, state.rows[b], keys, values, static_cast<std::int64_t>(b));
-    state.rows[b].tail_positions = std::move(stands[b].tail);
-    state.rows[b].next_position = stands[b].next;
-  }
-  state.tokens += tokens;
-}
-
-TQAI_INLINE std::int64_t KvCache::seal(const Resources& resources) {
-  (void)usable_threads(resources);
-  const UsualArithmetic usual;
-  commit_all(state_->rows, prepare_sealings(state_->context, state_->rows, resources));
-  return most_sealable(state_->context, state_->rows);
-}
-
-TQAI_INLINE void KvCache::attend(const ConstTensor& queries, const Tensor& output,
-                                 const AttendOptions& options, const Resources& resources) const {
-  const State& state = *state_;
-  const CacheOptions& geometry = state.context.options;
-  const auto batch = static_cast<std::int64_t>(state.rows.size());
-  detail::check_shape("queries", queries.shape, {batch, -1, -1, geometry.head_dim},
-                      "batch, query_heads, queries, head_dim");
-  if (queries.shape[1] % geometry.kv_heads != 0) {
-    throw ValueError("queries have " + std::to_string(queries.shape[1]) +
-                     " heads; a multiple of the cache's " + std::to_string(geometry.kv_heads) +
-                     " kv heads is needed");
-  }
-  if (queries.shape[2] > state.tokens) {
-    throw ValueError(std::to_string(queries.shape[2]) + " queries on a cache of " +
-                     std::to_string(state.tokens) +
-                     " tokens; they are its last tokens, so append theirs first");
-  }
-  detail::check_shape("output", output.shape,
-                      {batch, queries.shape[2], queries.shape[1], geometry.value_head_dim},
-                      "batch, queries, query_heads, value_head_dim");
-  detail::check_layout("queries", queries);
-  detail::check_written("output", output);
-  detail::check_apart("output", output, "the queries", queries);
-  if (options.scale && !std::isfinite(*options.scale)) {
-    throw ValueError("scale = " + std::to_string(*options.scale) +
-                     "; allowed: finite numbers, or nothing for 1/√head_dim");
-  }
-  if (options.soft_cap != 0.0F && !(options.soft_cap > 0.0F && std::isnormal(options.soft_cap))) {
-    throw ValueError("soft_cap = " + detail::number_text(options.soft_cap) +
-                     "; allowed: 0 for none, or a finite number from " +
-                     detail::number_text(std::numeric_limits<float>::min()) + " up");
-  }
-  if (options.first_token < 0 || options.first_token > state.tokens || options.window < 0) {
-    throw ValueError("first_token = " + std::to_string(options.first_token) +
-                     ", window = " + std::to_string(options.window) + "; allowed: 0…" +
-                     std::to_string(state.tokens) + ", and 0 for none or more");
-  }
-  if (options.mask) check_mask(*options.mask, queries, state.tokens - options.first_token);
-  if (options.sink_scores != nullptr) {
-    const std::int64_t next = 1;
-    detail::check_memory("sink_scores", options.sink_scores, sizeof(float), &queries.shape[1],
-                         &next, 1);
-  }
-  if (options.log_sum_exp) check_log_sum_exp(*options.log_sum_exp, queries, output);
-  const detail::AttendCall call{&state.context, state.rows, state.tokens,
-                                &queries,       &output,    &options};
-  detail::attend({&call, 1}, resources);
-}
-
 TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
                                  const Tensor& values) const {
   const UsualArithmetic usual;
   const State& state = *state_;
   const CacheOptions& geometry = state.context.options;
-  detail::check_shape("keys", keys.shape,
-                      shape_of(state.context, state.rows.size(), -1, geometry.head_dim), kKeyAxes);
-  detail::check_shape(
-      "values", values.shape,
-      shape_of(state.context, state.rows.size(), keys.shape[2], geometry.value_head_dim),
-      kValueAxes);
+  detail::check_shape("keys", keys.shape, detail::shape_of(state, -1, geometry.head_dim),
+                      detail::kKeyAxes);
+  detail::check_shape("values", values.shape,
+                      detail::shape_of(state, keys.shape[2], geometry.value_head_dim),
+                      detail::kValueAxes);
   detail::check_written("keys", keys);
   detail::check_written("values", values);
   detail::check_apart("keys", keys, "values",
