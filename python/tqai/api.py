@@ -97,11 +97,11 @@ def patch(
         sink_tokens: first tokens of each row, kept exact for ever. Layers with a sliding window
             keep none.
         residual_window: last tokens of each row, kept exact.
-        codec: how codes are chosen, at the same bytes; all but "scalar" on the CPU alone. "scalar":
-            each coordinate by itself. "trellis": values of up to 4 bits in trellis codes, which
-            take a third of their squared error away. "adaptive": those, and keys in a basis that
-            is learnt from the model here, in seconds, which takes the error of scores to a
-            fraction. The report of a cache says which layers have one.
+        codec: how codes are chosen, at the same bytes. "scalar": each coordinate by itself.
+            "trellis": values of up to 4 bits in trellis codes, which take a third of their squared
+            error away. "adaptive": those, and keys in a basis that is learnt from the model here,
+            in seconds, which takes the error of scores to a fraction. The report of a cache says
+            which layers have one.
         rotation: "auto", "hadamard" or "haar"; of values, and of keys that are in no basis.
         centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
             embedding, turned to each position), "none", or "auto": the best for each head.

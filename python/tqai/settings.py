@@ -222,11 +222,6 @@ class Settings:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.codec != "scalar" and self.backend != "auto":
-            raise NotImplementedError(
-                f"codec={self.codec!r} works on the CPU by the C++ kernels, and "
-                f"backend={self.backend!r} asks for others: use backend='auto', or codec='scalar'"
-            )
 
     @classmethod
     def named(cls, preset: Preset | None = None, **given: Unpack[OwnOptions]) -> Settings:

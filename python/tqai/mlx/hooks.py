@@ -20,7 +20,6 @@ from mlx_lm.models import cache as mlx_caches
 from tqai.mlx import calls
 from tqai.mlx.attention import functions, patching
 from tqai.mlx.cache.prompt import TqaiPromptCache
-from tqai.mlx.cache.store import check_codec
 from tqai.mlx.model.geometry import Geometry, geometry_of
 from tqai.settings import Settings
 
@@ -167,7 +166,6 @@ def _check_settings(settings: Settings) -> None:
             f"codec={settings.codec!r} is for transformers models; for mlx-lm's use "
             "codec='trellis', or 'scalar'"
         )
-    check_codec(settings)
     if not settings.exact_prefill:
         raise NotImplementedError(
             "exact_prefill=False is for transformers models; with mlx-lm pass "

@@ -154,7 +154,6 @@ def test_sliding_layers_share_masks_with_exact_ones() -> None:
         ({"bits_v": [4]}, ValueError, "bits_v has 1 entries"),
         ({"backend": "torch-ops"}, NotImplementedError, "backend='torch-ops' is for transformers"),
         ({"codec": "adaptive"}, NotImplementedError, "codec='adaptive' is for transformers models"),
-        ({"codec": "trellis", "backend": "mlx-ops"}, NotImplementedError, "works on the CPU"),
         ({"exact_prefill": False}, NotImplementedError, "prefill_step_size=64"),
     ],
 )

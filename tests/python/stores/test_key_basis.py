@@ -9,7 +9,6 @@ import pytest
 import torch
 from tqai import _core
 from tqai.stores.for_torch.tensor_refs import ref
-from tqai.stores.for_torch.torch_store import TorchStore
 
 HEADS, DIM, TOKENS = 2, 32, 300
 
@@ -134,12 +133,6 @@ def test_bases_come_back_from_bytes():
         assert back.serialize() == basis.serialize()
     with pytest.raises(ValueError, match="not the bytes of a key basis"):
         _core.KeyBasis.deserialize(basis.serialize()[:-1])
-
-
-def test_other_devices_refuse_keys_in_a_basis():
-    cache, _ = filled(_core.KeyBasis.learn(moments(), 2))
-    with pytest.raises(NotImplementedError, match="basis"):
-        TorchStore.deserialize(cache.serialize(with_basis=True), torch.device("cpu"))
 
 
 def test_mistakes_are_said():

@@ -23,6 +23,7 @@ import torch
 from tqai.stores.device import Options
 from tqai.stores.device import attend as device_attend
 from tqai.stores.device.attend import FEW_QUERIES
+from tqai.stores.device.codec import codec_of
 from tqai.stores.for_torch import metal
 from tqai.stores.for_torch.operations import TorchOperations
 from tqai.stores.for_torch.torch_store import TorchStore
@@ -268,9 +269,12 @@ def test_a_kernel_that_does_not_compile_says_how_to_do_without() -> None:
 def test_many_queries_are_left_to_matrix_products() -> None:
     with mock.patch.object(TorchOperations, "tile_kernel", lambda _: GpuAttention(metal.run)):
         ops = TorchOperations(CPU)
-        assert device_attend.tile_kernel(ops, FEW_QUERIES) is not None
-        assert device_attend.tile_kernel(ops, FEW_QUERIES + 1) is None
-        assert device_attend.tile_kernel(ops, 0) is None
+        codec = codec_of(OPTIONS, ops)
+        assert device_attend.tile_kernel(ops, FEW_QUERIES, codec) is not None
+        assert device_attend.tile_kernel(ops, FEW_QUERIES + 1, codec) is None
+        assert device_attend.tile_kernel(ops, 0, codec) is None
+        of_values = codec_of(replace(OPTIONS, value_codes="trellis"), ops)
+        assert device_attend.tile_kernel(ops, 1, of_values) is None
 
 
 # The text.

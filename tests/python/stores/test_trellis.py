@@ -9,7 +9,6 @@ import pytest
 import torch
 from tqai import _core
 from tqai.stores.for_torch.tensor_refs import ref
-from tqai.stores.for_torch.torch_store import TorchStore
 
 HEADS, DIM, TOKENS = 2, 64, 300
 
@@ -91,8 +90,3 @@ def test_what_there_is_not_is_refused():
         filled("trellis", 6)
     with pytest.raises(ValueError, match='value_codes = "adaptive"; allowed: scalar, trellis'):
         filled("adaptive", 2)
-
-
-def test_stores_on_other_devices_refuse_them():
-    with pytest.raises(NotImplementedError, match="values are in trellis codes, .* on the CPU"):
-        TorchStore.deserialize(filled("trellis", 2)[0].serialize(), torch.device("cpu"))

@@ -27,22 +27,11 @@ def is_native(backend: str) -> bool:
     return backend == "auto" and mx.default_device().type == mx.cpu
 
 
-def check_codec(settings: Settings) -> None:
-    """Raises NotImplementedError for codes that the store of mlx's default device does not have."""
-    if settings.codec != "scalar" and not is_native(settings.backend):
-        raise NotImplementedError(
-            f"codec={settings.codec!r} works on the CPU by the C++ kernels, and mlx's default "
-            f"device is {mx.default_device()}: use codec='scalar', or mx.set_default_device(mx.cpu)"
-        )
-
-
 def make_store(settings: Settings, shape: LayerShape, batch: int, dtype: mx.Dtype) -> Store:
     """An empty store for a layer of this shape.
 
     Raises:
         ValueError: for options out of range.
-        NotImplementedError: for codes that only the C++ cache has, where mlx's default device has
-            become another since ``patch``.
     """
     options = settings.core_options()
     if shape.max_size is not None:
@@ -53,7 +42,6 @@ def make_store(settings: Settings, shape: LayerShape, batch: int, dtype: mx.Dtyp
     if is_native(settings.backend):
         rope = None if shape.rope is None else shape.rope.core_argument()
         return _core.KvCache(batch=batch, dtype=DTYPES[dtype], rope=rope, **options)
-    check_codec(settings)
     options.pop("level", None)
     rope = None if shape.rope is None else shape.rope.options()
     return MlxStore(Options(dtype=DTYPES[dtype].name, rope=rope, **options), batch)
@@ -64,7 +52,6 @@ def read(data: mx.array, settings: Settings) -> Store:
 
     Raises:
         ValueError: for other bytes.
-        NotImplementedError: for what only the C++ cache reads.
     """
     if is_native(settings.backend):
         return _core.KvCache.deserialize(data)

@@ -225,11 +225,11 @@ def _attend_pages(context: Context, rows: Rows, query: Query) -> State | None:
     # A token takes a key, a value and their codes, and scores and weights for each query.
     dim = max(context.options.head_dim, context.options.value_head_dim)
     vectors = len(rows.places) * heads * (4 + -(-3 * group * n // dim))
-    kernel = tile_kernel(context.ops, group * n)
+    kernel = tile_kernel(context.ops, group * n, context.codec)
     # A kernel takes a whole page, as it unpacks nothing into memory.
     most = context.tiles_at_once(vectors) if kernel is None else None
-    rotated = query.states @ context.codec.key.rotation.mT
     flat = query.states.reshape(len(rows.places), heads, group * n, context.options.head_dim)
+    rotated = (flat @ context.codec.key.rotation.mT).reshape(*query.states.shape)
     state = None
     asked: dict[int, Asked] = {}
     for page in rows.pages:
@@ -282,10 +282,10 @@ def _centre_scores(
     return asked.scores(phasors, positions)
 
 
-def tile_kernel(ops: Operations, queries: int) -> TileKernel | None:
+def tile_kernel(ops: Operations, queries: int, codec: Codec) -> TileKernel | None:
     """The kernel that goes through packed tiles on this device with so many queries of a head: None
     where ``attend_tiles`` does. No other place chooses."""
-    kernel = ops.tile_kernel()
+    kernel = None if codec.value.trellis else ops.tile_kernel()
     return kernel if kernel is not None and kernel.takes(queries) else None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tqai import _core
+from tqai.stores.device import native_codes
 from tqai.stores.device.operations import Array, Operations
 from tqai.stores.device.packing import (
     TILE_TOKENS,
@@ -46,6 +47,25 @@ class Options:
     centering: str
     rope: RopeOptions | None
     seed: int = 0x74616971  # tqai::CacheOptions::seed
+    value_codes: str = "scalar"
+    """Or "trellis"."""
+    key_basis: _core.KeyBasis | None = None
+    """What keys are quantised in; None: a rotation."""
+
+    @property
+    def of_codes(self) -> dict[str, Any]:
+        """Those arguments of ``_core.KvCache`` that decide what codes are."""
+        return {
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_head_dim": self.value_head_dim,
+            "bits_k": self.bits_k,
+            "bits_v": self.bits_v,
+            "rotation": self.rotation,
+            "seed": self.seed,
+            "value_codes": self.value_codes,
+            "key_basis": self.key_basis,
+        }
 
 
 class Side(NamedTuple):
@@ -56,16 +76,19 @@ class Side(NamedTuple):
     bits: int
     keys: bool
     rotation: Array
-    """R [dim, dim], of y = R x."""
+    """R [dim, dim], of y = R x; of keys in a basis Fᵀ [kv_heads, dim, dim]. What codes stand for is
+    y R, and q Rᵀ is what a query is multiplied with them by."""
     boundaries: Array
     """[2^bits − 1]: code i is nearest from boundary i − 1 up to boundary i."""
     centroids: Array
-    """[2^bits]"""
+    """[2^bits]; of a trellis [256], by window."""
     step: float
     longest: float
     """Length up to which FP16 holds the stored norm of any vector (src/cache/codec.cpp)."""
     shifts: Array
     """0…7 in uint8."""
+    trellis: bool
+    """Whether a code's level goes by those before it too."""
 
     @property
     def packed_bytes(self) -> int:
@@ -128,8 +151,11 @@ class Side(NamedTuple):
 
     def look_up(self, packed: Array) -> Array:
         """Codes [..., tiles, packed_bytes] to rotated unit vectors [..., tiles · 64, dim]."""
-        unpack = unpack_keys if self.keys else unpack_values
-        codes = unpack(self.ops, packed, self.bits, self.shifts)[..., : self.dim]
+        if self.keys:
+            codes = unpack_keys(self.ops, packed, self.bits, self.shifts)
+        else:
+            codes = unpack_values(self.ops, packed, self.bits, self.shifts, self.trellis)
+        codes = codes[..., : self.dim]
         *lead, tiles, tokens, dim = codes.shape
         return self._centroids_of(codes.reshape(*lead, tiles * tokens, dim))
 
@@ -139,13 +165,18 @@ class Codec(NamedTuple):
 
     key: Side
     value: Side
+    native: dict[str, Any] | None
+    """Arguments of ``native_codes.encode``, where the C++ library finds the codes."""
 
     @property
     def tile_bytes(self) -> int:
         return self.key.packed_bytes + self.value.packed_bytes + 4 * TILE_TOKENS
 
     def encode(self, keys: Array, values: Array) -> Array:
-        """[..., tiles · 64, dim] float32, keys less their centre, to [..., tiles, tile_bytes]."""
+        """[rows, kv_heads, tiles · 64, dim] float32, keys less their centre, to [rows, kv_heads,
+        tiles, tile_bytes]."""
+        if self.native is not None:
+            return native_codes.encode(self.key.ops, self.native, keys, values, self.tile_bytes)
         parts, norms = [], []
         for side, vectors in ((self.key, keys), (self.value, values)):
             *lead, tokens, dim = vectors.shape
@@ -185,30 +216,52 @@ def codec_of(options: Options, ops: Operations) -> Codec:
     """
     template = _core.KvCache(
         batch=1,
-        kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        value_head_dim=options.value_head_dim,
-        bits_k=options.bits_k,
-        bits_v=options.bits_v,
         sink_tokens=options.sink_tokens,
         residual_window=options.residual_window,
-        rotation=options.rotation,
         centering=options.centering,
         rope=options.rope,
-        seed=options.seed,
+        **{**options.of_codes, "key_basis": None},
     )
     key_rotation, value_rotation = template.rotations
-    dims = options.head_dim, options.value_head_dim
-    key = _side(ops, dims[0], options.bits_k, True, key_rotation)
-    return Codec(key, _side(ops, dims[1], options.bits_v, False, value_rotation))
+    basis, trellis = options.key_basis, options.value_codes == "trellis"
+    if basis is not None:
+        _core.KvCache(batch=1, **options.of_codes)  # which is checked
+        synthesis = [basis.matrices(head)[2] for head in range(options.kv_heads)]
+        key_rotation = np.stack(synthesis).swapaxes(1, 2)
+    key = _side(ops, options.head_dim, options.bits_k, True, key_rotation)
+    if basis is not None:
+        key = key._replace(longest=_longest_in_basis(key, basis))
+    value = _side(ops, options.value_head_dim, options.bits_v, False, value_rotation)
+    if trellis:
+        value = _in_trellis(value)
+    return Codec(key, value, options.of_codes if trellis or basis is not None else None)
 
 
 def _side(ops: Operations, dim: int, bits: int, keys: bool, rotation: np.ndarray) -> Side:
     book = _core.Codebook(dim, bits, "int8")
     arrays = rotation, book.boundaries, book.centroids, np.arange(8, dtype=np.uint8)
-    *tables, shifts = map(ops.asarray, arrays)
+    *tables, shifts = map(ops.asarray, map(np.ascontiguousarray, arrays))
     # Of a vector along one rotated axis: the outermost level once, else the innermost.
     outermost = min(-float(book.centroids[0]), float(book.centroids[-1]))
     innermost = float(np.abs(book.centroids).min())
     longest = 0.999 * _MAX_HALF * math.sqrt(outermost**2 + (dim - 1) * innermost**2)
-    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts)
+    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts, False)
+
+
+def _in_trellis(side: Side) -> Side:
+    tables = _core.Trellis(side.bits)
+    step = np.float32(tables.step(side.dim))
+    levels = tables.levels.astype(np.float32) * step
+    # The other coordinates may all be 0 (src/cache/codec.cpp).
+    longest = 0.999 * _MAX_HALF * float(levels.max())
+    return side._replace(
+        centroids=side.ops.asarray(levels), step=float(step), longest=longest, trellis=True
+    )
+
+
+def _longest_in_basis(side: Side, basis: _core.KeyBasis) -> float:
+    """As src/cache/context.hpp has it."""
+    levels = np.abs(_core.Codebook(side.dim, side.bits, "int8").levels.astype(np.int64))
+    innermost = int(levels.min())
+    shortest = side.step * (1.0 if innermost == 0 else innermost * math.sqrt(side.dim))
+    return _MAX_HALF * shortest / basis.largest_ratio

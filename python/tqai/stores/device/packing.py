@@ -42,12 +42,41 @@ def pack_values(ops: Operations, codes: Array, bits: int) -> Array:
     return _pack_lines(ops, lines, bits).reshape(*lead, groups * bits * 64)
 
 
-def unpack_values(ops: Operations, packed: Array, bits: int, shifts: Array) -> Array:
-    """The inverse of ``pack_values``. shifts: 0…7 in uint8, on the same device."""
+def unpack_values(
+    ops: Operations, packed: Array, bits: int, shifts: Array, trellis: bool = False
+) -> Array:
+    """The inverse of ``pack_values``; of trellis codes the windows in place of the codes. shifts:
+    0…7 in uint8, on the same device."""
     lead, groups = packed.shape[:-1], packed.shape[-1] // (bits * 64)
-    lines = _unpack_lines(ops, packed.reshape(*lead, groups, bits, 64), bits, shifts)
+    packed = packed.reshape(*lead, groups, bits, 64)
+    if trellis:
+        unpack = _unpack_stream if bits == 3 else _unpack_lines
+        codes = unpack(ops, packed, bits, shifts).reshape(*lead, groups * 8, 64)
+        lines = _windows(ops, codes, bits)
+    else:
+        lines = _unpack_lines(ops, packed, bits, shifts)
     lines = lines.reshape(*lead, groups // 2, 2, 8, 16, 4)  # block, half, i, c, t
     return _order_last(ops, lines, (-4, -3, -1, -5, -2)).reshape(*lead, TILE_TOKENS, groups * 8)
+
+
+def _windows(ops: Operations, codes: Array, bits: int) -> Array:
+    """The 8 bits that end with each code, of the rings of codes along [..., lines, 64]
+    (include/tqai/trellis.hpp)."""
+    windows = codes << 8 - bits
+    for back in range(1, -(-8 // bits)):
+        before = ops.concat([codes[..., -back:, :], codes[..., :-back, :]], -2)
+        shift = 8 - (back + 1) * bits
+        windows = windows | (before << shift if shift >= 0 else before >> -shift)
+    return windows
+
+
+def _unpack_stream(ops: Operations, packed: Array, bits: int, shifts: Array) -> Array:
+    """[..., 3, 64] bytes into [..., 8, 64] codes of 3 bits that follow one another, as those of
+    trellises do."""
+    first, second, third = ops.unstack(packed, -2)
+    codes = (first, first >> 3, first >> 6 | second << 2, second >> 1, second >> 4)
+    codes += (second >> 7 | third << 1, third >> 2, third >> 5)
+    return ops.stack(codes, -2) & 7
 
 
 def _order_last(ops: Operations, x: Array, order: tuple[int, ...]) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,23 +25,30 @@ from tqai.stores.device.positions import Positions
 from tqai.stores.device.rows import Exact, Rows
 
 _MAGIC, _NOTHING = 0x49415154, 0xFFFFFFFF
-_VERSION, _WITH_GAPS = 3, 4
+_VERSION, _WITH_GAPS, _WITH_BASIS, _WITH_TRELLIS = 3, 4, 5, 6
+_CODES = ("scalar", "trellis")
+_BASIS_ID, _BASIS_MATRICES = 0, 1
 _LINE = 64
 """Tiles begin at a multiple of so many bytes."""
 
 
 def write(
-    ops: Operations, options: Options, tokens: int, batch: int, held: Sequence[Rows]
+    ops: Operations,
+    options: Options,
+    tokens: int,
+    batch: int,
+    held: Sequence[Rows],
+    with_basis: bool = False,
 ) -> bytes:
-    """The bytes of a store with these rows."""
+    """The bytes of a store with these rows; of a basis its id, or all of it."""
     writer = _Writer()
     exact, blocks, centres = _Numbered(), _Numbered(), _Numbered()
     rows_of = {place: (rows, at) for rows in held for at, place in enumerate(rows.places)}
-    have_gaps = any(rows.gaps for rows in held)
+    version = _version(options, held)
     for place in range(batch):
         rows, at = rows_of[place]
         writer.put("<i8", rows.first)
-        if have_gaps:
+        if version >= _WITH_GAPS:
             writer.put("<u4", len(rows.gaps))
             for gap in rows.gaps:
                 writer.put("<i8", *gap)
@@ -60,9 +68,9 @@ def write(
             writer.put("<i4", min(TILE_TOKENS, page.tokens - tile * TILE_TOKENS), page.set)
     listed = writer.take()
 
-    _write_options(options, _WITH_GAPS if have_gaps else _VERSION, writer)
-    for dim, bits in _codebooks(options):
-        levels, step = _mark(dim, bits)
+    _write_options(options, version, with_basis, writer)
+    for dim, bits, codes in _codebooks(options):
+        levels, step = _mark(dim, bits, codes)
         writer.put("<u4", levels)
         writer.put("<f4", step)
     writer.put("<i8", tokens)
@@ -94,29 +102,21 @@ def write(
     return writer.take()
 
 
-def read(data: bytes, ops: Operations) -> tuple[Options, int, list[Rows]]:
+def read(
+    data: bytes, ops: Operations, key_bases: Sequence[_core.KeyBasis] = ()
+) -> tuple[Options, int, list[Rows]]:
     """What ``write`` or ``_core.KvCache.serialize`` wrote: options, tokens, rows on a device.
+
+    key_bases: those that keys may be in.
 
     Raises:
         ValueError: for bytes that neither wrote.
-        NotImplementedError: where keys are in a basis, or values in trellis codes.
     """
-    checked = _core.KvCache.deserialize(data)  # every length and number
-    if checked.key_basis is not None:
-        raise NotImplementedError(
-            "the cache's keys are in a learnt basis, which is read on the CPU by the C++ kernels "
-            "alone: keep it there (backend='auto'), or make the cache without a basis"
-        )
-    if checked.value_codes != "scalar":
-        raise NotImplementedError(
-            f"the cache's values are in {checked.value_codes} codes, which are read on the CPU by "
-            "the C++ kernels alone: keep it there (backend='auto'), or make the cache with scalar "
-            "codes"
-        )
-    if data[4] not in (_VERSION, _WITH_GAPS):  # of an older version: C++ brings it up to date
+    checked = _core.KvCache.deserialize(data, key_bases=key_bases)  # every length and number
+    if data[4] < _VERSION:  # C++ brings it up to date
         data = checked.serialize()
     reader = _Reader(data)
-    options = _read_options(reader)
+    options = replace(_read_options(reader), key_basis=checked.key_basis)
     for _ in _codebooks(options):
         reader.get("<u4"), reader.get("<f4")  # C++ has compared them
     tokens = reader.get("<i8")
@@ -142,7 +142,7 @@ def read(data: bytes, ops: Operations) -> tuple[Options, int, list[Rows]]:
         left = reader.numbers("<f4", options.kv_heads)
         kinds = tuple(CENTERINGS[reader.get("<u1")] for _ in range(options.kv_heads))
         centres.append(RowCentres(constant, means, left, kinds))
-    has_gaps = data[4] == _WITH_GAPS
+    has_gaps = data[4] >= _WITH_GAPS
     rows = [_Row.read(reader, options, exact, stands, has_gaps) for _ in range(reader.get("<u4"))]
     reader.align(_LINE)
     tile_bytes = codec_of(options, ops).tile_bytes
@@ -172,7 +172,8 @@ def read(data: bytes, ops: Operations) -> tuple[Options, int, list[Rows]]:
 
 
 def options_in(data: bytes) -> Options:
-    """What a store was made with, as its bytes say; they are ones that ``read`` reads."""
+    """What a store was made with, as its bytes say, but for its basis; they are ones that ``read``
+    reads."""
     return _read_options(_Reader(data))
 
 
@@ -200,19 +201,34 @@ def _widened(each: np.ndarray, options: Options) -> np.ndarray:
     return np.broadcast_to(each, (len(each), _sections(options)))
 
 
-def _codebooks(options: Options) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Dimension and bits of each side's codebook."""
-    return (options.head_dim, options.bits_k), (options.value_head_dim, options.bits_v)
+def _version(options: Options, held: Sequence[Rows]) -> int:
+    """The oldest that can say it all."""
+    if options.value_codes != "scalar":
+        return _WITH_TRELLIS
+    if options.key_basis is not None:
+        return _WITH_BASIS
+    return _WITH_GAPS if any(rows.gaps for rows in held) else _VERSION
+
+
+def _codebooks(options: Options) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
+    """Dimension, bits and kind of each side's codes."""
+    return (
+        (options.head_dim, options.bits_k, "scalar"),
+        (options.value_head_dim, options.bits_v, options.value_codes),
+    )
 
 
 @lru_cache(maxsize=64)
-def _mark(dim: int, bits: int) -> tuple[int, float]:
+def _mark(dim: int, bits: int, codes: str) -> tuple[int, float]:
     """What tells a codebook from others: the checksum of its levels, and its step."""
+    if codes == "trellis":
+        tables = _core.Trellis(bits)
+        return zlib.crc32(tables.levels.tobytes()), tables.step(dim)
     book = _core.Codebook(dim, bits, "int8")
     return zlib.crc32(book.levels.tobytes()), book.step
 
 
-def _write_options(options: Options, version: int, writer: _Writer) -> None:
+def _write_options(options: Options, version: int, with_basis: bool, writer: _Writer) -> None:
     writer.put("<u4", _MAGIC, version)
     writer.put("<i4", options.kv_heads, options.head_dim, options.value_head_dim)
     writer.put("<i4", options.bits_k, options.bits_v, options.sink_tokens, options.residual_window)
@@ -228,6 +244,16 @@ def _write_options(options: Options, version: int, writer: _Writer) -> None:
         writer.put("<f4", *inv_freq)
         writer.put("<u4", len(sections))
         writer.put("<u1", *sections)
+    basis = options.key_basis
+    if version >= _WITH_TRELLIS:
+        writer.put("<u1", _CODES.index(options.value_codes), int(basis is not None))
+    if basis is not None:
+        writer.put("<u8", basis.id)
+        writer.put("<u1", _BASIS_MATRICES if with_basis else _BASIS_ID)
+        if with_basis:
+            matrices = basis.serialize()
+            writer.put("<u8", len(matrices))
+            writer.append(matrices)
 
 
 def _read_options(reader: _Reader) -> Options:
@@ -242,9 +268,15 @@ def _read_options(reader: _Reader) -> Options:
         count = reader.get("<u4") if version > 1 else 0
         sections = tuple(reader.get("<u1") for _ in range(count))
         rope = (inv_freq, layout, rotary_dim) + ((sections,) if sections else ())
-    return Options(
-        heads, dim, value_dim, dtype, bits_k, bits_v, sinks, window, rotation, centering, rope, seed
-    )
+    codes, has_basis = 0, int(version == _WITH_BASIS)
+    if version >= _WITH_TRELLIS:
+        codes, has_basis = reader.get("<u1"), reader.get("<u1")
+    if has_basis:  # C++ has read it
+        reader.get("<u8")
+        if reader.get("<u1") == _BASIS_MATRICES:
+            reader.skip(reader.get("<u8"))
+    numbers = heads, dim, value_dim, dtype, bits_k, bits_v, sinks, window
+    return Options(*numbers, rotation, centering, rope, seed, _CODES[codes])
 
 
 def _exact(ops: Operations, options: Options, parts: list[Any]) -> Exact:
@@ -377,6 +409,9 @@ class _Reader:
 
     def align(self, unit: int) -> None:
         self._at += -self._at % unit
+
+    def skip(self, count: int) -> None:
+        self._at += count
 
     def numbers(self, kind: str, *shape: int) -> np.ndarray:
         count = int(np.prod(shape))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from tqai import _core
 from tqai.stores.device import serialize
 from tqai.stores.device.attend import Query, attend
 from tqai.stores.device.codec import ITEM_BYTES, Options, codec_of
@@ -51,11 +52,6 @@ class DeviceStore:
     leaves the store as it was. Copies share sealed tiles.
     """
 
-    key_basis: ClassVar[None] = None
-    """Learnt bases are the C++ cache's alone."""
-    value_codes: ClassVar[str] = "scalar"
-    """And so are trellis codes."""
-
     def __init__(self, options: Options, batch: int, ops: Operations) -> None:
         """Empty, on the device of `ops`.
 
@@ -92,6 +88,16 @@ class DeviceStore:
     @property
     def value_head_dim(self) -> int:
         return self.options.value_head_dim
+
+    @property
+    def key_basis(self) -> _core.KeyBasis | None:
+        """What keys are quantised in; None: a rotation."""
+        return self.options.key_basis
+
+    @property
+    def value_codes(self) -> str:
+        """What codes of values stand for: "scalar" or "trellis"."""
+        return self.options.value_codes
 
     @property
     def first_token(self) -> int:
@@ -437,7 +443,7 @@ class DeviceStore:
             "exact_bytes": exact,
             "overhead_bytes": overhead,
             "mapped_bytes": 0,
-            "basis_bytes": 0,
+            "basis_bytes": 0 if self.key_basis is None else self.key_basis.nbytes,
             "total_bytes": packed + exact + overhead,
             "uncompressed_bytes": tokens * token_bytes * ITEM_BYTES[self.options.dtype],
         }
@@ -460,21 +466,23 @@ class DeviceStore:
     def __deepcopy__(self: _Store, memo: dict[int, Any]) -> _Store:
         return self.copy()
 
-    def serialize(self) -> bytes:
+    def serialize(self, with_basis: bool = False) -> bytes:
         """The store as bytes, the same as ``_core.KvCache.serialize`` gives; each reads both."""
         held = self._held
         with self.ops.plain():
-            return serialize.write(self.ops, self.options, held.tokens, held.batch, held.rows)
+            return serialize.write(
+                self.ops, self.options, held.tokens, held.batch, held.rows, with_basis
+            )
 
-    def _read(self, data: bytes, ops: Operations) -> None:
+    def _read(self, data: bytes, ops: Operations, key_bases: Sequence[_core.KeyBasis] = ()) -> None:
         """Becomes the store that was serialized, on the device of `ops`.
 
         Raises:
-            ValueError, NotImplementedError: see ``serialize.read``.
+            ValueError: see ``serialize.read``.
         """
         self.ops = ops
         with ops.plain():
-            options, tokens, rows = serialize.read(data, ops)
+            options, tokens, rows = serialize.read(data, ops, key_bases)
             self._context = _context_of(options, ops)
         self._held = Held(rows, tokens, sum(len(each.places) for each in rows))
 

@@ -24,15 +24,14 @@ class MlxStore(DeviceStore):
         """The store that was serialized.
 
         Raises:
-            ValueError: for other bytes.
-            NotImplementedError: where keys are in a basis, or values in trellis codes.
+            ValueError: for other bytes, and where keys are in a basis that they only name.
         """
         store = cls.__new__(cls)
         store.__setstate__(data)
         return store
 
     def __getstate__(self) -> bytes:
-        return self.serialize()
+        return self.serialize(with_basis=True)
 
     def __setstate__(self, state: bytes) -> None:
         self._read(state, MlxOperations())

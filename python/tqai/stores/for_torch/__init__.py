@@ -33,7 +33,6 @@ def make_store(
 
     Raises:
         ValueError: for options out of range, and for another layer's basis.
-        NotImplementedError: for a basis or trellis codes where the C++ kernels do not compute.
     """
     batch, kv_heads, _, head_dim = keys.shape
     options = settings.core_options()
@@ -45,12 +44,9 @@ def make_store(
         return _core.KvCache(
             batch=batch, dtype=DTYPES[dtype], rope=argument, key_basis=basis, **options
         )
-    if basis is not None or settings.value_codes != "scalar":
-        raise _only_on_cpu(settings.codec, keys.device)
     options.pop("level", None)
-    argument = None if rope is None else rope.options()
-    name = DTYPES[dtype].name
-    return TorchStore(Options(dtype=name, rope=argument, **options), batch, keys.device)
+    options.update(rope=None if rope is None else rope.options(), key_basis=basis)
+    return TorchStore(Options(dtype=DTYPES[dtype].name, **options), batch, keys.device)
 
 
 def is_native(backend: str, device: torch.device) -> bool:
@@ -59,28 +55,16 @@ def is_native(backend: str, device: torch.device) -> bool:
 
 
 def moved(store: Store, settings: Settings, device: torch.device) -> Store:
-    """`store` itself, or the same tokens where tensors on `device` can be added to them.
-
-    Raises:
-        NotImplementedError: for keys in a basis and values in trellis codes, where the C++ kernels
-            do not compute.
-    """
+    """`store` itself, or the same tokens where tensors on `device` can be added to them."""
+    bases = [] if store.key_basis is None else [store.key_basis]
     if is_native(settings.backend, device):
         if isinstance(store, TorchStore):
-            return _core.KvCache.deserialize(store.serialize(), level=settings.level)
+            data = store.serialize()
+            return _core.KvCache.deserialize(data, level=settings.level, key_bases=bases)
         return store
     if isinstance(store, TorchStore) and store.device == device:
         return store
-    if store.key_basis is not None or store.value_codes != "scalar":
-        raise _only_on_cpu(settings.codec, device)
-    return TorchStore.deserialize(store.serialize(), device)
-
-
-def _only_on_cpu(codec: str, device: torch.device) -> NotImplementedError:
-    return NotImplementedError(
-        f"codec={codec!r} works on the CPU by the C++ kernels, and these tokens are on {device}: "
-        "move the model to the CPU, or patch it with codec='scalar'"
-    )
+    return TorchStore.deserialize(store.serialize(), device, bases)
 
 
 def append(

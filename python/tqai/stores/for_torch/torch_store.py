@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from tqai import _core
 from tqai.stores.device import DeviceStore, Options
 from tqai.stores.for_torch.operations import TorchOperations
 
@@ -28,19 +30,22 @@ class TorchStore(DeviceStore):
         return self.ops.device
 
     @classmethod
-    def deserialize(cls, data: bytes, device: torch.device) -> TorchStore:
+    def deserialize(
+        cls, data: bytes, device: torch.device, key_bases: Sequence[_core.KeyBasis] = ()
+    ) -> TorchStore:
         """The store that was serialized, on `device`.
 
+        key_bases: those that its keys may be in.
+
         Raises:
-            ValueError: for other bytes.
-            NotImplementedError: where keys are in a basis, or values in trellis codes.
+            ValueError: for other bytes, and for keys in another basis.
         """
         store = cls.__new__(cls)
-        store.__setstate__((data, device))
+        store._read(data, TorchOperations(device), key_bases)
         return store
 
     def __getstate__(self) -> tuple[bytes, torch.device]:
-        return self.serialize(), self.device
+        return self.serialize(with_basis=True), self.device
 
     def __setstate__(self, state: tuple[bytes, Any]) -> None:
         data, device = state

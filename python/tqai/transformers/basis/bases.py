@@ -115,14 +115,11 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
 
 
 def _check_weights(geometry: Geometry, decoder: torch.nn.Module) -> None:
-    """Raises NotImplementedError where the weights are not in the CPU's memory."""
+    """Raises NotImplementedError where there are weights that are nowhere."""
     for name, weight in decoder.named_parameters():
-        if weight.device.type == "cpu":
-            continue
-        where = f"on {weight.device}"
         if weight.device.type == "meta":
-            where = "not in memory (offloaded, or on the device 'meta')"
-        raise NotImplementedError(
-            f"codec='adaptive' works on the CPU, and {name} of {geometry.model} is {where}: use "
-            "codec='scalar', or load the model to the CPU"
-        )
+            raise NotImplementedError(
+                f"codec='adaptive' learns by running the model, and {name} of {geometry.model} is "
+                "not in memory (offloaded, or on the device 'meta'): use codec='trellis', or load "
+                "all of the model"
+            )

@@ -489,12 +489,11 @@ def _entry(
     name: str, held: Any, basis: bool
 ) -> tuple[str, str, tuple[int, ...] | None, container.Source]:
     """A tensor or a store as ``container.write`` takes it; what is elsewhere comes at its turn."""
-    if isinstance(held, _core.KvCache):
-        if basis and held.key_basis is not None:
-            return name, "U8", None, partial(held.serialize, with_basis=True)
-        return name, "U8", None, held
     if not isinstance(held, torch.Tensor):
-        return name, "U8", None, held.serialize
+        carried = basis and held.key_basis is not None
+        if isinstance(held, _core.KvCache) and not carried:
+            return name, "U8", None, held
+        return name, "U8", None, partial(held.serialize, with_basis=carried)
 
     def data() -> np.ndarray:
         return held.contiguous().cpu().view(-1).view(torch.uint8).numpy()

@@ -28,8 +28,6 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache, trim_prompt_cache
 from tqai import _core
 from tqai.mlx.cache import store
-from tqai.mlx.cache.layer import TqaiKVCache
-from tqai.mlx.model.geometry import LayerShape
 from tqai.settings import Settings
 from tqai.stores.for_mlx import MlxStore
 from tqai.stores.for_mlx.operations import MlxOperations
@@ -52,16 +50,6 @@ def test_the_default_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
         assert store.is_native("auto") == native and not store.is_native("mlx-ops")
         assert MlxOperations().wide == (mx.float64 if native else mx.float32)
-
-
-def test_a_device_that_lacks_the_codes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it has become the default one since the model was patched."""
-    layer = TqaiKVCache(LayerShape(3, 2, 16, 16), Settings(codec="trellis"))
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    layer.update_and_fetch(mx.ones((1, 2, 5, 16)), mx.ones((1, 2, 5, 16)))
-    with pytest.raises(NotImplementedError, match=r"layer 3: codec='trellis' .*set_default_device"):
-        layer.flush()
-    assert layer.empty()
 
 
 @pytest.mark.parametrize(

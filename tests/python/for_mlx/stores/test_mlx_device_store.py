@@ -125,6 +125,24 @@ def test_the_bytes_are_those_of_the_other_stores(bits: int, dim: int) -> None:
     assert stores[0].memory()["packed_bytes"] == stores[2].memory()["packed_bytes"] > 0
 
 
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_values_in_trellis_codes(bits: int) -> None:
+    """Which the C++ library finds, here too; attention reads them by operations of mlx's."""
+    options = replace(OPTIONS, bits_v=bits, value_codes="trellis", centering="none")
+    keys, values = tokens_for(options, np.random.default_rng(bits), 2, 400)
+    stores = MlxStore(options, 2), TorchStore(options, 2, CPU), native_of(options, 2)
+    for store in stores:
+        append(store, keys, values)
+        store.seal()
+    tiles = stores[0].memory()["packed_bytes"]
+    assert len({store.serialize()[-tiles:] for store in stores}) == 1
+    queries = mx.array(np.random.default_rng(9).standard_normal((2, 6, 1, 64), np.float32))
+    ours, theirs = (attend(store, queries) for store in stores[:2])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+    again = pickle.loads(pickle.dumps(stores[0]))
+    assert again.serialize() == stores[0].serialize()
+
+
 @pytest.mark.parametrize("wide", ["float64", "float32"])
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
 def test_centres_are_those_of_the_other_stores(

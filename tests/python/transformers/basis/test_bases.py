@@ -278,11 +278,6 @@ def test_unknown_codecs_are_refused(models: Models, name: Any) -> None:
         tqai.patch(models("llama"), codec=name)
 
 
-def test_other_arithmetics_are_refused(models: Models) -> None:
-    with pytest.raises(NotImplementedError, match="codec='adaptive' works on the CPU"):
-        tqai.patch(models("llama"), codec="adaptive", backend="torch-ops")
-
-
 def test_weights_that_are_nowhere_are_refused() -> None:
     model = make_model()
     model.model.layers[1].mlp.to("meta")

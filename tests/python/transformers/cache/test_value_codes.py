@@ -15,7 +15,7 @@ from caches import SEALING, assert_equal, filled
 from conftest import Models, make_ids, make_model
 from safetensors import safe_open
 from tqai.settings import Settings
-from tqai.stores import for_torch
+from tqai.stores.for_torch.torch_store import TorchStore
 
 TRELLIS: Any = {"codec": "trellis", **SEALING}
 
@@ -106,14 +106,22 @@ def test_a_header_that_lies_of_codes_is_refused(models: Models, tmp_path: Path) 
         tqai.load_cache(tmp_path / "lie", model)
 
 
-def test_other_arithmetics_are_refused(models: Models) -> None:
-    model = models("llama")
-    with pytest.raises(NotImplementedError, match="codec='trellis' works on the CPU"):
-        tqai.patch(model, codec="trellis", backend="torch-ops")
-    cache = filled(model, tqai.patch(model, **TRELLIS), make_ids(1, 150))
-    layer, elsewhere = cache.layers[0], torch.device("meta")
-    with pytest.raises(NotImplementedError, match="these tokens are on meta: move the model to"):
-        for_torch.moved(layer.core, layer.settings, elsewhere)
-    keys = torch.zeros(1, 2, 0, 16, device=elsewhere)
-    with pytest.raises(NotImplementedError, match="these tokens are on meta: move the model to"):
-        for_torch.make_store(layer.settings, None, keys, keys, torch.float32, True)
+@pytest.mark.parametrize("codec", ["trellis", "adaptive"])
+def test_operations_read_them_too(codec: str, models: Models, tmp_path: Path) -> None:
+    model, ids, step = models("llama"), make_ids(2, 200), make_ids(2, 3, seed=3)
+    native = filled(model, tqai.patch(model, codec=codec, **SEALING), ids)
+    tqai.save_cache(native, tmp_path / "native", basis=True)
+    with torch.no_grad():
+        expected = model(step, past_key_values=native).logits
+    tqai.unpatch(model)
+    cache = filled(model, tqai.patch(model, codec=codec, backend="torch-ops", **SEALING), ids)
+    assert isinstance(cache.layers[0].core, TorchStore)
+    assert cache.memory_report()["codecs"] == native.memory_report()["codecs"]
+    loaded = tqai.load_cache(tmp_path / "native", model)
+    tqai.save_cache(cache, tmp_path / "ours", basis=True)
+    again = tqai.load_cache(tmp_path / "ours", model)
+    others = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    for each in (cache, loaded, again, *others):
+        with torch.no_grad():
+            given = model(step, past_key_values=each).logits
+        torch.testing.assert_close(given, expected, rtol=0, atol=0.01)
