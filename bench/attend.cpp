@@ -25,6 +25,7 @@ struct Shape {
   int bits_v;
   std::int64_t tokens;
   CodeKind value_codes = CodeKind::scalar;
+  DType dtype = DType::f32;  // of exact tokens
 };
 
 std::vector<float> random_floats(std::size_t count) {
@@ -49,6 +50,7 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
   options.sink_tokens = 0;
   options.residual_window = exact ? static_cast<int>(shape.tokens) : 0;
   options.level = level;
+  options.dtype = shape.dtype;
   options.centering = centering;
   if (centering == Centering::rope) {
     Rope rope;
@@ -73,11 +75,23 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
       keys[i] += static_cast<float>(5.0 * (c == f ? std::cos(angle) : std::sin(angle)));
     }
   }
+  std::vector<std::uint16_t> key_halves;
+  std::vector<std::uint16_t> value_halves;
+  const auto as_dtype = [&shape](const std::vector<float>& floats,
+                                 std::vector<std::uint16_t>& halves) -> const void* {
+    if (shape.dtype == DType::f32) return floats.data();
+    for (const float x : floats) {
+      halves.push_back(shape.dtype == DType::f16 ? to_half(x) : to_bfloat16(x));
+    }
+    return halves.data();
+  };
+  const void* key_data = as_dtype(keys, key_halves);
+  const void* value_data = as_dtype(values, value_halves);
   const std::array<std::int64_t, 4> tensor_shape = {1, kKvHeads, kBlock, shape.dim};
   const std::array<std::int64_t, 4> strides = {0, kBlock * shape.dim, shape.dim, 1};
   for (std::int64_t start = 0; start < shape.tokens; start += kBlock) {
-    cache.append({keys.data(), DType::f32, tensor_shape, strides},
-                 {values.data(), DType::f32, tensor_shape, strides});
+    cache.append({key_data, shape.dtype, tensor_shape, strides},
+                 {value_data, shape.dtype, tensor_shape, strides});
   }
   if (!exact) cache.seal();
   return cache;
@@ -148,11 +162,16 @@ void register_all() {
   for (const int dim : {64, 96, 128, 256}) {
     for (const int group : {1, 4, 7, 8}) {
       for (const Level level : available_levels()) {  // an exact window at its longest
-        const Shape shape{dim, group, 4, 2, 192};
-        benchmark::RegisterBenchmark(
-            name_of_shape("exact", shape, "/level=" + std::string(name_of(level))).c_str(),
-            [=](auto& state) { attend_cache(state, shape, level, Centering::none, true); })
-            ->UseRealTime();
+        for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+          Shape shape{dim, group, 4, 2, 192};
+          shape.dtype = dtype;
+          std::string rest = "/level=" + std::string(name_of(level));
+          if (dtype != DType::f32) rest += dtype == DType::bf16 ? "/bf16" : "/f16";
+          benchmark::RegisterBenchmark(
+              name_of_shape("exact", shape, rest).c_str(),
+              [=](auto& state) { attend_cache(state, shape, level, Centering::none, true); })
+              ->UseRealTime();
+        }
       }
       for (const std::int64_t tokens : {8192, 32768, 262144}) {
         if (tokens > 32768 && (dim != 128 || group > 4)) continue;

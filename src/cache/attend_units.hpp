@@ -56,8 +56,7 @@ class AttendUnits {
   std::size_t bytes(std::int64_t count) const noexcept;
   /// Floats of a thread's working memory (kernels::AttendExact).
   std::size_t widened_floats() const noexcept {
-    return kernels::exact_floats(context_.options.dtype, context_.options.head_dim,
-                                 context_.options.value_head_dim);
+    return kernels::exact_floats(context_.options.head_dim, context_.options.value_head_dim);
   }
 
  private:

@@ -309,14 +309,33 @@ struct Avx2Lanes : PlainLanes {
     transpose_from(c, rows, dim, signs, x);
   }
 
-  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
-    for (int c = 0; c < kLanes; c += 8) {
-      for (int half = 0; half < kLanes; half += 8) {
-        __m256 a[8];
-        for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[half + i] + c);
-        transpose8(a, x + c, half);
+  // Two rows of what is left to add share a register after each step: fewer exchanges than turning
+  // all rows. Which do is chosen so that the last step leaves their order.
+  static void sum_trees(const float (*rows)[kLanes], float* sums) noexcept {
+    for (int row = 0; row < kLanes; row += 8) {
+      __m256 a[4];  // the lower half: row + i, the upper one: row + 4 + i
+      for (int i = 0; i < 4; ++i) {
+        const __m256 x = half_tree(rows[row + i]);
+        const __m256 y = half_tree(rows[row + 4 + i]);
+        a[i] =
+            _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
       }
+      const __m256 first = add_pairs(a[0], a[1]);
+      const __m256 last = add_pairs(a[2], a[3]);
+      _mm256_storeu_ps(sums + row, _mm256_add_ps(_mm256_shuffle_ps(first, last, 0x88),
+                                                 _mm256_shuffle_ps(first, last, 0xDD)));
     }
+  }
+  // Lanes i + (i + 8).
+  static __m256 half_tree(const float* row) noexcept {
+    return _mm256_add_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(row + 8));
+  }
+  // In each 128 bits lanes 0 + 2 and 1 + 3 of a, then of b.
+  static __m256 add_pairs(__m256 a, __m256 b) noexcept {
+    const __m256d x = _mm256_castps_pd(a);
+    const __m256d y = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
   }
 
   template <int kBits>

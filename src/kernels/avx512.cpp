@@ -266,10 +266,33 @@ struct Avx512Lanes : PlainLanes {
     transpose_from(c, rows, dim, signs, x);
   }
 
-  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
-    __m512 a[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows[i]);
-    transpose16(a, x);
+  // Two rows of what is left to add share a register after each step: fewer exchanges than turning
+  // all rows. Which do is chosen so that the last step leaves their order.
+  static void sum_trees(const float (*rows)[kLanes], float* sums) noexcept {
+    __m512 a[4];  // lanes 4 g …: row 4 g + i
+    for (int i = 0; i < 4; ++i) {
+      const __m512 low = half_trees(rows[i], rows[4 + i]);
+      const __m512 high = half_trees(rows[8 + i], rows[12 + i]);
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                           _mm512_shuffle_f32x4(low, high, 0xDD));
+    }
+    const __m512 first = add_pairs(a[0], a[1]);
+    const __m512 last = add_pairs(a[2], a[3]);
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_ps(first, last, 0x88),
+                                         _mm512_shuffle_ps(first, last, 0xDD)));
+  }
+  // Lanes i + (i + 8) of two rows.
+  static __m512 half_trees(const float* a, const float* b) noexcept {
+    const __m512 x = _mm512_loadu_ps(a);
+    const __m512 y = _mm512_loadu_ps(b);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+  }
+  // In each 128 bits lanes 0 + 2 and 1 + 3 of a, then of b.
+  static __m512 add_pairs(__m512 a, __m512 b) noexcept {
+    const __m512d x = _mm512_castps_pd(a);
+    const __m512d y = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
 
   template <int kBits>

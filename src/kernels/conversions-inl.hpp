@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tqai/half.hpp>
+#include <type_traits>
 
 #include "floats-inl.hpp"
 
@@ -39,6 +40,47 @@ inline void widen(const void* from, DType dtype, int count, float* __restrict to
     const auto* source = static_cast<const std::uint16_t*>(from);
     for (int i = 0; i < count; ++i) to[i] = from_bfloat16(source[i]);
   }
+}
+
+// A number as a cache holds it.
+template <DType kType>
+using Number = std::conditional_t<kType == DType::f32, float, std::uint16_t>;
+
+// A register of fp32 from as many numbers, finite ones.
+template <DType kType>
+inline FloatVec load_numbers(const Number<kType>* from) noexcept {
+  if constexpr (kType == DType::f32) {
+    return load_floats(from);
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
+  } else {
+    const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (kType == DType::f16) return from_native(_mm512_cvtph_ps(numbers));
+    return from_native(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)));
+  }
+#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
+  } else {
+    const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if constexpr (kType == DType::f16) return from_native(_mm256_cvtph_ps(numbers));
+    return from_native(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16)));
+  }
+#elif defined(TQAI_NEON) && defined(__GNUC__)
+  } else {
+    const uint16x4_t numbers = vld1_u16(from);
+    if constexpr (kType == DType::f16) {
+      return FloatVec(vcvt_f32_f16(vreinterpret_f16_u16(numbers)));
+    } else {
+      return FloatVec(vreinterpretq_f32_u32(vshll_n_u16(numbers, 16)));
+    }
+  }
+#else
+  } else {
+    float lanes[kVectorLanes];
+    for (int i = 0; i < kVectorLanes; ++i) {
+      lanes[i] = kType == DType::f16 ? half_lane(from[i]) : from_bfloat16(from[i]);
+    }
+    return load_floats(lanes);
+  }
+#endif
 }
 
 // Integers as floats.

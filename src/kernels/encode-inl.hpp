@@ -56,10 +56,19 @@ struct PlainLanes {
     }
   }
 
-  // x[c, i] = rows[i, c], of 16 of each.
-  static void transpose_square(const float (*rows)[kLanes], float (*x)[kLanes]) noexcept {
+  // sums[i] = sum_lanes(rows[i]) of 16 rows, whose trees are added up side by side.
+  static void sum_trees(const float (*rows)[kLanes], float* sums) noexcept {
+    alignas(64) float turned[kLanes][kLanes];
     for (int c = 0; c < kLanes; ++c) {
-      for (int i = 0; i < kLanes; ++i) x[c][i] = rows[i][c];
+      for (int i = 0; i < kLanes; ++i) turned[c][i] = rows[i][c];
+    }
+    for (int v = 0; v < kLanes; v += kVectorLanes) {
+      FloatVec half[8];
+      for (int i = 0; i < 8; ++i) {
+        half[i] = load_floats(turned[i] + v) + load_floats(turned[i + 8] + v);
+      }
+      for (int i = 0; i < 4; ++i) half[i] = half[i] + half[i + 4];
+      store_floats(sums + v, (half[0] + half[2]) + (half[1] + half[3]));
     }
   }
 

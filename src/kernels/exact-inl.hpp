@@ -8,37 +8,53 @@
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
-// A block's keys or values as fp32 rows whose length is a multiple of 16. rows: [tokens, dim] of
-// dtype; what comes back has `padded` floats a row, zero beyond dim, in `widened` where need be.
-inline const float* read_rows(const void* rows, DType dtype, int dim, int padded, int tokens,
-                              float* widened) noexcept {
-  if (dtype == DType::f32 && dim == padded) return static_cast<const float*>(rows);
+// A block's keys or values, which are widened where they are used.
+struct ExactRows {
+  const void* numbers;  // [tokens, a multiple of 16]
+  DType dtype;
+};
+
+// Those of tokens from `start` on. Rows of other lengths become fp32 ones in `widened`, zero beyond
+// dim.
+inline ExactRows read_rows(const void* numbers, DType dtype, std::int64_t start, int dim,
+                           int padded, int tokens, float* widened) noexcept {
   const std::ptrdiff_t bytes = dim * static_cast<std::ptrdiff_t>(size_of(dtype));
+  const char* rows = static_cast<const char*>(numbers) + start * bytes;
+  if (dim == padded) return {rows, dtype};
   for (int t = 0; t < tokens; ++t) {
     float* row = widened + static_cast<std::ptrdiff_t>(t) * padded;
-    widen(static_cast<const char*>(rows) + t * bytes, dtype, dim, row);
+    widen(rows + t * bytes, dtype, dim, row);
     for (int c = dim; c < padded; ++c) row[c] = 0.0F;
   }
-  return widened;
+  return {widened, DType::f32};
 }
 
-// Sums of products in 16 lanes, of 16 tokens; then lanes and tokens exchanged.
+// Calls body<dtype>(numbers).
+template <typename Body>
+inline void with_numbers(ExactRows rows, Body&& body) noexcept {
+  switch (rows.dtype) {
+    case DType::f32: body.template operator()<DType::f32>(rows.numbers); break;
+    case DType::f16: body.template operator()<DType::f16>(rows.numbers); break;
+    case DType::bf16: body.template operator()<DType::bf16>(rows.numbers); break;
+  }
+}
+
+// Sums of products in 16 lanes, of 16 tokens.
 struct TokenSums {
   alignas(64) float lanes[kMaxRows][kLanes][kLanes];  // [rows, tokens, lanes]
-  alignas(64) float turned[kLanes][kLanes];
 };
 
 // scores[r, t] = q[r] · keys[t] of up to 16 tokens, summed in 16 lanes and then as a tree, whatever
 // a register holds. Trees of 16 tokens are added up side by side.
-template <typename Lanes, int kRows>
-inline void score_exact(const float* queries, const float* keys, int padded, int tokens,
+template <typename Lanes, DType kType, int kRows>
+inline void score_exact(const float* queries, const Number<kType>* keys, int padded, int tokens,
                         TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
   for (int t = 0; t < tokens; ++t) {
-    const float* key = keys + static_cast<std::ptrdiff_t>(t) * padded;
+    const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(t) * padded;
     FloatVec acc[kRows][kLaneParts] = {};
     for (int c = 0; c < padded; c += kLanes) {
       for (int p = 0; p < kLaneParts; ++p) {
-        const FloatVec part = load_floats(key + c + p * kVectorLanes);
+        const FloatVec part = load_numbers<kType>(key + c + p * kVectorLanes);
         for (int r = 0; r < kRows; ++r) {
           const float* query = queries + static_cast<std::ptrdiff_t>(r) * padded;
           acc[r][p] = acc[r][p] + load_floats(query + c + p * kVectorLanes) * part;
@@ -51,35 +67,26 @@ inline void score_exact(const float* queries, const float* keys, int padded, int
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    Lanes::transpose_square(sums.lanes[r], sums.turned);
-    for (int v = 0; v < kLanes; v += kVectorLanes) {
-      FloatVec half[8];
-      for (int i = 0; i < 8; ++i) {
-        half[i] = load_floats(sums.turned[i] + v) + load_floats(sums.turned[i + 8] + v);
-      }
-      for (int i = 0; i < 4; ++i) half[i] = half[i] + half[i + 4];
-      store_floats(scores[r] + at + v, (half[0] + half[2]) + (half[1] + half[3]));
-    }
-  }
+  for (int r = 0; r < kRows; ++r) Lanes::sum_trees(sums.lanes[r], scores[r] + at);
 }
 
 // output[r] += Σ_t weights[r, t] · values[t], of kVecs registers of coordinates. A block's sum, in
 // order of tokens, is rounded on its own: added to what came before, each of many equal tokens
 // would be rounded the same way. tokens: at least 1; the first one begins the sum, which is an
 // addition less to wait for, 4 % of the time of four rows.
-template <int kRows, int kVecs>
-inline void accumulate_columns(const float (*weights)[kTileTokens], const float* values, int padded,
-                               int tokens, float* output, std::int64_t stride) noexcept {
+template <DType kType, int kRows, int kVecs>
+inline void accumulate_columns(const float (*weights)[kTileTokens], const Number<kType>* values,
+                               int padded, int tokens, float* output,
+                               std::int64_t stride) noexcept {
   FloatVec sums[kRows][kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    const FloatVec part = load_floats(values + v * kVectorLanes);
+    const FloatVec part = load_numbers<kType>(values + v * kVectorLanes);
     for (int r = 0; r < kRows; ++r) sums[r][v] = weights[r][0] * part;
   }
   for (int t = 1; t < tokens; ++t) {
-    const float* value = values + static_cast<std::ptrdiff_t>(t) * padded;
+    const Number<kType>* value = values + static_cast<std::ptrdiff_t>(t) * padded;
     FloatVec parts[kVecs];
-    for (int v = 0; v < kVecs; ++v) parts[v] = load_floats(value + v * kVectorLanes);
+    for (int v = 0; v < kVecs; ++v) parts[v] = load_numbers<kType>(value + v * kVectorLanes);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVecs; ++v) sums[r][v] = sums[r][v] + weights[r][t] * parts[v];
     }
@@ -93,16 +100,17 @@ inline void accumulate_columns(const float (*weights)[kTileTokens], const float*
 }
 
 // The same of all coordinates. As many sums at a time as hide an addition's latency.
-template <int kRows>
-inline void accumulate_exact(const float (*weights)[kTileTokens], const float* values, int padded,
-                             int tokens, float* output, std::int64_t stride) noexcept {
+template <DType kType, int kRows>
+inline void accumulate_exact(const float (*weights)[kTileTokens], const Number<kType>* values,
+                             int padded, int tokens, float* output, std::int64_t stride) noexcept {
   constexpr int kVecs = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
   int c = 0;
   for (; c + kVecs * kVectorLanes <= padded; c += kVecs * kVectorLanes) {
-    accumulate_columns<kRows, kVecs>(weights, values + c, padded, tokens, output + c, stride);
+    accumulate_columns<kType, kRows, kVecs>(weights, values + c, padded, tokens, output + c,
+                                            stride);
   }
   for (; c < padded; c += kVectorLanes) {
-    accumulate_columns<kRows, 1>(weights, values + c, padded, tokens, output + c, stride);
+    accumulate_columns<kType, kRows, 1>(weights, values + c, padded, tokens, output + c, stride);
   }
 }
 
@@ -134,7 +142,6 @@ template <typename Lanes>
 void attend_exact(const AttendExact& args) noexcept {
   const int key_padded = padded_dim(args.key_dim);
   const int value_padded = padded_dim(args.value_dim);
-  const auto element = static_cast<std::int64_t>(size_of(args.dtype));
   const Softmax& softmax = args.softmax;
   const Sight sight(softmax);
   ExactScratch scratch;
@@ -145,17 +152,20 @@ void attend_exact(const AttendExact& args) noexcept {
     const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
     if (!sight.any(start, tokens)) continue;
     const bool whole = sight.whole(start, tokens);
-    const float* keys =
-        read_rows(static_cast<const char*>(args.keys) + start * args.key_dim * element, args.dtype,
-                  args.key_dim, key_padded, tokens, args.widened);
-    for (int at = 0; at < tokens; at += kLanes) {
-      const float* group = keys + static_cast<std::ptrdiff_t>(at) * key_padded;
-      const int count = std::min(tokens - at, kLanes);
-      for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
-        score_exact<Lanes, kRows>(args.queries + static_cast<std::ptrdiff_t>(first) * key_padded,
-                                  group, key_padded, count, scratch.sums, block.scores + first, at);
-      });
-    }
+    const ExactRows keys =
+        read_rows(args.keys, args.dtype, start, args.key_dim, key_padded, tokens, args.widened);
+    with_numbers(keys, [&]<DType kType>(const void* numbers) {
+      for (int at = 0; at < tokens; at += kLanes) {
+        const auto* group = static_cast<const Number<kType>*>(numbers) +
+                            static_cast<std::ptrdiff_t>(at) * key_padded;
+        const int count = std::min(tokens - at, kLanes);
+        for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
+          score_exact<Lanes, kType, kRows>(
+              args.queries + static_cast<std::ptrdiff_t>(first) * key_padded, group, key_padded,
+              count, scratch.sums, block.scores + first, at);
+        });
+      }
+    });
     for (int r = 0; r < softmax.rows; ++r) {
       for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
       RowVecs vecs;
@@ -164,13 +174,14 @@ void attend_exact(const AttendExact& args) noexcept {
       weigh(softmax, r, vecs);
       store_row(block.scores[r], vecs);
     }
-    const float* values =
-        read_rows(static_cast<const char*>(args.values) + start * args.value_dim * element,
-                  args.dtype, args.value_dim, value_padded, tokens, args.widened);
-    for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
-      accumulate_exact<kRows>(block.scores + first, values, value_padded, tokens,
-                              softmax.output + first * softmax.output_stride,
-                              softmax.output_stride);
+    const ExactRows values = read_rows(args.values, args.dtype, start, args.value_dim, value_padded,
+                                       tokens, args.widened);
+    with_numbers(values, [&]<DType kType>(const void* numbers) {
+      for_row_blocks(softmax.rows, [&]<int kRows>(int first) {
+        accumulate_exact<kType, kRows>(
+            block.scores + first, static_cast<const Number<kType>*>(numbers), value_padded, tokens,
+            softmax.output + first * softmax.output_stride, softmax.output_stride);
+      });
     });
   }
 }

@@ -55,8 +55,8 @@ inline constexpr std::int64_t kFarSteps = std::int64_t{1} << 10;
 
 struct CodeBins;
 
-/// Quotients of levels (SegmentPlan) are within ± this, so that eight products with weights of up to
-/// 255 add up in 16 bits: 8 · 255 · 16 = 32640 < 2^15.
+/// Quotients of levels (SegmentPlan) are within ± this, so that eight products with weights of up
+/// to 255 add up in 16 bits: 8 · 255 · 16 = 32640 < 2^15.
 inline constexpr int kMaxQuotient = 16;
 inline constexpr int kMaxQuotientBits = 2;
 
@@ -152,8 +152,8 @@ struct RopeBias {
   int slow_count;  // those that turn by 1 at most between the middle and the ends of a tile: they
                    // are polynomials of the distance
   const std::uint16_t* pairs;  // [count]: which they are
-  const float* factors;        // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
-                               // (real, imaginary) of one after another; then the same times i
+  const float* factors;  // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
+                         // (real, imaginary) of one after another; then the same times i
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
   const float* half;  // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and
@@ -195,15 +195,15 @@ struct AttendExact {
   int value_dim;
   std::int64_t tokens;
   const float* queries;  // [rows, padded_dim(key_dim)], padding 0, finite
-  float* widened;        // working memory, 64-byte aligned: exact_floats
+  float* widened;        // working memory, 64-byte aligned: exact_floats; null where none
   Softmax softmax;
 };
 
 /// Floats of AttendExact's working memory: what a block's vectors take where they are not read in
 /// place.
-constexpr std::size_t exact_floats(DType dtype, int key_dim, int value_dim) noexcept {
-  const auto of = [dtype](int dim) {
-    const bool in_place = dtype == DType::f32 && dim == padded_dim(dim);
+constexpr std::size_t exact_floats(int key_dim, int value_dim) noexcept {
+  const auto of = [](int dim) {
+    const bool in_place = dim == padded_dim(dim);
     return in_place ? std::size_t{0} : static_cast<std::size_t>(padded_dim(dim) * kTileTokens);
   };
   return std::max(of(key_dim), of(value_dim));

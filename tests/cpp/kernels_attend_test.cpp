@@ -83,7 +83,7 @@ class Head {
     rows.softmax.first = first_.data();
     rows.softmax.end = end_.data();
     rows.softmax.max = state_.max.data();
-    rows.softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state_.sums.data());
+    rows.softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state_.sums.data());
     rows.softmax.output = state_.output.data();
     return rows;
   }
@@ -407,12 +407,77 @@ Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {
   softmax.first = &first;
   softmax.end = &tokens;
   softmax.max = state.max.data();
-  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
+  softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state.sums.data());
   softmax.output = state.output.data();
   softmax.output_stride = kDim;
   kernels.attend_exact(
       {keys.data(), values.data(), DType::f32, kDim, kDim, tokens, query.data(), nullptr, softmax});
   return state;
+}
+
+// Rows over exact tokens in 16 bits each, or over the same numbers as fp32.
+Attended run_numbers(const Kernels& kernels, DType dtype, const std::vector<std::uint16_t>& numbers,
+                     int dim, int rows, bool widened) {
+  const int padded = padded_dim(dim);
+  const auto count = static_cast<std::int64_t>(numbers.size()) / dim;
+  std::vector<float> floats(numbers.size());
+  convert_to_float(numbers.data(), dtype, numbers.size(), floats.data());
+  std::vector<Line> working(kernels::exact_floats(dim, dim) * sizeof(float) / sizeof(Line));
+  std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < dim; ++c) {
+      queries[static_cast<std::size_t>(r * padded + c)] =
+          0.1F * static_cast<float>((r + 1) * (c % 7 - 3));
+    }
+  }
+  const auto size = static_cast<std::size_t>(rows);
+  Attended state{std::vector<float>(size, -std::numeric_limits<float>::infinity()),
+                 std::vector<std::array<float, kernels::kLanes>>(size),
+                 std::vector<float>(size * static_cast<std::size_t>(padded), 0.0F)};
+  const std::vector<std::int64_t> first(size, 0);
+  const std::vector<std::int64_t> end(size, count);
+  kernels::Softmax softmax{};
+  softmax.rows = rows;
+  softmax.first = first.data();
+  softmax.end = end.data();
+  softmax.max = state.max.data();
+  softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state.sums.data());
+  softmax.output = state.output.data();
+  softmax.output_stride = padded;
+  const void* data = widened ? static_cast<const void*>(floats.data()) : numbers.data();
+  kernels.attend_exact({data, data, widened ? DType::f32 : dtype, dim, dim, count, queries.data(),
+                        reinterpret_cast<float*>(working.data()), softmax});
+  return state;
+}
+
+// Widened where they are used, or by way of memory where rows do not fill registers: denormal FP16
+// numbers, zeros of both signs and the largest ones included.
+TEST_P(Levels, ExactTokensOfAnyDTypeAreWhatTheirNumbersAreInFloats) {
+  auto engine = test::random_engine(31);
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    for (const int dim : {8, 16, 41, 48, 64, 80, 128, 256}) {
+      for (const int tokens : {1, 17, 64, 100}) {
+        std::vector<std::uint16_t> numbers;
+        for (const float x : test::random_normal(static_cast<std::size_t>(tokens * dim), engine)) {
+          numbers.push_back(dtype == DType::f16 ? to_half(x) : to_bfloat16(x));
+        }
+        const std::uint16_t special[] = {0x0001, 0x8001, 0x03FF, 0x8000, 0x0400, 0x0000};
+        for (std::size_t i = 0; i < numbers.size(); i += 3) numbers[i] = special[i / 3 % 6];
+        for (const int rows : {1, 2, 3, 4, 5, 8}) {
+          const Attended got = run_numbers(level(), dtype, numbers, dim, rows, false);
+          for (const Attended& expected :
+               {run_numbers(level(), dtype, numbers, dim, rows, true),
+                run_numbers(scalar(), dtype, numbers, dim, rows, false)}) {
+            ASSERT_EQ(got.max, expected.max) << dim << ", " << tokens << ", " << rows;
+            ASSERT_EQ(got.sums, expected.sums) << dim << ", " << tokens << ", " << rows;
+            ASSERT_EQ(0, std::memcmp(got.output.data(), expected.output.data(),
+                                     sizeof(float) * got.output.size()))
+                << dim << ", " << tokens << ", " << rows;
+          }
+        }
+      }
+    }
+  }
 }
 
 // Halfway between integers, levels could split the exponent in two ways.
