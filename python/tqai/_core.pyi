@@ -100,6 +100,11 @@ class KeyBasis:
     def kv_heads(self) -> int:
         ...
     @property
+    def largest_ratio(self) -> float:
+        """
+        |E r| / |L z| is up to this many times |r| / |z|, in any head.
+        """
+    @property
     def nbytes(self) -> int:
         """
         Bytes of its matrices.
