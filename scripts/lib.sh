@@ -131,6 +131,13 @@ try_nvrtc() {
   pip_install cuda-bindings nvidia-cuda-nvrtc
 }
 
+# LMCache beside $venv, in build/lmcache: it would bring other versions of what is there.
+lmcache_packages() {
+  step "LMCache in build/lmcache"
+  "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
+    --upgrade --target build/lmcache --requirement scripts/lmcache.txt
+}
+
 # 3.20, as CMakeLists.txt asks.
 cmake_is_new_enough() {
   local version

@@ -9,6 +9,7 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``measure``: what a setting costs in fidelity and brings in memory and speed;
 - ``api``: ``patch``, ``unpatch`` and what goes with them, for the framework that a model belongs
   to;
+- ``lmcache``: LMCache's serde;
 - ``transformers``: the seam into Hugging Face transformers, ``hooks`` its way in;
 - ``mlx``: the seam into mlx-lm, beside that one, ``hooks`` its way in;
 - ``stores``: what holds a layer's tokens: the C++ cache on the CPU, on other devices

@@ -23,8 +23,8 @@ class Server:
     def url(self) -> str:
         return f"unix://{self.socket}"
 
-    def start(self, *options: str) -> None:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket)]
+    def start(self, *options: str, port: int = 0) -> None:
+        command = ["redis-server", "--port", str(port), "--unixsocket", str(self.socket)]
         command += ["--save", "", "--appendonly", "no", "--dir", str(self.folder), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 20

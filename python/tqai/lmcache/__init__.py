@@ -1,0 +1,40 @@
+"""tqai as LMCache's serde: chunks of keys and values travel as tiles, a fifth of bfloat16.
+
+``import tqai.lmcache`` registers the serde "tqai" with LMCache, where that is installed; in an L2
+adapter's configuration it stands as ``{"type": "tqai", "head_dim": 128, "bits_k": 4, …}``
+(docs/scale.md). ``python -m tqai.lmcache`` is LMCache's own command with the serde registered.
+
+- ``serde``: LMCache's classes around ``tqai.exchange.chunk``;
+- ``description``: what the serde needs to know of a model of transformers'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqai.requirements import needs
+
+needs("lmcache", "torch", what="tqai as LMCache's serde")
+
+from tqai.exchange.chunk import ChunkCodec, ChunkOptions  # noqa: E402
+from tqai.lmcache.serde import TqaiDeserializer, TqaiSerializer, create, register  # noqa: E402
+
+__all__ = [
+    "ChunkCodec",
+    "ChunkOptions",
+    "TqaiDeserializer",
+    "TqaiSerializer",
+    "create",
+    "describe",
+    "register",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:  # it imports transformers
+    if name == "describe":
+        from tqai.lmcache.description import describe
+
+        return describe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
