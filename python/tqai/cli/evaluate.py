@@ -162,7 +162,7 @@ def _compare(options: argparse.Namespace, text: str | None, names: list[str]) ->
     if options.json:
         print_json([asdict(result) for result in results])
     else:
-        _print_comparison(results)
+        print_comparison(results)
     if figure is not None:
         _draw(figure, results)
         figure.savefig(options.plot)
@@ -208,7 +208,7 @@ def _numbers(
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-def _print_comparison(results: list[Fidelity]) -> None:
+def print_comparison(results: list[Fidelity]) -> None:
     print_table(
         [
             *("setting", "mean KL", "±", "median", "99.9 %", "max", "top-1", "perplexity"),
