@@ -36,11 +36,13 @@ _COMPARISON: tuple[tuple[str, int | str, str], ...] = (
     ("--seeds", 1, "seeds of the rotations for each setting"),
 )
 _SEARCH: tuple[tuple[str, int | str, str], ...] = (
-    ("--context", 1024, "tokens of the whole prompt"),
-    ("--needles", 2, "needles for each depth"),
+    ("--needles", 2, "needles for each depth and context"),
     ("--needle-seed", 0, "of the codes and of the stretches of the text"),
 )
 _DEPTHS = (0.1, 0.5, 0.8)
+_CONTEXT = (1024,)
+# Options of the search that are no numbers.
+_OWN_OF_SEARCH = ("--context", "--depths", "--together", "--table")
 
 
 def add(verbs: Any) -> None:
@@ -110,7 +112,25 @@ def add(verbs: Any) -> None:
         action="store_true",
         help="hide a sentence with a code in a long text and ask for it, in place of comparing",
     )
+    search.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"tokens of the whole prompt, or of several (default: {_CONTEXT[0]})",
+    )
     add_numbers(search, _SEARCH)
+    search.add_argument(
+        "--together",
+        action="store_true",
+        help="hide the needles of all depths in one text, which is read once; they are harder "
+        "to tell apart",
+    )
+    search.add_argument(
+        "--table",
+        action="store_true",
+        help="ask for rows of a table of random strings, in place of sentences in a text",
+    )
     search.add_argument(
         "--depths",
         type=float,
@@ -140,8 +160,8 @@ def run(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace, text: str | None, names: list[str]) -> None:
     from tqai.measure.fidelity import evaluate
 
-    for option in ("--depths", *(option for option, *_ in _SEARCH)):
-        if _value(options, option) is not None:
+    for option in (*_OWN_OF_SEARCH, *(option for option, *_ in _SEARCH)):
+        if _value(options, option) not in (None, False):
             raise ValueError(f"{option} goes with --needle")
     figure = None if options.plot is None else figure_for(options.plot, (7, 5))
     model, tokenizer = load_model(options)
@@ -177,11 +197,22 @@ def _search(options: argparse.Namespace, text: str | None, names: list[str]) -> 
             raise ValueError(f"{option} goes without --needle")
     numbers = _numbers(options, _SEARCH)
     seed = numbers.pop("needle_seed")
-    depths = _DEPTHS if options.depths is None else options.depths
+    if options.table and text is not None:
+        raise ValueError("--text goes without --table")
     model, tokenizer = load_model(options)
     with progress_bar("answer") as progress:
         results = needle(
-            model, tokenizer, text, names, depths=depths, seed=seed, **numbers, progress=progress
+            model,
+            tokenizer,
+            text,
+            names,
+            context=options.context or _CONTEXT,
+            depths=_DEPTHS if options.depths is None else options.depths,
+            together=options.together,
+            table=options.table,
+            seed=seed,
+            **numbers,
+            progress=progress,
         )
     if options.json:
         print_json([asdict(result) for result in results])
@@ -290,6 +321,18 @@ def _print_search(results: list[Recall]) -> None:
             for result in results
         ],
     )
+    grid = results[0].grid
+    if len(grid) > 1:
+        each = results[0].needles // sum(map(len, grid.values()))
+        print(f"\nRight, of {each} in each place, by tokens of the prompt:")
+        print_table(
+            ["setting", "tokens", *(f"at {depth:g}" for depth in results[0].depths), "all"],
+            [
+                [result.setting, str(tokens), *map(str, row.values()), str(sum(row.values()))]
+                for result in results
+                for tokens, row in result.grid.items()
+            ],
+        )
     print(
         "\nRight: greedy generation gave the code, in all and at each depth. Likeliest: of ten "
         "codes. log p: of the\nright code, mean, in nats. Packed: of about "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tqai.measure.named_settings import NamedSetting, named_settings
+from tqai.measure.named_settings import Candidate, named_settings
 from tqai.measure.readers import Reader, reader_of
 from tqai.measure.text import frame, prose
 
@@ -29,6 +29,8 @@ _COLOURS = ("red", "blue", "green", "white", "black", "yellow")
 _PLACES = ("house", "tower", "bridge", "garden", "harbour", "library")
 # A model may put its answer in quotes.
 _EXTRA_TOKENS = 2
+_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
+_STRING = 8
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Recall:
     """Of the right code given the beginning of the answer, in nats, mean."""
     depths: dict[float, int]
     """Depth → needles answered there, of an equal number at each depth."""
+    grid: dict[int, dict[float, int]]
+    """Context → depth → needles answered there."""
     tokens: int
-    """In the cache when the question was read."""
+    """In the cache when the question was read: the most of any prompt."""
     tokens_packed: int
     """Of these, packed: the fewest of any needle."""
     needles_packed: int
@@ -61,9 +65,11 @@ def needle(
     text: str | None = None,
     settings: Iterable[str | Mapping[str, Any]] = ("k4v4", "k4v2"),
     *,
-    context: int = 1024,
+    context: int | Sequence[int] = 1024,
     depths: Sequence[float] = (0.1, 0.5, 0.8),
     needles: int = 2,
+    together: bool = False,
+    table: bool = False,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Recall]:
@@ -80,10 +86,14 @@ def needle(
             and as it was in the end.
         text: by default ``tqai.text.prose()``; each needle gets another stretch of it.
         settings: as for ``tqai.evaluate``.
-        context: tokens of the whole prompt.
+        context: tokens of the whole prompt, or of several.
         depths: shares of the text that come before the needle, which is put at the end of a
             sentence.
-        needles: for each depth.
+        needles: for each depth and context.
+        together: whether the needles of all depths are hidden in one text, which is then read once,
+            in place of one text for each. Harder, as they are alike, and as many times faster.
+        table: whether the prompt is a table of random strings, of which one is asked for, in place
+            of a text with a sentence. The rows of all depths are asked of one table.
         seed: of codes and stretches.
         progress: called after every answer with the answers given, all that will be, and for what.
 
@@ -95,92 +105,183 @@ def needle(
         raise ValueError(f"needles={needles}: expected at least 1")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths={list(depths)}: expected numbers from 0 to 1")
+    if table and text is not None:
+        raise ValueError("text: goes without table, whose prompts have none")
+    contexts = [context] if isinstance(context, int) else list(dict.fromkeys(context))
+    if not contexts:
+        raise ValueError("context: expected at least one number of tokens")
     reader = reader_of(model)
     tokenizer, limit = reader.tokenizer(tokenizer), reader.limit
-    if limit is not None and context > limit:
-        raise ValueError(f"context={context}: the model was made for {limit} tokens")
+    if limit is not None and max(contexts) > limit:
+        raise ValueError(f"context={max(contexts)}: the model was made for {limit} tokens")
     counts = [
         _Count("uncompressed", None),
         *(_Count(named.name, named) for named in named_settings(model, settings)),
     ]
-    tokens = tokenizer(
-        prose() if text is None else text, add_special_tokens=False, verbose=False
-    ).input_ids
+    depths = list(dict.fromkeys(depths))
+    if together and len(depths) > len(_COLOURS) * len(_PLACES):
+        raise ValueError(f"depths: expected at most {len(_COLOURS) * len(_PLACES)} in one text")
+    tokens = [] if table else _ids(tokenizer, prose() if text is None else text)
     # The same stretches and codes at every depth, so that depths can be compared.
-    trials = [
-        _Trial(tokenizer, tokens, context, depth, random.Random(f"{seed} {at}"))
-        for depth in dict.fromkeys(depths)
+    prompts = [
+        _rows_of_table(tokenizer, length, own, random.Random(f"{seed} {at}"))
+        if table
+        else _hidden(tokenizer, tokens, length, own, random.Random(f"{seed} {at}"))
+        for length in contexts
+        for own in ([depths] if together or table else [[depth] for depth in depths])
         for at in range(needles)
     ]
+    total = sum(map(len, prompts)) * len(counts)
     done = 0
-    for trial in trials:
+    for prompt in prompts:
         for count in counts:
             with count.cache(reader) as cache:
-                count.add(trial, reader, cache)
-            done += 1
-            if progress is not None:
-                progress(done, len(trials) * len(counts), count.name)
+                for _ in count.add(prompt, reader, cache):
+                    done += 1
+                    if progress is not None:
+                        progress(done, total, count.name)
     return [count.result() for count in counts]
 
 
+@dataclass(frozen=True)
 class _Trial:
-    """A needle in its text, and what is asked."""
+    """What is asked of a prompt."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        text: list[int],
-        context: int,
-        depth: float,
-        rng: random.Random,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.depth = depth
-        self.codes = [str(code) for code in rng.sample(range(10_000, 100_000), CANDIDATES)]
-        """The right one, then others."""
-        fact = f"The secret code of the {rng.choice(_COLOURS)} {rng.choice(_PLACES)} is"
-        question = f"What is {fact[0].lower()}{fact[1:].removesuffix(' is')}?"
-        head, self.question = frame(tokenizer, question, fact)
-        sentence = self._ids(f" {fact} {self.codes[0]}.")
-        length = context - len(head) - len(sentence) - len(self.question)
-        if not 1 <= length <= len(text):
-            shortest = context - length + 1
-            raise ValueError(
-                f"context={context}: expected {shortest} to {shortest - 1 + len(text)} tokens, "
-                f"with a text of {len(text)}"
-            )
-        start = rng.randrange(len(text) - length + 1)
-        body = text[start : start + length]
-        place = self._sentence_end(body, round(depth * length))
-        self.first = len(head) + place
-        self.last = self.first + len(sentence) - 1
-        """Places of the needle in `ids`."""
-        self.ids = head + body[:place] + sentence + body[place:]
-        """The prompt up to the question."""
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    depth: float
+    codes: list[str]
+    """The right one, then others."""
+    ids: list[int]
+    """The prompt up to the question."""
+    first: int
+    last: int
+    """Places of the needle in `ids`."""
+    question: list[int]
+    pattern: str
+    """Of what is taken for the answer."""
 
     @cached_property
     def continuations(self) -> list[list[int]]:
         """Token ids of each code, as the answer's beginning goes on."""
-        return [self._ids(f" {code}") for code in self.codes]
+        return [_ids(self.tokenizer, f" {code}") for code in self.codes]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _sentence_end(self, tokens: list[int], place: int) -> int:
-        """The last place up to `place` that follows a full stop; `place` where there is none."""
-        for end in range(place, 0, -1):
-            if self.tokenizer.decode(tokens[end - 1 : end]).endswith("."):
-                return end
-        return place
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _hidden(
+    tokenizer: PreTrainedTokenizerBase,
+    text: list[int],
+    context: int,
+    depths: Sequence[float],
+    rng: random.Random,
+) -> list[_Trial]:
+    """A sentence with a code at each depth of one stretch of a text."""
+    pairs: list[tuple[str, str]] = []
+    asked: list[tuple[list[str], list[int], list[int]]] = []
+    head: list[int] = []
+    for _ in depths:
+        codes = [str(code) for code in rng.sample(range(10_000, 100_000), CANDIDATES)]
+        pair = rng.choice(_COLOURS), rng.choice(_PLACES)
+        while pair in pairs:
+            pair = rng.choice(_COLOURS), rng.choice(_PLACES)
+        pairs.append(pair)
+        fact = f"The secret code of the {' '.join(pair)} is"
+        question = f"What is {fact[0].lower()}{fact[1:].removesuffix(' is')}?"
+        head, tail = frame(tokenizer, question, fact)
+        asked.append((codes, _ids(tokenizer, f" {fact} {codes[0]}."), tail))
+    length = context - len(head) - sum(len(sentence) for _, sentence, _ in asked)
+    length -= max(len(tail) for *_, tail in asked)
+    if not 1 <= length <= len(text):
+        shortest = context - length + 1
+        raise ValueError(
+            f"context={context}: expected {shortest} to {shortest - 1 + len(text)} tokens, "
+            f"with a text of {len(text)}"
+        )
+    start = rng.randrange(len(text) - length + 1)
+    body = text[start : start + length]
+    ids, done = list(head), 0
+    places: dict[int, int] = {}
+    for at in sorted(range(len(depths)), key=lambda at: depths[at]):
+        place = max(done, _sentence_end(tokenizer, body, round(depths[at] * length)))
+        ids += body[done:place]
+        places[at], done = len(ids), place
+        ids += asked[at][1]
+    ids += body[done:]
+    return [
+        _Trial(
+            *(tokenizer, context, depth, codes, ids),
+            first=places[at],
+            last=places[at] + len(sentence) - 1,
+            question=tail,
+            pattern=r"\d+",
+        )
+        for at, (depth, (codes, sentence, tail)) in enumerate(zip(depths, asked, strict=True))
+    ]
+
+
+def _sentence_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int], place: int) -> int:
+    """The last place up to `place` that follows a full stop; `place` where there is none."""
+    for end in range(place, 0, -1):
+        if tokenizer.decode(tokens[end - 1 : end]).endswith("."):
+            return end
+    return place
+
+
+def _rows_of_table(
+    tokenizer: PreTrainedTokenizerBase, context: int, depths: Sequence[float], rng: random.Random
+) -> list[_Trial]:
+    """Rows of one table of random strings, of which nothing but the table itself tells any."""
+
+    def string() -> str:
+        return "".join(rng.choices(_LETTERS, k=_STRING))
+
+    def ask(number: int) -> tuple[list[int], list[int]]:
+        fact = f"The string of item {number} is"
+        return frame(tokenizer, f"What is the string of item {number}?", fact)
+
+    numbers = rng.sample(range(1000, 10_000), 9000)
+    head, tail = ask(numbers[0])
+    length = context - len(head) - len(tail)
+    ids, rows, strings = list(head), [len(head)], []
+    for number in numbers:
+        value = string()
+        row = _ids(tokenizer, f"Item {number}: {value}\n")
+        if len(ids) - len(head) + len(row) > length:
+            break
+        ids += row
+        rows.append(len(ids))
+        strings.append(value)
+    if len(strings) < max(CANDIDATES, len(depths)):
+        raise ValueError(
+            f"context={context}: a table of {len(strings)} rows; expected one that has at least "
+            f"{max(CANDIDATES, len(depths))}"
+        )
+    trials = []
+    for depth in depths:
+        at = round(depth * (len(strings) - 1))
+        others = rng.sample([each for each in strings if each != strings[at]], CANDIDATES - 1)
+        trials.append(
+            _Trial(
+                *(tokenizer, context, depth, [strings[at], *others], ids),
+                first=rows[at],
+                last=rows[at + 1] - 1,
+                question=ask(numbers[at])[1],
+                pattern=r"\w+",
+            )
+        )
+    return trials
 
 
 class _Count:
     """Sums over the needles that one setting was asked for."""
 
-    def __init__(self, name: str, setting: NamedSetting | None) -> None:
+    def __init__(self, name: str, setting: Candidate | None) -> None:
         self.name = name
         self._setting = setting
-        self._answered: dict[float, int] = {}
+        self._answered: dict[int, dict[float, int]] = {}
         self._needles = 0
         self._ranked_first = 0
         self._log_probability = 0.0
@@ -194,8 +295,15 @@ class _Count:
             return nullcontext(reader.own_cache())
         return self._setting.patched()
 
-    def add(self, trial: _Trial, reader: Reader, cache: Any) -> None:
-        reader.feed(trial.ids, cache, last=True)
+    def add(self, prompt: list[_Trial], reader: Reader, cache: Any) -> Iterator[None]:
+        """Reads a prompt, and asks each of its questions."""
+        reader.feed(prompt[0].ids, cache, last=True)
+        for at, trial in enumerate(prompt, 1):
+            own = copy.deepcopy(cache) if at < len(prompt) else cache
+            self._ask(trial, reader, own)
+            yield
+
+    def _ask(self, trial: _Trial, reader: Reader, cache: Any) -> None:
         self._look_at(trial, reader, cache)
         logs = reader.feed(trial.question, cache, last=True)
         scores = [_log_probability(reader, logs, cache, ids) for ids in trial.continuations]
@@ -203,11 +311,12 @@ class _Count:
         self._needles += 1
         self._log_probability += scores[0]
         self._ranked_first += scores[0] > max(scores[1:])
-        right = is_answer(trial.tokenizer.decode(answer), trial.codes[0])
-        self._answered[trial.depth] = self._answered.get(trial.depth, 0) + right
+        right = is_answer(trial.tokenizer.decode(answer), trial.codes[0], trial.pattern)
+        row = self._answered.setdefault(trial.context, {})
+        row[trial.depth] = row.get(trial.depth, 0) + right
 
     def _look_at(self, trial: _Trial, reader: Reader, cache: Any) -> None:
-        self._tokens = len(trial.ids)
+        self._tokens = max(self._tokens, len(trial.ids))
         if self._setting is not None:
             packed = cache.memory_report()["packed_tokens"]
             if packed == 0:
@@ -226,23 +335,28 @@ class _Count:
     def result(self) -> Recall:
         if self._setting is not None and self._needles_packed == 0:
             self._refuse("needle")
+        depths: dict[float, int] = {}
+        for row in self._answered.values():
+            for depth, answered in row.items():
+                depths[depth] = depths.get(depth, 0) + answered
         return Recall(
             setting=self.name,
             needles=self._needles,
-            answered=sum(self._answered.values()),
+            answered=sum(depths.values()),
             ranked_first=self._ranked_first,
             log_probability=self._log_probability / self._needles,
-            depths=self._answered,
+            depths=depths,
+            grid=self._answered,
             tokens=self._tokens,
             tokens_packed=min(self._tokens_packed, default=0),
             needles_packed=self._needles_packed,
         )
 
 
-def is_answer(text: str, code: str) -> bool:
-    """Whether the first number in what the model wrote is the code."""
-    number = re.search(r"\d+", text)
-    return number is not None and number[0] == code
+def is_answer(text: str, code: str, pattern: str = r"\d+") -> bool:
+    """Whether the first number, or what else is looked for, in what the model wrote is the code."""
+    found = re.search(pattern, text)
+    return found is not None and found[0] == code
 
 
 def _packs(layer: Any, first: int, last: int) -> bool:

@@ -179,10 +179,25 @@ def test_eval_needle(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     assert f"of about {packed['tokens']} tokens" in printed
 
 
+def test_eval_needle_grid(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ("eval", "--needle", "--model", folder, "--context", "500", "700", "--depths", "0.2",
+            "0.5", "--needles", "1", "--window", "64", "--setting", "k2v2")  # fmt: skip
+    for kind in ("--together", "--table"):
+        plain, packed = run_json(capsys, *verb, kind)
+        assert plain["grid"].keys() == {"500", "700"} and plain["needles"] == 4
+        printed = run(capsys, *verb, kind)
+        assert "Right, of 1 in each place, by tokens of the prompt:" in printed
+        lines = [line.split() for line in printed.splitlines() if line.startswith("k2v2")]
+        assert [line[1] for line in lines[1:]] == ["500", "700"]
+        assert lines[1][2:4] == [str(packed["grid"]["500"][depth]) for depth in ("0.2", "0.5")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--depths", "0.5"], "--depths goes with --needle"),
+        (["--table"], "--table goes with --needle"),
+        (["--needle", "--table", "--text", __file__], "--text goes without --table"),
         (["--needles", "3"], "--needles goes with --needle"),
         (["--needle", "--chunk", "4"], "--chunk goes without --needle"),
         (["--needle", "--own"], "--own goes without --needle"),

@@ -12,7 +12,14 @@ import tqai
 from conftest import make_model
 from tqai.measure.named_settings import parse_setting
 from tqai.measure.readers import TorchReader
-from tqai.measure.recall import CANDIDATES, _generate, _Trial, is_answer
+from tqai.measure.recall import (
+    CANDIDATES,
+    _generate,
+    _hidden,
+    _rows_of_table,
+    _Trial,
+    is_answer,
+)
 from tqai.measure.text import frame, prose
 from transformers import DynamicCache
 
@@ -35,7 +42,8 @@ def chat_tokenizer() -> Any:
 def make_trial(depth: float, seed: int = 0, tokenizer: Any = None) -> _Trial:
     tokenizer = tokenizer or toy.tokenizer()
     text = tokenizer(TEXT).input_ids
-    return _Trial(tokenizer, text, CONTEXT, depth, random.Random(f"{seed} 0"))
+    (trial,) = _hidden(tokenizer, text, CONTEXT, [depth], random.Random(f"{seed} 0"))
+    return trial
 
 
 def needle(model: Any, settings: list[Any], **options: Any) -> list[tqai.Recall]:
@@ -65,6 +73,96 @@ def test_prompt(depth: float, chat: bool) -> None:
     asked = fact.removeprefix(" The").removesuffix(" is")
     template = "\n\nWhat is the{0}?{1}The{0} is"
     assert tokenizer.decode(trial.question) == template.format(asked, "<a>" if chat else " ")
+
+
+def test_needles_in_one_text() -> None:
+    tokenizer = toy.tokenizer()
+    depths = [0.8, 0.0, 0.5]
+    text = tokenizer(TEXT).input_ids
+    trials = _hidden(tokenizer, text, 900, depths, random.Random(1))
+    assert [trial.depth for trial in trials] == depths
+    (ids,) = {tuple(trial.ids) for trial in trials}
+    assert len(ids) + max(len(trial.question) for trial in trials) == 900
+    prompt = tokenizer.decode(ids)
+    asked = set()
+    for trial in trials:
+        sentence = prompt[trial.first : trial.last + 1]
+        assert sentence.startswith(" The secret code of the ")
+        assert sentence.endswith(f" is {trial.codes[0]}.")
+        fact = sentence.removeprefix(" The").rpartition(" is ")[0]
+        assert tokenizer.decode(trial.question) == f"\n\nWhat is the{fact}? The{fact} is"
+        asked.add(fact)
+        prompt.index(sentence)
+    assert len(asked) == 3
+    assert trials[1].first < trials[2].first < trials[0].first
+    for trial in trials:
+        prompt = prompt.replace(tokenizer.decode(trial.ids[trial.first : trial.last + 1]), "")
+    assert prompt in TEXT
+
+
+def test_a_table() -> None:
+    tokenizer = toy.tokenizer()
+    depths = [0.0, 0.5, 1.0]
+    trials = _rows_of_table(tokenizer, 900, depths, random.Random(1))
+    prompt = tokenizer.decode(trials[0].ids)
+    lines = prompt.splitlines(keepends=True)
+    assert "".join(lines) == prompt and 900 - 24 < len(prompt) + len(trials[0].question) <= 900
+    for trial, line in zip(trials, (lines[0], lines[len(lines) // 2], lines[-1]), strict=True):
+        assert trial.ids == trials[0].ids
+        row = prompt[trial.first : trial.last + 1]
+        number, value = row.removeprefix("Item ").strip().split(": ")
+        assert (value, len(value)) == (trial.codes[0], 8)
+        assert trial.depth == 0.5 or row == line
+        question = f"\n\nWhat is the string of item {number}? The string of item {number} is"
+        assert tokenizer.decode(trial.question) == question
+        assert len(set(trial.codes)) == CANDIDATES and all(code in prompt for code in trial.codes)
+
+
+def test_a_grid_is_the_sum_of_its_cells(model: Any) -> None:
+    options: dict[str, Any] = {"depths": (0.2, 0.4), "needles": 1}
+    for more in ({}, {"together": True}):
+        contexts = (500, 700)
+        both = needle(model, [SETTING], context=contexts, **options, **more)
+        alone = [needle(model, [SETTING], context=each, **options, **more) for each in contexts]
+        for which, result in enumerate(both):
+            assert result.needles == 4 and result.grid.keys() == set(contexts)
+            parts = [each[which] for each in alone]
+            assert result.log_probability == pytest.approx(
+                sum(part.log_probability for part in parts) / 2
+            )
+            assert result.tokens == max(part.tokens for part in parts)
+            assert [part.grid for part in parts] == [{at: result.grid[at]} for at in contexts]
+        assert both[1].needles_packed == 4
+
+
+def test_questions_of_one_text_do_not_hear_one_another(model: Any) -> None:
+    """Each is asked of the prompt alone, of either kind of cache."""
+    depths = [0.2, 0.5]
+    results = needle(model, [SETTING], depths=depths, together=True, seed=3)
+    trials = _hidden(
+        toy.tokenizer(),
+        toy.tokenizer()(TEXT).input_ids,
+        CONTEXT,
+        depths,
+        random.Random("3 0"),
+    )
+    for result, given in zip(results, (None, parse_setting(SETTING)), strict=True):
+        expected = [log_probabilities(model, trial, given)[0] for trial in trials]
+        assert result.log_probability == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_rows_of_a_table_are_asked_for(model: Any) -> None:
+    plain, packed = tqai.needle(
+        model,
+        toy.tokenizer(),
+        settings=[SETTING],
+        context=600,
+        depths=(0.1, 0.6),
+        needles=2,
+        table=True,
+    )
+    assert plain.needles == packed.needles == packed.needles_packed == 4
+    assert plain.log_probability != packed.log_probability
 
 
 def test_frame_without_an_answer() -> None:
@@ -162,6 +260,10 @@ def test_needles_that_are_not_packed_are_not_counted_so(model: Any) -> None:
         ({"context": 1025}, "context=1025: the model was made for 1024 tokens"),
         ({"context": 100}, r"context=100: expected \d+ to \d+ tokens, with a text of 1550"),
         ({"settings": []}, "at least one"),
+        ({"context": ()}, "context: expected at least one number"),
+        ({"context": (500, 1025)}, "context=1025: the model was made for 1024 tokens"),
+        ({"table": True}, "text: goes without table"),
+        ({"together": True, "depths": [at / 40 for at in range(37)]}, "at most 36 in one text"),
         ({"settings": ["k4v4,window=480"]}, "no packed token was read"),
         ({"depths": (1,)}, "no packed needle was read"),
     ],
@@ -187,6 +289,14 @@ def test_refused(model: Any, options: dict[str, Any], message: str) -> None:
 )
 def test_is_answer(text: str, right: bool) -> None:
     assert is_answer(text, "48213") is right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [(" k7qd2mxx.", True), (' "k7qd2mxx"', True), (" k7qd2mx", False), ("", False)],
+)
+def test_is_answer_of_a_table(text: str, right: bool) -> None:
+    assert is_answer(text, "k7qd2mxx", r"\w+") is right
 
 
 def test_smollm2_finds_it_unless_the_cache_is_spoilt(smollm2: Any) -> None:
