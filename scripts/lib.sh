@@ -150,3 +150,11 @@ install_package() {
   step "tqai into $venv"
   pip_install --no-build-isolation --no-deps --force-reinstall .
 }
+
+# The programs of examples/ggml_runtime, in the folder $runtime; after scripts/ggml.
+ggml_runtime() {
+  runtime=build/examples/ggml_runtime
+  step "examples/ggml_runtime: build"
+  cmake --preset release -DTQAI_WERROR="${werror:-OFF}" > build/ggml_runtime.log
+  cmake --build build --parallel 2 --target ggml_runtime ggml_compare
+}
