@@ -229,9 +229,10 @@ class TQAI_API KvCache {
   /// that do not exist.
   void gather(std::int64_t first, const Tensor& keys, const Tensor& values) const;
 
-  /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes; below,
-  /// the kept part stays as codes. Throws ValueError where tokens is negative or more than there
-  /// are, or less than first_token() and not 0.
+  /// Forgets all tokens from `tokens` on. Within what is kept exact nothing else changes, and
+  /// nothing is copied but what a copy of the cache shares; below, the kept part stays as codes.
+  /// Throws ValueError where tokens is negative or more than there are, or less than first_token()
+  /// and not 0.
   void crop(std::int64_t tokens);
 
   /// Row i becomes a copy of row rows[i]; the batch becomes rows.size(). For beams, repeats and

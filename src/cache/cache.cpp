@@ -27,6 +27,12 @@ TQAI_INLINE void check_row(std::int64_t row, int batch) {
   throw IndexError("row " + std::to_string(row) + " of a batch of " + std::to_string(batch));
 }
 
+TQAI_INLINE std::int64_t first_token_of(const detail::CacheState& state) noexcept {
+  std::int64_t first = state.tokens;
+  for (const Row& row : state.rows) first = std::min(first, token_at(row, row.first));
+  return first;
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE KvCache::KvCache(const CacheOptions& options, int batch)
@@ -59,11 +65,7 @@ TQAI_INLINE const CacheOptions& KvCache::options() const noexcept {
 TQAI_INLINE int KvCache::batch() const noexcept { return static_cast<int>(state_->rows.size()); }
 TQAI_INLINE std::int64_t KvCache::tokens() const noexcept { return state_->tokens; }
 
-TQAI_INLINE std::int64_t KvCache::first_token() const noexcept {
-  std::int64_t first = state_->tokens;
-  for (const Row& row : state_->rows) first = std::min(first, token_at(row, row.first));
-  return first;
-}
+TQAI_INLINE std::int64_t KvCache::first_token() const noexcept { return first_token_of(*state_); }
 
 TQAI_INLINE std::int64_t KvCache::packed_tokens(int row) const {
   check_row(row, batch());
@@ -108,37 +110,38 @@ TQAI_INLINE void KvCache::gather(std::int64_t first, const Tensor& keys,
   detail::gather(state.context, state.rows, first, keys, values);
 }
 
-TQAI_INLINE void KvCache::crop(std::int64_t tokens) {
-  State& state = *state_;
+namespace detail {
+
+TQAI_INLINE std::vector<Cropping> prepare_cropping(const CacheState& state, std::int64_t tokens) {
   if (tokens < 0 || tokens > state.tokens) {
     throw ValueError("crop to " + std::to_string(tokens) + " tokens; allowed: 0…" +
                      std::to_string(state.tokens) + ", what the cache has");
   }
   // With tokens of a sliding window already freed, less than they span cannot be restored.
-  const std::int64_t first = first_token();
+  const std::int64_t first = first_token_of(state);
   if (tokens != 0 && tokens < first) {
     throw ValueError("crop to " + std::to_string(tokens) + " tokens; tokens before " +
                      std::to_string(first) + " were discarded, so allowed: 0 or " +
                      std::to_string(first) + "…" + std::to_string(state.tokens));
   }
-  detail::CountedVector<Row> rows = state.rows;
-  for (Row& row : rows) {
-    if (tokens == 0) {
-      row = Row{};
-      continue;
-    }
-    const std::int64_t place = place_of(row, tokens);
-    detail::truncate(state.context, row, std::max<std::int64_t>(place - row.first, 0));
-    row.first = std::min(row.first, place);
-    std::erase_if(row.gaps, [=](const TokenSpan& gap) { return gap.first >= tokens; });
-    if (!row.gaps.empty()) {
-      TokenSpan& last = row.gaps.back();
-      last.count = std::min(last.count, tokens - last.first);
-    }
-    if (row.held() == 0) row.next_position = std::min(tokens, kMaxPosition + 1);
+  std::vector<Cropping> rows;
+  rows.reserve(state.rows.size());
+  for (const Row& row : state.rows) rows.push_back(prepare_cropping(state.context, row, tokens));
+  return rows;
+}
+
+TQAI_INLINE void commit(CacheState& state, std::vector<Cropping>&& rows) noexcept {
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    state.tokens = rows[b].tokens;
+    commit(state.rows[b], std::move(rows[b]));
   }
-  state.rows = std::move(rows);
-  state.tokens = tokens;
+}
+
+}  // namespace detail
+
+TQAI_INLINE void KvCache::crop(std::int64_t tokens) {
+  auto rows = detail::prepare_cropping(*state_, tokens);
+  detail::commit(*state_, std::move(rows));
 }
 
 TQAI_INLINE void KvCache::select(std::span<const std::int64_t> rows) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <tqai/cache.hpp>
 #include <utility>
 
 #include "../threads.hpp"
@@ -268,17 +269,11 @@ TQAI_INLINE void commit(Row& row, Sealing&& sealing) noexcept {
   }
 }
 
+namespace TQAI_LOCAL {
+
+// Keeps the first `held` tokens of a row, which ends before its tail then.
 TQAI_INLINE void truncate(const Context& context, Row& row, std::int64_t held) {
-  if (held >= row.held()) return;
   const std::int64_t before_tail = row.sink_tokens() + row.sealed_tokens;
-  if (held >= before_tail) {
-    Positions positions = row.tail_positions.part(0, held - before_tail);
-    reserve_tail(context, row.tail, 0);
-    row.tail.header().tokens = held - before_tail;
-    row.tail_positions = std::move(positions);
-    if (held > 0) row.next_position = position_after(row);
-    return;
-  }
   if (held <= row.sink_tokens()) {
     // Nothing is sealed any more: the row starts anew, with its sinks as ordinary first tokens.
     ExactTokens tail = copy_tokens(context, row.sinks, 0, held, held);
@@ -306,6 +301,52 @@ TQAI_INLINE void truncate(const Context& context, Row& row, std::int64_t held) {
   }
   compact_sets(row);
   row.next_position = position_after(row);
+}
+
+TQAI_INLINE void crop_gaps(Row& row, std::int64_t tokens) noexcept {
+  std::erase_if(row.gaps, [=](const TokenSpan& gap) { return gap.first >= tokens; });
+  if (row.gaps.empty()) return;
+  TokenSpan& last = row.gaps.back();
+  last.count = std::min(last.count, tokens - last.first);
+}
+
+}  // namespace TQAI_LOCAL
+
+TQAI_INLINE Cropping prepare_cropping(const Context& context, const Row& row, std::int64_t tokens) {
+  Cropping cropping;
+  cropping.tokens = tokens;
+  if (tokens == 0) return cropping;
+  cropping.place = place_of(row, tokens);
+  const std::int64_t held = std::clamp<std::int64_t>(cropping.place - row.first, 0, row.held());
+  const std::int64_t before_tail = row.sink_tokens() + row.sealed_tokens;
+  cropping.in_tail = held >= before_tail;
+  if (cropping.in_tail) {
+    cropping.tail_tokens = held - before_tail;
+    cropping.tail_positions = row.tail_positions.part(0, cropping.tail_tokens);
+    if (cropping.tail_tokens < row.tail_tokens() && !row.tail.sole()) {
+      cropping.tail =
+          copy_tokens(context, row.tail, 0, cropping.tail_tokens, row.tail.header().capacity);
+    }
+    return cropping;
+  }
+  cropping.row = row;
+  truncate(context, cropping.row, held);
+  return cropping;
+}
+
+TQAI_INLINE void commit(Row& row, Cropping&& cropping) noexcept {
+  if (!cropping.in_tail) {
+    row = std::move(cropping.row);
+  } else if (cropping.tail_tokens < row.tail_tokens()) {
+    if (cropping.tail) row.tail = std::move(cropping.tail);
+    row.tail.header().tokens = cropping.tail_tokens;
+    row.tail_positions = std::move(cropping.tail_positions);
+    if (row.held() > 0) row.next_position = position_after(row);
+  }
+  if (cropping.tokens == 0) return;
+  row.first = std::min(row.first, cropping.place);
+  crop_gaps(row, cropping.tokens);
+  if (row.held() == 0) row.next_position = std::min(cropping.tokens, KvCache::kMaxPosition + 1);
 }
 
 TQAI_INLINE bool drops_any(const Row& row, std::int64_t count) noexcept {

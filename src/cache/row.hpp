@@ -133,8 +133,23 @@ std::size_t encoding_bytes(const Context& context) noexcept;
 /// Makes the sealing the row's state.
 void commit(Row& row, Sealing&& sealing) noexcept;
 
-/// Keeps the first `held` tokens of those held. May throw before anything changed.
-void truncate(const Context& context, Row& row, std::int64_t held);
+/// What is left of a row when tokens are taken from its end, made beforehand so that the change
+/// itself cannot fail.
+struct Cropping {
+  std::int64_t tokens = 0;       // that the cache keeps
+  std::int64_t place = 0;        // of the first one that goes
+  std::int64_t tail_tokens = 0;  // kept, where only such go: everything else stays where it is
+  bool in_tail = false;
+  ExactTokens tail;  // a copy, where others share it
+  Positions tail_positions;
+  Row row;  // else
+};
+
+/// Keeps tokens before token `tokens`. May throw.
+Cropping prepare_cropping(const Context& context, const Row& row, std::int64_t tokens);
+
+/// Makes it the row's state.
+void commit(Row& row, Cropping&& cropping) noexcept;
 
 /// What is left of a row's exact tokens when tokens are dropped from its front, made beforehand so
 /// that the change itself cannot fail.

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <tqai/cache.hpp>
+#include <vector>
 
 #include "context.hpp"
 #include "memory.hpp"
@@ -26,6 +27,10 @@ struct CacheAccess {
   static const State& state(const KvCache& cache) noexcept { return *cache.state_; }
 };
 using CacheState = CacheAccess::State;
+
+/// KvCache::crop in two steps, of which the second cannot fail.
+std::vector<Cropping> prepare_cropping(const CacheState& state, std::int64_t tokens);
+void commit(CacheState& state, std::vector<Cropping>&& rows) noexcept;
 
 /// Of keys or values.
 inline std::array<std::int64_t, 4> shape_of(const CacheState& state, std::int64_t tokens, int dim) {

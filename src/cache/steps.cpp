@@ -347,17 +347,16 @@ TQAI_INLINE void attend(std::span<const SequenceQueries> sequences, const Resour
 
 TQAI_INLINE void crop(std::span<const SequenceLength> sequences) {
   std::vector<const KvCache*> caches;
-  std::vector<KvCache> cropped;
+  std::vector<std::vector<detail::Cropping>> cropped;
   cropped.reserve(sequences.size());
   check_each(sequences.size(), [&](std::size_t i) {
     const SequenceLength& each = sequences[i];
     caches.push_back(&given_cache(each.cache));
-    cropped.push_back(*each.cache);
-    cropped.back().crop(each.tokens);
+    cropped.push_back(detail::prepare_cropping(CacheAccess::state(*each.cache), each.tokens));
   });
   check_once(std::move(caches));
   for (std::size_t i = 0; i < cropped.size(); ++i) {
-    *sequences[i].cache = std::move(cropped[i]);
+    detail::commit(CacheAccess::state(*sequences[i].cache), std::move(cropped[i]));
   }
 }
 

@@ -173,6 +173,22 @@ TEST_P(Allocations, Crop) {
   }
 }
 
+// As after each step of speculative decoding: no token is copied.
+TEST_P(Allocations, CroppingTheLastTokensTakesListsAlone) {
+  KvCache cache = sealed(20);
+  const auto taken = [](KvCache& from, std::int64_t tokens) {
+    constexpr long kPlenty = 1'000'000;
+    g_before_failure = kPlenty;
+    from.crop(tokens);
+    return kPlenty - g_before_failure.exchange(-1);
+  };
+  const long alone = taken(cache, cache.tokens() - 4);
+  EXPECT_LE(alone, 1 + GetParam().batch);  // positions of each row, where they are told
+  KvCache copy = cache;
+  EXPECT_GT(taken(copy, copy.tokens() - 4), alone);  // what the other one sees stays
+  EXPECT_EQ(cache.tokens(), copy.tokens() + 4);
+}
+
 TEST_P(Allocations, SelectAndCopy) {
   const std::vector<std::int64_t> rows = {GetParam().batch - 1, 0, 0};
   expect_all_or_nothing("select", [&] { return sealed(20); }, [&](KvCache& c) { c.select(rows); });
