@@ -46,6 +46,7 @@ VERBS = (
     ["bench", "kernels"],
     ["bench", "model"],
     ["bench", "prefill"],
+    ["bench", "store"],
     ["info", "--model", "somewhere"],
 )
 EACH = """

@@ -389,3 +389,26 @@ def test_prefill(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     assert "DynamicCache ms" in capsys.readouterr().out
     assert main(["bench", "prefill", "--model", folder, "--tokens", "0"]) == 2
     assert "tokens=[0]: expected at least 1" in capsys.readouterr().err
+
+
+def test_store(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ["bench", "store", "--model", folder, "--tokens", "384", "--chunk", "128"]
+    verb += ["--read", "8", "--rounds", "1", "--threads", "1"]
+    assert main([*verb, "--exact-first", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = ["bfloat16", "fp8 (e4m3)", "K4/V4", "K4/V2", "K2/V2", "K4/V2, first 2 exact"]
+    assert [row["name"] for row in result["formats"]] == names
+    sizes = {row["name"]: row["bytes"] for row in result["formats"]}
+    assert sizes["bfloat16"] == 2 * sizes["fp8 (e4m3)"] > sizes["K4/V4"] > sizes["K4/V2"]
+    errors = {row["name"]: row["kl"] for row in result["formats"]}
+    assert errors["bfloat16"] < errors["K4/V4"] < errors["K2/V2"]
+    assert all(row["fetch_seconds"]["1"] > row["fetch_seconds"]["400"] for row in result["formats"])
+    assert set(result["in_process_kl"]) == {"all packed", "the defaults"}
+    assert result["prefix_tokens"] == 4 + 64 * ((384 - 4 - 128) // 64)
+    assert result["read_seconds"] > 0 and result["with_prefix_seconds"] > 0
+    [shelf] = result["shelves"]
+    assert shelf["put_gigabytes"] > 0 and shelf["fetch_gigabytes"] > 0
+    assert main(verb) == 0
+    assert "as fast as reading at" in capsys.readouterr().out
+    assert main(["bench", "store", "--model", folder, "--chunk", "100"]) == 2
+    assert "multiple of 64" in capsys.readouterr().err
