@@ -248,3 +248,31 @@ def test_a_server_without_memory_says_so(tmp_path: Path) -> None:
                 shelf_at(server.url, 1 << 30).put(name(number), bytes(400_000))
     finally:
         server.kill()
+
+
+def test_a_server_killed_in_mid_transfer_is_an_error_and_nothing_comes_half(tmp_path: Path) -> None:
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start()
+    shelf = shelf_at(server.url, 1 << 30)
+    whole = bytes(range(250)) * 40_000
+    for number in range(8):
+        shelf.put(name(number), whole)
+    failed = threading.Event()
+
+    def fetch() -> None:
+        try:
+            while True:
+                found = shelf_at(server.url, 1 << 30).fetch([name(n) for n in range(8)])
+                assert all(entry == whole for entry in found)
+        except ShelfError:
+            failed.set()
+
+    readers = [threading.Thread(target=fetch) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    time.sleep(0.1)
+    server.kill()
+    for reader in readers:
+        reader.join()
+    assert failed.is_set()
