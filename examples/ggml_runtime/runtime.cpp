@@ -15,6 +15,9 @@ namespace {
 // Of attention over the f16 cache: a graph serves until another so many tokens have come.
 constexpr int kColumns = 256;
 
+// ggml's threads call the cache, each for other heads: none of them is to start threads of its own.
+const tqai::Resources kThisThread{.threads = 1};
+
 int columns_for(int tokens) { return (tokens + kColumns - 1) / kColumns * kColumns; }
 
 // Heads [head, token, dim] as the cache takes them, of a tensor that has [token, head, dim].
@@ -33,6 +36,24 @@ ggml_tensor* product(ggml_context* context, ggml_tensor* matrix, ggml_tensor* x,
                      ggml_tensor* bias = nullptr) {
   x = ggml_mul_mat(context, matrix, x);
   return bias != nullptr ? ggml_add(context, x, bias) : x;
+}
+
+// Keys [tokens, head_dim] as they would be `tokens` positions later.
+void turn_further(const Model& model, float tokens, std::vector<float>& keys) {
+  const auto pairs = model.inv_freq.size();
+  const bool halves = model.rope_type == GGML_ROPE_TYPE_NEOX;
+  const auto dim = static_cast<std::size_t>(model.head_dim);
+  for (std::size_t f = 0; f < pairs; ++f) {
+    const float cosine = std::cos(tokens * model.inv_freq[f]);
+    const float sine = std::sin(tokens * model.inv_freq[f]);
+    for (std::size_t t = 0; t < keys.size(); t += dim) {
+      float& a = keys[t + (halves ? f : 2 * f)];
+      float& b = keys[t + (halves ? f + pairs : 2 * f + 1)];
+      const float turned = a * cosine - b * sine;
+      b = a * sine + b * cosine;
+      a = turned;
+    }
+  }
 }
 
 }  // namespace
@@ -104,12 +125,13 @@ void Runtime::attend(ggml_tensor* output, int thread, int threads, void* attenti
     for (int head = thread; head < kv_heads; head += threads) {
       tqai::KvCache& cache = runtime->caches_[layer * static_cast<std::size_t>(kv_heads) +
                                               static_cast<std::size_t>(head)];
-      cache.append(heads_of(output->src[1], head, 1), heads_of(output->src[2], head, 1));
+      cache.append(heads_of(output->src[1], head, 1), heads_of(output->src[2], head, 1), {},
+                   kThisThread);
       const tqai::Tensor out{.data = static_cast<float*>(output->data) + head * group * dim,
                              .dtype = tqai::DType::f32,
                              .shape = {1, queries->ne[2], group, dim},
                              .strides = {0, queries->ne[1] * dim, dim, 1}};
-      cache.attend(heads_of(queries, head * group, group), out);
+      cache.attend(heads_of(queries, head * group, group), out, {}, kThisThread);
     }
   } catch (...) {
     // ggml is C: nothing may be thrown through it.
@@ -317,30 +339,32 @@ void Runtime::repeat_until(int tokens) {
   }
   const std::int64_t held = tokens_;
   const std::int64_t dim = model_.head_dim;
-  std::vector<std::int64_t> positions(static_cast<std::size_t>(held));
-  for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int64_t>(i);
-  std::vector<ggml_fp16_t> keys(static_cast<std::size_t>(held * dim));
-  std::vector<ggml_fp16_t> values(keys.size());
+  std::vector<float> keys(static_cast<std::size_t>(held * dim));
+  std::vector<float> values(keys.size());
+  std::vector<ggml_fp16_t> half_keys(keys.size());
+  std::vector<ggml_fp16_t> half_values(keys.size());
+  const auto whole = [&](std::vector<float>& data) {
+    return tqai::Tensor{.data = data.data(),
+                        .dtype = tqai::DType::f32,
+                        .shape = {1, 1, held, dim},
+                        .strides = {0, 0, dim, 1}};
+  };
   for (tqai::KvCache& cache : caches_) {
-    const auto tensor = [&](std::vector<ggml_fp16_t>& data) {
-      return tqai::Tensor{.data = data.data(),
-                          .dtype = tqai::DType::f16,
-                          .shape = {1, 1, held, dim},
-                          .strides = {0, 0, dim, 1}};
-    };
-    cache.gather(0, tensor(keys), tensor(values));
+    cache.gather(0, whole(keys), whole(values));
+    ggml_fp32_to_fp16_row(values.data(), half_values.data(), held * dim);
     while (cache.tokens() < tokens) {
+      turn_further(model_, static_cast<float>(held), keys);
+      ggml_fp32_to_fp16_row(keys.data(), half_keys.data(), held * dim);
       const std::int64_t count = std::min(held, tokens - cache.tokens());
-      const auto rows = [&](const std::vector<ggml_fp16_t>& data) {
+      const auto first = [&](const std::vector<ggml_fp16_t>& data) {
         return tqai::ConstTensor{.data = data.data(),
                                  .dtype = tqai::DType::f16,
                                  .shape = {1, 1, count, dim},
                                  .strides = {0, 0, dim, 1}};
       };
-      cache.append(rows(keys), rows(values),
-                   tqai::PositionTensor{
-                       .data = positions.data(), .shape = {1, 1, count}, .strides = {0, 0, 1}});
+      cache.append(first(half_keys), first(half_values), {}, kThisThread);
     }
+    cache.seal(kThisThread);
   }
   tokens_ = tokens;
 }

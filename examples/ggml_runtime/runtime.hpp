@@ -47,8 +47,8 @@ class Runtime {
   int tokens() const { return tokens_; }
   /// Forgets all tokens from `tokens` on: those that a speculation got wrong, or the last question.
   void crop(int tokens);
-  /// Adds what the cache holds over and over until there are `tokens`. For timings of long contexts
-  /// alone: the keys keep the turn of the positions that they were computed for.
+  /// Adds what the cache holds over and over, keys turned to their new positions, until there are
+  /// `tokens`. For timings of long contexts alone.
   void repeat_until(int tokens);
   /// Bytes that keys and values take.
   std::size_t cache_bytes() const;
