@@ -6,6 +6,7 @@ A map, from what is called first down; a room imports only from those below:
   models for the command line;
 - ``files`` saves and loads caches;
 - ``hooks`` puts the caches on a model and takes them off;
+- ``serving`` holds the caches of requests that are batched continuously;
 - ``cache`` holds tokens, as transformers' own caches do;
 - ``basis`` learns what keys are quantised in, where that is asked for;
 - ``attention`` reads them;

@@ -6,7 +6,7 @@
 - each distinct config of the decoder gets tqai's attention implementation, at ``patch`` and, where
   the model or its user has chosen another since, before each pass;
 - the model's ``_prepare_cache_for_generation`` makes a compressed cache in place of DynamicCache;
-- ``init_continuous_batching`` says that it does not go with a compressed cache.
+- ``init_continuous_batching`` gives each request a compressed cache (``serving``).
 
 A model and the model inside it that is its decoder have one patch: either may be patched, patched
 again with other settings, and unpatched. ``generate`` makes compressed caches once the model that
@@ -52,6 +52,7 @@ from tqai.transformers.model.geometry import (
 )
 from tqai.transformers.model.parts import parts_of
 from tqai.transformers.model.positions import ARGUMENT, MASK, Turned, TurnWatch
+from tqai.transformers.serving.requests import requests_of
 
 _patched: WeakSet[torch.nn.Module] = WeakSet()
 """The decoders that have a hook."""
@@ -282,6 +283,12 @@ class _CacheHook:
             )
         if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
             cache.begin_pass(decoder)
+        requests = requests_of(cache)
+        if requests is not None:
+            requests.begin_pass(decoder)
+            return None
+        if any(kind.__name__ == "PagedAttentionCache" for kind in type(cache).__mro__):
+            raise NotImplementedError(attention.CONTINUOUS_BATCHING)
         if cache is not None and not decoder.training and not _is_compressed(cache):
             remark_on(
                 cache,
@@ -334,6 +341,9 @@ def _end_pass(
     cache = names.given(decoder, args, kwargs).get(str(names.cache_name(decoder)))
     if isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
         cache.end_pass()
+    requests = requests_of(cache)
+    if requests is not None:
+        requests.end_pass()
 
 
 def _is_compressed(cache: Any) -> bool:
@@ -439,8 +449,16 @@ def _check_given(
         )
 
 
-def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError(attention.CONTINUOUS_BATCHING)
+def _init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """As transformers', with a compressed cache for each request."""
+    from tqai.transformers.serving import paged  # transformers' part of it takes a while to import
+
+    if is_encoder_decoder(self) or reads_encoder(decoder_of(self)):
+        raise NotImplementedError(
+            f"continuous batching has no place for an encoder's output, which "
+            f"{type(self).__name__} reads: call generate()"
+        )
+    return paged.init_continuous_batching(lambda: fresh_cache(self), self, *args, **kwargs)
 
 
 def _reorder_cache(self: PreTrainedModel, cache: Any, beam_idx: torch.Tensor) -> Any:
@@ -459,6 +477,6 @@ def _reorder_cache(self: PreTrainedModel, cache: Any, beam_idx: torch.Tensor) ->
 
 _OVERRIDES: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
-    "init_continuous_batching": _refuse_continuous_batching,
+    "init_continuous_batching": _init_continuous_batching,
     "_reorder_cache": _reorder_cache,
 }

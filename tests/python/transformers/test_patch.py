@@ -298,13 +298,6 @@ def test_an_attention_that_tqai_does_not_know_is_named() -> None:
     assert model.config._attn_implementation == "flex_attention"
 
 
-def test_continuous_batching_is_refused(models: Models) -> None:
-    model = models()
-    tqai.patch(model)
-    with pytest.raises(NotImplementedError, match="continuous batching.*unpatch"):
-        model.generate_batch([[3, 4, 5]])
-
-
 def test_importing_tqai_imports_no_torch() -> None:
     code = "import sys, tqai; tqai.patch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
@@ -27,9 +27,31 @@ from tqai.transformers.attention.stepwise_prefill import causal_mask, steps
 from tqai.transformers.attention.view import TqaiView, Undifferentiable, Update, update_of
 
 CONTINUOUS_BATCHING = (
-    "continuous batching keeps a paged cache of its own, which tqai does not compress; "
-    "call tqai.unpatch(model) before generate_batch()"
+    "continuous batching was begun with a paged cache of its own, which tqai does not compress: "
+    "begin it with the patched model (transformers 5.24 or newer), or call tqai.unpatch(model) "
+    "before generate_batch()"
 )
+
+SEQUENCES = "tqai_sequences"
+"""The argument by which attention is given the keys and values of each request of a pass; see
+``serving.requests``."""
+
+
+class Sequence(NamedTuple):
+    """What a request's queries read in one layer."""
+
+    first: int
+    """Of its queries in the pass."""
+    count: int
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+_OF_BATCHES = frozenset(
+    "cache cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k read_index write_index is_causal "
+    "logits_indices logits_processor_args block_table use_cache".split()
+)
+"""What continuous batching tells attention, beside what any pass does."""
 
 LISTENER = "_tqai_listener"
 """What a module has that tells somebody of the queries and keys that its attention gets, before it
@@ -76,6 +98,9 @@ def attention_forward(
         RuntimeError: for views that are older than the cache, or another's cache in a model that
             has the name of tqai's attention but is not patched.
     """
+    sequences = kwargs.pop(SEQUENCES, None)
+    if sequences is not None:
+        return _attend_sequences(implementation, module, query, sequences, kwargs)
     if not isinstance(kwargs.get("cache"), (Cache, NoneType)):  # a paged one
         raise NotImplementedError(CONTINUOUS_BATCHING)
     original = original_attention(implementation, module)
@@ -97,6 +122,47 @@ def attention_forward(
         if update.cache is not None:
             update.cache.roll_back()
         raise
+
+
+def _attend_sequences(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    sequences: list[Sequence],
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Attention of each request's queries over its own tokens; see ``serving.requests``."""
+    own = {name: value for name, value in kwargs.items() if name not in _OF_BATCHES}
+    outputs = []
+    for first, count, key, value in sequences:
+        rows = query[:, :, first : first + count]
+        update = update_of(key, value)
+        if update is None:
+            window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+        else:
+            window = update.layer.sliding_window
+        mask = _mask_of(implementation, window, rows, key)
+        outputs.append(attention_forward(implementation, module, rows, key, value, mask, **own)[0])
+    return torch.cat(outputs, 1), None
+
+
+def _mask_of(
+    implementation: str, window: int | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """What a model would give its attention for a single row without padding."""
+    count, length = query.shape[2], key.shape[2]
+    slides = window is not None and length > window
+    if count == 1 and not slides:
+        return None
+    if count == length and not slides and implementation != "eager":
+        return None
+    seen = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
+    if slides:
+        seen = seen.triu(length - count - window + 1)
+    if implementation != "eager":
+        return seen[None, None]
+    least = torch.finfo(query.dtype).min
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, least)[None, None]
 
 
 def _attend_traced(

@@ -1,0 +1,1 @@
+"""Continuous batching: many requests in one pass, each with a compressed cache of its own."""

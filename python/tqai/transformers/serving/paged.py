@@ -1,0 +1,184 @@
+"""What transformers' continuous batching is given in place of its paged cache.
+
+Its scheduler, queues and block tables go on as they are: they say which requests a pass is of, and
+when one may join. Keys and values go to ``Requests``; the tensor that they would be written to has
+no memory. Needs a transformers whose models hand keys and values to ``cache.update`` themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tqai.transformers.attention.functions import SEQUENCES
+from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.serving.requests import Requests
+
+OLDEST = "5.24"
+"""transformers whose interface this is."""
+
+try:
+    from transformers.generation.continuous_batching import cache_allocators as _allocators
+    from transformers.generation.continuous_batching import continuous_api as api
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+except ImportError:
+    _allocators = None  # type: ignore[assignment]
+    api = None  # type: ignore[assignment]
+    PagedAttentionCache = object  # type: ignore[assignment,misc]
+
+
+def serves_requests() -> bool:
+    """Whether the transformers that is installed has this interface."""
+    return _allocators is not None
+
+
+def check_supported() -> None:
+    """Raises NotImplementedError, with the version's name, for one that has another interface."""
+    if not serves_requests():
+        raise NotImplementedError(
+            "continuous batching over compressed caches needs transformers "
+            f"{OLDEST} or newer; this is {transformers.__version__}, whose paged cache has another "
+            "interface: install a newer one, or call tqai.unpatch(model) before generate_batch()"
+        )
+
+
+class PackedPagedCache(PagedAttentionCache):  # type: ignore[misc]
+    """A paged cache whose blocks are counted, and whose tokens lie in compressed caches."""
+
+    def __init__(self, make_cache: Callable[[], TqaiCache], **arguments: Any) -> None:
+        device = arguments.pop("device")
+        arguments["config"] = _without_mask(arguments["config"])
+        super().__init__(device=torch.device("meta"), **arguments)
+        self.device = device
+        # Blocks of it would be handed to others by what they hold, which is here of no request.
+        self.use_prefix_sharing = self.allow_block_sharing = False
+        self.tqai_requests = Requests(make_cache)
+        self._batch: list[list[int]] | None = None
+
+    def extend_read_and_write_indices(
+        self,
+        request_id: str,
+        past_length: int,
+        query_length: int,
+        read_index: list[list[int]] | None,
+        write_index: list[list[int]],
+    ) -> None:
+        """Notes which requests the next pass is of; no index leads anywhere."""
+        if write_index is not self._batch:  # a list for each batch
+            self._batch = write_index
+            self.tqai_requests.begin_batch()
+        self.tqai_requests.expect(request_id, past_length, query_length)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a pass's tokens, and gives attention what each request reads."""
+        kwargs[SEQUENCES] = self.tqai_requests.update(key_states, value_states, layer_idx)
+        return key_states, value_states
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        """Also the request's compressed cache."""
+        super().free_blocks(request_id, no_cache)
+        self.tqai_requests.free(request_id)
+
+    def free_all_requests(self, clear_ledgers: bool = False) -> None:
+        """Also their compressed caches."""
+        super().free_all_requests(clear_ledgers)
+        self.tqai_requests.free_all()
+
+    def prepare_fork_request(self, src_state: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Forks share tiles."""
+        forked = super().prepare_fork_request(src_state, *args, **kwargs)
+        self.tqai_requests.fork(src_state.request_id, forked, src_state.current_len())
+        return forked
+
+    def perform_cache_copy(self, copy_src_and_dst: Any) -> None:
+        """Nothing: there are no blocks to copy."""
+
+
+def _without_mask(config: Any) -> Any:
+    """A copy that asks for no mask of all tokens by all tokens, as for flash attention: each
+    request reads its own cache."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = "flash_attention_2"
+    return config
+
+
+def _in_place(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """`function` with other meanings for some names of its module."""
+    plain = inspect.unwrap(function)
+    assert isinstance(plain, FunctionType)
+    return FunctionType(
+        plain.__code__,
+        {**plain.__globals__, **names},
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+
+
+def init_continuous_batching(
+    make_cache: Callable[[], TqaiCache], model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> Any:
+    """transformers' ``init_continuous_batching``, with compressed caches of `make_cache`.
+
+    Raises:
+        NotImplementedError: with a transformers before 5.24; for options that need the plain paged
+            cache's memory.
+    """
+    check_supported()
+
+    class Manager(api.ContinuousBatchingManager):  # type: ignore[name-defined]
+        """One whose batches have a ``PackedPagedCache``."""
+
+        def switch_to_cb_friendly_attn(self, *args: Any, **kwargs: Any) -> None:
+            """tqai's attention is."""
+
+        def _create_batch_processor(self) -> Any:
+            config = self.continuous_batching_config
+            if config.use_async_batching or any(config.cuda_graph_booleans):
+                raise NotImplementedError(
+                    "continuous batching over compressed caches prepares a pass when the one "
+                    "before is done, and captures no graph: leave out use_async_batching and "
+                    "use_cuda_graph, or call tqai.unpatch(model)"
+                )
+            if config.cpu_offload_space:
+                raise NotImplementedError(
+                    "cpu_offload_space moves the plain paged cache's blocks; compressed caches "
+                    "have none: leave it out, or call tqai.unpatch(model)"
+                )
+            config.max_blocks_per_request = 0  # block tables are flash attention's
+            create = _in_place(
+                api.ContinuousBatchingManager._create_batch_processor,
+                PagedAttentionCache=partial(PackedPagedCache, make_cache),
+                ContinuousBatchProcessor=_Processor,
+            )
+            return create(self)
+
+    Manager.__name__ = Manager.__qualname__ = "ContinuousBatchingManager"
+    begin = _in_place(
+        api.ContinuousMixin.init_continuous_batching, ContinuousBatchingManager=Manager
+    )
+    with torch.no_grad():
+        return begin(model, *args, **kwargs)
+
+
+if api is not None and _allocators is not None:
+
+    class _Processor(api.ContinuousBatchProcessor):
+        """One that prepares no masks."""
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**{**arguments, "config": _without_mask(arguments["config"])})

@@ -1,0 +1,207 @@
+"""Continuous batching: each request gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import tqai
+from conftest import Models, make_ids, make_model
+from tqai import _core
+from tqai.transformers.serving import paged
+from transformers import GenerationConfig
+
+if not paged.serves_requests():
+    pytest.skip("a paged cache of another interface", allow_module_level=True)
+
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+SEALING = {"residual_window": 16, "sink_tokens": 2}
+NEW = 40
+LENGTHS = (3, 17, 60, 64, 100, 130, 200, 5)
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    return [make_ids(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+def config(**more: Any) -> GenerationConfig:
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    return GenerationConfig(**{**options, **more})
+
+
+def batching(**more: Any) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(**{"num_blocks": 100, "page_size": 32, **more})
+
+
+def alone(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    return model.generate(ids, **options)[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[paged.PackedPagedCache]:
+    """All paged caches that are made in the test."""
+    caches: list[paged.PackedPagedCache] = []
+    init = paged.PackedPagedCache.__init__
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        caches.append(self)
+
+    monkeypatch.setattr(paged.PackedPagedCache, "__init__", note)
+    return caches
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("qwen2", "sdpa"),
+        ("mistral", "sdpa"),
+        ("mistral_wide", "eager"),
+        ("gemma2", "eager"),
+        ("gpt_oss", "eager"),
+    ],
+)
+def test_eight_requests_of_different_lengths_get_their_own_tokens(
+    family: str, attention: str, made: list[paged.PackedPagedCache]
+) -> None:
+    model = make_model(family, attn_implementation=attention)
+    tqai.patch(model, **SEALING)
+    given = prompts()
+    expected = [alone(model, prompt) for prompt in given]
+    results = model.generate_batch(
+        given, generation_config=config(), continuous_batching_config=batching()
+    )
+    assert [result.error for result in results.values()] == [None] * 8
+    assert [result.generated_tokens for result in results.values()] == expected
+    assert len(made) == 1 and made[0].cache_tensor.device.type == "meta"
+    assert not made[0].tqai_requests.caches  # those that have ended hold nothing
+
+
+def test_requests_join_and_leave(models: Models, made: list[paged.PackedPagedCache]) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    given = prompts()
+    expected = [alone(model, prompt) for prompt in given]
+    manager = model.init_continuous_batching(
+        generation_config=config(), continuous_batching_config=batching(max_requests_per_batch=4)
+    )
+    manager.start()
+    try:
+        endless = manager.add_request([3, 4, 5], max_new_tokens=1500)
+        names = []
+        for prompt in given:
+            names.append(manager.add_request(prompt, max_new_tokens=NEW))
+            time.sleep(0.02)
+        results = {}
+        end = time.time() + 60
+        while len(results) < len(given) and time.time() < end:
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                results[result.request_id] = result.generated_tokens
+        assert endless in made[0].tqai_requests.caches
+        manager.cancel_request(endless)
+        while made[0].tqai_requests.caches and time.time() < end:
+            time.sleep(0.01)
+        assert not made[0].tqai_requests.caches
+    finally:
+        manager.stop(block=True, timeout=20)
+        manager.destroy()
+    assert [results[name] for name in names] == expected
+
+
+def test_a_prompt_longer_than_a_pass_keeps_others_as_they_are(models: Models) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    given = prompts((300, 40))
+    expected = [alone(model, given[0]), alone(model, given[1])]
+    results = model.generate_batch(
+        given, generation_config=config(), continuous_batching_config=batching(max_batch_tokens=64)
+    )
+    tokens = [result.generated_tokens for result in results.values()]
+    assert [len(each) for each in tokens] == [NEW, NEW] and tokens[1] == expected[1]
+
+
+def test_several_answers_share_the_tiles_of_their_prompt(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    prompt = prompts((100,))[0]
+    expected = alone(model, prompt)
+    shared = []
+    fork = paged.Requests.fork
+
+    def note(self: Any, request: str, copies: list[str], tokens: int) -> None:
+        before = _core.allocated_bytes()
+        fork(self, request, copies, tokens)
+        shared.append((len(copies), _core.allocated_bytes() - before, self.caches[request].nbytes))
+
+    monkeypatch.setattr(paged.Requests, "fork", note)
+    results = model.generate_batch(
+        [prompt],
+        generation_config=config(num_return_sequences=3, do_sample=True, top_k=1),
+        continuous_batching_config=batching(),
+    )
+    assert [result.generated_tokens for result in results.values()] == [expected] * 3
+    assert shared
+    for copies, grown, held in shared:
+        assert copies == 2 and grown < held / 2
+
+
+def test_layers_that_stay_exact(models: Models) -> None:
+    model = models()
+    tqai.patch(model, skip_layers=[0], **SEALING)
+    given = prompts((100, 7))
+    expected = [alone(model, prompt) for prompt in given]
+    results = model.generate_batch(
+        given, generation_config=config(), continuous_batching_config=batching()
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_async_batching": True}, "use_async_batching"),
+        ({"cpu_offload_space": 1.0}, "cpu_offload_space"),
+    ],
+)
+def test_what_needs_the_plain_cache_is_refused(
+    models: Models, options: dict[str, Any], message: str
+) -> None:
+    model = models()
+    tqai.patch(model)
+    manager = model.init_continuous_batching(
+        generation_config=config(), continuous_batching_config=batching(**options)
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        manager.warmup()
+
+
+def test_a_plain_paged_cache_in_a_patched_model_is_refused(models: Models) -> None:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    model = models()
+    tqai.patch(model)
+    plain = PagedAttentionCache.__new__(PagedAttentionCache)
+    with pytest.raises(NotImplementedError, match=r"continuous batching.*tqai.unpatch\(model\)"):
+        model(make_ids(), cache=plain)
+
+
+def test_unpatched_the_model_has_its_own_again(models: Models) -> None:
+    model = models()
+    tqai.patch(model)
+    tqai.unpatch(model)
+    given = prompts((20, 7))
+    results = model.generate_batch(
+        given, generation_config=config(), continuous_batching_config=batching()
+    )
+    expected = [alone(model, prompt) for prompt in given]
+    assert [result.generated_tokens for result in results.values()] == expected
