@@ -22,10 +22,14 @@ from tqai.transformers.basis.learn import SEED, Moments, learn_moments
 from tqai.transformers.model.geometry import Geometry
 from tqai.transformers.weights.identity import State
 
+LAST_POSITION = 2048
+"""Positions that moments are averaged up to: nearer ones serve short texts better, and farther
+ones long texts."""
 KEPT = 4
 """Of a model, by seed and bits."""
 _DELAY = 1.0
 """Seconds after which progress is shown."""
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,20 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
     assert decoder is not None
     _check_weights(geometry, decoder)
     with logging.tqdm(
-        total=len(geometry.heads) + len(bits), desc="Learning key bases", delay=_DELAY, unit="layer"
+        total=2 * len(bits), desc="Learning key bases", delay=_DELAY, bar_format=_BAR
     ) as bar:
-        moments = learn_moments(geometry, decoder, seed, bar.update)
+
+        def progress(share: float) -> None:
+            bar.update(share * len(bits))
+
+        moments = learn_moments(geometry, decoder, seed, progress)
 
         def learn(layer: int) -> _core.KeyBasis | str:
             known: Moments = moments[layer]
             basis = known
             if isinstance(known, _core.KeyMoments):
                 try:
-                    basis = _core.KeyBasis.learn(known, bits[layer])
+                    basis = _core.KeyBasis.learn(known, bits[layer], LAST_POSITION)
                 except ValueError as error:  # nobody reads its keys, or they are no numbers
                     basis = str(error)
             bar.update()

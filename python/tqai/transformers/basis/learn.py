@@ -1,18 +1,20 @@
 """What a model's keys and queries look like, found out from the model alone.
 
-A shadow of the model reads random tokens, once, and what each layer's attention gets is summed up.
-No text is needed: keys and queries are projections of what goes through the model, and most of
-their structure is the projections'. Many short rows are better than one long one, whose later
-tokens look at one another in ways that no text brings about; see docs/algorithm.md.
+A shadow of the model writes some text, each next token drawn from what the model itself expects,
+and what each layer's attention gets while it does is summed up. No text is needed, and the model's
+own is as good as others'. Many short rows differ more among one another than few long ones; see
+docs/algorithm.md. A decoder without a head that tells next tokens reads random ones instead.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
@@ -22,16 +24,20 @@ from tqai.transformers.attention import functions as attention
 from tqai.transformers.attention.original import configs_of, patched_name
 from tqai.transformers.model.devices import device_of, lacks_memory
 from tqai.transformers.model.find_rope import first_too_far, turn_unrecognised
-from tqai.transformers.model.geometry import Geometry
+from tqai.transformers.model.geometry import Geometry, is_encoder_decoder
 from tqai.transformers.model.names import cache_argument
+from tqai.transformers.model.parts import keeper_of
 from tqai.transformers.model.shadow import shadow_of
+from tqai.transformers.weights.identity import watch_of
 
-ROW_TOKENS = 64
+ROW_TOKENS = 8
+"""Of what a model writes: many beginnings differ more than few long texts."""
+RANDOM_ROW_TOKENS = 64
 TOKENS = 1024
 """With half as many, what is learnt depends on which tokens they happen to be."""
 TOKENS_A_COORDINATE = 4
 """Of heads so wide that this is more."""
-SINK_TOKENS = 4
+SINK_TOKENS = 1
 """Of each row, left out: attention's sinks look like no other token's keys."""
 SEED = 1952541041
 """Of the token ids where the settings name none; ``tqai::CacheOptions::seed``."""
@@ -41,33 +47,88 @@ Moments = _core.KeyMoments | str
 
 
 def learn_moments(
-    geometry: Geometry, decoder: torch.nn.Module, seed: int, progress: Callable[[], object]
+    geometry: Geometry, decoder: torch.nn.Module, seed: int, progress: Callable[[float], object]
 ) -> list[Moments]:
     """What the keys and queries of each of the decoder's cache layers look like.
 
     The same weights and seed give the same on one machine and version of PyTorch, whatever the
     number of threads. Nothing is done to the decoder, nor to random numbers or autocast.
 
-    progress: called for each attention that was seen.
+    progress: called with the share of the work that has been done since it was called before.
 
     Raises:
         NotImplementedError: for a decoder that does not take token ids alone.
         MemoryError, RuntimeError: where there is no memory for that.
     """
-    layers = len(geometry.heads)
-    shadow = shadow_of(decoder)
-    unrecognised = turn_unrecognised(shadow, geometry.config, geometry.ropes)
-    listener = _Listener(geometry, unrecognised, progress)
+    unrecognised = turn_unrecognised(shadow_of(decoder), geometry.config, geometry.ropes)
+    longest = first_too_far(geometry.config)
+    listener = _Listener(geometry, unrecognised, min(ROW_TOKENS, longest))
+    writer = _writer_of(decoder)
+    if writer is None or not _write(writer, decoder, geometry, seed, listener, progress):
+        listener = _Listener(geometry, unrecognised, min(RANDOM_ROW_TOKENS, longest))
+        _read(decoder, geometry, seed, listener)
+        progress(1.0)
+    return [listener.moments_of(layer) for layer in range(len(geometry.heads))]
+
+
+def _writer_of(decoder: torch.nn.Module) -> torch.nn.Module | None:
+    """The model that has the decoder and a head that tells next tokens of token ids alone."""
+    model = watch_of(decoder).model()
+    if model is None or is_encoder_decoder(model):
+        return None
+    model = keeper_of(model)
+    head = getattr(model, "get_output_embeddings", None)
+    return model if head is not None and head() is not None else None
+
+
+def _write(
+    model: torch.nn.Module,
+    decoder: torch.nn.Module,
+    geometry: Geometry,
+    seed: int,
+    listener: _Listener,
+    progress: Callable[[float], object],
+) -> bool:
+    """Lets the model write; whether it can."""
+    shadow = shadow_of(model)
     _make_heard(shadow, decoder, listener)
     device = device_of(shadow)
-    numbered = [device] if device.type == "cuda" else []
+    length = min(ROW_TOKENS, first_too_far(geometry.config))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = _first_ids(geometry, _rows(geometry, length), generator)
+    with _alone(device):
+        for at in range(length):
+            listener.first = at
+            listener.cache.handed.clear()
+            try:
+                cache = cache_argument(shadow, listener.cache)
+                logits = shadow(input_ids=ids.to(device), use_cache=True, **cache).logits
+            except Exception as error:  # whatever a model's own code raises
+                if lacks_memory(error):
+                    raise
+                return False
+            progress(1.0 / length)
+            if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+                return False
+            ids = _drawn(logits[:, 0, : geometry.config.vocab_size], generator)
+    return True
+
+
+def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """[rows, 1] int64: a next token of each row, of logits [rows, tokens]."""
+    likely = logits.float().nan_to_num().softmax(-1).cpu().cumsum(-1)
+    at = torch.rand(len(likely), 1, generator=generator, device="cpu") * likely[:, -1:]
+    return torch.searchsorted(likely, at, right=True).clamp(max=likely.shape[1] - 1)
+
+
+def _read(decoder: torch.nn.Module, geometry: Geometry, seed: int, listener: _Listener) -> None:
+    """Lets the decoder read random tokens."""
+    shadow = shadow_of(decoder)
+    _make_heard(shadow, decoder, listener)
+    device = device_of(shadow)
     try:
         ids = _random_ids(geometry, seed)
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(numbered),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with _alone(device):
             shadow(
                 input_ids=ids.to(device), use_cache=True, **cache_argument(shadow, listener.cache)
             )
@@ -75,26 +136,50 @@ def learn_moments(
         if lacks_memory(error):
             raise
         raise NotImplementedError(
-            f"codec='adaptive' learns from a forward pass of {geometry.model} over random tokens, "
+            f"codec='adaptive' learns from a forward pass of {geometry.model} over token ids, "
             f"which its {type(decoder).__name__} does not take ({type(error).__name__}: {error}): "
             "use codec='scalar'"
         ) from error
-    return [listener.moments_of(layer) for layer in range(layers)]
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """Passes inside leave gradients, random numbers and autocast as they are, and their sums do not
+    depend on the number of threads, as those of PyTorch's fused attention for single queries do."""
+    numbered = [device] if device.type == "cuda" else []
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(numbered),
+        torch.autocast(device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
+
+
+def _rows(geometry: Geometry, length: int) -> int:
+    dims = [heads.dim for heads in geometry.heads if heads is not None]
+    tokens = max(TOKENS, TOKENS_A_COORDINATE * max(dims, default=0))
+    return -(-tokens // length)
 
 
 def _random_ids(geometry: Geometry, seed: int) -> torch.Tensor:
     """[rows, tokens] int64; each row begins with the token that the model's texts begin with."""
-    config = geometry.config
-    dims = [heads.dim for heads in geometry.heads if heads is not None]
-    length = min(ROW_TOKENS, first_too_far(config))
-    tokens = max(TOKENS, TOKENS_A_COORDINATE * max(dims, default=0))
-    rows = -(-tokens // length)
+    length = min(RANDOM_ROW_TOKENS, first_too_far(geometry.config))
     generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(config.vocab_size, (rows, length), generator=generator, device="cpu")
+    first = _first_ids(geometry, _rows(geometry, length), generator)
+    shape = len(first), length - 1
+    vocabulary = geometry.config.vocab_size
+    others = torch.randint(vocabulary, shape, generator=generator, device="cpu")
+    return torch.cat([first, others], 1)
+
+
+def _first_ids(geometry: Geometry, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """[rows, 1] int64: what the model's texts begin with; drawn where it does not say."""
+    config = geometry.config
     first = getattr(config, "bos_token_id", None)
     if isinstance(first, int) and 0 <= first < config.vocab_size:
-        ids[:, 0] = first
-    return ids
+        return torch.full((rows, 1), first, device="cpu")
+    return torch.randint(config.vocab_size, (rows, 1), generator=generator, device="cpu")
 
 
 def _make_heard(shadow: torch.nn.Module, decoder: torch.nn.Module, listener: _Listener) -> None:
@@ -148,14 +233,17 @@ class _Listener:
     whose cached keys are turned into something else before attention has none.
     """
 
-    def __init__(
-        self, geometry: Geometry, unrecognised: tuple[bool, ...], progress: Callable[[], object]
-    ) -> None:
+    def __init__(self, geometry: Geometry, unrecognised: tuple[bool, ...], length: int) -> None:
+        """length: of the rows."""
         self.cache = _NotingCache(geometry.config)
+        self._sinks = min(SINK_TOKENS, length - 1)
+        self.first = 0
+        """Position of the first token of the pass."""
         self._ropes: tuple[Rope | None, ...] = geometry.ropes
         self._unrecognised = unrecognised
-        self._progress = progress
         self._moments: dict[int, Moments] = {}
+        self._read_until: dict[int, int] = {}
+        """Positions of keys that are in a layer's moments."""
 
     def moments_of(self, layer: int) -> Moments:
         unseen = "its attention is not seen to read the keys that the cache holds"
@@ -169,43 +257,46 @@ class _Listener:
         if layer not in self._moments:
             self._moments[layer] = self._begun(layer, key)
         moments = self._moments[layer]
-        if isinstance(moments, _core.KeyMoments):
-            try:
-                _add_queries(moments, query)
-            except ValueError as error:
-                self._moments[layer] = f"of its queries: {error}"
-        self._progress()
+        if not isinstance(moments, _core.KeyMoments):
+            return
+        of = "keys"
+        try:
+            if self._read_until.get(layer, 0) <= self.first:  # not yet by another layer
+                self._read_until[layer] = self.first + query.shape[2]
+                for head in range(key.shape[1]):
+                    own = key[:, head : head + 1, -query.shape[2] :]
+                    self._add(moments.add_keys, head, own)
+            of = "queries"
+            self._add_queries(moments, query)
+        except ValueError as error:
+            self._moments[layer] = f"of its {of}: {error}"
 
     def _begun(self, layer: int, keys: torch.Tensor) -> Moments:
-        """Of a layer's keys, without any queries."""
+        """Of a layer's keys, before any are added."""
         if self._unrecognised[layer]:
             return "its rotary embedding is not recognised"
         rope = self._ropes[layer]
         argument = None if rope is None else rope.core_argument()
         try:
-            moments = _core.KeyMoments(keys.shape[1], keys.shape[3], rope=argument)
-            for head in range(keys.shape[1]):
-                _add(moments.add_keys, head, keys[:, head : head + 1])
+            return _core.KeyMoments(keys.shape[1], keys.shape[3], rope=argument)
         except ValueError as error:
             return f"of its keys: {error}"
-        return moments
 
+    def _add_queries(self, moments: _core.KeyMoments, queries: torch.Tensor) -> None:
+        groups, rest = divmod(queries.shape[1], moments.kv_heads)
+        if rest or queries.shape[3] != moments.head_dim:
+            raise ValueError(
+                f"{queries.shape[1]} heads of {queries.shape[3]} read {moments.kv_heads} of "
+                f"{moments.head_dim}"
+            )
+        for head in range(moments.kv_heads):
+            own = queries[:, head * groups : (head + 1) * groups]
+            self._add(moments.add_queries, head, own)
 
-def _add_queries(moments: _core.KeyMoments, queries: torch.Tensor) -> None:
-    groups, rest = divmod(queries.shape[1], moments.kv_heads)
-    if rest or queries.shape[3] != moments.head_dim:
-        raise ValueError(
-            f"{queries.shape[1]} heads of {queries.shape[3]} read {moments.kv_heads} of "
-            f"{moments.head_dim}"
-        )
-    for head in range(moments.kv_heads):
-        _add(moments.add_queries, head, queries[:, head * groups : (head + 1) * groups])
-
-
-def _add(add: Callable[..., None], head: int, vectors: torch.Tensor) -> None:
-    """vectors: [rows, heads, tokens, head_dim], token i of each row and head at position i."""
-    rows, heads, tokens, dim = vectors.shape
-    first = min(SINK_TOKENS, tokens - 1)
-    numbers = vectors[:, :, first:].float().reshape(-1, dim).cpu().numpy()
-    positions = torch.arange(first, tokens, device="cpu").repeat(rows * heads).numpy()
-    add(head, numbers, positions)
+    def _add(self, add: Callable[..., None], head: int, vectors: torch.Tensor) -> None:
+        """vectors: [rows, heads, tokens, head_dim], of the pass."""
+        rows, heads, tokens, dim = vectors.shape
+        left_out = min(max(self._sinks - self.first, 0), tokens)
+        numbers = vectors[:, :, left_out:].float().reshape(-1, dim).cpu().numpy()
+        positions = torch.arange(self.first + left_out, self.first + tokens, device="cpu")
+        add(head, numbers, positions.repeat(rows * heads).numpy())

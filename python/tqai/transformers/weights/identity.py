@@ -152,12 +152,15 @@ class Watch:
 
     def surround(self, model: nn.Module) -> None:
         """Watches also what of `model`, whose decoder this is, makes the decoder's input."""
-        known = None if self._model is None else self._model()
-        if known is None and model is not self.decoder():
+        if self.model() is None and model is not self.decoder():
             self._model, self._seen = ref(model), None
 
+    def model(self) -> nn.Module | None:
+        """What was told to surround the decoder, if that is still there."""
+        return None if self._model is None else self._model()
+
     def _around(self, decoder: nn.Module) -> list[Part]:
-        model = None if self._model is None else self._model()
+        model = self.model()
         return [] if model is None else list(parts_around(model, decoder))
 
     @torch.compiler.disable

@@ -235,7 +235,7 @@ def test_an_error_leaves_all_as_it_was(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("tqai.transformers.basis.learn._add_queries", fails)
+        patched.setattr("tqai.transformers.basis.learn._Listener._add_queries", fails)
         with pytest.raises(error):
             tqai.patch(model, codec="adaptive")
     assert traces(model) == before
@@ -247,6 +247,7 @@ def test_an_error_leaves_all_as_it_was(
 def test_progress_is_shown_when_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(bases, "_DELAY", 1e9)  # a busy machine takes longer than a second
     tqai.patch(make_model(seed=7), codec="adaptive")
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(bases, "_DELAY", 1e-9)

@@ -19,7 +19,7 @@ ADAPTIVE: Any = {"codec": "adaptive", **SEALING}
 
 
 def moments_of(model: Any, seed: int = 1) -> list[Any]:
-    return learn.learn_moments(geometry_of(model), decoder_of(model), seed, lambda: None)
+    return learn.learn_moments(geometry_of(model), decoder_of(model), seed, lambda share: None)
 
 
 def codecs_of(model: Any) -> dict[str, int]:
@@ -32,11 +32,25 @@ def make(name: str, **fields: Any) -> Any:
     return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_they_are_the_moments_of_what_attention_reads(models: Models, family: str) -> None:
-    model = models(family)
+def written_by(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, list[Any]]:
+    """[rows, tokens] int64 that the model writes while it is learnt from, and what is learnt."""
+    drawn: list[torch.Tensor] = []
+    draw = learn._drawn
+
+    def noted(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(draw(logits, generator))
+        return drawn[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(learn, "_drawn", noted)
+        moments = moments_of(model)
+    first = torch.full_like(drawn[0], SMALL["bos_token_id"])
+    return torch.cat([first, *drawn[:-1]], 1), moments
+
+
+def checked(model: Any, ids: torch.Tensor, found: Any) -> None:
+    """Holds moments of layer 1 against what its projections make of the ids."""
     decoder, geometry = decoder_of(model), geometry_of(model)
-    ids = learn._random_ids(geometry, 1)
     seen: list[tuple[Any, Any]] = []
     cache = hf.DynamicCache(config=model.config)
     attention = decoder.layers[1].self_attn
@@ -49,7 +63,6 @@ def test_they_are_the_moments_of_what_attention_reads(models: Models, family: st
     assert heads is not None
     queries = seen[0].reshape(*ids.shape, -1, heads.dim)  # not turned yet, as in position 0
     groups = queries.shape[2] // heads.count
-    found = moments_of(model)[1]
     for head in range(heads.count):
         own = queries[:, learn.SINK_TOKENS :, head * groups : (head + 1) * groups]
         flat = own.reshape(-1, heads.dim).double().numpy()
@@ -61,10 +74,79 @@ def test_they_are_the_moments_of_what_attention_reads(models: Models, family: st
         assert found.keys_until(head, 0).trace() <= keys.square().sum(-1).mean() + 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_they_are_the_moments_of_what_attention_reads(
+    models: Models, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(family)
+    ids, moments = written_by(model, monkeypatch)
+    assert ids.shape == (learn.TOKENS // learn.ROW_TOKENS, learn.ROW_TOKENS)
+    checked(model, ids, moments[1])
+
+
+def test_a_model_writes_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(seed=12)
+    ids, _ = written_by(model, monkeypatch)
+    assert len(ids.unique()) > 64
+    with torch.no_grad():
+        model.lm_head.weight[40:].copy_(-model.lm_head.weight[:1])
+        model.lm_head.weight[:40].copy_(model.lm_head.weight[:1] * 2000)
+    ids, _ = written_by(model, monkeypatch)  # 0 to 39, or the others, from any state
+    lower = ids[:, 1:] < 40
+    assert lower.any() and not lower.all()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, :-1].argmax(-1) < 40
+    assert (expected == lower).float().mean() > 0.99
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, torch.nan]]).expand(4000, 5).clone()
+    logits[:, 4] = -torch.inf
+    drawn = learn._drawn(logits, torch.Generator("cpu").manual_seed(1))
+    assert drawn.shape == (4000, 1)
+    shares = torch.bincount(drawn[:, 0], minlength=5) / 4000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0.0, atol=0.03)
+    assert (learn._drawn(torch.full((9, 7), torch.nan), torch.Generator("cpu")) < 7).all()
+
+
+def test_a_decoder_without_a_head_reads_random_tokens() -> None:
+    torch.manual_seed(1)
+    model = hf.AutoModel.from_config(hf.LlamaConfig(**SMALL)).eval()
+    checked(model, learn._random_ids(geometry_of(model), 1), moments_of(model)[1])
+
+
+def test_a_model_whose_forward_wants_more_than_ids_reads_random_tokens() -> None:
+    class Wanting(hf.LlamaForCausalLM):
+        """Takes ids with an image alone."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if "image" not in kwargs:
+                raise ValueError("no image")
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(1)
+    model = Wanting(hf.LlamaConfig(**SMALL)).eval()
+    checked(model, learn._random_ids(geometry_of(model), 1), moments_of(model)[1])
+
+
+def test_the_number_of_threads_does_not_show() -> None:
+    model = make_model(seed=11)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append([each.queries_until(0, 0) for each in moments_of(model)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert np.array_equal(one, two)
+
+
 def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> None:
     geometry = geometry_of(models("llama"))
     ids = learn._random_ids(geometry, 1)
-    assert ids.shape == (learn.TOKENS // learn.ROW_TOKENS, learn.ROW_TOKENS)
+    assert ids.shape == (learn.TOKENS // learn.RANDOM_ROW_TOKENS, learn.RANDOM_ROW_TOKENS)
     assert (ids[:, 0] == SMALL["bos_token_id"]).all()
     assert torch.equal(ids, learn._random_ids(geometry, 1))
     assert not torch.equal(ids, learn._random_ids(geometry, 2))
@@ -163,7 +245,8 @@ def test_queries_of_layers_that_share_keys_count() -> None:
 def test_sliding_layers_have_bases_of_all_rows() -> None:
     model = make_model("mistral")  # whose window is shorter than a row
     found = moments_of(model)[0]
-    assert found.tokens(0) == 16 * (learn.ROW_TOKENS - learn.SINK_TOKENS)
+    rows = learn.TOKENS // learn.ROW_TOKENS
+    assert found.tokens(0) == rows * (learn.ROW_TOKENS - learn.SINK_TOKENS)
     cache = filled(model, tqai.patch(model, residual_window=4, codec="adaptive"), make_ids(1, 200))
     assert cache.memory_report()["packed_tokens"] >= 0
     assert cache.memory_report()["codecs"] == {"adaptive": 2}
