@@ -14,6 +14,7 @@ namespace TQAI_LOCAL {
 
 using kernels::kMaxHeads;
 using kernels::kMaxRows;
+using kernels::MaskRun;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
@@ -53,6 +54,7 @@ TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
   }
   if (options_.mask) mask_columns_ = tokens_ - mask_first_;
   mask_stride_ = round_up(mask_columns_, kLineFloats);
+  run_stride_ = round_up(divide_up(mask_columns_, std::int64_t{kTileTokens}), kLineBytes);
   bool has_rope = false;
   for (const Row& row : rows_) {
     sets_ = std::max(sets_, std::ssize(row.centre_sets));
@@ -65,7 +67,9 @@ TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
       static_cast<std::int64_t>(context_.kernels->prepared_bytes(context_.codec->plan().keys,
                                                                  static_cast<int>(row_capacity_)) /
                                 sizeof(float));
-  unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ + parts_ * value_padded_) +
+  unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ +
+                                  run_stride_ / static_cast<std::int64_t>(sizeof(float)) +
+                                  parts_ * value_padded_) +
                  sets_ * factor_floats_ + prepared_floats_;
 }
 
@@ -112,7 +116,9 @@ TQAI_INLINE AttendUnits::Work AttendUnits::work(const Batch& batch,
   work.plain = batch.floats_ + index * unit_floats_;
   work.factors = work.plain + row_capacity_ * key_padded_;
   work.mask = work.factors + sets_ * factor_floats_;
-  work.outputs = work.mask + row_capacity_ * mask_stride_;
+  float* const runs = work.mask + row_capacity_ * mask_stride_;
+  work.runs = reinterpret_cast<std::uint8_t*>(runs);
+  work.outputs = runs + row_capacity_ * run_stride_ / static_cast<std::int64_t>(sizeof(float));
   work.prepared =
       reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
   work.states = batch.states_ + index * parts_;
@@ -168,34 +174,101 @@ TQAI_INLINE void AttendUnits::fill_mask(const Unit& unit, const Work& work) cons
   const auto pick = [&mask](std::size_t axis, std::int64_t i) {
     return (mask.shape[axis] == 1 ? 0 : i) * mask.strides[axis];
   };
+  std::int64_t base_before = 0;
   for (int r = 0; r < unit.rows; ++r) {
     const Place at = place(unit, r);
     float* row = work.mask + r * mask_stride_;
     const std::int64_t base = pick(0, unit.batch_row) + pick(1, at.query_head) + pick(2, at.query);
     const std::int64_t skipped = std::max<std::int64_t>(options_.first_token - mask_first_, 0);
-    std::fill_n(row, std::min(skipped, mask_columns_), 0.0F);  // not seen anyhow
-    for (std::int64_t i = skipped; i < mask_columns_; ++i) {
-      const std::int64_t at_element =
-          base + (mask_first_ + i - options_.first_token) * mask.strides[3];
-      switch (mask.kind) {
-        case Mask::Kind::boolean:
-          row[i] = static_cast<const std::uint8_t*>(mask.data)[at_element] != 0 ? 0.0F : -kInfinity;
-          break;
-        case Mask::Kind::f32: row[i] = static_cast<const float*>(mask.data)[at_element]; break;
-        case Mask::Kind::f16:
-          row[i] = from_half(static_cast<const std::uint16_t*>(mask.data)[at_element]);
-          break;
-        case Mask::Kind::bf16:
-          row[i] = from_bfloat16(static_cast<const std::uint16_t*>(mask.data)[at_element]);
-          break;
+    std::uint8_t* runs = work.runs + r * run_stride_;
+    const Row& tokens = rows_[static_cast<std::size_t>(unit.batch_row)];
+    if (mask.kind == Mask::Kind::boolean && mask.strides[3] == 1 && tokens.gaps.empty()) {
+      // Query heads of one query mostly share a mask.
+      if (r > 0 && base == base_before) {
+        std::copy_n(runs - run_stride_, run_stride_, runs);
+      } else {
+        find_runs(static_cast<const std::uint8_t*>(mask.data) + base, skipped, runs);
       }
+      base_before = base;
+      fill_boolean(static_cast<const std::uint8_t*>(mask.data) + base, skipped, runs, row);
+      continue;
     }
+    std::fill_n(row, std::min(skipped, mask_columns_), 0.0F);  // not seen anyhow
+    convert_mask(base, skipped, mask_columns_, row);
     if (!std::all_of(row + skipped, row + std::max(skipped, mask_columns_),
                      [](float x) { return x < kInfinity; })) {
       work.finite[r] = false;
       std::fill_n(row, mask_columns_, 0.0F);
     }
-    close_gaps(rows_[static_cast<std::size_t>(unit.batch_row)], row);
+    close_gaps(tokens, row);
+    for (std::int64_t from = 0; from < mask_columns_; from += kTileTokens) {
+      const float* end = row + std::min<std::int64_t>(from + kTileTokens, mask_columns_);
+      const auto all = [&](float value) {
+        return std::all_of(static_cast<const float*>(row + from), end,
+                           [=](float x) { return x == value; });
+      };
+      runs[from / kTileTokens] = all(0.0F)         ? MaskRun::zeros
+                                 : all(-kInfinity) ? MaskRun::hidden
+                                                   : MaskRun::mixed;
+    }
+  }
+}
+
+TQAI_INLINE void AttendUnits::convert_mask(std::int64_t base, std::int64_t from, std::int64_t to,
+                                           float* row) const noexcept {
+  const Mask& mask = *options_.mask;
+  for (std::int64_t i = from; i < to; ++i) {
+    const std::int64_t at_element =
+        base + (mask_first_ + i - options_.first_token) * mask.strides[3];
+    switch (mask.kind) {
+      case Mask::Kind::boolean:
+        row[i] = static_cast<const std::uint8_t*>(mask.data)[at_element] != 0 ? 0.0F : -kInfinity;
+        break;
+      case Mask::Kind::f32: row[i] = static_cast<const float*>(mask.data)[at_element]; break;
+      case Mask::Kind::f16:
+        row[i] = from_half(static_cast<const std::uint16_t*>(mask.data)[at_element]);
+        break;
+      case Mask::Kind::bf16:
+        row[i] = from_bfloat16(static_cast<const std::uint16_t*>(mask.data)[at_element]);
+        break;
+    }
+  }
+}
+
+TQAI_INLINE void AttendUnits::find_runs(const std::uint8_t* seen, std::int64_t skipped,
+                                        std::uint8_t* runs) const noexcept {
+  const std::int64_t offset = mask_first_ - options_.first_token;
+  const std::int64_t count = divide_up(mask_columns_, std::int64_t{kTileTokens});
+  const auto end_of = [this](std::int64_t run) {
+    return std::min<std::int64_t>((run + 1) * kTileTokens, mask_columns_);
+  };
+  for (std::int64_t run = 0; run < count; ++run) {
+    // Columns before `skipped` are not seen anyhow.
+    const std::int64_t from = std::max(run * kTileTokens, skipped);
+    std::uint8_t unseen = 0;  // at most 64
+    for (std::int64_t i = from; i < end_of(run); ++i) {
+      unseen = static_cast<std::uint8_t>(unseen + (seen[offset + i] == 0 ? 1 : 0));
+    }
+    runs[run] = unseen == 0                    ? MaskRun::zeros
+                : unseen == end_of(run) - from ? MaskRun::hidden
+                                               : MaskRun::mixed;
+  }
+}
+
+TQAI_INLINE void AttendUnits::fill_boolean(const std::uint8_t* seen, std::int64_t skipped,
+                                           const std::uint8_t* runs, float* row) const noexcept {
+  const std::int64_t offset = mask_first_ - options_.first_token;
+  const std::int64_t count = divide_up(mask_columns_, std::int64_t{kTileTokens});
+  const auto end_of = [this](std::int64_t run) {
+    return std::min<std::int64_t>((run + 1) * kTileTokens, mask_columns_);
+  };
+  for (std::int64_t run = 0; run < count; ++run) {
+    const bool alike = (run == 0 || runs[run - 1] == runs[run]) &&
+                       (run + 1 == count || runs[run + 1] == runs[run]);
+    if (alike && runs[run] != MaskRun::mixed) continue;
+    for (std::int64_t i = run * kTileTokens; i < end_of(run); ++i) {
+      row[i] = i < skipped || seen[offset + i] != 0 ? 0.0F : -kInfinity;
+    }
   }
 }
 
@@ -224,6 +297,8 @@ TQAI_INLINE void AttendUnits::set_range(const Unit& unit, const Work& work, std:
   softmax.first = first;
   softmax.end = end;
   softmax.mask = options_.mask ? work.mask + (start - mask_first_) : nullptr;
+  softmax.mask_runs = work.runs;
+  softmax.mask_column = start - mask_first_;
 }
 
 TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& work,
@@ -233,6 +308,7 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
   softmax.rows = unit.rows;
   softmax.soft_cap = options_.soft_cap;
   softmax.mask_stride = mask_stride_;
+  softmax.mask_run_stride = run_stride_;
   softmax.max = state.max;
   softmax.sums = state.sums;
   softmax.output = work.outputs + part * row_capacity_ * value_padded_;

@@ -119,6 +119,7 @@ class AttendUnits {
     float* plain;           // [row_capacity_, padded key dim]
     float* factors;         // of `centres`
     float* mask;            // [row_capacity_, mask_stride_], where there is one
+    std::uint8_t* runs;     // [row_capacity_, run_stride_], kernels::MaskRun of its columns
     float* outputs;         // of parts: [parts_, row_capacity_, padded value dim]
     std::byte* prepared;    // Kernels::prepare_queries, 64-byte aligned too
     PartState* states;      // of parts: [parts_]
@@ -144,6 +145,14 @@ class AttendUnits {
   }
 
   void fill_mask(const Unit& unit, const Work& work) const noexcept;
+  // Columns [from, to) of a mask row; `base`: of its first element.
+  void convert_mask(std::int64_t base, std::int64_t from, std::int64_t to,
+                    float* row) const noexcept;
+  // Of a boolean mask row whose columns follow one another: its runs, and its columns only where
+  // the kernels read them. skipped: columns that are not seen anyhow.
+  void find_runs(const std::uint8_t* seen, std::int64_t skipped, std::uint8_t* runs) const noexcept;
+  void fill_boolean(const std::uint8_t* seen, std::int64_t skipped, const std::uint8_t* runs,
+                    float* row) const noexcept;
   // Puts a mask row's columns where the row's tokens have their places.
   void close_gaps(const Row& row, float* mask) const noexcept;
   void attend_exact(const Unit& unit, const Work& work, std::int64_t part, kernels::Softmax softmax,
@@ -173,6 +182,7 @@ class AttendUnits {
   std::int64_t mask_first_ = 0;  // place of a mask row's first float
   std::int64_t mask_columns_ = 0;
   std::int64_t mask_stride_ = 0;
+  std::int64_t run_stride_ = 0;  // a multiple of 64
   int key_padded_;
   int value_padded_;
   std::int64_t sets_ = 1;           // centre sets of the batch row that has most

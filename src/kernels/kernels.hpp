@@ -114,6 +114,10 @@ struct TilePlan {
   std::size_t bytes;  // of a tile
 };
 
+/// What a mask adds to all of 64 tokens. Of several runs the bits that all have say what they
+/// share.
+enum MaskRun : std::uint8_t { mixed = 0, zeros = 1, hidden = 2 };
+
 /// What a query row may see, and how its scores become weights; shared by both attention kernels.
 /// Queries come multiplied by scale · log2 e, or by scale / soft_cap where there is a cap.
 struct Softmax {
@@ -123,6 +127,11 @@ struct Softmax {
   const std::int64_t* end;
   const float* mask;  // [rows, …] added to scores, token 0 first; null: none
   std::int64_t mask_stride;
+  // MaskRun of each 64 columns of the mask, of which token 0 is column mask_column. Where a run and
+  // its neighbours say the same, and not `mixed`, the mask itself is not read. Null: all are mixed.
+  const std::uint8_t* mask_runs;  // [rows, mask_run_stride]
+  std::int64_t mask_run_stride;
+  std::int64_t mask_column;
   /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): a bound on the scores
   /// times log2 e, kHeadroom above the largest at most; the sum of 2^(score − max) in kLanes parts,
   /// and Σ 2^(score − max) · value.

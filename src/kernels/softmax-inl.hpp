@@ -18,12 +18,22 @@ struct Block {
   alignas(64) float scores[kMaxRows][kTileTokens];
 };
 
+// What a row's mask adds to tokens [start, start + tokens).
+inline std::uint8_t mask_run(const Softmax& softmax, int row, std::int64_t start,
+                             int tokens) noexcept {
+  if (softmax.mask_runs == nullptr) return MaskRun::mixed;
+  const std::uint8_t* runs = softmax.mask_runs + row * softmax.mask_run_stride;
+  const std::int64_t first = softmax.mask_column + start;
+  return static_cast<std::uint8_t>(runs[first / kTileTokens] &
+                                   runs[(first + tokens - 1) / kTileTokens]);
+}
+
 // What rows see, of blocks of 64 tokens.
 class Sight {
  public:
   Sight() = default;
   explicit Sight(const Softmax& softmax) noexcept
-      : limited_(softmax.soft_cap > 0.0F || softmax.mask != nullptr) {
+      : softmax_(&softmax), limited_(softmax.soft_cap > 0.0F) {
     for (int r = 0; r < softmax.rows; ++r) {
       any_first_ = std::min(any_first_, softmax.first[r]);
       any_end_ = std::max(any_end_, softmax.end[r]);
@@ -33,16 +43,28 @@ class Sight {
   }
   // False only where no row sees a token in [start, start + tokens).
   bool any(std::int64_t start, int tokens) const noexcept {
-    return any_first_ < start + tokens && any_end_ > start;
+    if (any_first_ >= start + tokens || any_end_ <= start) return false;
+    return softmax_->mask == nullptr || (common_run(start, tokens) & MaskRun::hidden) == 0;
   }
   // Whether all rows see all of the block's tokens, just as they are.
   bool whole(std::int64_t start, int tokens) const noexcept {
     return !limited_ && tokens == kTileTokens && all_first_ <= start &&
-           all_end_ >= start + kTileTokens;
+           all_end_ >= start + kTileTokens &&
+           (softmax_->mask == nullptr || (common_run(start, tokens) & MaskRun::zeros) != 0);
   }
 
  private:
+  // What the masks of all rows add.
+  std::uint8_t common_run(std::int64_t start, int tokens) const noexcept {
+    std::uint8_t run = mask_run(*softmax_, 0, start, tokens);
+    for (int r = 1; r < softmax_->rows && run != MaskRun::mixed; ++r) {
+      run = static_cast<std::uint8_t>(run & mask_run(*softmax_, r, start, tokens));
+    }
+    return run;
+  }
+
   using Limits = std::numeric_limits<std::int64_t>;
+  const Softmax* softmax_ = nullptr;
   bool limited_ = false;
   std::int64_t any_first_ = Limits::max();
   std::int64_t any_end_ = Limits::min();
@@ -59,7 +81,11 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
     const float outer = softmax.soft_cap * kLog2E;
     for (int t = 0; t < kTileTokens; ++t) scores[t] = tanh_lane(scores[t]) * outer;
   }
-  if (softmax.mask != nullptr) {
+  const std::uint8_t run = softmax.mask == nullptr ? std::uint8_t{MaskRun::zeros}
+                                                   : mask_run(softmax, row, start, tokens);
+  if (run == MaskRun::hidden) {
+    std::fill_n(scores, kTileTokens, -kInfinity);
+  } else if (run == MaskRun::mixed) {
     const float* mask = softmax.mask + row * softmax.mask_stride + start;
     for (int t = 0; t < tokens; ++t) scores[t] = scores[t] + mask[t] * kLog2E;
   }

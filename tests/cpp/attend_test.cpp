@@ -347,6 +347,45 @@ TEST_F(Attention, ChunksReadThePastAsSingleStepsDo) {
   }
 }
 
+// What a mask does to whole tiles is found beforehand: the same as adding it to each score. A
+// number that is too small to change a score keeps a run of 64 columns from being one of zeros.
+TEST_F(Attention, MasksInRunsAreWhatEachColumnSays) {
+  KvCache cache(geometry(64));
+  const Tokens all(1, 2, 900, 64, engine_);
+  all.append_to(cache, 0, 900);
+  cache.seal();
+  const Array queries({1, 4, 3, 64}, engine_);
+  for (const std::int64_t first : {0, 37}) {
+    for (const std::int64_t longest : {5, 70, 400}) {
+      const std::int64_t columns = 900 - first;
+      std::vector<std::uint8_t> seen;
+      std::uniform_int_distribution<std::int64_t> length(1, longest);
+      bool visible = true;
+      while (std::ssize(seen) < 3 * columns) {
+        seen.insert(seen.end(), static_cast<std::size_t>(length(engine_)), visible ? 1 : 0);
+        visible = !visible;
+      }
+      seen.resize(static_cast<std::size_t>(3 * columns));
+      std::vector<float> zeros;
+      std::vector<float> nearly;
+      for (const std::uint8_t x : seen) {
+        zeros.push_back(x != 0 ? 0.0F : -std::numeric_limits<float>::infinity());
+        nearly.push_back(x != 0 ? 1e-30F : -std::numeric_limits<float>::infinity());
+      }
+      AttendOptions options;
+      options.first_token = first;
+      const std::array<std::int64_t, 4> shape = {1, 1, 3, columns};
+      const std::array<std::int64_t, 4> strides = {0, 0, columns, 1};
+      options.mask = Mask{nearly.data(), Mask::Kind::f32, shape, strides};
+      const Array expected = attend(cache, queries, options);
+      options.mask = Mask{zeros.data(), Mask::Kind::f32, shape, strides};
+      EXPECT_EQ(attend(cache, queries, options).data, expected.data) << first << ", " << longest;
+      options.mask = Mask{seen.data(), Mask::Kind::boolean, shape, strides};
+      EXPECT_EQ(attend(cache, queries, options).data, expected.data) << first << ", " << longest;
+    }
+  }
+}
+
 TEST_F(Attention, NanQueriesGiveNanForThemAlone) {
   KvCache cache = sealed_cache(200);
   Array queries({1, 2, 1, 64}, engine_);
