@@ -81,7 +81,10 @@ def test_a_compiled_model(whole: bool, models: Models, greedy: dict[str, Any]) -
     with torch.no_grad():
         logits = model(ids).logits
         if whole:
-            assert torch.equal(torch.compile(model, backend="eager")(ids).logits, logits)
+            # With torch 2.6 compiled models round otherwise, patched or not.
+            rounding = 0.0 if torch.__version__ >= "2.11" else 1e-5
+            got = torch.compile(model, backend="eager")(ids).logits
+            torch.testing.assert_close(got, logits, rtol=0.0, atol=rounding)
             return
         model.forward = torch.compile(model.forward, backend="eager")
         again = tqai.new_cache(model)

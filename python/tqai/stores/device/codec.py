@@ -89,11 +89,8 @@ class Side(NamedTuple):
     """0…7 in uint8."""
     trellis: bool
     """Whether a code's level goes by those before it too."""
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of a tile's codes."""
-        return padded_dim(self.dim) * self.bits * (TILE_TOKENS // 8)
+    packed_bytes: int
+    """Of a tile's codes. No property: torch 2.6 traces none of a tuple's."""
 
     def encode(self, vectors: Array) -> tuple[Array, Array]:
         """[..., 64, dim] float32 to codes [..., packed_bytes] uint8 and norms [..., 64] float16."""
@@ -245,7 +242,8 @@ def _side(ops: Operations, dim: int, bits: int, keys: bool, rotation: np.ndarray
     outermost = min(-float(book.centroids[0]), float(book.centroids[-1]))
     innermost = float(np.abs(book.centroids).min())
     longest = 0.999 * _MAX_HALF * math.sqrt(outermost**2 + (dim - 1) * innermost**2)
-    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts, False)
+    packed = padded_dim(dim) * bits * (TILE_TOKENS // 8)
+    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts, False, packed)
 
 
 def _in_trellis(side: Side) -> Side:

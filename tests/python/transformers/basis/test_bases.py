@@ -256,6 +256,9 @@ def test_progress_is_shown_when_it_takes_long(
     assert not out and "Learning key bases" in err
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="with torch 2.6 compiled models round otherwise"
+)
 def test_a_compiled_pass_makes_caches_with_them(models: Models) -> None:
     model = make_model(seed=9)
     tqai.patch(model, **ADAPTIVE)
