@@ -67,9 +67,8 @@ TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
       static_cast<std::int64_t>(context_.kernels->prepared_bytes(context_.codec->plan().keys,
                                                                  static_cast<int>(row_capacity_)) /
                                 sizeof(float));
-  unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ +
-                                  run_stride_ / static_cast<std::int64_t>(sizeof(float)) +
-                                  parts_ * value_padded_) +
+  unit_floats_ = row_capacity_ * (key_padded_ + mask_stride_ + parts_ * value_padded_) +
+                 (row_capacity_ + 1) * run_stride_ / static_cast<std::int64_t>(sizeof(float)) +
                  sets_ * factor_floats_ + prepared_floats_;
 }
 
@@ -118,7 +117,8 @@ TQAI_INLINE AttendUnits::Work AttendUnits::work(const Batch& batch,
   work.mask = work.factors + sets_ * factor_floats_;
   float* const runs = work.mask + row_capacity_ * mask_stride_;
   work.runs = reinterpret_cast<std::uint8_t*>(runs);
-  work.outputs = runs + row_capacity_ * run_stride_ / static_cast<std::int64_t>(sizeof(float));
+  work.outputs =
+      runs + (row_capacity_ + 1) * run_stride_ / static_cast<std::int64_t>(sizeof(float));
   work.prepared =
       reinterpret_cast<std::byte*>(work.outputs + row_capacity_ * parts_ * value_padded_);
   work.states = batch.states_ + index * parts_;
@@ -210,6 +210,15 @@ TQAI_INLINE void AttendUnits::fill_mask(const Unit& unit, const Work& work) cons
       runs[from / kTileTokens] = all(0.0F)         ? MaskRun::zeros
                                  : all(-kInfinity) ? MaskRun::hidden
                                                    : MaskRun::mixed;
+    }
+  }
+  std::uint8_t* const common = work.runs + unit.rows * run_stride_;
+  const std::int64_t count = divide_up(mask_columns_, std::int64_t{kTileTokens});
+  std::copy_n(work.runs, count, common);
+  for (int r = 1; r < unit.rows; ++r) {
+    const std::uint8_t* runs = work.runs + r * run_stride_;
+    for (std::int64_t i = 0; i < count; ++i) {
+      common[i] = static_cast<std::uint8_t>(common[i] & runs[i]);
     }
   }
 }

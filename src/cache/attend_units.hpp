@@ -119,7 +119,7 @@ class AttendUnits {
     float* plain;           // [row_capacity_, padded key dim]
     float* factors;         // of `centres`
     float* mask;            // [row_capacity_, mask_stride_], where there is one
-    std::uint8_t* runs;     // [row_capacity_, run_stride_], kernels::MaskRun of its columns
+    std::uint8_t* runs;     // [row_capacity_ + 1, run_stride_], Softmax::mask_runs
     float* outputs;         // of parts: [parts_, row_capacity_, padded value dim]
     std::byte* prepared;    // Kernels::prepare_queries, 64-byte aligned too
     PartState* states;      // of parts: [parts_]

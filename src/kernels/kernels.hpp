@@ -129,7 +129,7 @@ struct Softmax {
   std::int64_t mask_stride;
   // MaskRun of each 64 columns of the mask, of which token 0 is column mask_column. Where a run and
   // its neighbours say the same, and not `mixed`, the mask itself is not read. Null: all are mixed.
-  const std::uint8_t* mask_runs;  // [rows, mask_run_stride]
+  const std::uint8_t* mask_runs;  // [rows + 1, mask_run_stride], at last what all rows share
   std::int64_t mask_run_stride;
   std::int64_t mask_column;
   /// State of the running softmax, to be merged (kernels/softmax-inl.hpp): a bound on the scores
@@ -161,8 +161,8 @@ struct RopeBias {
   int slow_count;  // those that turn by 1 at most between the middle and the ends of a tile: they
                    // are polynomials of the distance
   const std::uint16_t* pairs;  // [count]: which they are
-  const float* factors;  // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
-                         // (real, imaginary) of one after another; then the same times i
+  const float* factors;        // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
+                               // (real, imaginary) of one after another; then the same times i
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
   const float* half;  // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and

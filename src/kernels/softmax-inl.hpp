@@ -56,11 +56,7 @@ class Sight {
  private:
   // What the masks of all rows add.
   std::uint8_t common_run(std::int64_t start, int tokens) const noexcept {
-    std::uint8_t run = mask_run(*softmax_, 0, start, tokens);
-    for (int r = 1; r < softmax_->rows && run != MaskRun::mixed; ++r) {
-      run = static_cast<std::uint8_t>(run & mask_run(*softmax_, r, start, tokens));
-    }
-    return run;
+    return mask_run(*softmax_, softmax_->rows, start, tokens);
   }
 
   using Limits = std::numeric_limits<std::int64_t>;
