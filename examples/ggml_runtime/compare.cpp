@@ -10,6 +10,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -21,8 +22,19 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
-std::int32_t most_likely(const float* logits, int count) {
-  return static_cast<std::int32_t>(std::max_element(logits, logits + count) - logits);
+// The most likely token, and how far its logit is above the next one's.
+struct Prediction {
+  std::int32_t token = 0;
+  float lead = 0.0F;
+};
+
+Prediction most_likely(const float* logits, int count) {
+  const float* first = std::max_element(logits, logits + count);
+  float second = -std::numeric_limits<float>::infinity();
+  for (const float* other = logits; other != logits + count; ++other) {
+    if (other != first) second = std::max(second, *other);
+  }
+  return {static_cast<std::int32_t>(first - logits), *first - second};
 }
 
 // Something that keeps a sequence and predicts its next token.
@@ -33,8 +45,8 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   virtual ~Engine() = default;
 
-  // Adds tokens; returns the most likely next one.
-  virtual std::int32_t decode(const Tokens& tokens) = 0;
+  // Adds tokens; says what comes next.
+  virtual Prediction decode(const Tokens& tokens) = 0;
   virtual void repeat_until(int tokens) = 0;
   virtual double megabytes() const = 0;
 
@@ -45,6 +57,7 @@ class Engine {
   std::vector<double> milliseconds;
   std::vector<double> cpu_milliseconds;
   Tokens generated;
+  std::vector<float> leads;  // of these
 
  private:
   std::string name_;
@@ -74,7 +87,7 @@ class Llama : public Engine {
         2.0 * static_cast<double>(ggml_row_size(type, width)) * llama_model_n_layer(model) * cells_;
   }
 
-  std::int32_t decode(const Tokens& tokens) override {
+  Prediction decode(const Tokens& tokens) override {
     for (std::size_t first = 0; first < tokens.size(); first += 512) {
       const std::size_t count = std::min<std::size_t>(512, tokens.size() - first);
       Tokens batch(tokens.begin() + static_cast<std::ptrdiff_t>(first),
@@ -120,7 +133,7 @@ class Ours : public Engine {
        const ggml_runtime::Settings& settings)
       : Engine(name), runtime_(model, settings) {}
 
-  std::int32_t decode(const Tokens& tokens) override {
+  Prediction decode(const Tokens& tokens) override {
     const std::vector<float> logits = runtime_.decode(tokens);
     return most_likely(logits.data(), static_cast<int>(logits.size()));
   }
@@ -179,7 +192,7 @@ void compare(int context, int read, int steps, int threads, const Tokens& text, 
   const Tokens prompt(text.begin(), text.begin() + std::min(context, read));
   std::printf("%d tokens in the cache, %zu read%s; %d threads\n", context, prompt.size(),
               context > read ? ", whose keys and values are repeated" : "", threads);
-  std::vector<std::int32_t> next;
+  std::vector<Prediction> next;
   for (const auto& engine : engines) {
     const auto start = std::chrono::steady_clock::now();
     next.push_back(engine->decode(prompt));
@@ -187,15 +200,17 @@ void compare(int context, int read, int steps, int threads, const Tokens& text, 
     std::fprintf(stderr, "  %s has read %zu tokens in %.1f s\n", engine->name().c_str(),
                  prompt.size(), seconds.count());
     engine->repeat_until(context);
-    next.back() = engine->decode({next.back()});  // what positions still have to be moved, here
+    next.back() =
+        engine->decode({next.back().token});  // what positions still have to be moved, here
   }
   for (int step = 0; step < steps; ++step) {
     for (std::size_t i = 0; i < engines.size(); ++i) {
       Engine& engine = *engines[i];
-      engine.generated.push_back(next[i]);
+      engine.generated.push_back(next[i].token);
+      engine.leads.push_back(next[i].lead);
       const std::clock_t cpu_start = std::clock();
       const auto start = std::chrono::steady_clock::now();
-      next[i] = engine.decode({next[i]});
+      next[i] = engine.decode({next[i].token});
       const std::chrono::duration<double, std::milli> time =
           std::chrono::steady_clock::now() - start;
       engine.milliseconds.push_back(time.count());
@@ -211,13 +226,17 @@ void compare(int context, int read, int steps, int threads, const Tokens& text, 
         engine->name().c_str(), median(engine->milliseconds), least(engine->milliseconds),
         median(engine->cpu_milliseconds), least(engine->cpu_milliseconds), engine->megabytes());
     if (engine.get() == &ours) continue;
-    std::printf(
-        "  %-21s tqai: %.2f times its speed (by processor time %.2f), %.3f of its bytes, "
-        "first %zu of %d tokens the same\n",
-        "", median(engine->milliseconds) / median(ours.milliseconds),
-        median(engine->cpu_milliseconds) / median(ours.cpu_milliseconds),
-        ours.megabytes() / engine->megabytes(), same_at_start(ours.generated, engine->generated),
-        steps);
+    std::printf("  %-21s tqai: %.2f times its speed (by processor time %.2f), %.3f of its bytes; ",
+                "", median(engine->milliseconds) / median(ours.milliseconds),
+                median(engine->cpu_milliseconds) / median(ours.cpu_milliseconds),
+                ours.megabytes() / engine->megabytes());
+    const std::size_t same = same_at_start(ours.generated, engine->generated);
+    std::printf("first %zu of %d tokens the same", same, steps);
+    if (same < engine->leads.size()) {
+      std::printf(", then two whose logits are %.3f apart there",
+                  static_cast<double>(engine->leads[same]));
+    }
+    std::printf("\n");
   }
   std::fflush(stdout);
 }
