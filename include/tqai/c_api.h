@@ -297,6 +297,9 @@ TQAI_C_API tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_i
 TQAI_C_API tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory);
 /** Bytes that all caches of the process hold. */
 TQAI_C_API size_t tqai_allocated_bytes(void);
+/** From now on calls that would make it more than `bytes` return TQAI_NO_MEMORY, with the numbers in
+ * tqai_last_error() and nothing changed; 0: no limit. */
+TQAI_C_API void tqai_limit_memory(size_t bytes);
 
 /** Bytes that tqai_cache_serialize writes. */
 TQAI_C_API tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes);

@@ -134,6 +134,13 @@ struct MemoryReport {
 /// Bytes now held by all caches of this process. Thread-safe.
 TQAI_API std::size_t allocated_bytes() noexcept;
 
+/// From now on a call that would make all caches of this process hold more than `bytes` throws
+/// MemoryLimitError instead, with nothing changed; 0: no limit, as at first. What is held already
+/// stays, also where it is more. Working memory of calls does not count. Thread-safe.
+TQAI_API void limit_memory(std::size_t bytes) noexcept;
+/// What `limit_memory` was given last.
+TQAI_API std::size_t memory_limit() noexcept;
+
 /// What of a KeyBasis a cache's bytes have.
 enum class BasisAs : std::uint8_t { id, matrices };
 

@@ -32,6 +32,12 @@ class TQAI_API UnsupportedError : public Error {
   using Error::Error;
 };
 
+/// More bytes than `limit_memory` allows; the message has the numbers. Python: `MemoryError`.
+class TQAI_API MemoryLimitError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// A file could not be opened, read or written; the message names it. Python: `OSError`.
 class TQAI_API FileError : public Error {
  public:

@@ -209,6 +209,10 @@ void bind_cache(py::module_& module) {
   using py::arg;
   using py::kw_only;
   module.def(
+      "limit_memory", &limit_memory, arg("bytes"),
+      R"(From now on a call that would make allocated_bytes() more than this raises MemoryError, with
+nothing changed; 0: no limit.)");
+  module.def(
       "borrowed", &borrowed, arg("array"), arg("dtype") = py::none(),
       R"((address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
 or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are

@@ -13,6 +13,8 @@ void translate(std::exception_ptr pointer) {
     py::set_error(PyExc_IndexError, error.what());
   } catch (const UnsupportedError& error) {
     py::set_error(PyExc_NotImplementedError, error.what());
+  } catch (const MemoryLimitError& error) {
+    py::set_error(PyExc_MemoryError, error.what());
   } catch (const FileError& error) {
     // With a number, Python finds the kind of OSError: FileNotFoundError and so on.
     const int number = error.code().default_error_condition().value();

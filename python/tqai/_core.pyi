@@ -9,7 +9,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'openmp_threads', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'limit_memory', 'openmp_threads', 'write_file']
 class KeyMoments:
     """
     Second moments of a layer's keys and queries.
@@ -437,6 +437,11 @@ def borrowed(array: typing.Any, dtype: DType | None = None) -> tuple:
 def default_level() -> str:
     """
     The level that new caches take: the fastest, or the one that TQAI_LEVEL names.
+    """
+def limit_memory(bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    From now on a call that would make allocated_bytes() more than this raises MemoryError, with
+    nothing changed; 0: no limit.
     """
 def openmp_threads() -> int:
     """

@@ -255,6 +255,7 @@ tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory) 
 }
 
 size_t tqai_allocated_bytes(void) { return tqai::allocated_bytes(); }
+void tqai_limit_memory(size_t bytes) { tqai::limit_memory(bytes); }
 
 tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes) {
   return tqai_cache_serialized_bytes_as(cache, TQAI_BASIS_ID, bytes);

@@ -56,6 +56,9 @@ tqai_status guarded(const Call& call) noexcept {
   } catch (const FileError& error) {
     keep(error.what());
     return TQAI_FILE_ERROR;
+  } catch (const MemoryLimitError& error) {
+    keep(error.what());
+    return TQAI_NO_MEMORY;
   } catch (const Error& error) {
     keep(error.what());
     return TQAI_VALUE_ERROR;

@@ -883,6 +883,11 @@ static void test_resources(void) {
   settings.resources = NULL;
   sums.shape[2] = 3;
   EXPECT_ERROR(tqai_cache_attend(cache, &q, &out, &settings), TQAI_VALUE_ERROR, "log_sum_exp");
+  tqai_limit_memory(1);
+  EXPECT_ERROR(tqai_cache_append(cache, &keys, &keys, NULL), TQAI_NO_MEMORY,
+               "limit_memory allows 1");
+  tqai_limit_memory(0);
+  EXPECT(tokens_of(cache) == 1000);
   tqai_workspace_destroy(workspace);
   tqai_workspace_destroy(NULL);
   tqai_cache_destroy(cache);

@@ -231,5 +231,36 @@ TEST_F(ResourcesTest, AWorkspaceOutlivesAFailedAllocation) {
   EXPECT_EQ(result, outputs_);
 }
 
+// Whatever of a call's allocations is the first to be too much.
+TEST_F(ResourcesTest, WhatIsMoreThanTheMemoryLimitIsRefusedWithNothingChanged) {
+  KvCache cache(options_);
+  cache.append(Tokens::slice(tokens_.keys, 0, 400), Tokens::slice(tokens_.values, 0, 400));
+  const std::vector<std::byte> before = cache.serialize();
+  const std::size_t held = allocated_bytes();
+  int refused = 0;
+  for (std::size_t more = 1; refused < 10000; more += 2000) {
+    limit_memory(held + more);
+    EXPECT_EQ(memory_limit(), held + more);
+    try {
+      cache.seal();
+      break;
+    } catch (const MemoryLimitError& error) {
+      ++refused;
+      EXPECT_TRUE(contains(error.what(), std::to_string(held + more))) << error.what();
+    }
+    ASSERT_EQ(allocated_bytes(), held);
+    ASSERT_EQ(cache.serialize(), before);
+  }
+  limit_memory(1);  // less than is held: what is there stays, and may shrink
+  EXPECT_GT(refused, 10);
+  EXPECT_GT(cache.packed_tokens(0), 0);
+  EXPECT_THROW(
+      cache.append(Tokens::slice(tokens_.keys, 0, 400), Tokens::slice(tokens_.values, 0, 400)),
+      MemoryLimitError);
+  limit_memory(0);
+  cache.append(Tokens::slice(tokens_.keys, 0, 400), Tokens::slice(tokens_.values, 0, 400));
+  EXPECT_EQ(cache.tokens(), 800);
+}
+
 }  // namespace
 }  // namespace tqai
