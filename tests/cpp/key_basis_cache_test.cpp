@@ -9,6 +9,8 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <random>
+#include <string>
 #include <tqai/cache.hpp>
 #include <tqai/files.hpp>
 #include <tqai/half.hpp>
@@ -529,8 +531,9 @@ TEST(BasisCache, ComesBackFromFiles) {
   options.key_basis = learnt(32, 4, 2);
   const KvCache cache = sealed(options);
   const KvCache* const layers[] = {&cache, &cache};
-  const auto path =
-      std::filesystem::temp_directory_path() / "tqai_key_basis_cache_test.safetensors";
+  // Of this process: the tests of other levels run beside it.
+  const auto path = std::filesystem::temp_directory_path() /
+                    ("tqai_key_basis_cache_" + std::to_string(std::random_device()()));
   for (const BasisAs basis : {BasisAs::id, BasisAs::matrices}) {
     save_caches(path, layers, "{}", basis);
     for (const bool mapped : {false, true}) {
