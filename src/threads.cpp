@@ -38,7 +38,7 @@ TQAI_INLINE Forks& forks() noexcept {
 TQAI_INLINE bool has_threads() noexcept {
 #ifdef __linux__
   // "." and "..", and a folder for each thread.
-  struct stat tasks {};
+  struct stat tasks{};
   return stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink != 3;
 #else
   return true;

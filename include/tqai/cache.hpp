@@ -28,7 +28,7 @@ class KeyBasis;
 namespace detail {
 class Reader;
 struct CacheAccess;
-}
+}  // namespace detail
 
 /// Geometry and settings of a cache; checked by KvCache's constructor.
 struct CacheOptions {
@@ -119,13 +119,13 @@ struct AttendOptions {
 /// Bytes that a cache holds, as its allocator handed them out. Tiles shared with other caches count
 /// in each of them, once.
 struct MemoryReport {
-  std::int64_t tokens = 0;         ///< batch · tokens held, padding and discarded ones left out
-  std::int64_t packed_tokens = 0;  ///< of those, in tiles
-  std::size_t packed_bytes = 0;    ///< tiles: codes and norms
-  std::size_t exact_bytes = 0;     ///< sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;  ///< headers, lists, centres
-  std::size_t mapped_bytes = 0;    ///< tiles in pages of files (files.hpp), not in the total
-  std::size_t basis_bytes = 0;     ///< the shared CacheOptions::key_basis, not in the total
+  std::int64_t tokens = 0;             ///< batch · tokens held, padding and discarded ones left out
+  std::int64_t packed_tokens = 0;      ///< of those, in tiles
+  std::size_t packed_bytes = 0;        ///< tiles: codes and norms
+  std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
+  std::size_t overhead_bytes = 0;      ///< headers, lists, centres
+  std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
+  std::size_t basis_bytes = 0;         ///< the shared CacheOptions::key_basis, not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
   /// All that the cache holds.
   std::size_t total_bytes() const noexcept { return packed_bytes + exact_bytes + overhead_bytes; }

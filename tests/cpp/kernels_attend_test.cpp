@@ -83,7 +83,7 @@ class Head {
     rows.softmax.first = first_.data();
     rows.softmax.end = end_.data();
     rows.softmax.max = state_.max.data();
-    rows.softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state_.sums.data());
+    rows.softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state_.sums.data());
     rows.softmax.output = state_.output.data();
     return rows;
   }
@@ -407,7 +407,7 @@ Attended run_exact(const Kernels& kernels, const std::vector<float>& scores) {
   softmax.first = &first;
   softmax.end = &tokens;
   softmax.max = state.max.data();
-  softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state.sums.data());
+  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
   softmax.output = state.output.data();
   softmax.output_stride = kDim;
   kernels.attend_exact(
@@ -441,7 +441,7 @@ Attended run_numbers(const Kernels& kernels, DType dtype, const std::vector<std:
   softmax.first = first.data();
   softmax.end = end.data();
   softmax.max = state.max.data();
-  softmax.sums = reinterpret_cast<float(*)[kernels::kLanes]>(state.sums.data());
+  softmax.sums = reinterpret_cast<float (*)[kernels::kLanes]>(state.sums.data());
   softmax.output = state.output.data();
   softmax.output_stride = padded;
   const void* data = widened ? static_cast<const void*>(floats.data()) : numbers.data();

@@ -356,10 +356,9 @@ TEST_F(SequencesAtFaults, TensorsOfAllSequencesAreChecked) {
   EXPECT_EQ(output.data, Array(output.shape, 7.0F).data);
   const KvCache two_rows(geometry(kDim), 2);
   const KvCache* two = &two_rows;
-  EXPECT_TRUE(contains(message_of([&] {
-                         tqai::attend({&two, 1}, std::vector<std::int64_t>{3}, queries, output);
-                       }),
-                       "2 rows"));
+  EXPECT_TRUE(contains(
+      message_of([&] { tqai::attend({&two, 1}, std::vector<std::int64_t>{3}, queries, output); }),
+      "2 rows"));
 }
 
 TEST_F(SequencesAtFaults, MemoryThatRunsOutChangesNoCache) {
@@ -375,21 +374,15 @@ TEST_F(SequencesAtFaults, MemoryThatRunsOutChangesNoCache) {
   const auto before = bytes();
   const auto unchanged = [&] { EXPECT_EQ(bytes(), before); };
   const auto tokens = more(30);
-  EXPECT_GT(test::fail_each(
-                restore, [&] { tqai::append(tokens); }, unchanged),
-            0);
+  EXPECT_GT(test::fail_each(restore, [&] { tqai::append(tokens); }, unchanged), 0);
   EXPECT_EQ(caches_[2]->tokens(), 182);
   restore();
   const auto caches = pointers();
-  EXPECT_GT(test::fail_each(
-                restore, [&] { (void)tqai::seal(caches); }, unchanged),
-            0);
+  EXPECT_GT(test::fail_each(restore, [&] { (void)tqai::seal(caches); }, unchanged), 0);
   EXPECT_EQ(caches_[2]->packed_tokens(0), 128);
   restore();
   const std::vector<SequenceLength> lengths = {{caches[0], 149}, {caches[1], 2}, {caches[2], 100}};
-  EXPECT_GT(test::fail_each(
-                restore, [&] { tqai::crop(lengths); }, unchanged),
-            0);
+  EXPECT_GT(test::fail_each(restore, [&] { tqai::crop(lengths); }, unchanged), 0);
   EXPECT_EQ(caches_[1]->tokens(), 2);
   restore();
   const Array queries({1, 2, 3, kDim}, 1.0F);
