@@ -261,7 +261,8 @@ class PrefixStore:
         if reason:
             self._say("why", f"a prefix store does nothing for this model: {reason}")
             return None
-        # These read a prompt from its first token on, whatever the cache holds.
+        # Over a part of the prompt, assisted decoding gives other tokens, with transformers' own
+        # cache too; chunks begin with the first token in versions until 5.17 at least.
         anew = option("prefill_chunk_size") is not None or any(map(option, _ASSISTED))
         facts = self._facts(cache) if anew else self._load(cache, model, ids.cpu(), padding)
         if facts is None:

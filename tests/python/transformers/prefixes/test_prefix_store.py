@@ -157,7 +157,7 @@ def test_ways_of_generating(models: Models, url: str, options: dict[str, Any]) -
     assert torch.equal(run(), expected)
     assert torch.equal(run(), expected)
     rows = max(len(expected), options.get("num_beams", 1))
-    # transformers' assisted decoding reads a prompt from its first token on.
+    # Over a part of the prompt it gives other tokens, also with transformers' own cache.
     loaded = 0 if "prompt_lookup_num_tokens" in options else rows * HELD
     assert store.report()["loaded_tokens"] == loaded
     assert store.report()["stored_blocks"] >= 3
