@@ -200,7 +200,8 @@ TQAI_INLINE std::vector<SealedTokens> read_blocks(const Context& context, std::u
       continue;
     }
     reader.need(1, context.block_bytes());
-    blocks.push_back(make_block(std::move(shape), context.block_bytes()));
+    blocks.push_back(make_block(std::move(shape), context.block_bytes(),
+                                blocks.empty() ? nullptr : &blocks.back()));
     if (version < kTilesLast) {
       reader.read_into(blocks.back().payload(), context.block_bytes());
       check_norms(context, blocks.back());

@@ -62,9 +62,9 @@ TQAI_INLINE void deallocate(void* memory, std::size_t bytes) noexcept {
   g_allocated.fetch_sub(bytes, std::memory_order_relaxed);
 }
 
-TQAI_INLINE void* allocate_sealed(std::size_t bytes) {
+TQAI_INLINE void* allocate_sealed(std::size_t bytes, const void* near) {
   Counted counted(bytes);
-  void* memory = allocate_block(bytes);
+  void* memory = allocate_block(bytes, near);
   counted.keep();
   return memory;
 }

@@ -15,19 +15,21 @@ namespace tqai::detail {
 void* allocate(std::size_t bytes);
 void deallocate(void* memory, std::size_t bytes) noexcept;
 
-/// The same for what a decoding step reads again and again (slabs.hpp).
-void* allocate_sealed(std::size_t bytes);
+/// The same for what a decoding step reads again and again (slabs.hpp); near: as there.
+void* allocate_sealed(std::size_t bytes, const void* near);
 void deallocate_sealed(void* memory, std::size_t bytes) noexcept;
 
 /// Where a Shared lies.
 struct Heap {
-  static void* allocate(std::size_t bytes) { return detail::allocate(bytes); }
+  static void* allocate(std::size_t bytes, const void* /*near*/) { return detail::allocate(bytes); }
   static void deallocate(void* memory, std::size_t bytes) noexcept {
     detail::deallocate(memory, bytes);
   }
 };
 struct Slabs {
-  static void* allocate(std::size_t bytes) { return allocate_sealed(bytes); }
+  static void* allocate(std::size_t bytes, const void* near) {
+    return allocate_sealed(bytes, near);
+  }
   static void deallocate(void* memory, std::size_t bytes) noexcept {
     deallocate_sealed(memory, bytes);
   }
@@ -58,8 +60,9 @@ template <typename Header, typename Memory = Heap>
 class Shared {
  public:
   Shared() = default;
-  Shared(Header header, std::size_t payload_bytes)
-      : control_(new (Memory::allocate(kPrefix + payload_bytes))
+  /// near: null, or the `id()` of one as large that it had best lie beside.
+  Shared(Header header, std::size_t payload_bytes, const void* near = nullptr)
+      : control_(new (Memory::allocate(kPrefix + payload_bytes, near))
                      Control{header, payload_bytes, {1}}) {}
   Shared(const Shared& other) noexcept : control_(other.control_) {
     if (control_ != nullptr) control_->owners.fetch_add(1, std::memory_order_relaxed);

@@ -210,7 +210,9 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
     const Positions positions = row.tail_positions.part(sealing.new_sinks + done, kTileTokens);
     SealedShape shape{first + done, positions.first(), places_of(positions), nullptr, {}};
     if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
-    sealing.blocks.push_back({make_block(std::move(shape), context.block_bytes())});
+    const auto& before = sealing.blocks.empty() ? row.sealed : sealing.blocks;
+    sealing.blocks.push_back({make_block(std::move(shape), context.block_bytes(),
+                                         before.empty() ? nullptr : &before.back().block)});
   }
   choose_centres(context, row, sealing, resources);
   const std::int64_t out = sealing.new_sinks + tokens;

@@ -33,9 +33,10 @@ struct SealedShape {
 };
 using SealedTokens = Shared<SealedShape, Slabs>;
 
-/// A block with memory for its tiles. Throws std::bad_alloc.
-inline SealedTokens make_block(SealedShape shape, std::size_t bytes) {
-  SealedTokens block(std::move(shape), bytes);
+/// A block with memory for its tiles; before: the one that it follows in its row, or null. Throws
+/// std::bad_alloc.
+inline SealedTokens make_block(SealedShape shape, std::size_t bytes, const SealedTokens* before) {
+  SealedTokens block(std::move(shape), bytes, before != nullptr ? before->id() : nullptr);
   block.header().tiles = block.payload();
   return block;
 }

@@ -4,7 +4,9 @@
 #include <cstring>
 #include <set>
 #include <thread>
+#include <vector>
 
+#include "cache_helpers.hpp"
 #include "reference.hpp"
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -124,6 +126,103 @@ int run_out_of_memory() {
     deallocate_block(blocks[i], kBytes);
   }
   return 0;
+}
+
+std::int64_t resident_bytes() {
+  std::int64_t pages = 0;
+  std::int64_t resident = 0;
+  std::ifstream("/proc/self/statm") >> pages >> resident;
+  return resident * sysconf(_SC_PAGESIZE);
+}
+
+// Blocks of several rows, each added where the row's last one is.
+struct Rows {
+  std::size_t bytes;
+  std::vector<std::vector<void*>> rows;
+
+  void add(std::size_t row) {
+    std::vector<void*>& blocks = rows[row];
+    blocks.push_back(allocate_block(bytes, blocks.empty() ? nullptr : blocks.back()));
+    std::memset(blocks.back(), static_cast<int>(blocks.size() % 256), bytes);
+  }
+  void drop(std::size_t row) {
+    for (void* block : rows[row]) deallocate_block(block, bytes);
+    rows[row].clear();
+  }
+  bool whole(std::size_t row) const {
+    for (std::size_t i = 0; i < rows[row].size(); ++i) {
+      if (!holds(rows[row][i], bytes, static_cast<int>((i + 1) % 256))) return false;
+    }
+    return true;
+  }
+};
+
+// Rows of two conversations, each a block longer in turn.
+TEST(Slabs, PagesGoWithTheConversationThatEnds) {
+  constexpr std::int64_t kBytes = 24'000'000;
+  for (const std::size_t bytes : {2112U, 6784U, 51264U, 700'000U}) {
+    constexpr std::size_t kLayers = 8;
+    Rows of{bytes, std::vector<std::vector<void*>>(2 * kLayers)};
+    const auto each = static_cast<std::size_t>(kBytes) / kLayers / bytes;
+    for (std::size_t i = 0; i < each; ++i) {
+      for (std::size_t row = 0; row < 2 * kLayers; ++row) of.add(row);
+    }
+    const std::int64_t both = resident_bytes();
+    for (std::size_t row = 0; row < 2 * kLayers; row += 2) of.drop(row);
+    const std::int64_t one = resident_bytes();
+    EXPECT_GT(both - one, kBytes * 8 / 10) << bytes << ": " << both << " to " << one;
+    for (std::size_t row = 1; row < 2 * kLayers; row += 2) EXPECT_TRUE(of.whole(row)) << bytes;
+    // What has been given back is used again before more is asked for.
+    for (std::size_t i = 0; i < each; ++i) {
+      for (std::size_t row = 0; row < 2 * kLayers; row += 2) of.add(row);
+    }
+    EXPECT_LT(resident_bytes(), both + kBytes / 8) << bytes;
+    for (std::size_t row = 0; row < 2 * kLayers; ++row) {
+      EXPECT_TRUE(of.whole(row)) << bytes;
+      of.drop(row);
+    }
+    EXPECT_LT(resident_bytes(), both - 2 * kBytes + kBytes / 8) << bytes;
+  }
+}
+
+// Many rows of a block or two take no more than their bytes, and a quarter.
+TEST(Slabs, ShortRowsShareThem) {
+  constexpr std::size_t kBytes = 6784;
+  const std::int64_t before = resident_bytes();
+  Rows of{kBytes, std::vector<std::vector<void*>>(4000)};
+  for (std::size_t row = 0; row < of.rows.size(); ++row) of.add(row);
+  const auto held = static_cast<std::int64_t>(of.rows.size() * kBytes);
+  EXPECT_LT(resident_bytes() - before, held + held / 4 + 8'000'000);
+  for (std::size_t row = 0; row < of.rows.size(); ++row) {
+    EXPECT_TRUE(of.whole(row));
+    of.drop(row);
+  }
+}
+
+// Two conversations that are served together, through caches.
+TEST(Slabs, ACacheThatEndsGivesItsMemoryBack) {
+  auto engine = test::random_engine(340);
+  constexpr std::size_t kLayers = 4;
+  constexpr std::int64_t kTokens = 64;
+  const test::Tokens tokens(1, 2, kTokens, 64, engine);
+  std::vector<KvCache> first(kLayers, KvCache(test::geometry(64)));
+  std::vector<KvCache> second = first;
+  for (int step = 0; step < 300; ++step) {
+    for (std::size_t layer = 0; layer < kLayers; ++layer) {
+      for (KvCache* cache : {&first[layer], &second[layer]}) {
+        tokens.append_to(*cache, 0, kTokens);
+      }
+    }
+  }
+  std::int64_t packed = 0;
+  for (const KvCache& cache : first) {
+    packed += static_cast<std::int64_t>(cache.memory().packed_bytes);
+  }
+  const std::vector<std::byte> kept = second[0].serialize();
+  const std::int64_t both = resident_bytes();
+  first.clear();
+  EXPECT_GT(both - resident_bytes(), packed * 8 / 10) << packed;
+  EXPECT_EQ(second[0].serialize(), kept);
 }
 
 TEST(Slabs, SurviveThatTheSystemHasNoPages) {
