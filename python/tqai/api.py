@@ -87,8 +87,9 @@ def patch(
         model: a transformers model with a decoder, on any device, or one that ``mlx_lm.load``
             gives; changed in place. Of an
             encoder-decoder model, what the decoder reads of the encoder is compressed as well.
-        preset: "quality" (4 bits for keys and values), "balanced" (4 and 2, the default) or
-            "small" (2 and 2); bits that are given as well take precedence.
+        preset: "quality" (4 bits for keys and values, codec="auto"), "balanced" (4 and 2,
+            codec="scalar": the default) or "small" (2 and 2, codec="auto"); bits and a codec that
+            are given as well take precedence.
         bits_k: bits per key coordinate, 1…8, by default 4: of every layer, a sequence with one
             number a layer, or a mapping {layer: bits}, the other layers having the default's.
             Negative layers count from the end.
@@ -100,8 +101,10 @@ def patch(
         codec: how codes are chosen, at the same bytes. "scalar": each coordinate by itself.
             "trellis": values of up to 4 bits in trellis codes, which take a third of their squared
             error away. "adaptive": those, and keys in a basis that is learnt from the model here,
-            in seconds, which takes the error of scores to a fraction. The report of a cache says
-            which layers have one.
+            in about the time of a prompt of 1 024 tokens, which takes the error of scores to a
+            fraction; the report of a cache says which layers have one. "auto": as "adaptive" where
+            the model can be run for that, else as "trellis"; ``settings.codec`` of the cache says
+            which.
         rotation: "auto", "hadamard" or "haar"; of values, and of keys that are in no basis.
         centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
             embedding, turned to each position), "none", or "auto": the best for each head.

@@ -17,7 +17,7 @@ from tqai import _core
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Codec = Literal["scalar", "trellis", "adaptive"]
+Codec = Literal["scalar", "trellis", "adaptive", "auto"]
 Rotation = Literal["auto", "hadamard", "haar"]
 Centering = Literal["auto", "none", "mean", "rope"]
 Backend = Literal["auto", "torch-ops", "mlx-ops"]
@@ -42,20 +42,26 @@ Bits = int | Sequence[int] | Mapping[int, int]
 
 
 class PresetBits(TypedDict):
-    """What a preset stands for."""
+    """The bits of a preset."""
 
     bits_k: int
     bits_v: int
 
 
+class PresetOptions(PresetBits):
+    """What a preset stands for."""
+
+    codec: Codec
+
+
 DEFAULT_BITS: PresetBits = {"bits_k": 4, "bits_v": 2}
 
-PRESETS: Mapping[Preset, PresetBits] = {
-    "quality": {"bits_k": 4, "bits_v": 4},
-    "balanced": DEFAULT_BITS,
-    "small": {"bits_k": 2, "bits_v": 2},
+PRESETS: Mapping[Preset, PresetOptions] = {
+    "quality": {"bits_k": 4, "bits_v": 4, "codec": "auto"},
+    "balanced": {**DEFAULT_BITS, "codec": "scalar"},
+    "small": {"bits_k": 2, "bits_v": 2, "codec": "auto"},
 }
-"""Bits by name; docs/algorithm.md has what each costs on several models."""
+"""Bits and codecs by name; docs/algorithm.md has what each costs on several models."""
 
 _Name = TypeVar("_Name", bound=str)
 _BitsName = Literal["bits_k", "bits_v"]
@@ -161,7 +167,7 @@ class Options(OwnOptions, total=False):
     """Keyword arguments of ``tqai.patch`` and of whatever else makes a cache."""
 
     preset: Preset | None
-    """Bits by name; those that are given as well take precedence."""
+    """Bits and codec by name; those that are given as well take precedence."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,9 @@ class Settings:
     """How codes are chosen: "scalar", each coordinate of a random rotation by itself; "trellis",
     values of up to ``TRELLIS_BITS`` bits in trellis codes, which take a third of their squared
     error away; "adaptive", those, and keys in a basis that is learnt from the model when it is
-    patched, which takes the error of scores to a fraction. All take the same bytes."""
+    patched, which takes the error of scores to a fraction; "auto", as "adaptive" where the model
+    can be run for that, else as "trellis". All take the same bytes; the bases are shared by all
+    caches of a model."""
     rotation: Rotation = "auto"
     centering: Centering = "auto"
     """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
@@ -295,8 +303,8 @@ class Settings:
 
     @property
     def learns_bases(self) -> bool:
-        """Whether keys are quantised in bases that are learnt from the model."""
-        return self.codec == "adaptive"
+        """Whether keys are quantised in bases that are learnt from the model, if they can be."""
+        return self.codec in ("adaptive", "auto")
 
     @property
     def value_codes(self) -> str:
@@ -305,6 +313,10 @@ class Settings:
             return "scalar"
         assert isinstance(self.bits_v, int)
         return "trellis" if self.bits_v <= TRELLIS_BITS else "scalar"
+
+    def without_bases(self) -> Settings:
+        """The settings for a model that no bases can be learnt from, where they leave that open."""
+        return replace(self, codec="trellis") if self.codec == "auto" else self
 
     def core_options(self) -> dict[str, Any]:
         """The keyword arguments of ``_core.KvCache`` that do not depend on the layer."""

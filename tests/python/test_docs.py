@@ -61,7 +61,8 @@ def test_quantisers(name: str) -> None:
 
 def test_readme_has_the_presets() -> None:
     text = README.read_text(encoding="utf-8")
-    for name, bits in tqai.PRESETS.items():
-        size = (bits["bits_k"] + bits["bits_v"]) * 128 // 8 + 4
+    for name, own in tqai.PRESETS.items():
+        size = (own["bits_k"] + own["bits_v"]) * 128 // 8 + 4
         row = next(line for line in text.splitlines() if line.startswith(f'| `"{name}"`'))
-        assert f"| {bits['bits_k']}, {bits['bits_v']} | {size} bytes |" in row
+        bits, codec = f"{own['bits_k']}, {own['bits_v']}", f'`"{own["codec"]}"`'
+        assert f"| {bits} | {codec} | {size} bytes |" in row

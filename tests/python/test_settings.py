@@ -110,6 +110,7 @@ def test_bits_of_latents(bits: tuple[int, int], expected: tuple[int, int]) -> No
 def test_presets_and_what_is_given_beside_them() -> None:
     assert Settings.named(None) == Settings.named("balanced") == Settings()
     small = Settings.named("small", bits_k=3)
-    assert (small.bits_k, small.bits_v) == (3, 2)
+    assert (small.bits_k, small.bits_v, small.codec) == (3, 2, "auto")
+    assert Settings.named("small", codec="scalar") == Settings(bits_k=2)
     with pytest.raises(ValueError, match="preset='tiny'.*'quality', 'balanced', 'small'"):
         Settings.named("tiny")

@@ -89,7 +89,7 @@ def add_settings(parser: Any, *, bits: bool = True) -> None:
             "--preset",
             choices=PRESETS,
             default=argparse.SUPPRESS,
-            help="bits by name (default: balanced)",
+            help="bits and codec by name (default: balanced)",
         )
         add("--bits-k", "bits_k", "bits of a key's coordinate, 1…8", **number)
         add("--bits-v", "bits_v", "bits of a value's coordinate, 1…8", **number)

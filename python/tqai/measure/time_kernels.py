@@ -154,6 +154,7 @@ def _settings(bits: str, level: str | None, centering: str) -> Settings:
     return Settings.named(
         preset,
         **options,
+        codec="scalar",  # random keys have no model that bases could be learnt from
         sink_tokens=0,
         residual_window=0,
         centering=centering,

@@ -51,6 +51,7 @@ def install(model: Any, settings: Settings) -> TqaiPromptCache:
     Raises:
         ValueError, NotImplementedError: see ``tqai.patch``; the model is as before.
     """
+    settings = settings.without_bases()
     _check_settings(settings)
     maker = _maker_of(model)
     if maker is None:

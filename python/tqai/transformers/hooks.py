@@ -72,8 +72,8 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
     check_model(model, settings)
     caches = [make_cache(part, settings) for part in parts]
     configs = [configs_of(decoder_of(part)) for part in parts]  # raises for what has no kernel
-    for part, own in zip(parts, configs, strict=True):
-        _install(part, settings, own, inner=part is not model)
+    for part, own, cache in zip(parts, configs, caches, strict=True):
+        _install(part, cache.settings, own, inner=part is not model)
     return caches[0]
 
 

@@ -128,7 +128,7 @@ def test_nothing_is_silently_uncompressed(greedy: dict[str, Any]) -> None:
 def test_options_and_layers() -> None:
     model = make_model()
     cache = tqai.TqaiCache(model, preset="small", bits_v=3, skip_layers=[0])
-    assert cache.settings == tqai.Settings(bits_k=2, bits_v=3, skip_layers=(0,))
+    assert cache.settings == tqai.Settings(bits_k=2, bits_v=3, codec="adaptive", skip_layers=(0,))
     assert not tqai.is_patched(model)
     assert {*OPTIONS} <= inspect.signature(tqai.TqaiCache).parameters.keys()
     for tokens in (300, 1):  # with torch's attention, tokens are sealed at the next update

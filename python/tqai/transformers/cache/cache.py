@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType
 from weakref import ref as weak_ref
@@ -112,7 +112,9 @@ class TqaiCache(Passes, DynamicCache):
         # Assisted decoding by early exit asks for a cache of the first layers only.
         count = max(len(self.layers), len(geometry.heads))
         skipped = settings.skipped(count)
-        bases = self._find_bases(geometry) if bases is None else bases
+        if bases is None:
+            bases = self._choose_bases(geometry)
+            settings = self.settings
         self.rotated = bases.missing
         for index, layer in enumerate(self.layers):
             if index not in skipped and is_compressible(layer):
@@ -134,6 +136,21 @@ class TqaiCache(Passes, DynamicCache):
         for layer in self.layers:
             if isinstance(layer, TqaiLayer):
                 layer.owner = weak_ref(owner)
+
+    def _choose_bases(self, geometry: Geometry) -> Bases:
+        """What the keys are quantised in at first; of the codec "auto", it says in the settings
+        which one that is."""
+        open_ = self.settings.codec == "auto"
+        try:
+            bases = self._find_bases(geometry)
+        except NotImplementedError:
+            if not open_:
+                raise
+            self.settings = self.settings.without_bases()
+            return NONE
+        if open_:
+            self.settings = replace(self.settings, codec="adaptive")
+        return bases
 
     def _find_bases(self, geometry: Geometry) -> Bases:
         """What the keys of the layers are quantised in, for a model of this geometry."""

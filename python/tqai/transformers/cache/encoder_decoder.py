@@ -130,7 +130,7 @@ class TqaiEncoderDecoderCache(Passes, EncoderDecoderCache):
         """See ``TqaiCache``; a ValueError for a model that is no encoder-decoder one."""
         geometry, settings = described(type(self), model, settings, options)
         own = TqaiCache(geometry, settings, sliding, bases)
-        super().__init__(own, CrossCache(geometry, settings))
+        super().__init__(own, CrossCache(geometry, own.settings))
         self._attach()
 
     def _attach(self) -> None:

@@ -290,6 +290,47 @@ def test_weights_that_are_nowhere_are_refused() -> None:
     assert not tqai.is_patched(model)
 
 
+AUTO: list[Any] = [{"codec": "auto"}, {"preset": "quality"}, {"preset": "small"}]
+
+
+@pytest.mark.parametrize("options", AUTO)
+def test_auto_is_adaptive_where_bases_can_be_learnt(models: Models, options: Any) -> None:
+    model = models("llama")
+    for cache in (
+        tqai.patch(model, **options),
+        tqai.new_cache(model),
+        tqai.TqaiCache(model, **options),
+    ):
+        report = cache.memory_report()
+        assert report["codecs"] == {"adaptive": 2}
+        assert report["settings"]["codec"] == "adaptive"
+
+
+@pytest.mark.parametrize("options", AUTO)
+def test_auto_is_trellis_elsewhere(
+    models: Models, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models("falcon")
+    by_hand = tqai.TqaiCache(model, **options)
+    patched = tqai.patch(model, **options)
+    monkeypatch.setattr(bases, "learn_moments", None)  # would raise: it is not tried again
+    for cache in (by_hand, patched, tqai.new_cache(model)):
+        report = cache.memory_report()
+        assert report["codecs"] == {"scalar": 2} and report["value_codes"] == {"trellis": 2}
+        assert report["settings"]["codec"] == "trellis"
+
+
+def test_auto_learns_nothing_of_weights_that_are_nowhere() -> None:
+    model = make_model()
+    model.model.layers[1].mlp.to("meta")
+    assert tqai.patch(model, preset="small").settings.codec == "trellis"
+
+
+def test_a_codec_beside_a_preset_takes_precedence(models: Models) -> None:
+    cache = tqai.patch(models("llama"), preset="small", codec="scalar")
+    assert (cache.settings.codec, cache.settings.bits_k) == ("scalar", 2)
+
+
 def test_attention_that_is_not_seen_is_refused(models: Models) -> None:
     with pytest.raises(NotImplementedError, match="no layer of Falcon.*its attention is not seen"):
         tqai.patch(models("falcon"), codec="adaptive")

@@ -274,6 +274,8 @@ def test_encoder_decoders_have_them_for_their_own_tokens(name: str) -> None:
     assert report["self_attention_cache"]["codecs"] == {"adaptive": 2}
     assert report["basis_bytes"] == report["self_attention_cache"]["basis_bytes"] > 0
     assert tqai.patch(model).memory_report()["cross_attention_cache"]["codecs"] == {"scalar": 2}
+    open_ = tqai.patch(model, codec="auto")
+    assert [half.settings.codec for half in open_.halves] == ["adaptive", "adaptive"]
 
 
 def test_a_model_in_bf16_with_autocast_and_grad(models: Models) -> None:
