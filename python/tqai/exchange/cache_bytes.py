@@ -20,9 +20,9 @@ _ITEM_BYTES = (4, 2, 2)
 
 
 class Exact(NamedTuple):
-    """Tokens as they are: keys [kv_heads, count, head_dim], then values, of the store's dtype."""
+    """Tokens as they are: keys [kv_heads, tokens, head_dim], then values, of the store's dtype."""
 
-    count: int
+    tokens: int
     data: memoryview
 
 
@@ -79,7 +79,7 @@ class CacheBytes(NamedTuple):
         writer.put("q", self.tokens)
         writer.put("I", len(self.exact))
         for exact in self.exact:
-            writer.put("q", exact.count)
+            writer.put("q", exact.tokens)
             writer.add(exact.data)
         writer.put("I", len(self.blocks))
         for block in self.blocks:
@@ -145,7 +145,9 @@ def taken_apart(data: bytes) -> CacheBytes:
     rows = [_row(reader, version) for _ in range(reader.one("I"))]
     reader.align()
     block_bytes = (len(data) - reader.at) // max(len(stands), 1)
-    blocks = [Block(*stand, reader.take(block_bytes)) for stand in stands]
+    blocks = [
+        Block(first, position, plain, reader.take(block_bytes)) for first, position, plain in stands
+    ]
     return CacheBytes(preamble, tokens, exact, blocks, sets, rows)
 
 

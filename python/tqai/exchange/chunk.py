@@ -361,9 +361,11 @@ class ChunkCodec:
         cache = self._cache(plan, settings, rows)
         start = min(plan.first, plan.sealed - 1)
         if start:  # what is exact anyway has no say in the centres
-            again = (side[:, :, start : start + 1] for side in (keys, values))
-            cache.append(*(ref(side.expand(-1, -1, start, -1)) for side in again))
-        cache.append(*(ref(side[:, :, start : plan.sealed]) for side in (keys, values)))
+            again = [
+                side[:, :, start : start + 1].expand(-1, -1, start, -1) for side in (keys, values)
+            ]
+            cache.append(ref(again[0]), ref(again[1]))
+        cache.append(ref(keys[:, :, start : plan.sealed]), ref(values[:, :, start : plan.sealed]))
         if cache.seal() > 0:
             raise ValueError("a key or value is longer than the FP16 norms of codes can hold")
         data = cache.serialize()

@@ -50,7 +50,8 @@ class FolderShelf:
         for age, name in enumerate(names):
             # It may have left meanwhile, or be somebody else's.
             with suppress(OSError):
-                os.utime(self._file(name), ns=(now - 1000 * age,) * 2)
+                used = now - 1000 * age
+                os.utime(self._file(name), ns=(used, used))
 
     def put(self, name: str, entry: bytes | bytearray) -> None:
         if len(entry) > self.max_bytes:

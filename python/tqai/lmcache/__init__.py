@@ -10,7 +10,7 @@ adapter's configuration it stands as ``{"type": "tqai", "head_dim": 128, "bits_k
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqai.requirements import needs
 
@@ -18,6 +18,9 @@ needs("lmcache", "torch", what="tqai as LMCache's serde")
 
 from tqai.exchange.chunk import ChunkCodec, ChunkOptions  # noqa: E402
 from tqai.lmcache.serde import TqaiDeserializer, TqaiSerializer, create, register  # noqa: E402
+
+if TYPE_CHECKING:
+    from tqai.lmcache.description import describe
 
 __all__ = [
     "ChunkCodec",

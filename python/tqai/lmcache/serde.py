@@ -38,7 +38,7 @@ class TqaiSerializer(Serializer):
         """
         to = _bytes_of(dst)
         room = to if to.is_cpu else torch.empty_like(to, device="cpu")
-        view = memoryview(room.numpy())
+        view = room.numpy().data
         at = 0
         for number, chunk in enumerate(_chunks_of(src)):
             at += self.codec.encode(chunk.cpu(), view[at:], _text(key, number))
@@ -64,7 +64,7 @@ class TqaiDeserializer(Deserializer):
             NotUsable: for bytes that are damaged, or another chunk's, model's or setting's; LMCache
                 takes it for a miss.
         """
-        data = memoryview(_bytes_of(src).cpu().numpy())
+        data = _bytes_of(src).cpu().numpy().data
         at = 0
         for number, chunk in enumerate(_chunks_of(dst)):
             size = self.codec.size(chunk.shape, chunk.dtype)

@@ -129,11 +129,12 @@ def time_store(
     plain = DynamicCache()
     steps.next("reading the prompt")
     read_seconds = _seconds(lambda: _read(loaded, prompt, plain), prompt.device)
-    states = [(layer.keys, layer.values) for layer in plain.layers]
+    layers: list[Any] = plain.layers
+    states = [(layer.keys, layer.values) for layer in layers]
     expected = _distributions(loaded, _cache_of(states), more)
     steps.next("formats")
     options = _options(loaded)
-    packed = [
+    packed: list[tuple[str, dict[str, Any]]] = [
         (f"K{k}/V{v}" + (f", first {n} exact" if n else ""), {"bits_k": k, "bits_v": v, **extra})
         for k, v, n in [(4, 4, 0), (4, 2, 0), (2, 2, 0), *((4, 2, n) for n in exact_first)]
         for extra in [{"exact_first": n}]
@@ -151,10 +152,11 @@ def time_store(
         formats.append(_with_links(cost, _kl(expected, found), whole, read_seconds))
     steps.next("caches of this process")
     in_process = {}
-    for name, own in (
-        ("all packed", {"sink_tokens": 0, "residual_window": 0}),
-        ("the defaults", {}),
-    ):
+    kept: dict[str, dict[str, Any]] = {
+        "all packed": {"sink_tokens": 0, "residual_window": 0},
+        "the defaults": {},
+    }
+    for name, own in kept.items():
         with api.patched(loaded, **DEFAULT_BITS, **own):
             cache = api.new_cache(loaded)
             _seal(cache, states)

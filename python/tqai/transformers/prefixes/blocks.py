@@ -258,7 +258,7 @@ def _apart(layer: Any) -> CacheBytes | None:
 def _usable(held: CacheBytes, row: int, padding: int) -> int:
     """How many blocks of a row are whole and where they would be in any cache."""
     own = held.rows[row]
-    sinks = 0 if own.sinks is None else held.exact[own.sinks].count
+    sinks = 0 if own.sinks is None else held.exact[own.sinks].tokens
     if own.has_gaps or not own.plain or own.first != padding or own.positions[0] != 0:
         return 0
     for index, tile in enumerate(own.tiles):

@@ -27,11 +27,13 @@ OLDEST = "5.24"
 
 try:
     from transformers.generation.continuous_batching import cache_allocators as _allocators
-    from transformers.generation.continuous_batching import continuous_api as api
+    from transformers.generation.continuous_batching import continuous_api as _continuous_api
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    api: Any = _continuous_api
 except ImportError:
     _allocators = None  # type: ignore[assignment]
-    api = None  # type: ignore[assignment]
+    api = None
     PagedAttentionCache = object  # type: ignore[assignment,misc]
 
 

@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
     request: str
     first: int
-    count: int
+    tokens: int
 
 
 class Requests:
@@ -53,7 +53,7 @@ class Requests:
                 f"request {request!r} goes on at token {past}, and its compressed cache holds "
                 f"{'nothing' if held is None else held}: it was freed or changed meanwhile"
             )
-        first = self.spans[-1].first + self.spans[-1].count if self.spans else 0
+        first = self.spans[-1].first + self.spans[-1].tokens if self.spans else 0
         self.spans.append(Span(request, first, count))
 
     def begin_pass(self, decoder: torch.nn.Module) -> None:
@@ -72,7 +72,7 @@ class Requests:
         Raises:
             ValueError: where the pass has other tokens than was said.
         """
-        told = sum(span.count for span in self.spans)
+        told = sum(span.tokens for span in self.spans)
         if keys.shape[0] != 1 or keys.shape[2] != told:
             raise ValueError(
                 f"layer {layer}: keys of shape {tuple(keys.shape)} for {len(self.spans)} requests "
@@ -80,9 +80,9 @@ class Requests:
             )
         sequences = []
         for span in self.spans:
-            own = slice(span.first, span.first + span.count)
+            own = slice(span.first, span.first + span.tokens)
             key, value = self.caches[span.request].update(keys[:, :, own], values[:, :, own], layer)
-            sequences.append(Sequence(span.first, span.count, key, value))
+            sequences.append(Sequence(span.first, span.tokens, key, value))
         return sequences
 
     def fork(self, request: str, copies: list[str], tokens: int) -> None:
