@@ -96,7 +96,7 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
   scratch.matter = false;
   for (int s = 0; s < keys.segment_count; ++s) {
     const SegmentPlan& segment = keys.segments[s];
-    Integer::score(segment, tile.data + keys.codes + segment.offset, words, queries[s].bias,
+    Integer::score(segment, tile.data + keys.codes + segment.offset, words, queries[s].constants,
                    terms * rows, scratch.scores[0], s == 0 ? next.with_keys : Ahead{});
     if (s == 0) {  // norms lie last in a tile, and are the last to be fetched
       Integer::read_halves(tile.data + keys.norms, scratch.key_norms);

@@ -39,6 +39,7 @@ struct Avx2 {
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 2 : 1; }
   static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   static constexpr bool kSumsQuotients = true;
+  static constexpr bool kSumsPairs = true;
   // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
   // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
   // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
@@ -161,7 +162,15 @@ struct Avx2 {
 
   static Acc broadcast(std::int32_t value) noexcept { return _mm256_set1_epi32(value); }
   static Acc add_pairs(Acc acc, Vec pairs) noexcept {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return in_order(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+  }
+  // A sum that is added to as it is written here: GCC makes trees of additions, whose leaves then
+  // wait in memory.
+  static Acc in_order(Acc acc) noexcept {
+#if defined(__GNUC__) && !defined(__clang__)
+    asm("" : "+x"(acc));
+#endif
+    return acc;
   }
   static Vec broadcast_word(const std::uint8_t* words) noexcept {
     std::int32_t word;
@@ -177,7 +186,53 @@ struct Avx2 {
   static Acc dot(Acc acc, Wide levels, const std::uint8_t* words) noexcept {
     const Acc even = _mm256_madd_epi16(levels.even, broadcast_word(words));
     const Acc odd = _mm256_madd_epi16(levels.odd, broadcast_word(words + 4));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+    return in_order(_mm256_add_epi32(acc, _mm256_add_epi32(even, odd)));
+  }
+  // Four products of a lane's 16 bits: keys are within 1…127, with the bias, so that neither those
+  // with positive queries nor the others leave 16 bits.
+  static std::uint64_t queries_fit(const std::int8_t* q, int count) noexcept {
+    constexpr int kMost = 32767 / (kMaxNarrowLevel + kNarrowBias);
+    static_assert(kCoordinateBlock == 2 * kGroupCodes);
+    std::uint64_t fits = 0;
+    for (int c = 0; c < count && c < 64 * kGroupCodes; c += kCoordinateBlock) {
+      const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + c));
+      const __m128i magnitudes = _mm_abs_epi8(row);
+      const __m128i below = _mm_and_si128(magnitudes, _mm_cmpgt_epi8(_mm_setzero_si128(), row));
+      const Vec both = sums_of_four(_mm256_set_m128i(below, _mm_sub_epi8(magnitudes, below)));
+      const Vec beyond = _mm256_cmpgt_epi16(both, _mm256_set1_epi16(kMost));
+      const auto found = static_cast<std::uint32_t>(_mm256_movemask_epi8(beyond));
+      const std::uint32_t groups = found | found >> 16;
+      fits |= std::uint64_t{(groups & 0xFFU) == 0 ? 1U : 0U} << c / kGroupCodes;
+      fits |= std::uint64_t{(groups & 0xFF00U) == 0 ? 1U : 0U} << (c / kGroupCodes + 1);
+    }
+    return fits;
+  }
+  // Values may have either sign.
+  static bool weights_fit(const std::uint8_t* weights, int rows) noexcept {
+    constexpr int kMost = 32767 / kMaxNarrowLevel;
+    Vec most = _mm256_setzero_si256();
+    for (int i = 0; i < rows * kTileTokens; i += kTileTokens / 2) {
+      most = _mm256_max_epi16(most, sums_of_four(load(weights + i)));
+    }
+    const Vec beyond = _mm256_cmpgt_epi16(most, _mm256_set1_epi16(kMost));
+    return _mm256_testz_si256(beyond, beyond) != 0;
+  }
+  // In 16 bits: bytes 2 i, 2 i + 1 and those of the neighbour of their lane.
+  static Vec sums_of_four(Vec bytes) noexcept {
+    const Vec pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
+    return _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, _MM_SHUFFLE(2, 3, 0, 1)));
+  }
+  static Acc dot_two(Acc acc, NarrowKeys a, NarrowKeys b, const std::uint8_t* words,
+                     int step) noexcept {
+    return add_pairs(
+        acc, _mm256_add_epi16(_mm256_maddubs_epi16(a.levels, broadcast_word(words)),
+                              _mm256_maddubs_epi16(b.levels, broadcast_word(words + step))));
+  }
+  static Acc dot_two(Acc acc, NarrowValues a, NarrowValues b, const std::uint8_t* words,
+                     int step) noexcept {
+    return add_pairs(
+        acc, _mm256_add_epi16(_mm256_maddubs_epi16(broadcast_word(words), a.levels),
+                              _mm256_maddubs_epi16(broadcast_word(words + step), b.levels)));
   }
   // Of quotients: kMaxQuotient holds four pairs in 16 bits.
   static Acc dot_four(Acc acc, const NarrowValues (&values)[4], const std::uint8_t* words,

@@ -47,6 +47,7 @@ struct Avx512 {
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 1 : 2; }
   static constexpr int value_chains(int rows) noexcept { return rows <= 2 ? 4 : 1; }
   static constexpr bool kSumsQuotients = false;
+  static constexpr bool kSumsPairs = false;
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;

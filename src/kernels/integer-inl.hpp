@@ -21,14 +21,24 @@
 //   times(acc, factor)           of sums
 //   add_scaled(p, acc, step)     p[…] += float(acc) · step, rounded once
 //   key_bias(bits, q, count)     what score sums start from
+//   kSumsPairs                   whether the products of two operands of up to kNarrowBits are
+//   added
+//                                before they are widened, where factors allow it, and if so:
+//   queries_fit(q, count)        RowConstants::fits
+//   weights_fit(weights, rows)   whether all rows' weights of a tile do
+//   dot_two(acc, a, b, words, step)  of two operands, words `step` bytes apart
 //   kRowBlock, kMaxSums          rows and sums that registers hold
 //   value_blocks(rows)           value blocks side by side, which share the weights' loads
 //   value_chains(rows)           sums of each; with those side by side enough to hide latencies
 #ifndef TQAI_INTEGER_INL
 #define TQAI_INTEGER_INL
 
+#include <algorithm>
+#include <bit>
+
 #include "conversions-inl.hpp"
 #include "fetch-inl.hpp"
+#include "queries-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
@@ -37,6 +47,13 @@ namespace TQAI_LOCAL {
 template <typename Ops>
 inline typename Ops::Vec load_line(const std::uint8_t* group, int part, int line) noexcept {
   return Ops::load(group + line * kLineBytes + part * (kLineBytes / Ops::kParts));
+}
+
+// Has the compiler load words again: kept for the next use they push sums out of registers.
+inline void forget_loads() noexcept {
+#if defined(__GNUC__)
+  asm volatile("" ::: "memory");
+#endif
 }
 
 // A 3-bit code from its lower two bits and its upper one; both may have dirty upper bits.
@@ -121,31 +138,67 @@ inline void score_quad(const typename Ops::template Table<kBits>& table, const s
   }
 }
 
+// The same of a group's two quads, whose products add up in 16 bits.
+template <typename Ops, int kBits, int kRows, int kFirst, int kCount>
+inline void score_pair(const typename Ops::template Table<kBits>& table, const std::uint8_t* group,
+                       int part, const std::uint8_t* words, std::ptrdiff_t stride,
+                       typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+  constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
+  typename Ops::Vec first[4];
+  typename Ops::Vec second[4];
+  load_quad<Ops, kBits, 0>(group, part, first);
+  load_quad<Ops, kBits, 1>(group, part, second);
+  for (int s = 0; s < kCount; ++s) {
+    const auto a = table.key_operand(first[kFirst + s]);
+    const auto b = table.key_operand(second[kFirst + s]);
+    if constexpr (kRows > 1) forget_loads();
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][s] = Ops::dot_two(sums[r][s], a, b, words + r * stride, kStep);
+    }
+  }
+}
+
 // scores[r, t] of kRows rows and the tokens of subtiles kFirst … kFirst + kCount − 1; words: the
 // expanded queries, [kRows, count / 4, words].
 template <typename Ops, int kBits, int kRows, int kFirst, int kCount>
 inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
-                           const std::uint8_t* words, const std::int32_t* bias,
+                           const std::uint8_t* words, const RowConstants* rows,
                            std::int32_t* scores, Fetch& ahead) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
+  constexpr bool kPairs = Ops::kSumsPairs && kBits <= kNarrowBits;
   const typename Ops::template Table<kBits> table(segment.levels, true);
   const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kStep;
   Fetch fetch = ahead;  // in registers
   for (int part = 0; part < Ops::kParts; ++part) {
     typename Ops::Acc sums[kRows][kCount];
     for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kCount; ++s) sums[r][s] = Ops::broadcast(bias[r]);
+      for (int s = 0; s < kCount; ++s) sums[r][s] = Ops::broadcast(rows[r].bias);
     }
+    std::uint64_t fits = rows[0].fits;
+    for (int r = 1; r < kRows; ++r) fits &= rows[r].fits;
     const std::uint8_t* group = packed;
     const std::uint8_t* word = words;
     const std::uint8_t* const end = words + stride;  // compared in place of a count: 2-3 % at AVX2
     do {
+      // Loops of their own: of two ways in one, GCC loads what both need before, into memory.
+      if constexpr (kPairs) {
+        const std::uint8_t* const fitting =
+            word + std::min<std::ptrdiff_t>(end - word, 2 * kStep * std::countr_one(fits));
+        for (; word != fitting; word += std::ptrdiff_t{2} * kStep) {
+          score_pair<Ops, kBits, kRows, kFirst, kCount>(table, group, part, word, stride, sums);
+          group += kBits * kLineBytes;
+          fits >>= 1;
+          fetch.template step<Ops>();
+        }
+        if (word == end) break;
+      }
       score_quad<Ops, kBits, 0, kRows, kFirst, kCount>(table, group, part, word, stride, sums);
       score_quad<Ops, kBits, 1, kRows, kFirst, kCount>(table, group, part, word + kStep, stride,
                                                        sums);
       word += std::ptrdiff_t{2} * kStep;
       group += kBits * kLineBytes;
+      fits >>= 1;
       fetch.template step<Ops>();
     } while (word != end);
     for (int r = 0; r < kRows; ++r) {
@@ -161,16 +214,16 @@ inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packe
 // All subtiles at once where their sums fit into registers, else two at a time.
 template <typename Ops, int kBits, int kRows>
 inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                       const std::uint8_t* words, const std::int32_t* bias, std::int32_t* scores,
+                       const std::uint8_t* words, const RowConstants* rows, std::int32_t* scores,
                        Ahead ahead) noexcept {
   const int steps = segment.count / kGroupCodes * Ops::kParts;
   if constexpr (4 * kRows <= Ops::kMaxSums) {
     Fetch fetch = fetch_of(ahead, steps);
-    score_subtiles<Ops, kBits, kRows, 0, 4>(segment, packed, words, bias, scores, fetch);
+    score_subtiles<Ops, kBits, kRows, 0, 4>(segment, packed, words, rows, scores, fetch);
   } else {
     Fetch fetch = fetch_of(ahead, 2 * steps);
-    score_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, bias, scores, fetch);
-    score_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, bias, scores, fetch);
+    score_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, rows, scores, fetch);
+    score_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, rows, scores, fetch);
   }
 }
 
@@ -278,7 +331,8 @@ struct TrellisReader {
 
 // Sums of kRows rows over 16 tokens, for kBlocks blocks of coordinates, each in kChains parts.
 // words: [kRows, stride bytes], at the first token's; before: of each block's group.
-template <typename Ops, typename Reader, int kQuad, int kRows, int kBlocks, int kChains>
+template <typename Ops, typename Reader, int kQuad, bool kPairs, int kRows, int kBlocks,
+          int kChains>
 inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
                             const std::uint8_t* const (&before)[kBlocks], int part,
                             const std::uint8_t* words, std::ptrdiff_t stride,
@@ -296,6 +350,17 @@ inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
           reader.operand(codes[b], 3)};
       for (int r = 0; r < kRows; ++r) {
         sums[b][0][r] = Ops::dot_four(sums[b][0][r], operands, words + r * stride, kStep);
+      }
+    }
+  } else if constexpr (kPairs) {
+    for (int i = 0; i < 4; i += 2) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const auto first = reader.operand(codes[b], i);
+        const auto second = reader.operand(codes[b], i + 1);
+        for (int r = 0; r < kRows; ++r) {
+          sums[b][0][r] =
+              Ops::dot_two(sums[b][0][r], first, second, words + i * kStep + r * stride, kStep);
+        }
       }
     }
   } else {
@@ -320,7 +385,7 @@ struct ScaledOutput {
 
 // Adds the sums of kRows rows and kBlocks blocks of coordinates, the first of them at `group` and
 // output's first coordinate. before: the packed line before `group`.
-template <typename Ops, typename Reader, int kRows, int kBlocks, int kChains>
+template <typename Ops, typename Reader, bool kPairs, int kRows, int kBlocks, int kChains>
 inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
                               const std::uint8_t* before, const std::uint8_t* words,
                               const ScaledOutput& out, Fetch& fetch) noexcept {
@@ -344,10 +409,10 @@ inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
       const std::uint8_t* lines_before[kBlocks];
       for (int b = 0; b < kBlocks; ++b) lines_before[b] = lines + 2 * b * kGroupBytes - kLineBytes;
       if (half == 0) lines_before[0] = before;
-      accumulate_quad<Ops, Reader, 0, kRows, kBlocks, kChains>(reader, lines, lines_before, part,
-                                                               word, kStride, acc);
-      accumulate_quad<Ops, Reader, 1, kRows, kBlocks, kChains>(reader, lines, lines_before, part,
-                                                               word + kStep, kStride, acc);
+      accumulate_quad<Ops, Reader, 0, kPairs, kRows, kBlocks, kChains>(reader, lines, lines_before,
+                                                                       part, word, kStride, acc);
+      accumulate_quad<Ops, Reader, 1, kPairs, kRows, kBlocks, kChains>(
+          reader, lines, lines_before, part, word + kStep, kStride, acc);
       fetch.template step<Ops>();
     }
     for (int b = 0; b < kBlocks; ++b) {
@@ -361,7 +426,7 @@ inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
 }
 
 // words: the expanded weights, [kRows, 16, words].
-template <typename Ops, typename Reader, int kRows>
+template <typename Ops, typename Reader, bool kPairs, int kRows>
 inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
                             const std::uint8_t* words, ScaledOutput out, Ahead ahead) noexcept {
   constexpr int kBlocks = Ops::value_blocks(kRows);
@@ -372,17 +437,31 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
   Fetch fetch = fetch_of(ahead, 2 * Ops::kParts * (blocks / kBlocks + blocks % kBlocks));
   int block = 0;
   for (; block + kBlocks <= blocks; block += kBlocks) {
-    accumulate_blocks<Ops, Reader, kRows, kBlocks, Ops::value_chains(kRows)>(
+    accumulate_blocks<Ops, Reader, kPairs, kRows, kBlocks, Ops::value_chains(kRows)>(
         reader, packed + block * kBlockBytes, before, words, out, fetch);
     out.output += kBlocks * kCoordinateBlock;
     before = packed + (block + kBlocks) * kBlockBytes - kLineBytes;
   }
   for (; block < blocks; ++block) {
-    accumulate_blocks<Ops, Reader, kRows, 1, Ops::value_chains(kRows)>(
+    accumulate_blocks<Ops, Reader, kPairs, kRows, 1, Ops::value_chains(kRows)>(
         reader, packed + block * kBlockBytes, before, words, out, fetch);
     out.output += kCoordinateBlock;
     before = packed + (block + 1) * kBlockBytes - kLineBytes;
   }
+}
+
+// The same in pairs where the weights allow it.
+template <typename Ops, typename Reader, int kRows>
+inline void accumulate_fitting_rows(const SegmentPlan& segment, const std::uint8_t* packed,
+                                    const std::uint8_t* words, ScaledOutput out,
+                                    Ahead ahead) noexcept {
+  if constexpr (Ops::kSumsPairs && Reader::kBits <= kNarrowBits && kRows > 1) {
+    if (Ops::weights_fit(words, kRows)) {
+      accumulate_rows<Ops, Reader, true, kRows>(segment, packed, words, out, ahead);
+      return;
+    }
+  }
+  accumulate_rows<Ops, Reader, false, kRows>(segment, packed, words, out, ahead);
 }
 
 // Calls body<bits, rows> with both as compile-time constants; 1 ≤ rows ≤ kRowBlock.
@@ -435,26 +514,27 @@ struct Integer {
     Ops::round_weights(products, inverse, weights);
   }
 
-  // queries: [rows, count] in −127…127; words: kQueryBytes a query; bias: [rows].
+  // queries: [rows, count] in −127…127; words: kQueryBytes a query; constants: [rows].
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
-                      std::uint8_t* words, std::int32_t* bias) noexcept {
+                      std::uint8_t* words, RowConstants* constants) noexcept {
     Ops::expand_queries(segment.bits, queries, rows * segment.count, words);
     for (int r = 0; r < rows; ++r) {
-      bias[r] = Ops::key_bias(
-          segment.bits, queries + static_cast<std::ptrdiff_t>(r) * segment.count, segment.count);
+      const std::int8_t* row = queries + static_cast<std::ptrdiff_t>(r) * segment.count;
+      constants[r] = {Ops::key_bias(segment.bits, row, segment.count), 0};
+      if constexpr (Ops::kSumsPairs) constants[r].fits = Ops::queries_fit(row, segment.count);
     }
   }
 
   // Kernels::score of prepared queries.
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* words, const std::int32_t* bias, int rows,
+                    const std::uint8_t* words, const RowConstants* constants, int rows,
                     std::int32_t* scores, Ahead ahead) noexcept {
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
         const auto row_bytes =
             static_cast<std::ptrdiff_t>(segment.count) * Ops::template words<kBits>();
-        score_rows<Ops, kBits, kRows>(segment, packed, words + first * row_bytes, bias + first,
+        score_rows<Ops, kBits, kRows>(segment, packed, words + first * row_bytes, constants + first,
                                       scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
                                       first == 0 ? ahead : Ahead{});
       });
@@ -478,15 +558,17 @@ struct Integer {
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
         if constexpr (Ops::kSumsQuotients && kBits <= kMaxQuotientBits) {
           if (segment.quotients != nullptr) {
-            accumulate_rows<Ops, QuotientReader<Ops, kBits>, kRows>(segment, packed, words, out,
-                                                                    next);
+            accumulate_rows<Ops, QuotientReader<Ops, kBits>, false, kRows>(segment, packed, words,
+                                                                           out, next);
             return;
           }
         }
         if (segment.trellis == nullptr) {
-          accumulate_rows<Ops, ScalarReader<Ops, kBits>, kRows>(segment, packed, words, out, next);
+          accumulate_fitting_rows<Ops, ScalarReader<Ops, kBits>, kRows>(segment, packed, words, out,
+                                                                        next);
         } else if constexpr (kBits <= kMaxTrellisBits) {
-          accumulate_rows<Ops, TrellisReader<Ops, kBits>, kRows>(segment, packed, words, out, next);
+          accumulate_fitting_rows<Ops, TrellisReader<Ops, kBits>, kRows>(segment, packed, words,
+                                                                         out, next);
         }
       });
     }

@@ -39,6 +39,7 @@ struct Neon {
   static constexpr int value_blocks(int rows) noexcept { return rows <= 2 ? 4 : 2; }
   static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   static constexpr bool kSumsQuotients = false;
+  static constexpr bool kSumsPairs = false;
   template <int kBits>
   static constexpr int words() noexcept {
     return 1;

@@ -15,12 +15,12 @@ template <typename Integer>
 void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int8_t* queries,
            int rows, std::int32_t* scores) noexcept {
   alignas(64) std::uint8_t words[kMaxRows * kMaxDim * Integer::kQueryBytes];
-  std::int32_t bias[kMaxRows];
+  RowConstants constants[kMaxRows];
   for (int first = 0; first < rows; first += kMaxRows) {
     const int block = std::min(kMaxRows, rows - first);
     Integer::prepare(segment, queries + static_cast<std::ptrdiff_t>(first) * segment.count, block,
-                     words, bias);
-    Integer::score(segment, codes, words, bias, block,
+                     words, constants);
+    Integer::score(segment, codes, words, constants, block,
                    scores + static_cast<std::ptrdiff_t>(first) * kTileTokens, {});
   }
 }

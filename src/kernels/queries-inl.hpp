@@ -74,9 +74,15 @@ inline void split_queries(const float* queries, std::int64_t stride, int rows, i
   }
 }
 
+// What a level's integer part finds of one term of a row besides its words.
+struct RowConstants {
+  std::int32_t bias;   // what score sums start from
+  std::uint64_t fits;  // bit g: whether the products of group g's 8 queries add up in 16 bits
+};
+
 // A segment's part of the integer queries of all rows.
 struct alignas(64) QuerySegment {
-  std::int32_t bias[2 * kMaxRows];  // [rows, terms]
+  RowConstants constants[2 * kMaxRows];  // [rows, terms]
   float steps[kMaxRows];
 };
 
@@ -121,7 +127,7 @@ void prepare_queries(const SidePlan& keys, const float* queries, int rows,
     auto* segment =
         new (prepared + static_cast<std::size_t>(s) * sizeof(QuerySegment)) QuerySegment;
     split_queries(queries, keys.padded, rows, terms, plan, split, segment->steps);
-    Integer::prepare(plan, split, terms * rows, words, segment->bias);
+    Integer::prepare(plan, split, terms * rows, words, segment->constants);
     words += word_bytes<Integer>(plan, rows, terms);
   }
 }

@@ -19,12 +19,12 @@ struct Integer {
   }
 
   static void prepare(const SegmentPlan& segment, const std::int8_t* queries, int rows,
-                      std::uint8_t* words, std::int32_t* /*bias*/) noexcept {
+                      std::uint8_t* words, RowConstants* /*constants*/) noexcept {
     std::memcpy(words, queries, static_cast<std::size_t>(rows * segment.count));
   }
 
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* words, const std::int32_t* /*bias*/, int rows,
+                    const std::uint8_t* words, const RowConstants* /*constants*/, int rows,
                     std::int32_t* scores, Ahead /*ahead*/) noexcept {
     std::fill_n(scores, rows * kTileTokens, 0);
     for (int first = 0; first < segment.count; first += kCoordinateBlock) {

@@ -90,6 +90,59 @@ TEST_P(Levels, WeightedSumsAreExact) {
   }
 }
 
+// Four numbers whose sum is `sum`, as equal as can be.
+int fourth(int sum, std::size_t i) { return (sum + static_cast<int>(i)) / 4; }
+
+// A level may add up products in 16 bits where queries and weights are small enough for it: here
+// they pass by what is, with all codes at the largest level or at its negative.
+TEST_P(Levels, SumsAtTheEdgeOf16BitsAreExact) {
+  constexpr int kDim = 64;
+  constexpr int kRows = 7;
+  for (int bits = 1; bits <= kNarrowBits; ++bits) {
+    const auto codec = make_codec(kDim, bits);
+    for (const int code : {0, (1 << bits) - 1}) {
+      const std::vector<std::uint8_t> codes(kDim * kTileTokens, static_cast<std::uint8_t>(code));
+      std::vector<std::uint8_t> packed(packed_bytes(kDim, bits));
+      const SegmentPlan& keys = codec.plan().keys.segments[0];
+      pack_keys(codes.data(), kDim, bits, packed.data());
+      for (int sum = 240; sum <= 280; ++sum) {
+        for (const int sign : {1, -1}) {
+          std::vector<std::int8_t> queries(kRows * kDim);
+          std::vector<int> expected(kRows);
+          for (std::size_t i = 0; i < queries.size(); ++i) {
+            const std::size_t place =
+                i % 2 + i / 4 % 2 * 2;  // bytes 0, 1, 4, 5 add up, and 2, 3, …
+            queries[i] = static_cast<std::int8_t>(sign * fourth(sum, place));
+            expected[i / kDim] += queries[i] * keys.levels[code];
+          }
+          std::vector<std::int32_t> scores(kRows * kTileTokens);
+          parts().score(keys, packed.data(), queries.data(), kRows, scores.data());
+          for (std::size_t i = 0; i < scores.size(); ++i) {
+            ASSERT_EQ(scores[i], expected[i / kTileTokens]) << "bits " << bits << ", sum " << sum;
+          }
+        }
+      }
+      const SegmentPlan& values = codec.plan().values.segments[0];
+      pack_values(codes.data(), kDim, bits, packed.data());
+      for (int sum = 500; sum <= 540; ++sum) {
+        std::vector<std::uint8_t> weights(kRows * kTileTokens);
+        int expected = 0;
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+          weights[i] = static_cast<std::uint8_t>(fourth(sum, i % 2 + i / 4 % 2 * 2));
+          if (i < kTileTokens) expected += weights[i] * values.levels[code];
+        }
+        const std::vector<float> steps(kRows, 1.0F);
+        std::vector<float> sums(kRows * kDim, 0.0F);
+        parts().accumulate(values, packed.data(), weights.data(), steps.data(), kRows, sums.data(),
+                           kDim);
+        for (const float found : sums) {
+          ASSERT_EQ(found, static_cast<float>(expected)) << "bits " << bits << ", sum " << sum;
+        }
+      }
+    }
+  }
+}
+
 // What lets a level add up more products in 16 bits: exact, or not there.
 TEST(SegmentPlans, QuotientsTimesTheirDivisorAreTheLevels) {
   for (int bits = 1; bits <= 8; ++bits) {
