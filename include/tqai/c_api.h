@@ -301,6 +301,47 @@ TQAI_C_API size_t tqai_allocated_bytes(void);
  * tqai_last_error() and nothing changed; 0: no limit. */
 TQAI_C_API void tqai_limit_memory(size_t bytes);
 
+/* ---- Many caches at a time --------------------------------------------------------------------
+ *
+ * What the functions above do for one cache, for `count` of them in one parallel region, with the
+ * same results (sequences.hpp): a runtime's sequences, of any lengths. All or nothing: on failure
+ * every cache is as before. One that is changed comes once in a list. */
+
+/** tqai_cache_append for each; keys, values: [count]; positions: [count] or NULL; resources: NULL for
+ * the defaults, here and below. */
+TQAI_C_API tqai_status tqai_caches_append(tqai_cache* const* caches, size_t count,
+                                          const tqai_tensor* keys, const tqai_tensor* values,
+                                          const tqai_positions* positions,
+                                          const tqai_resources* resources);
+/** The tokens of all caches one after another, tokens[i] of cache i: keys: [1, kv_heads, sum of
+ * tokens, head_dim], values likewise, positions: [1, sections, sum] or NULL. Caches of one row and
+ * one geometry. */
+TQAI_C_API tqai_status tqai_caches_append_packed(tqai_cache* const* caches, size_t count,
+                                                 const int64_t* tokens, const tqai_tensor* keys,
+                                                 const tqai_tensor* values,
+                                                 const tqai_positions* positions,
+                                                 const tqai_resources* resources);
+/** tqai_cache_seal for each; *held, unless held is NULL: the most that one of them says. */
+TQAI_C_API tqai_status tqai_caches_seal(tqai_cache* const* caches, size_t count, int64_t* held,
+                                        const tqai_resources* resources);
+/** tqai_cache_attend for each; a cache may come several times. queries, outputs: [count]; options:
+ * [count] pointers, any of them NULL for the defaults, or NULL for all; their `resources` are
+ * NULL. */
+TQAI_C_API tqai_status tqai_caches_attend(const tqai_cache* const* caches, size_t count,
+                                          const tqai_tensor* queries, const tqai_output* outputs,
+                                          const tqai_attend_options* const* options,
+                                          const tqai_resources* resources);
+/** The queries of all caches one after another, as in tqai_caches_append_packed: [1, query_heads,
+ * sum of tokens, head_dim]; output: [1, sum, query_heads, value_head_dim]; options: of all, without
+ * a mask, or NULL. */
+TQAI_C_API tqai_status tqai_caches_attend_packed(const tqai_cache* const* caches, size_t count,
+                                                 const int64_t* tokens, const tqai_tensor* queries,
+                                                 const tqai_output* output,
+                                                 const tqai_attend_options* options);
+/** tqai_cache_crop for each; tokens: [count], what each keeps. */
+TQAI_C_API tqai_status tqai_caches_crop(tqai_cache* const* caches, size_t count,
+                                        const int64_t* tokens);
+
 /** Bytes that tqai_cache_serialize writes. */
 TQAI_C_API tqai_status tqai_cache_serialized_bytes(const tqai_cache* cache, size_t* bytes);
 /** Writes that many bytes at `to`; TQAI_VALUE_ERROR where `capacity` is less. */

@@ -74,5 +74,6 @@ void bind_cache(py::module_& module);
 void bind_codebook(py::module_& module);
 void bind_files(py::module_& module);
 void bind_quantizers(py::module_& module);
+void bind_sequences(py::module_& module);
 
 }  // namespace tqai::python

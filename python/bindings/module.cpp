@@ -49,6 +49,7 @@ PYBIND11_MODULE(_core, module) {
   bind_codebook(module);
   bind_files(module);
   bind_quantizers(module);
+  bind_sequences(module);
 }
 
 }  // namespace tqai::python

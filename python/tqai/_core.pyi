@@ -9,7 +9,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'available_levels', 'borrowed', 'default_level', 'limit_memory', 'openmp_threads', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'append_sequences', 'attend_sequences', 'available_levels', 'borrowed', 'crop_sequences', 'default_level', 'limit_memory', 'openmp_threads', 'seal_sequences', 'write_file']
 class KeyMoments:
     """
     Second moments of a layer's keys and queries.
@@ -424,6 +424,19 @@ def allocated_bytes() -> int:
     """
     Bytes now held by all caches of this process.
     """
+def append_sequences(caches: collections.abc.Sequence[KvCache], counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], keys: tuple, values: tuple, positions: tuple | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    """
+    KvCache.append of many caches of one row and one geometry in one parallel region: the next
+    counts[i] tokens of keys [1, kv_heads, sum of counts, head_dim] and values [.., value_head_dim] go to
+    caches[i]; positions: [1, sections, sum of counts]. All or nothing, for all of them. A cache may come
+    once.
+    """
+def attend_sequences(caches: collections.abc.Sequence[KvCache], counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], queries: tuple, output: tuple, scale: typing.SupportsFloat | typing.SupportsIndex | None = None, soft_cap: typing.SupportsFloat | typing.SupportsIndex = 0.0, causal: bool = True, window: typing.SupportsInt | typing.SupportsIndex = 0, sink_scores: typing.SupportsInt | typing.SupportsIndex = 0, log_sum_exp: tuple | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    """
+    KvCache.attend of many caches in one parallel region: the next counts[i] of queries
+    [1, query_heads, sum of counts, head_dim] read caches[i], into output [1, sum of counts, query_heads,
+    value_head_dim]; log_sum_exp: [1, sum of counts, query_heads, 1].
+    """
 def available_levels() -> list[str]:
     """
     Kernel levels of this build and processor, slowest first.
@@ -433,6 +446,10 @@ def borrowed(array: typing.Any, dtype: DType | None = None) -> tuple:
     (address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
     or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are
     where the buffer does not. ValueError for elements of another kind or size.
+    """
+def crop_sequences(caches: collections.abc.Sequence[KvCache], tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+    """
+    KvCache.crop of many caches, each to its own length.
     """
 def default_level() -> str:
     """
@@ -446,6 +463,10 @@ def limit_memory(bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
 def openmp_threads() -> int:
     """
     Threads that a call takes at most; 0: built without OpenMP.
+    """
+def seal_sequences(caches: collections.abc.Sequence[KvCache], threads: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    """
+    KvCache.seal of many caches in one parallel region; returns the most that one of them does.
     """
 def write_file(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None, typing.Any]], header: str = '{}') -> None:
     """

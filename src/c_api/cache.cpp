@@ -6,31 +6,6 @@ using tqai::ValueError;
 
 namespace {
 
-template <typename To, typename From>
-To tensor_of(const From* from, const char* name) {
-  const From& tensor = given(from, name);
-  To to;
-  to.data = tensor.data;
-  to.dtype = dtype_of(tensor.dtype);
-  std::copy_n(tensor.shape, 4, to.shape.begin());
-  std::copy_n(tensor.strides, 4, to.strides.begin());
-  return to;
-}
-
-tqai::Mask mask_of(const tqai_tensor& tensor) {
-  tqai::Mask mask;
-  mask.data = tensor.data;
-  switch (checked("the mask's dtype", tensor.dtype, TQAI_BOOL)) {
-    case TQAI_F32: mask.kind = tqai::Mask::Kind::f32; break;
-    case TQAI_F16: mask.kind = tqai::Mask::Kind::f16; break;
-    case TQAI_BF16: mask.kind = tqai::Mask::Kind::bf16; break;
-    default: mask.kind = tqai::Mask::Kind::boolean; break;
-  }
-  std::copy_n(tensor.shape, 4, mask.shape.begin());
-  std::copy_n(tensor.strides, 4, mask.strides.begin());
-  return mask;
-}
-
 static_assert(TQAI_F16 == static_cast<int>(tqai::DType::f16) &&
               TQAI_BF16 == static_cast<int>(tqai::DType::bf16));
 static_assert(TQAI_ROTATION_HAAR == static_cast<int>(tqai::RotationKind::haar));
@@ -119,12 +94,7 @@ tqai_status tqai_cache_append_with(tqai_cache* cache, const tqai_tensor* keys,
                                    const tqai_tensor* values, const tqai_positions* positions,
                                    const tqai_resources* resources) {
   return guarded([&] {
-    std::optional<tqai::PositionTensor> places;
-    if (positions != nullptr) {
-      places.emplace().data = &given(positions->data, "positions->data");
-      std::copy_n(positions->shape, 3, places->shape.begin());
-      std::copy_n(positions->strides, 3, places->strides.begin());
-    }
+    const auto places = positions_of(positions);
     given(cache, "cache")
         .held.append(tensor_of<tqai::ConstTensor>(keys, "keys"),
                      tensor_of<tqai::ConstTensor>(values, "values"), places,
@@ -147,22 +117,7 @@ tqai_status tqai_cache_seal_with(tqai_cache* cache, int64_t* held,
 tqai_status tqai_cache_attend(const tqai_cache* cache, const tqai_tensor* queries,
                               const tqai_output* output, const tqai_attend_options* options) {
   return guarded([&] {
-    tqai::AttendOptions settings;
-    tqai::Resources resources;
-    if (options != nullptr) {
-      const tqai_attend_options all = known(options, "options", tqai_attend_options_init);
-      if (all.has_scale != 0) settings.scale = all.scale;
-      settings.soft_cap = all.soft_cap;
-      settings.causal = all.causal != 0;
-      settings.window = all.window;
-      settings.first_token = all.first_token;
-      if (all.mask != nullptr) settings.mask = mask_of(*all.mask);
-      settings.sink_scores = all.sink_scores;
-      if (all.log_sum_exp != nullptr) {
-        settings.log_sum_exp = tensor_of<tqai::Tensor>(all.log_sum_exp, "log_sum_exp");
-      }
-      resources = resources_of(all.resources);
-    }
+    const auto [settings, resources] = attend_options_of(options);
     given(cache, "cache")
         .held.attend(tensor_of<tqai::ConstTensor>(queries, "queries"),
                      tensor_of<tqai::Tensor>(output, "output"), settings, resources);

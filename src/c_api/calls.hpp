@@ -201,6 +201,64 @@ inline Resources resources_of(const tqai_resources* given_ones) {
   return resources;
 }
 
+template <typename To, typename From>
+To tensor_of(const From* from, const char* name) {
+  const From& tensor = given(from, name);
+  To to;
+  to.data = tensor.data;
+  to.dtype = dtype_of(tensor.dtype);
+  std::copy_n(tensor.shape, 4, to.shape.begin());
+  std::copy_n(tensor.strides, 4, to.strides.begin());
+  return to;
+}
+
+inline Mask mask_of(const tqai_tensor& tensor) {
+  Mask mask;
+  mask.data = tensor.data;
+  switch (checked("the mask's dtype", tensor.dtype, TQAI_BOOL)) {
+    case TQAI_F32: mask.kind = Mask::Kind::f32; break;
+    case TQAI_F16: mask.kind = Mask::Kind::f16; break;
+    case TQAI_BF16: mask.kind = Mask::Kind::bf16; break;
+    default: mask.kind = Mask::Kind::boolean; break;
+  }
+  std::copy_n(tensor.shape, 4, mask.shape.begin());
+  std::copy_n(tensor.strides, 4, mask.strides.begin());
+  return mask;
+}
+
+inline std::optional<PositionTensor> positions_of(const tqai_positions* positions) {
+  if (positions == nullptr) return std::nullopt;
+  PositionTensor places;
+  places.data = &given(positions->data, "positions->data");
+  std::copy_n(positions->shape, 3, places.shape.begin());
+  std::copy_n(positions->strides, 3, places.strides.begin());
+  return places;
+}
+
+struct AttendSettings {
+  AttendOptions options;
+  Resources resources;
+};
+
+// options: NULL for the defaults.
+inline AttendSettings attend_options_of(const tqai_attend_options* options) {
+  AttendSettings settings;
+  if (options == nullptr) return settings;
+  const tqai_attend_options all = known(options, "options", tqai_attend_options_init);
+  if (all.has_scale != 0) settings.options.scale = all.scale;
+  settings.options.soft_cap = all.soft_cap;
+  settings.options.causal = all.causal != 0;
+  settings.options.window = all.window;
+  settings.options.first_token = all.first_token;
+  if (all.mask != nullptr) settings.options.mask = mask_of(*all.mask);
+  settings.options.sink_scores = all.sink_scores;
+  if (all.log_sum_exp != nullptr) {
+    settings.options.log_sum_exp = tensor_of<Tensor>(all.log_sum_exp, "log_sum_exp");
+  }
+  settings.resources = resources_of(all.resources);
+  return settings;
+}
+
 inline std::vector<std::shared_ptr<const KeyBasis>> bases_of(const tqai_key_basis* const* bases,
                                                              std::size_t count) {
   std::vector<std::shared_ptr<const KeyBasis>> held;

@@ -894,6 +894,91 @@ static void test_resources(void) {
   tqai_cache_destroy(copy);
 }
 
+/* Calls on lists: to the bit what each cache gets alone, and nothing where one of them is refused.
+ */
+static void test_sequences(void) {
+  enum { kFirst = 3, kSecond = 1, kAll = kFirst + kSecond };
+  tqai_cache* caches[2];
+  tqai_cache* alone[2];
+  const tqai_cache* readers[2];
+  const int64_t counts[2] = {kFirst, kSecond};
+  int64_t lengths[2] = {kTokens, kTokens};
+  const int64_t starts[2] = {0, kFirst};
+  float whole[kAll * 2 * kHeads * kDim];
+  float each[kAll * 2 * kHeads * kDim];
+  tqai_output outputs[2];
+  tqai_output packed_output = output(whole, kAll, 2 * kHeads);
+  tqai_tensor keys[2];
+  tqai_tensor values[2];
+  tqai_tensor queries[2];
+  const tqai_tensor all_keys = tensor(g_keys, kHeads, kAll, kTokens);
+  const tqai_tensor all_values = tensor(g_values, kHeads, kAll, kTokens);
+  const tqai_tensor all_queries = tensor(g_values, 2 * kHeads, kAll, kAll);
+  tqai_attend_options settings;
+  const tqai_attend_options* options_of[2] = {NULL, &settings};
+  tqai_resources resources;
+  int64_t held = -1;
+  int i;
+  for (i = 0; i < 2; ++i) {
+    caches[i] = filled();
+    readers[i] = caches[i];
+    EXPECT(tqai_cache_copy(caches[i], &alone[i]) == TQAI_OK);
+    keys[i] = tensor(g_keys + starts[i] * kDim, kHeads, counts[i], kTokens);
+    values[i] = tensor(g_values + starts[i] * kDim, kHeads, counts[i], kTokens);
+    queries[i] = tensor(g_values + starts[i] * kDim, 2 * kHeads, counts[i], kAll);
+    outputs[i] = output(each + starts[i] * 2 * kHeads * kDim, counts[i], 2 * kHeads);
+    EXPECT(tqai_cache_append(alone[i], &keys[i], &values[i], NULL) == TQAI_OK);
+    EXPECT(tqai_cache_attend(alone[i], &queries[i], &outputs[i], NULL) == TQAI_OK);
+  }
+  tqai_attend_options_init(&settings, sizeof(settings));
+  tqai_resources_init(&resources, sizeof(resources));
+  resources.threads = 1;
+  EXPECT(tqai_caches_append_packed(caches, 2, counts, &all_keys, &all_values, NULL, &resources) ==
+         TQAI_OK);
+  EXPECT(tokens_of(caches[0]) == kTokens + kFirst && tokens_of(caches[1]) == kTokens + kSecond);
+  EXPECT(tqai_caches_attend_packed(readers, 2, counts, &all_queries, &packed_output, NULL) ==
+         TQAI_OK);
+  EXPECT(memcmp(whole, each, sizeof(whole)) == 0);
+  /* The same with tensors of each one's own. */
+  EXPECT(tqai_caches_crop(caches, 2, lengths) == TQAI_OK);
+  EXPECT(tokens_of(caches[0]) == kTokens && tokens_of(caches[1]) == kTokens);
+  EXPECT(tqai_caches_append(caches, 2, keys, values, NULL, &resources) == TQAI_OK);
+  for (i = 0; i < 2; ++i) outputs[i].data = whole + starts[i] * 2 * kHeads * kDim;
+  memset(whole, 0, sizeof(whole));
+  EXPECT(tqai_caches_attend(readers, 2, queries, outputs, options_of, &resources) == TQAI_OK);
+  EXPECT(memcmp(whole, each, sizeof(whole)) == 0);
+  EXPECT(tqai_caches_attend(readers, 2, queries, outputs, NULL, NULL) == TQAI_OK);
+  EXPECT(tqai_caches_seal(caches, 2, &held, NULL) == TQAI_OK && held == 0);
+  EXPECT(tqai_caches_seal(caches, 0, NULL, NULL) == TQAI_OK);
+
+  settings.resources = &resources;
+  EXPECT_ERROR(tqai_caches_attend(readers, 2, queries, outputs, options_of, NULL), TQAI_VALUE_ERROR,
+               "options[1]->resources is set");
+  lengths[1] = 1000;
+  EXPECT_ERROR(tqai_caches_crop(caches, 2, lengths), TQAI_VALUE_ERROR,
+               "sequence 1 of 2: crop to 1000");
+  EXPECT_ERROR(tqai_caches_crop(NULL, 2, lengths), TQAI_VALUE_ERROR, "caches is NULL");
+  EXPECT_ERROR(tqai_caches_crop(caches, 2, NULL), TQAI_VALUE_ERROR, "tokens is NULL");
+  values[1].shape[1] = 1;
+  EXPECT_ERROR(tqai_caches_append(caches, 2, keys, values, NULL, NULL), TQAI_VALUE_ERROR,
+               "sequence 1 of 2: values");
+  EXPECT_ERROR(tqai_caches_append(caches, 2, keys, NULL, NULL, NULL), TQAI_VALUE_ERROR,
+               "values is NULL");
+  EXPECT_ERROR(tqai_caches_append_packed(caches, 2, NULL, &all_keys, &all_values, NULL, NULL),
+               TQAI_VALUE_ERROR, "tokens is NULL");
+  EXPECT_ERROR(tqai_caches_append_packed(caches, 1, counts, &all_keys, &all_values, NULL, NULL),
+               TQAI_VALUE_ERROR, "the sum of the counts");
+  tqai_cache_destroy(caches[1]);
+  caches[1] = NULL;
+  EXPECT_ERROR(tqai_caches_seal(caches, 2, NULL, NULL), TQAI_VALUE_ERROR,
+               "one of the caches is NULL");
+  caches[1] = caches[0];
+  EXPECT_ERROR(tqai_caches_seal(caches, 2, NULL, NULL), TQAI_VALUE_ERROR, "comes twice");
+  EXPECT(tokens_of(caches[0]) == kTokens + kFirst);
+  tqai_cache_destroy(caches[0]);
+  for (i = 0; i < 2; ++i) tqai_cache_destroy(alone[i]);
+}
+
 int main(int argc, char** argv) {
   size_t before;
   EXPECT(strcmp(tqai_last_error(), "") == 0);
@@ -909,6 +994,7 @@ int main(int argc, char** argv) {
   test_append();
   test_attend();
   test_resources();
+  test_sequences();
   test_memory_of_tensors();
   test_gather();
   test_rows();

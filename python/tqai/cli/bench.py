@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tqai.cli import bench_prefill, bench_store
+from tqai.cli import bench_prefill, bench_requests, bench_store
 from tqai.cli.options import add_framework, add_model, add_settings, add_verb, settings_of
 from tqai.cli.output import megabytes, percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
@@ -32,6 +32,7 @@ def add(verbs: Any) -> None:
     _add_model(subjects)
     bench_prefill.add(subjects)
     bench_store.add(subjects)
+    bench_requests.add(subjects)
 
 
 def _add_numbers(parser: Any, *options: tuple[str, Any, str], **how: Any) -> None:

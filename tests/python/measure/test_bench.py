@@ -25,6 +25,7 @@ from tqai.measure.time_kernels import SDPA, Shape
 from tqai.measure.time_model import ModelTime
 from tqai.measure.timing import in_turns, ratio
 from tqai.settings import Settings
+from tqai.transformers.serving.paged import serves_requests
 
 KERNELS = ("bench", "kernels", "--dim", "32", "--group", "2", "--kv-heads", "2", "--tokens", "100",
            "--rounds", "1")  # fmt: skip
@@ -389,6 +390,23 @@ def test_prefill(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     assert "DynamicCache ms" in capsys.readouterr().out
     assert main(["bench", "prefill", "--model", folder, "--tokens", "0"]) == 2
     assert "tokens=[0]: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not serves_requests(), reason="a paged cache of another interface")
+def test_requests(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    verb = ["bench", "requests", "--model", folder, "--lengths", "40", "230", "--tokens", "6"]
+    verb += ["--rounds", "1", "--threads", "1", "--window", "16"]
+    assert main([*verb, "--json"]) == 0
+    times = json.loads(capsys.readouterr().out)
+    assert times["lengths"] == [40, 230] and times["rounds"] == 1 and times["new_tokens"] == 6
+    assert times["paged_tokens_per_second"] > 0 and times["tqai_tokens_per_second"] > 0
+    assert times["times_paged"] > 0 and 0 <= times["same_tokens"] <= 2
+    assert main(verb) == 0
+    assert "requests got the same tokens" in capsys.readouterr().out
+    assert main([*verb, "--tokens", "1"]) == 2
+    assert "new_tokens=1" in capsys.readouterr().err
+    assert main([*verb, "--lengths", "1000000"]) == 2
+    assert "the text's" in capsys.readouterr().err
 
 
 def test_store(capsys: pytest.CaptureFixture[str], folder: str) -> None:

@@ -132,6 +132,48 @@ def attend(
     return output
 
 
+def append_each(cores: list[_core.KvCache], keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Adds a token to each of many stores of one row, all of them or none.
+
+    keys, values: [1, kv_heads, len(cores), dim], of the stores' dtype.
+    """
+    keys, values = rows_contiguous(keys), rows_contiguous(values)
+    _core.append_sequences(cores, [1] * len(cores), ref(keys), ref(values))
+
+
+def attend_each(
+    cores: list[_core.KvCache],
+    queries: torch.Tensor,
+    *,
+    scale: float | None,
+    soft_cap: float,
+    window: int,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the last token's query in each of many stores of one row and one geometry.
+
+    queries: [1, query_heads, len(cores), head_dim]. Returns [1, len(cores), query_heads,
+    value_head_dim].
+    """
+    _, heads, count, _ = queries.shape
+    output = queries.new_empty(1, count, heads, cores[0].value_head_dim)
+    if sinks is not None:
+        sinks = sinks.float().reshape(-1).contiguous()
+    queries = rows_contiguous(queries)
+    _core.attend_sequences(
+        cores,
+        [1] * count,
+        ref(queries),
+        ref(output),
+        scale,
+        soft_cap,
+        True,
+        window,
+        0 if sinks is None else sinks.data_ptr(),
+    )
+    return output
+
+
 def gather(
     store: Store, first: int, length: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,6 +47,15 @@ class Sequence(NamedTuple):
     value: torch.Tensor
 
 
+class Sequences:
+    """What the queries of a pass read in one layer."""
+
+    def __init__(self) -> None:
+        self.alone: list[Sequence] = []
+        self.together: list[tuple[int, Update]] = []
+        """Queries that are a request's only ones, each with what it reads."""
+
+
 _OF_BATCHES = frozenset(
     "cache cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k read_index write_index is_causal "
     "logits_indices logits_processor_args block_table use_cache".split()
@@ -128,22 +137,78 @@ def _attend_sequences(
     implementation: str,
     module: torch.nn.Module,
     query: torch.Tensor,
-    sequences: list[Sequence],
+    sequences: Sequences,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """Attention of each request's queries over its own tokens; see ``serving.requests``."""
     own = {name: value for name, value in kwargs.items() if name not in _OF_BATCHES}
-    outputs = []
-    for first, count, key, value in sequences:
+    parts: list[tuple[int, torch.Tensor]] = []
+    if sequences.together:
+        try:
+            parts += _attend_together(implementation, module, query, sequences.together, own)
+        except BaseException:
+            for _, update in sequences.together:
+                if update.cache is not None:
+                    update.cache.roll_back()
+            raise
+    for first, count, key, value in sequences.alone:
         rows = query[:, :, first : first + count]
-        update = update_of(key, value)
-        if update is None:
+        alone = update_of(key, value)
+        if alone is None:
             window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         else:
-            window = update.layer.sliding_window
+            window = alone.layer.sliding_window
         mask = _mask_of(implementation, window, rows, key)
-        outputs.append(attention_forward(implementation, module, rows, key, value, mask, **own)[0])
-    return torch.cat(outputs, 1), None
+        part = attention_forward(implementation, module, rows, key, value, mask, **own)[0]
+        parts.append((first, part))
+    parts.sort(key=lambda part: part[0])
+    return torch.cat([part for _, part in parts], 1), None
+
+
+def _attend_together(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    together: list[tuple[int, Update]],
+    kwargs: dict[str, Any],
+) -> list[tuple[int, torch.Tensor]]:
+    """Attention of requests' only queries: those that read packed tokens, in one call."""
+    original = original_attention(implementation, module)
+    packed = [(place, update) for place, update in together if _reads_packed(update)]
+    arguments = None
+    if len(packed) > 1 and not (torch.is_grad_enabled() and query.requires_grad):
+        core = packed[0][1].layer.core
+        assert core is not None
+        shape = core.batch, core.kv_heads, core.head_dim, core.value_head_dim
+        one = query[:, :, :1]
+        arguments = _kernel_arguments(original, module, shape, one, packed[0][1], None, kwargs)
+    parts = []
+    if arguments is None:
+        packed = []
+    else:
+        places = [place for place, _ in packed]
+        rows = query
+        if places != list(range(query.shape[2])):
+            rows = query.index_select(2, torch.tensor(places, device=query.device))
+        del arguments["mask"], arguments["causal"]  # none, and so it is
+        cores = [update.layer.core for _, update in packed]
+        output = stores.attend_each(cores, rows, **arguments)  # type: ignore[arg-type]
+        for _, update in packed:
+            update.layer.settle(False)
+            update.settled = True
+        parts = list(zip(places, output.split(1, 1), strict=True))
+    done = {place for place, _ in packed}
+    for place, update in together:
+        if place not in done:
+            one = query[:, :, place : place + 1]
+            parts.append((place, _attend_update(original, module, one, update, None, kwargs)[0]))
+    return parts
+
+
+def _reads_packed(update: Update) -> bool:
+    layer = update.layer
+    plain = not layer.exact_arithmetic and not layer.has_dropped and update.is_current()
+    return plain and layer.is_packed()
 
 
 def _mask_of(

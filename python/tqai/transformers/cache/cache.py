@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from tqai import _core, reports
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
+from tqai.transformers.attention.view import Update
 from tqai.transformers.basis.bases import NONE, Bases, bases_of
 from tqai.transformers.cache.beside import layer_for
-from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.cache.layer import TqaiLayer, update_each
 from tqai.transformers.cache.passes import Before, Passes, copy_of
 from tqai.transformers.model.constants import difference
 from tqai.transformers.model.geometry import (
@@ -336,6 +338,15 @@ class TqaiCache(Passes, DynamicCache):
                 self.roll_back()
                 raise
 
+    def layer_for_one(self, layer_idx: int, like: tuple[Any, ...]) -> TqaiLayer | None:
+        """The layer, where ``update_each`` can do this cache's next update of it in a pass that was
+        told of; else ``update`` does."""
+        layer = self.layers[layer_idx]
+        if type(layer) is not TqaiLayer or layer_idx in self._before or self.turned is not None:
+            return None
+        self._check_states()
+        return layer if layer.takes_like(like) else None
+
     def _update_traced(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -614,3 +625,28 @@ def _centerings(layer: Any) -> Counter[str]:
 
 
 vars(TqaiCache.__init__)["__signature__"] = signature_with_options(TqaiCache.__init__)
+
+
+def update_caches(
+    caches: list[TqaiCache],
+    layers: list[TqaiLayer],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layer_idx: int,
+) -> list[Update]:
+    """``TqaiCache.update`` of many caches of one row, by a token each; see ``update_each``.
+
+    layers: what ``layer_for_one`` gave of each. After any error, the layers that the pass has
+    updated forget its tokens, in all of these caches.
+    """
+    with contextlib.ExitStack() as stack:
+        for cache in caches:
+            stack.enter_context(cache.lock)
+        try:
+            for cache in caches:
+                cache.note_before(layer_idx, 1)
+            return update_each(layers, keys, values)
+        except BaseException:
+            for cache in caches:
+                cache.roll_back()
+            raise

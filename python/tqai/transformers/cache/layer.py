@@ -203,6 +203,15 @@ class TqaiLayer(CacheLayerMixin):
         update.cache = None if self.owner is None else self.owner()
         return update.views(keys, values)
 
+    def takes_like(self, like: tuple[Any, ...]) -> bool:
+        """Whether ``update_each`` can add a token of these shapes, dtypes and devices."""
+        core = self.core
+        return (
+            type(core) is _core.KvCache
+            and (*like, self.settings) == self._added
+            and core.tokens > 0
+        )
+
     def get_seq_length(self) -> int:
         if compiled.is_tracing():
             return self.seen
@@ -559,6 +568,60 @@ class TqaiLayer(CacheLayerMixin):
     def _named(self, error: ValueError | NotImplementedError) -> Exception:
         """What the store complains about, with the layer's number."""
         return type(error)(f"layer {self.index}: {error}")
+
+
+def like_one(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """What ``takes_like`` takes, for one token of keys and values [1, kv_heads, n, dim]."""
+    shapes = tuple(torch.Size((1, each.shape[1], 1, each.shape[3])) for each in (keys, values))
+    return shapes, (keys.dtype, values.dtype), keys.device, values.device
+
+
+def update_each(layers: list[TqaiLayer], keys: torch.Tensor, values: torch.Tensor) -> list[Update]:
+    """``TqaiLayer.update`` of many layers of one row, by a token each, in one call of the kernels.
+
+    Each of them takes tokens like these (``takes_like``). All of them get theirs, or none.
+
+    Args:
+        keys: [1, kv_heads, len(layers), head_dim].
+        values: [1, kv_heads, len(layers), value_head_dim].
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
+    cores = []
+    for layer in layers:
+        layer._keep_reading()
+        assert isinstance(layer.core, _core.KvCache)
+        cores.append(layer.core)
+    try:
+        stores.append_each(cores, *_of_one_dtype(keys, values))
+    except (ValueError, NotImplementedError) as error:
+        raise layers[0]._named(error) from error
+    updates = []
+    for layer, core in zip(layers, cores, strict=True):
+        layer.turned = layer.told = None
+        held = layer.seen = core.tokens
+        layer.version += 1
+        layer._seals_later = True
+        first = 0
+        if layer.is_sliding:
+            first = layer._first_visible(held - 1)
+            if not layer.record_past:
+                core.discard_before(first)
+        update = Update(layer, first, held - first, 1, None)
+        update.cache = None if layer.owner is None else layer.owner()
+        updates.append(update)
+    return updates
+
+
+def seal_each(layers: list[TqaiLayer]) -> None:
+    """Seals in one call of the kernels what the layers' ``seal`` finds done then."""
+    cores = []
+    for layer in layers:
+        if type(layer.core) is _core.KvCache:
+            layer._keep_reading()
+            cores.append(layer.core)
+    _core.seal_sequences(cores)
 
 
 def _of_one_dtype(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tqai.transformers.attention.functions import Sequence
-from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.attention.functions import Sequence, Sequences
+from tqai.transformers.cache.cache import TqaiCache, update_caches
+from tqai.transformers.cache.layer import TqaiLayer, like_one, seal_each
 
 
 class Span(NamedTuple):
@@ -62,11 +63,13 @@ class Requests:
             self.caches[span.request].begin_pass(decoder)
 
     def end_pass(self) -> None:
-        """See ``Passes.end_pass``."""
-        for span in self.spans:
-            self.caches[span.request].end_pass()
+        """See ``Passes.end_pass``; what all requests' layers seal is sealed side by side."""
+        caches = [self.caches[span.request] for span in self.spans]
+        seal_each([each for cache in caches for each in cache.layers if type(each) is TqaiLayer])
+        for cache in caches:
+            cache.end_pass()
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> list[Sequence]:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> Sequences:
         """Adds the pass's tokens to a layer; keys, values: [1, kv_heads, tokens, dim].
 
         Raises:
@@ -78,12 +81,41 @@ class Requests:
                 f"layer {layer}: keys of shape {tuple(keys.shape)} for {len(self.spans)} requests "
                 f"with {told} tokens; needed: one row of as many"
             )
-        sequences = []
-        for span in self.spans:
+        sequences = Sequences()
+        alone = self.spans
+        together = self._taking_one(keys, values, layer)
+        if len(together) > 1:
+            spans, caches, layers = zip(*together, strict=True)
+            places = [span.first for span in spans]
+            new = keys, values
+            if len(places) < told:
+                at = torch.tensor(places, device=keys.device)
+                new = keys.index_select(2, at), values.index_select(2, at)
+            updates = update_caches(list(caches), list(layers), *new, layer)
+            sequences.together = list(zip(places, updates, strict=True))
+            done = set(spans)
+            alone = [span for span in self.spans if span not in done]
+        for span in alone:
             own = slice(span.first, span.first + span.tokens)
             key, value = self.caches[span.request].update(keys[:, :, own], values[:, :, own], layer)
-            sequences.append(Sequence(span.first, span.tokens, key, value))
+            sequences.alone.append(Sequence(span.first, span.tokens, key, value))
         return sequences
+
+    def _taking_one(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int
+    ) -> list[tuple[Span, TqaiCache, TqaiLayer]]:
+        """Requests that get one more token, with what ``update_caches`` takes of them."""
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            return []
+        found = []
+        like = like_one(keys, values)
+        for span in self.spans:
+            if span.tokens == 1:
+                cache = self.caches[span.request]
+                of_layer = cache.layer_for_one(layer, like)
+                if of_layer is not None:
+                    found.append((span, cache, of_layer))
+        return found
 
     def fork(self, request: str, copies: list[str], tokens: int) -> None:
         """Makes copies of a request that share its tiles, of its first `tokens` tokens."""
