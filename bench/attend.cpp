@@ -1,7 +1,10 @@
 // Decode attention of one query per head: compressed, the exact window, and uncompressed bf16
-// beside them. The benchmarks' names say all but the number of threads, which is OMP_NUM_THREADS,
-// or all cores.
+// beside them; and what a prompt takes to get into a cache. The benchmarks' names say all but the
+// number of threads, which is OMP_NUM_THREADS, or all cores, where they do not.
 #include <benchmark/benchmark.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include <cmath>
 #include <random>
@@ -36,6 +39,40 @@ std::vector<float> random_floats(std::size_t count) {
   return values;
 }
 
+Rope rope_of(int dim) {
+  Rope rope;
+  rope.rotary_dim = dim;
+  for (int f = 0; f < dim / 2; ++f) {
+    rope.inv_freq.push_back(
+        std::pow(10000.0F, -2.0F * static_cast<float>(f) / static_cast<float>(dim)));
+  }
+  return rope;
+}
+
+// A bias on half of the frequencies, as found in models. keys: [.., tokens, dim].
+void add_turning(const Rope& rope, std::int64_t tokens, std::vector<float>& keys) {
+  const auto dim = static_cast<std::size_t>(rope.rotary_dim);
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const std::size_t row = i / dim;
+    const std::size_t c = i % dim;
+    const std::size_t f = c % (dim / 2);
+    if (f % 2 != 0) continue;
+    const double angle = static_cast<double>(row % static_cast<std::size_t>(tokens)) *
+                         static_cast<double>(rope.inv_freq[f]);
+    keys[i] += static_cast<float>(5.0 * (c == f ? std::cos(angle) : std::sin(angle)));
+  }
+}
+
+// The floats in `dtype`, by way of `halves` where that has 16 bits.
+const void* numbers(const std::vector<float>& floats, DType dtype,
+                    std::vector<std::uint16_t>& halves) {
+  if (dtype == DType::f32) return floats.data();
+  for (const float x : floats) {
+    halves.push_back(dtype == DType::f16 ? to_half(x) : to_bfloat16(x));
+  }
+  return halves.data();
+}
+
 // Every token sealed, so that it is the packed path that is timed. One block of random tokens is
 // repeated: the kernels' time does not depend on the numbers.
 // `exact`: none sealed instead.
@@ -52,38 +89,16 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
   options.level = level;
   options.dtype = shape.dtype;
   options.centering = centering;
-  if (centering == Centering::rope) {
-    Rope rope;
-    rope.rotary_dim = shape.dim;
-    for (int f = 0; f < shape.dim / 2; ++f) {
-      rope.inv_freq.push_back(
-          std::pow(10000.0F, -2.0F * static_cast<float>(f) / static_cast<float>(shape.dim)));
-    }
-    options.rope = rope;
-  }
+  if (centering == Centering::rope) options.rope = rope_of(shape.dim);
   KvCache cache(options);
   auto keys = random_floats(static_cast<std::size_t>(kKvHeads * kBlock * shape.dim));
   const std::vector<float> values = keys;
-  if (centering == Centering::rope) {  // a bias on half of the frequencies, as found in models
-    for (std::size_t i = 0; i < keys.size(); ++i) {
-      const std::size_t row = i / static_cast<std::size_t>(shape.dim);
-      const std::size_t c = i % static_cast<std::size_t>(shape.dim);
-      const std::size_t f = c % static_cast<std::size_t>(shape.dim / 2);
-      if (f % 2 != 0) continue;
-      const double angle = static_cast<double>(row % static_cast<std::size_t>(kBlock)) *
-                           static_cast<double>(options.rope->inv_freq[f]);
-      keys[i] += static_cast<float>(5.0 * (c == f ? std::cos(angle) : std::sin(angle)));
-    }
-  }
+  if (centering == Centering::rope) add_turning(*options.rope, kBlock, keys);
   std::vector<std::uint16_t> key_halves;
   std::vector<std::uint16_t> value_halves;
   const auto as_dtype = [&shape](const std::vector<float>& floats,
                                  std::vector<std::uint16_t>& halves) -> const void* {
-    if (shape.dtype == DType::f32) return floats.data();
-    for (const float x : floats) {
-      halves.push_back(shape.dtype == DType::f16 ? to_half(x) : to_bfloat16(x));
-    }
-    return halves.data();
+    return numbers(floats, shape.dtype, halves);
   };
   const void* key_data = as_dtype(keys, key_halves);
   const void* value_data = as_dtype(values, value_halves);
@@ -151,6 +166,75 @@ void attend_bf16(benchmark::State& state, const Shape& shape) {
   report(state, shape, static_cast<double>(2 * keys.size() * sizeof(std::uint16_t)));
 }
 
+// A prompt's way into a cache: `append`, then `seal`.
+void append_prompt(benchmark::State& state, const Shape& shape, Level level, Centering centering,
+                   int threads) {
+#ifdef _OPENMP
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+#else
+  if (threads > 1) {
+    state.SkipWithError("this build has no OpenMP");
+    return;
+  }
+#endif
+  CacheOptions options;
+  options.kv_heads = kKvHeads;
+  options.head_dim = shape.dim;
+  options.bits_k = shape.bits_k;
+  options.bits_v = shape.bits_v;
+  options.level = level;
+  options.dtype = shape.dtype;
+  if (centering == Centering::rope) options.rope = rope_of(shape.dim);
+  auto keys = random_floats(static_cast<std::size_t>(kKvHeads * shape.tokens * shape.dim));
+  const std::vector<float> values = keys;
+  if (options.rope) add_turning(*options.rope, shape.tokens, keys);
+  std::vector<std::uint16_t> key_halves;
+  std::vector<std::uint16_t> value_halves;
+  const std::array<std::int64_t, 4> tensor_shape = {1, kKvHeads, shape.tokens, shape.dim};
+  const std::array<std::int64_t, 4> strides = {0, shape.tokens * shape.dim, shape.dim, 1};
+  const ConstTensor key{numbers(keys, shape.dtype, key_halves), shape.dtype, tensor_shape, strides};
+  const ConstTensor value{numbers(values, shape.dtype, value_halves), shape.dtype, tensor_shape,
+                          strides};
+  KvCache cache(options);  // a first one makes what all share
+  for (auto _ : state) {
+    state.PauseTiming();
+    cache = KvCache(options);
+    state.ResumeTiming();
+    cache.append(key, value);
+    cache.seal();
+  }
+  report(state, shape, 2.0 * static_cast<double>(keys.size() * size_of(shape.dtype)));
+#ifdef _OPENMP
+  omp_set_num_threads(before);
+#endif
+}
+
+void register_prompts() {
+  for (const int dim : {64, 128}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const Level level : available_levels()) {
+        if (level == Level::scalar) continue;
+        for (const Centering centering : {Centering::mean, Centering::rope}) {
+          for (const int threads : {1, 2}) {
+            const Shape shape{dim, 1, 4, 2, 16384, CodeKind::scalar, dtype};
+            const std::string name = "append/d=" + std::to_string(dim) +
+                                     "/tokens=16384/bits=4,2/level=" + std::string(name_of(level)) +
+                                     (dtype == DType::f32 ? "" : "/bf16") +
+                                     (centering == Centering::rope ? "/rope" : "") +
+                                     "/threads=" + std::to_string(threads);
+            benchmark::RegisterBenchmark(
+                name.c_str(),
+                [=](auto& state) { append_prompt(state, shape, level, centering, threads); })
+                ->UseRealTime()
+                ->Unit(benchmark::kMillisecond);
+          }
+        }
+      }
+    }
+  }
+}
+
 std::string name_of_shape(const char* what, const Shape& shape, const std::string& rest) {
   return std::string(what) + "/d=" + std::to_string(shape.dim) +
          "/g=" + std::to_string(shape.group) + "/tokens=" + std::to_string(shape.tokens) + rest;
@@ -159,6 +243,7 @@ std::string name_of_shape(const char* what, const Shape& shape, const std::strin
 }  // namespace
 
 void register_all() {
+  register_prompts();
   for (const int dim : {64, 96, 128, 256}) {
     for (const int group : {1, 4, 7, 8}) {
       for (const Level level : available_levels()) {  // an exact window at its longest
