@@ -49,6 +49,7 @@ TQAI_INLINE void Workspace::release() noexcept { state_.reset(); }
 namespace detail {
 
 TQAI_INLINE WorkingMemory::WorkingMemory(const Resources& resources, std::size_t bytes) {
+  if (bytes == 0) return;
   Workspace* workspace = resources.workspace;
   if (workspace == nullptr) {
     own_ = Workspace();

@@ -108,8 +108,6 @@ namespace TQAI_LOCAL {
 struct Taken {
   double mean = 0.0;
   double rope = 0.0;
-  double lost = 0.0;              // of what the mean takes away, up to kReach positions further on
-  std::vector<double> strengths;  // [pairs], of the rope
 };
 
 // The mean over distances of 0 to kReach of |e^(i distance ω) − 1|².
@@ -118,26 +116,40 @@ TQAI_INLINE double drift(double frequency) {
   return angle == 0.0 ? 0.0 : 2.0 * (1.0 - std::sin(angle) / angle);
 }
 
+// Energy of pair f's part of the mean.
+TQAI_INLINE double mean_of_pair(const RopeTables& tables, const Moments& moments, int f) {
+  double sum = 0.0;
+  for (const int c : {tables.first_of(f), tables.second_of(f)}) {
+    sum += moments.mean[static_cast<std::size_t>(c)] * moments.mean[static_cast<std::size_t>(c)];
+  }
+  return sum;
+}
+
+TQAI_INLINE double strength_of(const Moments& moments, std::size_t f) {
+  return moments.real[f] * moments.real[f] + moments.imaginary[f] * moments.imaginary[f];
+}
+
 TQAI_INLINE Taken taken(const Context& context, const Moments& moments) {
   Taken taken;
-  const RopeTables* tables = context.rope.get();
   taken.mean = squared(moments.mean);
-  taken.strengths.resize(moments.real.size());
   double constant = taken.mean;  // of the coordinates that do not turn
-  for (std::size_t f = 0; f < taken.strengths.size(); ++f) {
-    taken.strengths[f] =
-        moments.real[f] * moments.real[f] + moments.imaginary[f] * moments.imaginary[f];
-    const int pair = static_cast<int>(f);
-    double of_mean = 0.0;
-    for (const int c : {tables->first_of(pair), tables->second_of(pair)}) {
-      of_mean +=
-          moments.mean[static_cast<std::size_t>(c)] * moments.mean[static_cast<std::size_t>(c)];
-    }
-    constant -= of_mean;
-    taken.lost += of_mean * drift(static_cast<double>(tables->rope().inv_freq[f]));
+  double turning = 0.0;
+  for (std::size_t f = 0; f < moments.real.size(); ++f) {
+    constant -= mean_of_pair(*context.rope, moments, static_cast<int>(f));
+    turning += strength_of(moments, f);
   }
-  taken.rope = constant + std::accumulate(taken.strengths.begin(), taken.strengths.end(), 0.0);
+  taken.rope = constant + turning;
   return taken;
+}
+
+// Of what the mean takes away, how much is lost up to kReach positions further on.
+TQAI_INLINE double lost_later(const RopeTables& tables, const Moments& moments) {
+  double lost = 0.0;
+  for (std::size_t f = 0; f < moments.real.size(); ++f) {
+    lost += mean_of_pair(tables, moments, static_cast<int>(f)) *
+            drift(static_cast<double>(tables.rope().inv_freq[f]));
+  }
+  return lost;
 }
 
 }  // namespace TQAI_LOCAL
@@ -150,7 +162,8 @@ TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, i
   const bool automatic = wanted == Centering::automatic;
   const double count = moments.tokens;
   const RopeTables* tables = context.rope.get();
-  const auto [mean_energy, rope_energy, lost, strengths] = taken(context, moments);
+  const auto [mean_energy, rope_energy] = taken(context, moments);
+  const double lost = tables != nullptr ? lost_later(*tables, moments) : 0.0;
   const double mean_left = moments.energy - mean_energy;
   const double rope_left = moments.energy - rope_energy;
   const bool is_less =
@@ -171,10 +184,12 @@ TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, i
   centres.left(head) = static_cast<float>(std::max(use_rope ? rope_left : mean_left, 0.0));
   if (!use_rope) return;
 
+  std::vector<double> strengths(moments.real.size());  // [pairs]
+  for (std::size_t f = 0; f < strengths.size(); ++f) strengths[f] = strength_of(moments, f);
   std::vector<std::size_t> weakest(strengths.size());
   std::iota(weakest.begin(), weakest.end(), std::size_t{0});
   std::sort(weakest.begin(), weakest.end(),
-            [&strong = strengths](std::size_t a, std::size_t b) { return strong[a] < strong[b]; });
+            [&](std::size_t a, std::size_t b) { return strengths[a] < strengths[b]; });
   double spare = kNegligibleLeft * std::max(rope_left, 0.0);
   float* means = centres.means(head);
   for (const std::size_t f : weakest) {
@@ -189,7 +204,7 @@ TQAI_INLINE void choose_centre(const Context& context, const Moments& moments, i
 }
 
 TQAI_INLINE double least_left(const Context& context, const Moments& moments) {
-  const auto [mean_energy, rope_energy, lost, strengths] = taken(context, moments);
+  const auto [mean_energy, rope_energy] = taken(context, moments);
   double most = 0.0;
   switch (context.options.centering) {
     case Centering::none: break;
@@ -233,31 +248,34 @@ TQAI_INLINE void add_centre(const Context& context, const Centres& centres, int 
   if (kind == Centering::none) return;
   const int dim = context.options.head_dim;
   const float* constant = centres.constant(head);
-  for (int t = 0; t < kTileTokens; ++t) {
-    for (int c = 0; c < dim; ++c) rows[t * dim + c] += factor * constant[c];
+  if (kind != Centering::rope) {
+    context.kernels->add_centre(constant, {}, nullptr, factor, dim, rows);
+    return;
   }
-  if (kind != Centering::rope) return;
   const RopeTables& tables = *context.rope;
   const PositionPhasors& phasors = tables.phasors();
+  const int pairs = tables.pair_count();
   const float* means = centres.means(head);
-  for (int f = 0; f < tables.pair_count(); ++f) {
-    const Complex mean{means[f], means[tables.pair_count() + f]};
+  const bool consecutive = positions.each == nullptr;
+  float middles[kernels::kMaxDim] = {};  // [2, pairs]
+  for (int f = 0; f < pairs && consecutive; ++f) {
+    const Complex mean{means[f], means[pairs + f]};
     if (mean.real == 0.0F && mean.imaginary == 0.0F) continue;
-    const auto add = [&](int t, Complex turned) {
+    const Complex middle = multiply(mean, middle_phasor(tables, phasors, positions.first, f));
+    middles[f] = middle.real;
+    middles[pairs + f] = middle.imaginary;
+  }
+  context.kernels->add_centre(constant, tables.turns(), consecutive ? middles : nullptr, factor,
+                              dim, rows);
+  for (int f = 0; f < pairs && !consecutive; ++f) {
+    const Complex mean{means[f], means[pairs + f]};
+    if (mean.real == 0.0F && mean.imaginary == 0.0F) continue;
+    const Complex start = multiply(mean, distance_phasor(tables, f, 0));
+    for (int t = 0; t < kTileTokens; ++t) {
+      const std::int64_t position = position_of(positions, tables, f, t);
+      const Complex turned = multiply(start, middle_phasor(tables, phasors, position, f));
       rows[t * dim + tables.first_of(f)] += factor * turned.real;
       rows[t * dim + tables.second_of(f)] += factor * turned.imaginary;
-    };
-    if (positions.each != nullptr) {
-      const Complex start = multiply(mean, distance_phasor(tables, f, 0));
-      for (int t = 0; t < kTileTokens; ++t) {
-        const std::int64_t position = position_of(positions, tables, f, t);
-        add(t, multiply(start, middle_phasor(tables, phasors, position, f)));
-      }
-      continue;
-    }
-    const Complex middle = multiply(mean, middle_phasor(tables, phasors, positions.first, f));
-    for (int t = 0; t < kTileTokens; ++t) {
-      add(t, multiply(middle, distance_phasor(tables, f, t)));
     }
   }
 }

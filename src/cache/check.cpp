@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../ranges.hpp"
+#include "pieces.hpp"
 
 namespace tqai::detail {
 namespace TQAI_LOCAL {
@@ -249,30 +251,43 @@ TQAI_INLINE std::string number_text(float value) {
   return text;
 }
 
+namespace TQAI_LOCAL {
+
+[[noreturn]] TQAI_INLINE void refuse_vector(const char* name, DType dtype, std::int64_t row,
+                                            std::int64_t head, std::int64_t token) {
+  throw ValueError(std::string(name) + "[" + std::to_string(row) + ", " + std::to_string(head) +
+                   ", " + std::to_string(token) +
+                   "] holds NaN or infinity; only finite numbers can be cached" +
+                   (dtype == DType::f16 ? ", and float16 ends at 65504: compute the "
+                                          "model in bfloat16 or float32"
+                                        : ""));
+}
+
+}  // namespace TQAI_LOCAL
+
 TQAI_INLINE void check_vectors(const kernels::Kernels& kernels, const char* name,
-                               const ConstTensor& tensor) {
-  const auto [batch, heads, tokens, dim] = tensor.shape;
+                               const ConstTensor& tensor, const Resources& resources) {
+  const std::int64_t batch = tensor.shape[0];
+  const std::int64_t heads = tensor.shape[1];
+  const std::int64_t tokens = tensor.shape[2];
   const auto element = static_cast<std::int64_t>(size_of(tensor.dtype));
+  const auto finite = [&](std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t count) {
+    const std::int64_t at = b * tensor.strides[0] + h * tensor.strides[1] + t * tensor.strides[2];
+    return kernels.acceptable(static_cast<const char*>(tensor.data) + at * element, tensor.dtype,
+                              count, static_cast<int>(tensor.shape[3]), tensor.strides[2], 0.0F);
+  };
+  std::atomic<bool> all{true};
+  const Pieces pieces{batch * heads, tokens, tensor.shape[3] * element};
+  pieces.each(resources, [&](std::int64_t i, std::int64_t first, std::int64_t count) {
+    if (!finite(i / heads, i % heads, first, count)) all.store(false, std::memory_order_relaxed);
+  });
+  if (all) return;
+  // Only on the way to the error: find the first offender.
   for (std::int64_t b = 0; b < batch; ++b) {
     for (std::int64_t h = 0; h < heads; ++h) {
-      const char* rows = static_cast<const char*>(tensor.data) +
-                         (b * tensor.strides[0] + h * tensor.strides[1]) * element;
-      if (kernels.acceptable(rows, tensor.dtype, tokens, static_cast<int>(dim), tensor.strides[2],
-                             0.0F)) {
-        continue;
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        if (!finite(b, h, t, 1)) refuse_vector(name, tensor.dtype, b, h, t);
       }
-      // Only on the way to the error: find the first offender.
-      std::int64_t t = 0;
-      while (kernels.acceptable(rows + t * tensor.strides[2] * element, tensor.dtype, 1,
-                                static_cast<int>(dim), tensor.strides[2], 0.0F)) {
-        ++t;
-      }
-      throw ValueError(std::string(name) + "[" + std::to_string(b) + ", " + std::to_string(h) +
-                       ", " + std::to_string(t) +
-                       "] holds NaN or infinity; only finite numbers can be cached" +
-                       (tensor.dtype == DType::f16 ? ", and float16 ends at 65504: compute the "
-                                                     "model in bfloat16 or float32"
-                                                   : ""));
     }
   }
 }

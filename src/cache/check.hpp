@@ -50,6 +50,7 @@ void check_apart(const char* written_name, const Tensor& written, const char* na
 std::string number_text(float value);
 
 /// Every vector finite.
-void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor);
+void check_vectors(const kernels::Kernels& kernels, const char* name, const ConstTensor& tensor,
+                   const Resources& resources);
 
 }  // namespace tqai::detail

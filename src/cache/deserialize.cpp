@@ -87,7 +87,7 @@ TQAI_INLINE void check_exact(const Context& context, const ExactTokens& exact) {
   const auto check = [&](const char* name, const std::byte* data, int dim) {
     check_vectors(
         *context.kernels, name,
-        {data, options.dtype, {1, options.kv_heads, tokens, dim}, {0, tokens * dim, dim, 1}});
+        {data, options.dtype, {1, options.kv_heads, tokens, dim}, {0, tokens * dim, dim, 1}}, {});
   };
   check("keys", exact_keys(context, exact, 0), options.head_dim);
   check("values", exact_values(context, exact, 0), options.value_head_dim);

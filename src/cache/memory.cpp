@@ -11,6 +11,7 @@ namespace TQAI_LOCAL {
 TQAI_INLINE std::atomic<std::size_t> g_allocated{0};
 TQAI_INLINE std::atomic<std::size_t> g_limit{0};  // 0: none
 constexpr std::align_val_t kAlignment{64};
+constexpr std::size_t kLarge = std::size_t{1} << 22;  // of allocations, that of a few huge pages
 
 // Counts bytes that are about to be allocated, and takes them back unless they are.
 class Counted {
@@ -52,13 +53,17 @@ namespace detail {
 
 TQAI_INLINE void* allocate(std::size_t bytes) {
   Counted counted(bytes);
-  void* memory = ::operator new(bytes, kAlignment);
+  void* memory = bytes < kLarge ? ::operator new(bytes, kAlignment) : allocate_large(bytes);
   counted.keep();
   return memory;
 }
 
 TQAI_INLINE void deallocate(void* memory, std::size_t bytes) noexcept {
-  ::operator delete(memory, kAlignment);
+  if (bytes < kLarge) {
+    ::operator delete(memory, kAlignment);
+  } else {
+    deallocate_large(memory, bytes);
+  }
   g_allocated.fetch_sub(bytes, std::memory_order_relaxed);
 }
 

@@ -8,33 +8,23 @@
 namespace tqai::detail {
 namespace TQAI_LOCAL {
 
-// Σ k · e^(−i p ω_f) over 64 consecutive positions p.
-TQAI_INLINE void turn_back(const RopeTables& tables, const PositionPhasors& phasors,
-                           const float* rows, std::size_t dim,
-                           const kernels::TilePositions& positions, int f, double& real,
-                           double& imaginary) noexcept {
-  const Complex middle = middle_phasor(tables, phasors, positions.first, f);
-  // Σ (a + i b) · conj(e^(i distance ω)), by pairs of distances ± (j + 1/2), then turned back
-  // to the middle. Four sums, or each addition would wait for the last.
-  const float* cosines = tables.half() + static_cast<std::ptrdiff_t>(f) * kTileTokens;
-  const float* sines = cosines + kTileTokens / 2;
-  const float* first = rows + tables.first_of(f);
-  const float* second = rows + tables.second_of(f);
-  float sums[4] = {};
-  for (std::size_t j = 0; j < kTileTokens / 2; ++j) {
-    const std::size_t after = (kTileTokens / 2 + j) * dim;
-    const std::size_t before = (kTileTokens / 2 - 1 - j) * dim;
-    sums[0] += (first[after] + first[before]) * cosines[j];
-    sums[1] += (second[after] - second[before]) * sines[j];
-    sums[2] += (second[after] + second[before]) * cosines[j];
-    sums[3] += (first[after] - first[before]) * sines[j];
+// Σ k · e^(−i p ω_f) over 64 consecutive positions p: turned back to the middle together, and then
+// from there.
+TQAI_INLINE void turn_back(const Context& context, const PositionPhasors& phasors,
+                           const float* rows, std::int64_t first, Moments& moments) noexcept {
+  const RopeTables& tables = *context.rope;
+  const int pairs = tables.pair_count();
+  float turned[kernels::kMaxDim];
+  context.kernels->turn_back(tables.turns(), rows, context.options.head_dim, turned);
+  for (int f = 0; f < pairs; ++f) {
+    const Complex middle = middle_phasor(tables, phasors, first, f);
+    const auto a = static_cast<double>(turned[f]);
+    const auto b = static_cast<double>(turned[pairs + f]);
+    const auto turn_real = static_cast<double>(middle.real);
+    const auto turn_imaginary = static_cast<double>(middle.imaginary);
+    moments.real[static_cast<std::size_t>(f)] = a * turn_real + b * turn_imaginary;
+    moments.imaginary[static_cast<std::size_t>(f)] = b * turn_real - a * turn_imaginary;
   }
-  const auto a = static_cast<double>(sums[0] + sums[1]);
-  const auto b = static_cast<double>(sums[2] - sums[3]);
-  const auto turn_real = static_cast<double>(middle.real);
-  const auto turn_imaginary = static_cast<double>(middle.imaginary);
-  real = a * turn_real + b * turn_imaginary;
-  imaginary = b * turn_real - a * turn_imaginary;
 }
 
 // The same over positions of any kind.
@@ -89,20 +79,17 @@ TQAI_INLINE void find_moments(const Context& context, const PositionPhasors& pha
                               float* rows, Moments& moments) noexcept {
   const std::size_t dim = moments.mean.size();
   double energy[kernels::kMaxDim] = {};
-  convert_to_float(keys, context.options.dtype, dim * kTileTokens, rows);
+  context.kernels->widen(keys, context.options.dtype, static_cast<std::int64_t>(dim * kTileTokens),
+                         rows);
   std::fill(moments.mean.begin(), moments.mean.end(), 0.0);
-  for (std::size_t t = 0; t < kTileTokens; ++t) {
-    const float* row = rows + t * dim;
-    for (std::size_t c = 0; c < dim; ++c) {
-      const auto value = static_cast<double>(row[c]);
-      moments.mean[c] += value;
-      energy[c] += value * value;
+  context.kernels->add_up(rows, context.options.head_dim, moments.mean.data(), energy);
+  if (!moments.real.empty() && positions.each == nullptr) {
+    turn_back(context, phasors, rows, positions.first, moments);
+  } else {
+    for (std::size_t f = 0; f < moments.real.size(); ++f) {
+      turn_back_each(*context.rope, phasors, rows, dim, positions, static_cast<int>(f),
+                     moments.real[f], moments.imaginary[f]);
     }
-  }
-  for (std::size_t f = 0; f < moments.real.size(); ++f) {
-    const auto turn = positions.each == nullptr ? turn_back : turn_back_each;
-    turn(*context.rope, phasors, rows, dim, positions, static_cast<int>(f), moments.real[f],
-         moments.imaginary[f]);
   }
   moments.tokens = kTileTokens;
   for (auto* values : {&moments.mean, &moments.real, &moments.imaginary}) {

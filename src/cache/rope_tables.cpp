@@ -81,6 +81,13 @@ TQAI_INLINE RopeTables::RopeTables(const Rope& rope)
   }
   half_.resize(half.size() / std::size(Line{}.floats));
   std::memcpy(half_.data(), half.data(), half.size() * sizeof(float));
+  for (int j = 0; j < kHalfTile; ++j) {
+    for (const int part : {j, kHalfTile + j}) {
+      for (std::size_t f = 0; f < rope.inv_freq.size(); ++f) {
+        distances_.push_back(half[f * kTileTokens + static_cast<std::size_t>(part)]);
+      }
+    }
+  }
   for (const float frequency : rope.inv_freq) {
     append_terms(kHalfTile * static_cast<double>(frequency), terms_);
   }

@@ -7,6 +7,8 @@
 #include <tqai/centering.hpp>
 #include <vector>
 
+#include "../kernels/kernels.hpp"
+
 namespace tqai::detail {
 
 /// Phasors of positions. Position p is kNearPositions · step + 64 · tile + offset, with a tile and
@@ -35,6 +37,10 @@ class RopeTables {
   const float* terms() const noexcept { return terms_.data(); }
   /// [64, 2, pairs]: real, then imaginary parts of e^(i offset ω).
   const float* offsets() const noexcept { return offsets_.data(); }
+  /// The same distances for kernels that take pairs side by side.
+  kernels::TileTurns turns() const noexcept {
+    return {pair_count(), interleaved_, distances_.data()};
+  }
   /// [pairs], Rope::sections, filled in.
   const std::uint8_t* sections() const noexcept { return sections_.data(); }
 
@@ -57,6 +63,7 @@ class RopeTables {
     float floats[16];
   };
   std::vector<Line> half_;
+  std::vector<float> distances_;
   std::vector<float> terms_;
   std::vector<float> offsets_;
   std::vector<std::uint8_t> sections_;

@@ -1,6 +1,7 @@
 #include "row.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -164,8 +165,9 @@ TQAI_INLINE std::int64_t sealable(const Context& context, const Row& row) noexce
   return beyond < kTileTokens ? 0 : beyond / kTileTokens * kTileTokens;
 }
 
-TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row,
-                                   std::int64_t tokens) noexcept {
+TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens,
+                                   const Resources& resources) {
+  if (tokens == 0) return 0;
   const CacheOptions& options = context.options;
   std::int64_t from = 0;
   if (row.centre_sets.empty()) from = options.sink_tokens - row.sink_tokens();
@@ -174,17 +176,24 @@ TQAI_INLINE std::int64_t encodable(const Context& context, const Row& row,
     return context.kernels->acceptable(rows + static_cast<std::size_t>(token) * bytes,
                                        options.dtype, kTileTokens, dim, dim, longest);
   };
-  for (std::int64_t done = 0; done < tokens; done += kTileTokens) {
-    for (int head = 0; head < options.kv_heads; ++head) {
-      if (!fits(exact_keys(context, row.tail, head), options.head_dim, context.longest_key(),
-                from + done) ||
-          !fits(exact_values(context, row.tail, head), options.value_head_dim,
-                context.longest_value(), from + done)) {
-        return done;
-      }
+  const std::int64_t heads = options.kv_heads;
+  const std::int64_t blocks = tokens / kTileTokens;
+  std::atomic<std::int64_t> first_block{blocks};  // with such a vector
+  parallel_for(resources, blocks * heads, 16, 0, [&](std::int64_t i, std::byte* /*memory*/) {
+    const std::int64_t block = i / heads;
+    const auto head = static_cast<int>(i % heads);
+    std::int64_t first = first_block.load(std::memory_order_relaxed);
+    if (block >= first) return;
+    const std::int64_t token = from + block * kTileTokens;
+    if (fits(exact_keys(context, row.tail, head), options.head_dim, context.longest_key(), token) &&
+        fits(exact_values(context, row.tail, head), options.value_head_dim, context.longest_value(),
+             token)) {
+      return;
     }
-  }
-  return tokens;
+    while (block < first && !first_block.compare_exchange_weak(first, block)) {
+    }
+  });
+  return first_block * kTileTokens;
 }
 
 TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens,
@@ -242,8 +251,8 @@ TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& se
                static_cast<std::size_t>(head) * codec.layout().bytes();
   auto* rows = reinterpret_cast<float*>(memory + context.coding_bytes());
 
-  convert_to_float(exact_keys(context, row.tail, head) + from * context.key_bytes(), options.dtype,
-                   static_cast<std::size_t>(kTileTokens * options.head_dim), rows);
+  context.kernels->widen(exact_keys(context, row.tail, head) + from * context.key_bytes(),
+                         options.dtype, std::int64_t{kTileTokens} * options.head_dim, rows);
   add_centre(context, sealing.centre_sets[static_cast<std::size_t>(view.set)], head,
              positions_of(view), -1.0F, rows);
   if (options.key_basis) {
@@ -253,9 +262,8 @@ TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& se
     context.kernels->encode(codec.plan().keys, true, rows, tile, memory);
   }
 
-  convert_to_float(exact_values(context, row.tail, head) + from * context.value_bytes(),
-                   options.dtype, static_cast<std::size_t>(kTileTokens * options.value_head_dim),
-                   rows);
+  context.kernels->widen(exact_values(context, row.tail, head) + from * context.value_bytes(),
+                         options.dtype, std::int64_t{kTileTokens} * options.value_head_dim, rows);
   context.kernels->encode(codec.plan().values, false, rows, tile, memory);
 }
 

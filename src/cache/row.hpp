@@ -117,8 +117,9 @@ struct Sealing {
 std::int64_t sealable(const Context& context, const Row& row) noexcept;
 
 /// How many of the first `tokens` tokens that may be sealed can be, a multiple of 64: those before
-/// the first 64 with a vector that is too long for its norm.
-std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens) noexcept;
+/// the first 64 with a vector that is too long for its norm. May throw.
+std::int64_t encodable(const Context& context, const Row& row, std::int64_t tokens,
+                       const Resources& resources);
 
 /// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
 /// sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.

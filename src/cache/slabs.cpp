@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <new>
@@ -282,7 +283,22 @@ TQAI_INLINE void* allocate_block(std::size_t bytes, const void* /*near*/) {
 TQAI_INLINE void deallocate_block(void* block, std::size_t /*bytes*/) noexcept {
   ::operator delete(block, std::align_val_t{kLine});
 }
+
+TQAI_INLINE void* allocate_large(std::size_t bytes) { return allocate_block(bytes, nullptr); }
+
+TQAI_INLINE void deallocate_large(void* memory, std::size_t bytes) noexcept {
+  deallocate_block(memory, bytes);
+}
 #else
+TQAI_INLINE void* allocate_large(std::size_t bytes) {
+  if (bytes > std::numeric_limits<std::size_t>::max() - 2 * kHugePage) throw std::bad_alloc();
+  return map_slab(round_up(bytes, kHugePage));
+}
+
+TQAI_INLINE void deallocate_large(void* memory, std::size_t bytes) noexcept {
+  unmap_slab(memory, round_up(bytes, kHugePage));
+}
+
 TQAI_INLINE void* allocate_block(std::size_t bytes, const void* near) {
   const std::size_t block = round_up(bytes, kLine);
   Pools& all = pools();

@@ -17,4 +17,10 @@ void* allocate_block(std::size_t bytes, const void* near = nullptr);
 /// `bytes` as allocated.
 void deallocate_block(void* block, std::size_t bytes) noexcept;
 
+/// Memory as large as a prompt, by itself and 64-byte aligned. Pages of 4 KB would take as long to
+/// come as a prompt takes to be copied there. Thread-safe; throws std::bad_alloc. Not counted.
+void* allocate_large(std::size_t bytes);
+/// `bytes` as allocated.
+void deallocate_large(void* memory, std::size_t bytes) noexcept;
+
 }  // namespace tqai::detail

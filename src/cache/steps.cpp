@@ -1,6 +1,7 @@
 // What a runtime does at each step, to one cache or to many: append, seal, attend, crop.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <tqai/cache.hpp>
@@ -12,6 +13,7 @@
 #include "../threads.hpp"
 #include "attend.hpp"
 #include "check.hpp"
+#include "pieces.hpp"
 #include "row.hpp"
 #include "state.hpp"
 
@@ -66,25 +68,36 @@ TQAI_INLINE void check_log_sum_exp(const Tensor& logs, const ConstTensor& querie
                       {output.data, output.dtype, output.shape, output.strides});
 }
 
-// Copies the tensor's tokens of one batch row behind the row's exact ones.
-TQAI_INLINE void copy_in(const Context& context, Row& row, const ConstTensor& keys,
-                         const ConstTensor& values, std::int64_t batch_row) noexcept {
-  const std::int64_t tokens = keys.shape[2];
-  const auto copy = [&](const ConstTensor& from, std::byte* to, int head, std::size_t bytes) {
+// Copies the tensor's tokens of one batch row behind those of a tail that has room for them and no
+// other reader. They are not its tokens yet.
+TQAI_INLINE void copy_in(const Context& context, const detail::ExactTokens& tail,
+                         const ConstTensor& keys, const ConstTensor& values, std::int64_t batch_row,
+                         const Resources& resources) {
+  const std::int64_t heads = context.options.kv_heads;
+  const auto copy = [&](const ConstTensor& from, std::byte* to, std::size_t bytes,
+                        std::int64_t head, std::int64_t first, std::int64_t count) {
     const auto element = static_cast<std::int64_t>(size_of(from.dtype));
-    const auto* source = static_cast<const std::byte*>(from.data) +
-                         (batch_row * from.strides[0] + head * from.strides[1]) * element;
-    to += static_cast<std::size_t>(row.tail_tokens()) * bytes;
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(source + t * from.strides[2] * element, bytes,
-                  to + static_cast<std::size_t>(t) * bytes);
+    const auto* source =
+        static_cast<const std::byte*>(from.data) +
+        (batch_row * from.strides[0] + head * from.strides[1] + first * from.strides[2]) * element;
+    to += static_cast<std::size_t>(tail.header().tokens + first) * bytes;
+    const std::int64_t apart = from.strides[2] * element;
+    if (std::cmp_equal(apart, bytes)) {
+      std::memcpy(to, source, static_cast<std::size_t>(count) * bytes);
+      return;
+    }
+    for (std::int64_t t = 0; t < count; ++t) {
+      std::memcpy(to + static_cast<std::size_t>(t) * bytes, source + t * apart, bytes);
     }
   };
-  for (int head = 0; head < context.options.kv_heads; ++head) {
-    copy(keys, exact_keys(context, row.tail, head), head, context.key_bytes());
-    copy(values, exact_values(context, row.tail, head), head, context.value_bytes());
-  }
-  row.tail.header().tokens += tokens;
+  const auto of_a_token = static_cast<std::int64_t>(context.key_bytes() + context.value_bytes());
+  const detail::Pieces pieces{heads, keys.shape[2], of_a_token};
+  pieces.each(resources, [&](std::int64_t head, std::int64_t first, std::int64_t count) {
+    copy(keys, exact_keys(context, tail, static_cast<int>(head)), context.key_bytes(), head, first,
+         count);
+    copy(values, exact_values(context, tail, static_cast<int>(head)), context.value_bytes(), head,
+         first, count);
+  });
 }
 
 // Where a row's tail stands, and what comes next, once tokens are added to it.
@@ -110,7 +123,8 @@ TQAI_INLINE Stand stand(const Context& context, const Row& row, const detail::Po
 // Throws what `append` throws for arguments.
 TQAI_INLINE void check_append(const CacheState& state, const ConstTensor& keys,
                               const ConstTensor& values,
-                              const std::optional<PositionTensor>& positions) {
+                              const std::optional<PositionTensor>& positions,
+                              const Resources& resources) {
   const Context& context = state.context;
   detail::check_shape("keys", keys.shape, detail::shape_of(state, -1, context.options.head_dim),
                       detail::kKeyAxes);
@@ -132,8 +146,8 @@ TQAI_INLINE void check_append(const CacheState& state, const ConstTensor& keys,
                             static_cast<int>(sections));
   }
   if (tokens == 0) return;
-  detail::check_vectors(*context.kernels, "keys", keys);
-  detail::check_vectors(*context.kernels, "values", values);
+  detail::check_vectors(*context.kernels, "keys", keys, resources);
+  detail::check_vectors(*context.kernels, "values", values, resources);
 }
 
 // Throws what `attend` throws for arguments.
@@ -262,7 +276,8 @@ class Sealings {
   };
 
   void add(const Context& context, Row& row, const Resources& resources) {
-    const std::int64_t tokens = detail::encodable(context, row, detail::sealable(context, row));
+    const std::int64_t tokens =
+        detail::encodable(context, row, detail::sealable(context, row), resources);
     RowSealing& added = rows_.emplace_back(RowSealing{&context, &row, tokens, {}});
     if (tokens > 0) added.sealing = detail::prepare_sealing(context, row, tokens, resources);
   }
@@ -281,7 +296,7 @@ TQAI_INLINE void append(std::span<const SequenceTokens> sequences, const Resourc
   check_each(sequences.size(), [&](std::size_t i) {
     const SequenceTokens& each = sequences[i];
     CacheState& state = CacheAccess::state(given_cache(each.cache));
-    check_append(state, each.keys, each.values, each.positions);
+    check_append(state, each.keys, each.values, each.positions, resources);
     caches.push_back(each.cache);
     if (each.keys.shape[2] == 0) return;
     given.push_back(&each);
@@ -299,7 +314,10 @@ TQAI_INLINE void append(std::span<const SequenceTokens> sequences, const Resourc
       stands.push_back(stand(context, row,
                              sealing != nullptr ? sealing->tail_positions : row.tail_positions,
                              given[i]->positions, static_cast<std::int64_t>(b), tokens));
-      detail::reserve_tail(context, sealing != nullptr ? sealing->tail : row.tail, tokens);
+      detail::ExactTokens& tail = sealing != nullptr ? sealing->tail : row.tail;
+      detail::reserve_tail(context, tail, tokens);
+      copy_in(context, tail, given[i]->keys, given[i]->values, static_cast<std::int64_t>(b),
+              resources);
     }
   }
   // From here on nothing may throw.
@@ -308,8 +326,7 @@ TQAI_INLINE void append(std::span<const SequenceTokens> sequences, const Resourc
   for (std::size_t i = 0; i < given.size(); ++i) {
     for (std::size_t b = 0; b < states[i]->rows.size(); ++b, ++n) {
       Row& row = states[i]->rows[b];
-      copy_in(states[i]->context, row, given[i]->keys, given[i]->values,
-              static_cast<std::int64_t>(b));
+      row.tail.header().tokens += given[i]->keys.shape[2];
       row.tail_positions = std::move(stands[n].tail);
       row.next_position = stands[n].next;
     }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "code_bins.hpp"
@@ -353,31 +354,101 @@ TQAI_INLINE void decode(const SidePlan& side, bool keys, const std::uint8_t* til
   }
 }
 
-TQAI_INLINE bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim,
-                            std::int64_t stride, float max_norm) noexcept {
-  const auto element = static_cast<std::int64_t>(size_of(dtype));
+// Whether no number is infinite or NaN: their exponents are largest.
+template <DType kType>
+inline bool all_finite(const void* from, std::int64_t count) noexcept {
+  using Bits = std::conditional_t<kType == DType::f32, std::uint32_t, std::uint16_t>;
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  constexpr Bits kInfinite = kType == DType::f32   ? Bits(0x7F800000U)
+                             : kType == DType::f16 ? Bits(0x7C00U)
+                                                   : Bits(0x7F80U);
+  constexpr std::int64_t kBlock = 1024;
+  const auto* bytes = static_cast<const unsigned char*>(from);
+  for (std::int64_t first = 0; first < count; first += kBlock) {
+    const std::int64_t end = std::min(first + kBlock, count);
+    Bits largest = 0;
+    for (std::int64_t i = first; i < end; ++i) {
+      Bits bits;
+      std::memcpy(&bits, bytes + i * static_cast<std::int64_t>(sizeof bits), sizeof bits);
+      const auto magnitude = static_cast<Bits>(bits & kMagnitude);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= kInfinite) return false;
+  }
+  return true;
+}
+
+template <DType kType>
+inline bool rows_finite(const char* rows, std::int64_t count, int dim,
+                        std::int64_t stride) noexcept {
+  if (stride == dim) return all_finite<kType>(rows, count * dim);
+  for (std::int64_t r = 0; r < count; ++r) {
+    const auto element = static_cast<std::int64_t>(sizeof(Number<kType>));
+    if (!all_finite<kType>(rows + r * stride * element, dim)) return false;
+  }
+  return true;
+}
+
+// Squared lengths of 16 rows: sum_lanes of coordinates c mod 16. dim: a multiple of 16.
+template <DType kType, typename Lanes>
+inline void row_lengths(const char* rows, int dim, std::int64_t stride, float* norm2) noexcept {
+  alignas(64) float lanes[kLanes][kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    const auto* row = reinterpret_cast<const Number<kType>*>(rows) + r * stride;
+    FloatVec sums[kLaneParts] = {};
+    for (int c = 0; c < dim; c += kLanes) {
+      for (int p = 0; p < kLaneParts; ++p) {
+        const FloatVec part = load_numbers<kType>(row + c + p * kVectorLanes);
+        sums[p] = sums[p] + part * part;
+      }
+    }
+    for (int p = 0; p < kLaneParts; ++p) store_floats(lanes[r] + p * kVectorLanes, sums[p]);
+  }
+  Lanes::sum_trees(lanes, norm2);
+}
+
+// The squared length of one row, in the same order.
+inline float row_length(const char* from, DType dtype, int dim) noexcept {
   float row[kMaxDim];
   const int padded = padded_dim(dim);
   for (int c = dim; c < padded; ++c) row[c] = 0.0F;
-  for (std::int64_t r = 0; r < count; ++r) {
-    const char* from = static_cast<const char*>(rows) + r * stride * element;
-    if (max_norm <= 0.0F && dtype == DType::f16) {  // infinity and NaN are widened to numbers
-      const auto* bits = reinterpret_cast<const std::uint16_t*>(from);
-      if (std::any_of(bits, bits + dim, [](std::uint16_t x) { return (x & 0x7C00U) == 0x7C00U; })) {
-        return false;
-      }
-      continue;
+  widen(from, dtype, dim, row);
+  float lanes[kLanes] = {};
+  for (int c = 0; c < padded; c += kLanes) {
+    for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] + row[c + i] * row[c + i];
+  }
+  return sum_lanes(lanes);
+}
+
+template <typename Lanes>
+bool acceptable(const void* rows, DType dtype, std::int64_t count, int dim, std::int64_t stride,
+                float max_norm) noexcept {
+  const auto* from = static_cast<const char*>(rows);
+  if (max_norm <= 0.0F) {
+    switch (dtype) {
+      case DType::f32: return rows_finite<DType::f32>(from, count, dim, stride);
+      case DType::f16: return rows_finite<DType::f16>(from, count, dim, stride);
+      case DType::bf16: return rows_finite<DType::bf16>(from, count, dim, stride);
     }
-    widen(from, dtype, dim, row);
-    float lanes[kLanes] = {};
-    for (int c = 0; c < padded; c += kLanes) {
-      // Without a limit times 0, since a square may be infinite where its element is not.
-      for (int i = 0; i < kLanes; ++i) {
-        lanes[i] = lanes[i] + row[c + i] * (max_norm > 0.0F ? row[c + i] : 0.0F);
+  }
+  const auto element = static_cast<std::int64_t>(size_of(dtype));
+  std::int64_t r = 0;
+  if (dim % kLanes == 0) {
+    for (; r + kLanes <= count; r += kLanes) {
+      const char* group = from + r * stride * element;
+      float norm2[kLanes];
+      switch (dtype) {
+        case DType::f32: row_lengths<DType::f32, Lanes>(group, dim, stride, norm2); break;
+        case DType::f16: row_lengths<DType::f16, Lanes>(group, dim, stride, norm2); break;
+        case DType::bf16: row_lengths<DType::bf16, Lanes>(group, dim, stride, norm2); break;
+      }
+      for (const float length2 : norm2) {
+        if (!(length2 <= max_norm * max_norm)) return false;  // also where one is not finite
       }
     }
-    const float norm2 = sum_lanes(lanes);  // not finite where an element is not
-    if (!(norm2 <= max_norm * max_norm)) return false;
+  }
+  for (; r < count; ++r) {
+    if (!(row_length(from + r * stride * element, dtype, dim) <= max_norm * max_norm)) return false;
   }
   return true;
 }

@@ -148,6 +148,13 @@ struct TilePositions {
   int sections = 1;                    // 1: the same in all of the embedding's sections
 };
 
+/// How pairs of coordinates turn over 64 consecutive positions.
+struct TileTurns {
+  int pair_count = 0;
+  bool interleaved = false;          // pair f is coordinates 2f and 2f + 1, else f and f + pairs
+  const float* distances = nullptr;  // [32, 2, pairs]: cos, sin of (j + 1/2) ω
+};
+
 /// Up to 64 tokens of all kv heads.
 struct TileSpan {
   const std::uint8_t* tiles;  // one a kv head, TilePlan::bytes apart
@@ -277,6 +284,18 @@ struct Kernels {
   /// rows: [rows, dim] of dtype, `stride` elements apart.
   bool (*acceptable)(const void* rows, DType dtype, std::int64_t count, int dim,
                      std::int64_t stride, float max_norm) noexcept;
+
+  /// Finite numbers as fp32, `from` aligned for their dtype.
+  void (*widen)(const void* from, DType dtype, std::int64_t count, float* to) noexcept;
+  /// Adds up 64 tokens, and their squares, in order. rows: [64, dim]; sums, squares: [dim].
+  void (*add_up)(const float* rows, int dim, double* sums, double* squares) noexcept;
+  /// Σ (a + i b) · e^(−i distance ω) over 64 tokens, the distance being that from the tile's
+  /// middle. turned: [2, pairs]. Same bits at every level.
+  void (*turn_back)(const TileTurns& turns, const float* rows, int dim, float* turned) noexcept;
+  /// rows[t] += factor · (constant + m · e^(i distance ω)), with the means m turned to the tile's
+  /// middle. middles: [2, pairs], or null where nothing turns. Same bits at every level.
+  void (*add_centre)(const float* constant, const TileTurns& turns, const float* middles,
+                     float factor, int dim, float* rows) noexcept;
 };
 
 /// The table of a level; throws UnsupportedError where this build or processor lacks it.

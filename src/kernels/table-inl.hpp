@@ -4,6 +4,7 @@
 
 #include "attend-inl.hpp"
 #include "basis-inl.hpp"
+#include "centres-inl.hpp"
 #include "encode-inl.hpp"
 #include "exact-inl.hpp"
 #include "paths-inl.hpp"
@@ -29,7 +30,11 @@ constexpr Kernels table_of(Level level) noexcept {
           transform_queries,
           encode_in_basis<Lanes>,
           decode_in_basis,
-          acceptable};
+          acceptable<Lanes>,
+          widen_all,
+          add_up,
+          turn_back,
+          add_centre};
 }
 
 }  // namespace TQAI_LOCAL

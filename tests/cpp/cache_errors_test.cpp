@@ -1,6 +1,7 @@
 // What a KvCache refuses, and that it is then as it was.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <tqai/cache.hpp>
 
 #include "cache_helpers.hpp"
@@ -52,6 +53,25 @@ TEST_F(CacheErrors, RefusesOptionsOutOfRange) {
   CacheOptions haar = geometry(96);
   haar.rotation = RotationKind::hadamard;
   EXPECT_TRUE(contains(message_of([&] { KvCache cache(haar); }), "96"));
+}
+
+// A prompt that several threads look through, of which the first vector in order is named.
+TEST_F(CacheErrors, NamesTheFirstBadVectorOfALongPrompt) {
+  constexpr std::int64_t kTokens = 6000;
+  Tokens all(2, 2, kTokens, 64, engine_);
+  all.values.at(1, 0, 17)[63] = std::numeric_limits<float>::infinity();
+  all.values.at(0, 1, 5990)[0] = std::numeric_limits<float>::quiet_NaN();
+  KvCache cache(geometry(64), 2);
+  Resources resources;
+  for (const int threads : {1, 2, 5}) {
+    resources.threads = threads;
+    const auto message = message_of([&] {
+      cache.append(Tokens::slice(all.keys, 0, kTokens), Tokens::slice(all.values, 0, kTokens), {},
+                   resources);
+    });
+    EXPECT_TRUE(contains(message, "values[0, 1, 5990] holds NaN or infinity")) << message;
+    EXPECT_EQ(cache.tokens(), 0);
+  }
 }
 
 TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {

@@ -159,6 +159,7 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       context.options.value_head_dim = dim;
       context.options.centering = Centering::rope;
       context.rope = detail::shared_rope_tables(rope);
+      context.kernels = &kernels::kernels(default_level());
       detail::Centres centres(detail::CentreShape{1, dim, dim / 2});
       const auto* keys = reinterpret_cast<const std::byte*>(all.keys.at(0, 0, 0));
       context.rope->cover(-2'000'000, 100'003);

@@ -139,6 +139,7 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         context.options = wanted;
         context.options.kv_heads = 1;
         context.rope = detail::shared_rope_tables(rope);
+        context.kernels = &kernels::kernels(default_level());
         detail::Centres centres(detail::CentreShape{1, dim, dim / 2});
         centres.kind(0) = Centering::rope;
         const auto means = test::random_normal(static_cast<std::size_t>(dim), engine_);

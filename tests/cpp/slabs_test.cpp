@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <set>
 #include <thread>
 #include <vector>
@@ -16,14 +18,15 @@
 #include <unistd.h>
 
 #include <fstream>
-#include <new>
 #endif
 
 namespace tqai {
 namespace {
 
 using detail::allocate_block;
+using detail::allocate_large;
 using detail::deallocate_block;
+using detail::deallocate_large;
 
 bool holds(const void* block, std::size_t bytes, int byte) {
   const auto* data = static_cast<const unsigned char*>(block);
@@ -31,6 +34,23 @@ bool holds(const void* block, std::size_t bytes, int byte) {
     if (data[i] != byte) return false;
   }
   return true;
+}
+
+TEST(Slabs, LargeMemoryIsByItself) {
+  for (const std::size_t bytes : {1U, 64U, 4'194'304U, 5'000'001U}) {
+    void* const first = allocate_large(bytes);
+    void* const second = allocate_large(bytes);
+    for (void* memory : {first, second}) {
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory) % 64, 0U);
+    }
+    std::memset(first, 1, bytes);
+    std::memset(second, 2, bytes);
+    EXPECT_TRUE(holds(first, bytes, 1));
+    deallocate_large(first, bytes);
+    EXPECT_TRUE(holds(second, bytes, 2));
+    deallocate_large(second, bytes);
+  }
+  EXPECT_THROW(allocate_large(std::numeric_limits<std::size_t>::max() - 4096), std::bad_alloc);
 }
 
 TEST(Slabs, BlocksAreAlignedAndApart) {

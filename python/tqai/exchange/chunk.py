@@ -163,7 +163,7 @@ class ChunkCodec:
         self.options = options
         self._plan_of = lru_cache(maxsize=64)(self._planned)
         self._templates: dict[Any, tuple[bytes, bytes]] = {}
-        self._preambles: dict[Any, bytes] = {}
+        self._empty: dict[Any, tuple[_core.KvCache, bytes]] = {}
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of a chunk of this shape, exactly.
@@ -478,10 +478,11 @@ class ChunkCodec:
 
     def _preamble(self, plan: _Plan, settings: Settings) -> bytes:
         key = plan.shape, settings
-        if key not in self._preambles:
+        if key not in self._empty:
+            # Kept, and with it the tables that all caches of these settings share.
             empty = self._cache(plan, settings, 1)
-            self._preambles[key] = taken_apart(empty.serialize()).preamble
-        return self._preambles[key]
+            self._empty[key] = empty, taken_apart(empty.serialize()).preamble
+        return self._empty[key][1]
 
     @property
     def _pairs(self) -> int:
