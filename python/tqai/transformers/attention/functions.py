@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
@@ -45,6 +46,17 @@ class Sequence(NamedTuple):
     count: int
     key: torch.Tensor
     value: torch.Tensor
+    fail: Callable[[Exception], None]
+    """Told what attention over them raises: others in the pass go on."""
+
+
+class Single(NamedTuple):
+    """A query that is a request's only one, and what it reads."""
+
+    place: int
+    update: Update
+    fail: Callable[[Exception], None]
+    """As a ``Sequence``'s."""
 
 
 class Sequences:
@@ -52,8 +64,7 @@ class Sequences:
 
     def __init__(self) -> None:
         self.alone: list[Sequence] = []
-        self.together: list[tuple[int, Update]] = []
-        """Queries that are a request's only ones, each with what it reads."""
+        self.together: list[Single] = []
 
 
 _OF_BATCHES = frozenset(
@@ -146,35 +157,64 @@ def _attend_sequences(
     if sequences.together:
         try:
             parts += _attend_together(implementation, module, query, sequences.together, own)
+        except Exception:  # of one of them
+            parts += _attend_singly(implementation, module, query, sequences.together, own)
         except BaseException:
-            for _, update in sequences.together:
-                if update.cache is not None:
-                    update.cache.roll_back()
+            for single in sequences.together:
+                if single.update.cache is not None:
+                    single.update.cache.roll_back()
             raise
-    for first, count, key, value in sequences.alone:
+    for first, count, key, value, fail in sequences.alone:
         rows = query[:, :, first : first + count]
-        alone = update_of(key, value)
-        if alone is None:
+        update = update_of(key, value)
+        if update is None:
             window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         else:
-            window = alone.layer.sliding_window
+            window = update.layer.sliding_window
         mask = _mask_of(implementation, window, rows, key)
-        part = attention_forward(implementation, module, rows, key, value, mask, **own)[0]
+        try:
+            part = attention_forward(implementation, module, rows, key, value, mask, **own)[0]
+        except Exception as error:  # one request's numbers are no concern of the others'
+            fail(error)
+            part = query.new_zeros(1, count, query.shape[1], value.shape[3])
         parts.append((first, part))
     parts.sort(key=lambda part: part[0])
     return torch.cat([part for _, part in parts], 1), None
+
+
+def _attend_singly(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    together: list[Single],
+    kwargs: dict[str, Any],
+) -> list[tuple[int, torch.Tensor]]:
+    """``_attend_together`` one by one, where that raises: it is an error of some requests only."""
+    original = original_attention(implementation, module)
+    parts = []
+    for place, update, fail in together:
+        one = query[:, :, place : place + 1]
+        try:
+            part = _attend_update(original, module, one, update, None, kwargs)[0]
+        except Exception as error:
+            fail(error)
+            core = update.layer.core
+            assert core is not None
+            part = query.new_zeros(1, 1, query.shape[1], core.value_head_dim)
+        parts.append((place, part))
+    return parts
 
 
 def _attend_together(
     implementation: str,
     module: torch.nn.Module,
     query: torch.Tensor,
-    together: list[tuple[int, Update]],
+    together: list[Single],
     kwargs: dict[str, Any],
 ) -> list[tuple[int, torch.Tensor]]:
     """Attention of requests' only queries: those that read packed tokens, in one call."""
     original = original_attention(implementation, module)
-    packed = [(place, update) for place, update in together if _reads_packed(update)]
+    packed = [(place, update) for place, update, _ in together if _reads_packed(update)]
     arguments = None
     if len(packed) > 1 and not (torch.is_grad_enabled() and query.requires_grad):
         core = packed[0][1].layer.core
@@ -198,7 +238,7 @@ def _attend_together(
             update.settled = True
         parts = list(zip(places, output.split(1, 1), strict=True))
     done = {place for place, _ in packed}
-    for place, update in together:
+    for place, update, _ in together:
         if place not in done:
             one = query[:, :, place : place + 1]
             parts.append((place, _attend_update(original, module, one, update, None, kwargs)[0]))

@@ -636,8 +636,8 @@ def update_caches(
 ) -> list[Update]:
     """``TqaiCache.update`` of many caches of one row, by a token each; see ``update_each``.
 
-    layers: what ``layer_for_one`` gave of each. After any error, the layers that the pass has
-    updated forget its tokens, in all of these caches.
+    layers: what ``layer_for_one`` gave of each. After an error all of these layers are as before;
+    where it is an interrupt, the other layers too forget the pass's tokens.
     """
     with contextlib.ExitStack() as stack:
         for cache in caches:
@@ -646,6 +646,8 @@ def update_caches(
             for cache in caches:
                 cache.note_before(layer_idx, 1)
             return update_each(layers, keys, values)
+        except Exception:
+            raise
         except BaseException:
             for cache in caches:
                 cache.roll_back()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import compress
 from types import FunctionType
 from typing import Any
 
@@ -180,7 +181,52 @@ def init_continuous_batching(
 if api is not None and _allocators is not None:
 
     class _Processor(api.ContinuousBatchProcessor):
-        """One that prepares no masks."""
+        """One that prepares no masks, and ends the requests that a pass failed for."""
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**{**arguments, "config": _without_mask(arguments["config"])})
+
+        def update_batch(self) -> None:
+            """Adds the pass's tokens to the requests; those that have failed end with their error,
+            and get none."""
+            failed = self.cache.tqai_requests.take_failed()
+            batch = self.inputs_and_outputs
+            if failed:
+                update = batch.prepare_batch_update()
+                vars(batch)["prepare_batch_update"] = lambda: _without(failed, *update)
+            try:
+                for state in [future.state for future in batch.requests_in_batch if failed]:
+                    if state.request_id in failed:
+                        self._end(state, failed[state.request_id])
+                super().update_batch()
+            finally:
+                vars(batch).pop("prepare_batch_update", None)
+
+        def _end(self, state: Any, error: Exception) -> None:
+            forks = self.scheduler._requests_to_fork
+            forks[:] = [other for other in forks if other is not state]
+            answers = state.num_children  # that are waited for, and will not be begun
+            state.num_children = 0
+            self._handle_request_error(error, state)
+            self.scheduler.finish_request(state.request_id)
+            for number in range(answers):
+                answer = copy.copy(state)
+                answer.request_id = f"{state.request_id}__child#{number}"
+                self.output_router.fail_and_deliver(answer, error)
+
+
+def _without(
+    failed: Mapping[str, Exception],
+    requests: list[Any],
+    tokens: list[int],
+    logprobs: list[float] | None,
+) -> tuple[list[Any], list[int], list[float] | None]:
+    """What a pass gave, of the requests that have not failed."""
+    goes_on = [request.state.request_id not in failed for request in requests]
+    has_token = [request.has_new_token for request in requests]
+    of_tokens = list(compress(goes_on, has_token))
+    return (
+        list(compress(requests, goes_on)),
+        list(compress(tokens, of_tokens)),
+        None if logprobs is None else list(compress(logprobs, of_tokens)),
+    )

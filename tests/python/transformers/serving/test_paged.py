@@ -10,6 +10,7 @@ import torch
 import tqai
 from conftest import Models, make_ids, make_model
 from tqai import _core
+from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.serving import paged
 from transformers import GenerationConfig
 
@@ -205,3 +206,97 @@ def test_unpatched_the_model_has_its_own_again(models: Models) -> None:
     )
     expected = [alone(model, prompt) for prompt in given]
     assert [result.generated_tokens for result in results.values()] == expected
+
+
+def poison(model: Any, token: int) -> None:
+    """Makes a token's keys NaN."""
+    model.get_input_embeddings().weight.data[token] = float("nan")
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1024, 48])
+def test_what_one_request_holds_is_no_error_of_the_others(
+    made: list[paged.PackedPagedCache], max_batch_tokens: int
+) -> None:
+    model = make_model("llama")
+    tqai.patch(model, **SEALING)
+    given = prompts((17, 40, 30))
+    expected = [alone(model, prompt) for prompt in given]
+    bad = next(token for token in range(127, 2, -1) if token not in sum(given + expected, []))
+    poison(model, bad)
+    given.insert(1, [*given[0], bad, *given[0]])
+    results = list(
+        model.generate_batch(
+            given,
+            generation_config=config(),
+            continuous_batching_config=batching(max_batch_tokens=max_batch_tokens),
+        ).values()
+    )
+    assert "NaN" in str(results[1].error) and not results[1].generated_tokens
+    del results[1]
+    assert [result.error for result in results] == [None] * 3
+    assert [result.generated_tokens for result in results] == expected
+    assert not made[0].tqai_requests.caches and not made[0].tqai_requests.failed
+
+
+def test_a_token_that_a_request_writes_can_end_it_alone() -> None:
+    model = make_model("llama")
+    tqai.patch(model, **SEALING)
+    given = prompts((17, 40, 30, 60))
+    expected = [alone(model, prompt) for prompt in given]
+    seen = sum(given, [])
+    row, at = next(
+        (row, at)
+        for row, tokens in enumerate(expected)
+        for at, token in enumerate(tokens[:-1])
+        if token not in seen and not any(token in other for other in expected if other != tokens)
+    )
+    poison(model, expected[row][at])
+    results = list(
+        model.generate_batch(
+            given,
+            generation_config=config(),
+            continuous_batching_config=batching(return_logprobs=True),
+        ).values()
+    )
+    assert "NaN" in str(results[row].error)
+    assert results[row].generated_tokens[: at + 1] == expected[row][: at + 1]
+    for other, result in enumerate(results):
+        if other != row:
+            assert result.generated_tokens == expected[other] and result.error is None
+            assert len(result.logprobs) == NEW
+
+
+def test_a_prompt_of_no_tokens_is_no_error_of_the_others(models: Models) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    given = prompts((20, 7))
+    expected = [alone(model, prompt) for prompt in given]
+    results = model.generate_batch(
+        [given[0], [], given[1]], generation_config=config(), continuous_batching_config=batching()
+    )
+    tokens = [result.generated_tokens for result in results.values()]
+    assert [tokens[0], tokens[2]] == expected
+
+
+def test_answers_to_a_prompt_that_cannot_be_cached_all_fail(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    update = TqaiCache.update
+
+    def refuse(self: TqaiCache, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if keys.shape[2] == 29:  # all but the last of a prompt that is answered several times
+            raise ValueError("refused")
+        return update(self, keys, *args, **kwargs)
+
+    monkeypatch.setattr(TqaiCache, "update", refuse)
+    results = model.generate_batch(
+        prompts((30, 20)),
+        generation_config=config(num_return_sequences=3, do_sample=True, top_k=1),
+        continuous_batching_config=batching(),
+    )
+    assert {name: result.error for name, result in results.items()} == {
+        **dict.fromkeys(["req_0", "req_0__child#0", "req_0__child#1"], "refused"),
+        **dict.fromkeys(["req_1", "req_1__child#0", "req_1__child#1"]),
+    }
