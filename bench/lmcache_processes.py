@@ -1,11 +1,13 @@
 """Two processes, LMCache's own managers with the serde "tqai", and a Redis server between them.
 
-    python bench/lmcache_processes.py --model FOLDER [--tokens 4096]
+    python bench/lmcache_processes.py --model FOLDER [--tokens 4096] [--texts 4]
 
-One process reads a prompt and stores its keys and values; the other, which has only its ids,
-fetches them and goes on. Printed are the bytes in the server, and the KL divergence of the next
-tokens from a cache that never left the first process and was never compressed, beside that of
-tqai's cache of the first process at the same bits. Needs lmcache, redis and redis-server.
+One process reads prompts and stores the keys and values of their first tokens, in whole chunks; the
+other, which has only the prompts, fetches these chunks, reads the rest of each prompt itself, as
+LMCache's engines do, and goes on. Printed are the bytes in the server, and of the next tokens the
+KL divergence from a cache that never left the first process and was never compressed: of what the
+second process says, and of tqai's own cache in the first process, at the same bits and with the
+same steps. Needs lmcache, redis and redis-server.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from tqai.measure.time_store import _cache_of, _chunks, _distributions, _kl, _op
 from tqai.transformers.loading import load
 from transformers import DynamicCache
 
-CHUNK, READ = 256, 64
+CHUNK, REST, NEXT = 256, 128, 64
+"""Tokens of a chunk; of a prompt beyond its last chunk; whose distributions are compared."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="of each prompt in chunks")
+    parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--bits", default="4,2", help="of keys and values (default: 4,2)")
-    parser.add_argument("--exact-first", type=int, default=0)
+    parser.add_argument("--exact-first", type=int, default=1)
     parser.add_argument("--role", choices=("write", "read"), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -89,20 +93,33 @@ def manager(options: argparse.Namespace, serde: dict[str, Any]) -> Any:
     )
 
 
-def keys_and_layout(model: Any, count: int) -> tuple[list[Any], Any]:
+def keys_and_layout(model: Any, text: int, count: int) -> tuple[list[Any], Any]:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 
     rank = ObjectKey.ComputeKVRank(1, 0, 1, 0)
-    keys = [ObjectKey(number.to_bytes(16, "big"), "a/model", rank) for number in range(count)]
+    numbers = range(text * count, (text + 1) * count)
+    keys = [ObjectKey(number.to_bytes(16, "big"), "a/model", rank) for number in numbers]
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = [2, config.num_hidden_layers, CHUNK, config.num_key_value_heads * dim]
     return keys, MemoryLayoutDesc([torch.Size(shape)], [torch.bfloat16])
 
 
-def texts(tokenizer: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prompts(tokenizer: Any, options: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each text, the ids in whole chunks, and those of the rest and of what follows."""
     ids = torch.tensor([tokenizer(prose(), verbose=False).input_ids])
-    return ids[:, :tokens], ids[:, tokens : tokens + READ]
+    whole = options.tokens + REST + NEXT
+    step = (ids.shape[1] - whole) // max(options.texts - 1, 1)
+    if step < whole:
+        raise SystemExit(f"the text has {ids.shape[1]} tokens: fewer than {options.texts} prompts'")
+    cut = [ids[:, at : at + whole] for at in range(0, step * options.texts, step)]
+    return [(each[:, : options.tokens], each[:, options.tokens :]) for each in cut]
+
+
+def says(model: Any, cache: Any, more: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities after each of the next tokens, once the rest of the prompt was read."""
+    _distributions(model, cache, more[:, :REST])
+    return _distributions(model, cache, more[:, REST:])
 
 
 @torch.inference_mode()
@@ -110,36 +127,38 @@ def write(options: argparse.Namespace) -> None:
     import redis
 
     model, tokenizer = load(options.model)
-    prompt, more = texts(tokenizer, options.tokens)
-    cache = DynamicCache()
-    start = time.perf_counter()
-    _read(model, prompt, cache)
-    print(f"the first process read {options.tokens} tokens in {time.perf_counter() - start:.2f} s")
-    states = [(layer.keys, layer.values) for layer in cache.layers]
-    expected = _distributions(model, _cache_of(states), more)
     bits_k, bits_v = map(int, options.bits.split(","))
-    for name, own in (("all packed", {"sink_tokens": 0, "residual_window": 0}), ("defaults", {})):
-        with api.patched(model, bits_k=bits_k, bits_v=bits_v, **own):
+    store = manager(options, serde(model, options))
+    kept: list[dict[str, Any]] = []
+    whole = 0
+    for number, (prompt, more) in enumerate(prompts(tokenizer, options)):
+        plain = DynamicCache()
+        start = time.perf_counter()
+        _read(model, prompt, plain)
+        seconds = time.perf_counter() - start
+        print(f"the first process read {prompt.shape[1]} tokens in {seconds:.2f} s")
+        layers: list[Any] = plain.layers
+        states = [(layer.keys, layer.values) for layer in layers]
+        expected = says(model, _cache_of(states), more)
+        with api.patched(model, bits_k=bits_k, bits_v=bits_v):
             packed = api.new_cache(model)
             _seal(packed, states)
-            kl = _kl(expected, _distributions(model, packed, more))
-        print(f"KL of its own cache at K{bits_k}/V{bits_v}, {name}: {kl:.5f}")
-    chunks = _chunks(states, CHUNK)
-    raw = _distributions(model, _cache_of(_tensors(chunks, states)), more)
-    print(f"KL of bfloat16: {_kl(expected, raw):.5f}")
-    torch.save((expected, [states[0][0].shape, states[0][0].dtype]), options.folder / "expected.pt")
-    store = manager(options, serde(model, options))
-    keys, layout = keys_and_layout(model, len(chunks))
-    rooms = store.reserve_write(keys, layout)
-    for key, chunk in zip(keys, chunks, strict=True):
-        rooms[key].tensor.copy_(chunk)
-    store.finish_write(keys)
+            own = _kl(expected, says(model, packed, more))
+        chunks = _chunks(states, CHUNK)
+        shape, dtype = states[0][0].shape, states[0][0].dtype
+        kept.append({"expected": expected, "own": own, "shape": shape, "dtype": dtype})
+        keys, layout = keys_and_layout(model, number, len(chunks))
+        rooms = store.reserve_write(keys, layout)
+        for key, chunk in zip(keys, chunks, strict=True):
+            rooms[key].tensor.copy_(chunk)
+        store.finish_write(keys)
+        whole += sum(chunk.nbytes for chunk in chunks)
+    torch.save(kept, options.folder / "kept.pt")
     client = redis.Redis(port=options.port)
-    while client.dbsize() < len(keys):
+    while client.dbsize() < len(kept) * len(chunks):
         time.sleep(0.05)
     time.sleep(0.5)
     size = sum(client.strlen(key) for key in client.keys())
-    whole = sum(chunk.nbytes for chunk in chunks)
     print(
         f"{size} bytes in Redis of {whole} in bfloat16: 1/{whole / size:.3f}; of fp8 "
         f"1/{whole / 2 / size:.3f}"
@@ -152,25 +171,32 @@ def read(options: argparse.Namespace) -> None:
     from lmcache.v1.distributed.api import GroupedObjectKeys, PrefetchTaskSpec
 
     model, tokenizer = load(options.model)
-    _, more = texts(tokenizer, options.tokens)
-    expected, (shape, dtype) = torch.load(options.folder / "expected.pt", weights_only=False)
+    kept = torch.load(options.folder / "kept.pt", weights_only=False)
     store = manager(options, serde(model, options))
-    keys, layout = keys_and_layout(model, options.tokens // CHUNK)
-    row = GroupedObjectKeys(keys=keys, object_group_id=0, layout_desc=layout)
-    start = time.perf_counter()
-    handle = store.submit_prefetch_task(PrefetchTaskSpec(key_groups=[row]))
-    assert store.wait_prefetch_status(handle, 60)
-    result = store.query_prefetch_status(handle)
-    assert result.hit_cells[0].popcount() == len(keys)
-    seconds = time.perf_counter() - start
-    with store.read_prefetched_results(keys) as objects:
-        states = _tensors([each.tensor for each in objects], [(torch.empty(shape, dtype=dtype),)])
-    found = _distributions(model, _cache_of(states), more)
-    store.finish_read_prefetched(keys)
-    print(
-        f"the second process had them in {seconds:.2f} s; KL of what it goes on with: "
-        f"{_kl(expected, found):.5f}"
-    )
+    pairs: list[tuple[float, float]] = []
+    for number, ((_, more), known) in enumerate(
+        zip(prompts(tokenizer, options), kept, strict=True)
+    ):
+        keys, layout = keys_and_layout(model, number, options.tokens // CHUNK)
+        row = GroupedObjectKeys(keys=keys, object_group_id=0, layout_desc=layout)
+        start = time.perf_counter()
+        handle = store.submit_prefetch_task(PrefetchTaskSpec(key_groups=[row]))
+        assert store.wait_prefetch_status(handle, 60)
+        result = store.query_prefetch_status(handle)
+        assert result.hit_cells[0].popcount() == len(keys)
+        seconds = time.perf_counter() - start
+        like = [(torch.empty(known["shape"], dtype=known["dtype"]),)]
+        with store.read_prefetched_results(keys) as objects:
+            states = _tensors([each.tensor for each in objects], like)
+        store.finish_read_prefetched(keys)
+        found = says(model, _cache_of(states), more)
+        pairs.append((_kl(known["expected"], found), known["own"]))
+        print(
+            f"the second process had {len(keys)} chunks in {seconds:.2f} s; KL of what it goes on "
+            f"with {pairs[-1][0]:.5f}, of the first one's own cache {pairs[-1][1]:.5f}"
+        )
+    through, own = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    print(f"of {len(pairs)} texts: {through:.5f} through LMCache, {own:.5f} in one process")
     store.close()
 
 

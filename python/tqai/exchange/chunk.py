@@ -4,14 +4,16 @@ A chunk is [2, layers, tokens, heads · head_dim], keys and then values, or [1, 
 heads · 2 · head_dim], each head's key before its value. All layers of the same bits are rows of one
 ``KvCache``, without sinks and window; what is written is, of each,
 
-- the centres of its keys, which need no position: a chunk's own first token stands at 0, and a
-  centre before rotary embedding is as good in any frame;
-- norms in 8 bits between the least and the largest of a head, of which the 16 that tiles have would
-  be a third of the bytes beside 2-bit values of 64 coordinates (``norm_bits=16`` keeps them);
+- the centres of its keys in FP16, which need no position: a chunk's own first token stands at 0,
+  and a centre before rotary embedding is as good in any frame;
+- norms in 8 bits between the least and the largest of a head, and in 4 beside codes of 1 or 2 bits,
+  whose error is ten times that: the 16 that tiles have would be a third of the bytes beside 2-bit
+  values of 64 coordinates (``norm_bits=16`` keeps them);
 - codes, as tiles have them.
 
-Then tokens that are kept exact. All of it has as many bytes as is known beforehand: LMCache asks
-for that many when it reads.
+Then tokens that are kept exact: a chunk's first one, as it may be the text's first, which all
+others look at. All of it has as many bytes as is known beforehand: LMCache asks for that many when
+it reads.
 """
 
 from __future__ import annotations
@@ -68,12 +70,12 @@ class ChunkOptions:
     rope: Mapping[str, Any] | None = field(default=None, hash=False)
     """The rotary embedding, {"inv_freq": […], "layout": "half_split" or "interleaved"}, by which
     keys are centred before it; None: on their mean."""
-    exact_first: int = 0
+    exact_first: int = 1
     """First tokens of each chunk that are kept exact."""
     exact_last: int = 0
     """Last tokens of each chunk that are kept exact."""
     norm_bits: int = 8
-    """8, or 16 as in a cache."""
+    """8, and 4 beside codes of 1 or 2 bits; or 16 of all, as in a cache."""
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -257,7 +259,8 @@ class ChunkCodec:
             "dtype": str(dtype),
             "bits": [[len(group.layers), *bits] for group, bits in zip(made, groups, strict=True)],
             "which": zlib.crc32(repr(made).encode()),
-            "norms": options.norm_bits,
+            "norms": [list(self._norm_widths(group)) for group in made],
+            "centres": 16,
             "exact": [first, last],
             "seed": -1 if options.seed is None else options.seed,
             "rotary": None if options.rope is None else zlib.crc32(repr(self._rope()).encode()),
@@ -299,14 +302,19 @@ class ChunkCodec:
 
     def _set_bytes(self, plan: _Plan) -> int:
         """A set's kind and centre of each head; the energy that it left is not needed again."""
-        return plan.shape.heads * (1 + 4 * self.options.head_dim)
+        return plan.shape.heads * (1 + 2 * self.options.head_dim)
+
+    def _norm_widths(self, group: _Group) -> tuple[int, int]:
+        """Bits of a norm of the keys, and of the values."""
+        if self.options.norm_bits == 16:
+            return 16, 16
+        coarse = [int(bits) <= 2 for bits in (group.settings.bits_k, group.settings.bits_v)]  # type: ignore[arg-type]
+        return 4 if coarse[0] else 8, 4 if coarse[1] else 8
 
     def _norms_bytes(self, plan: _Plan, group: _Group) -> int:
-        tiles = len(group.layers) * plan.sealed // TILE_TOKENS * plan.shape.heads
-        if self.options.norm_bits == 16:
-            return tiles * _NORM_BYTES
-        bounds = len(group.layers) * plan.shape.heads * 2 * 2 * 2
-        return bounds + tiles * _NORM_BYTES // 2
+        widths, rows = self._norm_widths(group), len(group.layers)
+        norms = rows * plan.shape.heads * plan.sealed * sum(widths) // 8
+        return norms if widths[0] == 16 else norms + rows * plan.shape.heads * _BOUNDS_BYTES
 
     def _code_bytes(self, group: _Group) -> int:
         bits = int(group.settings.bits_k) + int(group.settings.bits_v)  # type: ignore[arg-type]
@@ -344,7 +352,7 @@ class ChunkCodec:
                 which[crowded] = 0
         norms = np.ascontiguousarray(tiles[..., -_NORM_BYTES:]).view("<u2")
         codes = np.ascontiguousarray(tiles[..., :-_NORM_BYTES])
-        arrays = [which, self._dense(plan, sets), *self._short(norms), codes]
+        arrays = [which, self._dense(plan, sets), *self._short(group, norms), codes]
         return [array.reshape(-1).view(np.uint8).data for array in arrays]
 
     def _sealed(
@@ -415,7 +423,7 @@ class ChunkCodec:
         which, dense, norms, codes = np.split(whole, ends)
         tiles = np.empty((rows, blocks, heads, self._code_bytes(group) + _NORM_BYTES), np.uint8)
         tiles[..., :-_NORM_BYTES] = codes.reshape(rows, blocks, heads, -1)
-        tiles[..., -_NORM_BYTES:] = self._long(norms, (rows, blocks, heads)).view(np.uint8)
+        tiles[..., -_NORM_BYTES:] = self._long(group, norms, (rows, blocks, heads)).view(np.uint8)
         sets = self._wide(plan, dense)
         if which.any():
             data = self._several(plan, group, which.reshape(rows, blocks), sets, tiles)
@@ -490,35 +498,46 @@ class ChunkCodec:
 
     # Norms in 8 bits, and centres without what is not needed.
 
-    def _short(self, norms: np.ndarray) -> list[np.ndarray]:
+    def _short(self, group: _Group, norms: np.ndarray) -> list[np.ndarray]:
         """Norms [rows, blocks, heads, 2 · 64] FP16 as bits, as they are written.
 
         The bits of numbers that are not negative are as good as their logarithm, and exact on every
         machine. 0 stays 0.
         """
-        if self.options.norm_bits == 16:
+        widths = self._norm_widths(group)
+        if widths[0] == 16:
             return [norms]
         rows, blocks, heads, _ = norms.shape
         numbers = norms.reshape(rows, blocks, heads, 2, TILE_TOKENS).astype(np.int32)
         most = numbers.max((1, 4), keepdims=True)
         least = np.where(numbers == 0, most, numbers).min((1, 4), keepdims=True)
-        steps = np.float32(_STEPS) / np.maximum(most - least, 1).astype(np.float32)
+        most_steps = np.array([_steps(width) for width in widths], np.float32)[:, None]
+        steps = most_steps / np.maximum(most - least, 1).astype(np.float32)
         short = np.rint((numbers - least).astype(np.float32) * steps) + 1
         short[numbers == 0] = 0
+        short = short.astype(np.uint8)
         bounds = np.concatenate([least, most], 1).astype("<u2")
-        return [bounds, short.astype(np.uint8)]
+        sides = (_packed(short[:, :, :, side], width) for side, width in enumerate(widths))
+        return [bounds, *sides]
 
-    def _long(self, data: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    def _long(self, group: _Group, data: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
         """Norms [rows, blocks, heads, 2 · 64] FP16 as bits, from what ``_short`` gave."""
         rows, blocks, heads = shape
-        if self.options.norm_bits == 16:
+        widths = self._norm_widths(group)
+        if widths[0] == 16:
             return data.view("<u2").reshape(*shape, 2 * TILE_TOKENS)
-        end = rows * 2 * heads * 2 * 2
-        bounds = data[:end].view("<u2").reshape(rows, 2, heads, 2, 1).astype(np.int32)
-        short = data[end:].reshape(rows, blocks, heads, 2, TILE_TOKENS).astype(np.int32)
-        least, most = bounds[:, None, 0], bounds[:, None, 1]
-        numbers = least + ((short - 1) * (most - least) + _STEPS // 2) // _STEPS
-        return np.where(short == 0, 0, numbers).astype("<u2").reshape(*shape, 2 * TILE_TOKENS)
+        at = rows * heads * _BOUNDS_BYTES
+        bounds = data[:at].view("<u2").reshape(rows, 2, heads, 2, 1).astype(np.int32)
+        norms = np.empty((*shape, 2, TILE_TOKENS), "<u2")
+        for side, width in enumerate(widths):
+            end = at + rows * blocks * heads * TILE_TOKENS * width // 8
+            short = _unpacked(data[at:end], width).reshape(*shape, TILE_TOKENS).astype(np.int32)
+            at = end
+            least, most = bounds[:, None, 0, :, side], bounds[:, None, 1, :, side]
+            steps = _steps(width)
+            numbers = least + ((short - 1) * (most - least) + steps // 2) // steps
+            norms[:, :, :, side] = np.where(short == 0, 0, numbers)
+        return norms.reshape(*shape, 2 * TILE_TOKENS)
 
     def _dense(self, plan: _Plan, sets: np.ndarray) -> np.ndarray:
         """Centre sets as they are written: of each head its kind and head_dim numbers."""
@@ -529,17 +548,17 @@ class ChunkCodec:
         turned = np.ascontiguousarray(means).view("<f4").reshape(len(sets), heads, 2 * pairs)
         # What is turned is in no constant.
         centres[..., : 2 * pairs] += turned
-        written = np.empty((len(sets), heads, 1 + 4 * dim), np.uint8)
+        written = np.empty((len(sets), heads, 1 + 2 * dim), np.uint8)
         written[..., 0] = kinds
-        written[..., 1:] = centres.view(np.uint8)
+        written[..., 1:] = centres.astype("<f2").view(np.uint8)
         return written
 
     def _wide(self, plan: _Plan, dense: np.ndarray) -> np.ndarray:
         """Centre sets as a cache has them."""
         heads, dim, pairs = plan.shape.heads, self.options.head_dim, self._pairs
-        dense = dense.reshape(-1, heads, 1 + 4 * dim)
+        dense = dense.reshape(-1, heads, 1 + 2 * dim)
         kinds = dense[..., 0]
-        centres = np.ascontiguousarray(dense[..., 1:]).view("<f4")
+        centres = np.ascontiguousarray(dense[..., 1:]).view("<f2").astype("<f4")
         turned = np.where((kinds == _ROPE)[..., None], centres[..., : 2 * pairs], 0)
         constant = centres.copy()
         constant[..., : 2 * pairs] -= turned
@@ -551,8 +570,24 @@ class ChunkCodec:
 _COUNTS = 8 + 4 + 4 + 4
 """Bytes between a preamble and the centre sets, beside the blocks': tokens, and three counts."""
 _BLOCK_BYTES = 8 + 8 + 4
-_STEPS = 254
+_BOUNDS_BYTES = 2 * 2 * 2
+"""Of a head: the least and the largest norm of its keys, and of its values, in FP16."""
 _ROPE = CENTERINGS.index("rope")
+
+
+def _steps(width: int) -> int:
+    """Steps between the least and the largest norm that bits have numbers for; 0 is a norm of 0."""
+    return (1 << width) - 2
+
+
+def _packed(numbers: np.ndarray, width: int) -> np.ndarray:
+    """Numbers of `width` bits, 4 or 8, of an even count in the last axis."""
+    return numbers if width == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
+
+
+def _unpacked(data: np.ndarray, width: int) -> np.ndarray:
+    """What was packed, in one row."""
+    return data if width == 8 else np.stack([data & 15, data >> 4], -1).reshape(-1)
 
 
 def _sides(chunk: torch.Tensor, shape: Shape, dim: int) -> list[torch.Tensor]:
