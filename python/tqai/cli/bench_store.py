@@ -27,6 +27,7 @@ def add(subjects: Any) -> None:
         ("--tokens", 4096, "of the prompt"),
         ("--chunk", 256, "tokens of a chunk"),
         ("--read", 64, "tokens after it, whose distributions are compared"),
+        ("--rest", 128, "tokens after it that the reader reads, before such a comparison"),
         ("--rounds", 5, "of each format; the fastest counts"),
     ):
         parser.add_argument(
@@ -38,7 +39,7 @@ def add(subjects: Any) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="also with so many first tokens of each chunk exact",
+        help="also with so many first tokens of each chunk exact, where the default is 1",
     )
     parser.add_argument(
         "--urls",
@@ -62,6 +63,7 @@ def _run(options: argparse.Namespace) -> None:
             options.dtype,
             options.tokens,
             read=options.read,
+            rest=options.rest,
             chunk=options.chunk,
             urls=options.urls,
             exact_first=options.exact_first,
@@ -73,7 +75,15 @@ def _run(options: argparse.Namespace) -> None:
         return
     print(f"{result.tokens} tokens, {result.dtype}, {result.threads} threads\n")
     print_table(
-        ("format", "bytes", "smaller", "encode GB/s", "decode GB/s", "KL"),
+        (
+            "format",
+            "bytes",
+            "smaller",
+            "encode GB/s",
+            "decode GB/s",
+            "KL",
+            f"KL, {options.rest} on",
+        ),
         [
             (
                 row.name,
@@ -82,13 +92,13 @@ def _run(options: argparse.Namespace) -> None:
                 f"{row.encode_gigabytes:.2f}" if row.encode_gigabytes else "–",
                 f"{row.decode_gigabytes:.2f}" if row.decode_gigabytes else "–",
                 f"{row.kl:.5f}",
+                f"{row.later_kl:.5f}",
             )
             for row in result.formats
         ],
     )
-    print("\nIn this process, K4/V2:", end=" ")
-    print(", ".join(f"{name} {kl:.5f}" for name, kl in result.in_process_kl.items()))
-    print()
+    at_once, later = result.in_process_kl
+    print(f"\nA cache of this process, K4/V2: KL {at_once:.5f}, {options.rest} on {later:.5f}\n")
     print_table(
         ("store", "put GB/s", "fetch GB/s"),
         [

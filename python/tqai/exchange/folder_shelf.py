@@ -109,8 +109,13 @@ class FolderShelf:
             for _, held, path in entries:
                 if used <= aim:
                     break
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except PermissionError:  # somebody is reading it, on Windows
+                    continue
                 used -= held
+            if used + size > self.max_bytes:
+                raise ShelfError(f"{self.path}: what is there cannot be taken away")
         ledger.write_text(str(used + size))
 
     def _entries(self, clean: bool = False) -> Iterator[tuple[int, int, Path]]:

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tqai.exchange.shelf import said, too_large
+from tqai.exchange.shelf import said, too_large, without_password
 
 _PREFIX = "{tqai}:"
 """Braces: in a cluster all of it is on one server."""
@@ -127,9 +127,4 @@ class RedisShelf:
         return f"{_PREFIX}{name}"
 
     def _said(self) -> AbstractContextManager[None]:
-        return said(_without_password(self.url), redis.RedisError, OSError)
-
-
-def _without_password(url: str) -> str:
-    start, at, rest = url.rpartition("@")
-    return url if not at else f"{start.partition('://')[0]}://…@{rest}"
+        return said(without_password(self.url), redis.RedisError, OSError)

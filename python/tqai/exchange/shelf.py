@@ -7,6 +7,7 @@ says all that it depends on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -88,6 +89,14 @@ def said(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise ShelfError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def without_password(url: str) -> str:
+    """An address as it may be shown: with "…" for a user, a password, and either in its query."""
+    start, at, rest = url.rpartition("@")
+    scheme, is_url, _ = start.partition("://")
+    shown = f"{scheme}://…@{rest}" if at and is_url else url
+    return re.sub(r"(?<=[?&])(username|password)=[^&]*", r"\1=…", shown)
 
 
 def too_large(size: int, max_bytes: int) -> ShelfError:

@@ -76,7 +76,13 @@ class TqaiDeserializer(Deserializer):
 
 
 def create(kwargs: Mapping[str, Any]) -> SerdeProcessor:
-    """The serde of a configuration: the fields of ``ChunkOptions``, and ``max_workers``, how many
+    """The serde of a configuration; see ``codec_and_workers``."""
+    codec, workers = codec_and_workers(kwargs)
+    return AsyncSerdeProcessor(TqaiSerializer(codec), TqaiDeserializer(codec), max_workers=workers)
+
+
+def codec_and_workers(kwargs: Mapping[str, Any]) -> tuple[ChunkCodec, int]:
+    """What a configuration asks for: the fields of ``ChunkOptions``, and ``max_workers``, how many
     chunks are worked on at once (1).
 
     Raises:
@@ -92,8 +98,7 @@ def create(kwargs: Mapping[str, Any]) -> SerdeProcessor:
     if "head_dim" not in kwargs:
         raise ValueError("serde tqai needs head_dim, the coordinates of a key")
     options = {name: value for name, value in kwargs.items() if name not in _OWN}
-    codec = ChunkCodec(ChunkOptions(**options))
-    return AsyncSerdeProcessor(TqaiSerializer(codec), TqaiDeserializer(codec), max_workers=workers)
+    return ChunkCodec(ChunkOptions(**options)), workers
 
 
 def register() -> None:

@@ -49,6 +49,8 @@ class FormatCost:
     decode_gigabytes: float
     kl: float
     """Mean KL divergence of the next tokens' distributions from those of the exact cache."""
+    later_kl: float
+    """The same after `rest` tokens, which are exact wherever the tokens before them come from."""
     fetch_seconds: dict[int, float] = field(default_factory=dict)
     """Over links of ``LINKS``, with decoding on one core: computed."""
     break_even: float = 0.0
@@ -79,9 +81,8 @@ class StoreTime:
     prefix_tokens: int
     """Of the prompt, how many the store had."""
     prefix_bytes: int
-    in_process_kl: dict[str, float]
-    """Of tqai's caches that never left the process, at the same bits: all tokens packed, and with
-    the defaults' exact ones."""
+    in_process_kl: tuple[float, float]
+    """Of tqai's cache that never left the process, at the default bits: ``kl`` and ``later_kl``."""
     formats: list[FormatCost]
     shelves: list[ShelfTime]
 
@@ -93,6 +94,7 @@ def time_store(
     tokens: int = 4096,
     *,
     read: int = 64,
+    rest: int = 128,
     chunk: int = 256,
     urls: Iterable[str] = (),
     exact_first: Iterable[int] = (),
@@ -103,10 +105,13 @@ def time_store(
 
     Args:
         model, dtype: as for ``tqai.transformers.loading.load``.
-        read: tokens that follow, whose distributions are compared.
+        read: tokens that follow, whose distributions are compared; once more after `rest` tokens:
+            of a prompt that is fetched in chunks, half a chunk is read as it is on average, and a
+            cache in the process has its window.
         chunk: tokens of a chunk, a multiple of 64.
         urls: stores to time beside a folder of its own.
-        exact_first: numbers of first tokens of each chunk to keep exact, each a further format.
+        exact_first: other numbers of first tokens of each chunk to keep exact than the default,
+            each a further format.
         rounds: of each format; the fastest counts.
         progress: called with steps done, all steps, and what is being done.
 
@@ -114,30 +119,39 @@ def time_store(
         ValueError: for numbers out of range, more tokens than the text has, and a model whose
             layers have not all heads of one dimension.
     """
-    if chunk < 64 or chunk % 64 or tokens < chunk or read < 1 or rounds < 1:
+    if chunk < 64 or chunk % 64 or tokens < chunk or read < 1 or rounds < 1 or rest < 0:
         raise ValueError(
-            f"tokens={tokens}, chunk={chunk}, read={read}, rounds={rounds}: expected chunks of a "
-            "multiple of 64 tokens, at least one of them, and at least 1 of the others"
+            f"tokens={tokens}, chunk={chunk}, read={read}, rest={rest}, rounds={rounds}: expected "
+            "chunks of a multiple of 64 tokens, at least one of them, and at least 1 of the others"
         )
     loaded, tokenizer = load(model, dtype)
     ids = torch.tensor([tokenizer(prose(), verbose=False).input_ids])
     tokens = tokens // chunk * chunk
-    if tokens + read > ids.shape[1]:
-        raise ValueError(f"tokens={tokens}: expected at most {ids.shape[1] - read}, the text's")
-    prompt, more = ids[:, :tokens], ids[:, tokens : tokens + read]
+    end = tokens + rest + read
+    if end > ids.shape[1]:
+        raise ValueError(f"tokens={tokens}: expected at most {ids.shape[1] - end + tokens}")
+    prompt, more = ids[:, :tokens], [ids[:, tokens : end - read], ids[:, end - read : end]]
     steps = _Steps(progress, 5)
     plain = DynamicCache()
     steps.next("reading the prompt")
     read_seconds = _seconds(lambda: _read(loaded, prompt, plain), prompt.device)
     layers: list[Any] = plain.layers
     states = [(layer.keys, layer.values) for layer in layers]
-    expected = _distributions(loaded, _cache_of(states), more)
+    expected = _says(loaded, _cache_of(states), more)
+
+    def divergences(cache: Any) -> tuple[float, float]:
+        found = _says(loaded, cache, more)
+        return _kl(expected[:read], found[:read]), _kl(expected[-read:], found[-read:])
+
     steps.next("formats")
     options = _options(loaded)
     packed: list[tuple[str, dict[str, Any]]] = [
-        (f"K{k}/V{v}" + (f", first {n} exact" if n else ""), {"bits_k": k, "bits_v": v, **extra})
-        for k, v, n in [(4, 4, 0), (4, 2, 0), (2, 2, 0), *((4, 2, n) for n in exact_first)]
-        for extra in [{"exact_first": n}]
+        (
+            f"K{k}/V{v}" + ("" if n is None else f", first {n} exact"),
+            {"bits_k": k, "bits_v": v, **own},
+        )
+        for k, v, n in [(4, 4, None), (4, 2, None), (2, 2, None), *((4, 2, n) for n in exact_first)]
+        for own in [{} if n is None else {"exact_first": n}]
     ]
     formats = []
     chunks = _chunks(states, chunk)
@@ -147,20 +161,14 @@ def time_store(
         *((name, ChunkCodec(ChunkOptions(**options, **extra))) for name, extra in packed),
     ):
         cost, back = _through(name, convert, chunks, rounds)
-        found = _distributions(loaded, _cache_of(_tensors(back, states)), more)
+        found = divergences(_cache_of(_tensors(back, states)))
         whole = sum(each.nbytes for each in chunks)
-        formats.append(_with_links(cost, _kl(expected, found), whole, read_seconds))
-    steps.next("caches of this process")
-    in_process = {}
-    kept: dict[str, dict[str, Any]] = {
-        "all packed": {"sink_tokens": 0, "residual_window": 0},
-        "the defaults": {},
-    }
-    for name, own in kept.items():
-        with api.patched(loaded, **DEFAULT_BITS, **own):
-            cache = api.new_cache(loaded)
-            _seal(cache, states)
-            in_process[name] = _kl(expected, _distributions(loaded, cache, more))
+        formats.append(_with_links(cost, found, whole, read_seconds))
+    steps.next("a cache of this process")
+    with api.patched(loaded, **DEFAULT_BITS):
+        cache = api.new_cache(loaded)
+        _seal(cache, states)
+        in_process = divergences(cache)
     steps.next("stores")
     entry = bytes(_encoded(ChunkCodec(ChunkOptions(**options)), chunks[0]))
     folder = tempfile.mkdtemp()
@@ -235,6 +243,11 @@ def _distributions(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     return output.logits[0].float().log_softmax(-1)
 
 
+def _says(model: Any, cache: Any, more: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities after each of all these ids, read one part after another."""
+    return torch.cat([_distributions(model, cache, ids) for ids in more if ids.shape[1]])
+
+
 def _kl(expected: torch.Tensor, found: torch.Tensor) -> float:
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
@@ -273,7 +286,7 @@ def _through(
     speeds = [
         chunks[0].nbytes / seconds / 1e9 if seconds else 0.0 for seconds in (encoding, decoding)
     ]
-    return FormatCost(name, size, whole / size, *speeds, kl=0.0), back
+    return FormatCost(name, size, whole / size, *speeds, kl=0.0, later_kl=0.0), back
 
 
 def _fastest(call: Callable[[], Any], rounds: int) -> float:
@@ -293,13 +306,15 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _with_links(cost: FormatCost, kl: float, whole: int, read_seconds: float) -> FormatCost:
+def _with_links(
+    cost: FormatCost, kl: tuple[float, float], whole: int, read_seconds: float
+) -> FormatCost:
     """whole: bytes of the prompt in bfloat16."""
     decoding = whole / 1e9 / cost.decode_gigabytes if cost.decode_gigabytes else 0.0
     fetch = {link: 8 * cost.bytes / 1e9 / link + decoding for link in LINKS}
     left = read_seconds - decoding
     even = 8 * cost.bytes / 1e9 / left if left > 0 else math.inf
-    return replace(cost, kl=kl, fetch_seconds=fetch, break_even=even)
+    return replace(cost, kl=kl[0], later_kl=kl[1], fetch_seconds=fetch, break_even=even)
 
 
 def _time_shelf(url: str, entry: bytes, count: int) -> ShelfTime:

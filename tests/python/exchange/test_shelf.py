@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from redis_server import Server, skip_without_redis
 from tqai.exchange.folder_shelf import FolderShelf
-from tqai.exchange.shelf import Shelf, ShelfError, shelf_at
+from tqai.exchange.shelf import Shelf, ShelfError, shelf_at, without_password
 
 MOST = 10_000
 
@@ -222,6 +224,76 @@ def test_a_server_that_is_gone_is_said_without_its_password_and_found_again(tmp_
         assert shelf.used() == 5
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:se@cret@host:1/0", "redis://…@host:1/0"),
+        ("unix:///a/b.sock?db=1&password=secret", "unix:///a/b.sock?db=1&password=…"),
+        ("rediss://host/0?username=me&password=secret", "rediss://host/0?username=…&password=…"),
+        ("/a/folder@home/x", "/a/folder@home/x"),
+    ],
+)
+def test_addresses_are_shown_without_their_passwords(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+@pytest.mark.parametrize("way", ["port", "socket"])
+def test_a_server_with_a_password(tmp_path: Path, way: str) -> None:
+    skip_without_redis()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(tmp_path)
+    server.start(port=port)
+    try:
+        server.client().config_set("requirepass", "se/cret")
+        url = {
+            "port": "redis://:{}@127.0.0.1:" + f"{port}/0",
+            "socket": f"unix://{server.socket}?password=" + "{}",
+        }[way]
+        shelf = shelf_at(url.format("se%2Fcret"), MOST)
+        shelf.put(name(1), b"entry")
+        assert shelf.fetch([name(1)]) == [b"entry"]
+        with pytest.raises(ShelfError) as said:
+            shelf_at(url.format("wrong"), MOST).fetch([name(1)])
+        assert "wrong" not in str(said.value)
+    finally:
+        server.kill()
+
+
+def test_entries_that_cannot_be_taken_away_are_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = FolderShelf(tmp_path, MOST)
+    for number in range(3):
+        shelf.put(name(number), bytes(3000))
+    removed = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(name(0)):  # somebody reads it, on Windows
+            raise PermissionError(path)
+        removed(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    shelf.use([name(2), name(1), name(0)])
+    os.utime(tmp_path / name(0)[:2] / f"{name(0)}.tqai", (0, 0))
+    shelf.put(name(3), bytes(3000))
+    assert shelf.held([name(n) for n in range(4)]) == [True, False, True, True]
+    with pytest.raises(ShelfError, match="cannot be taken away"):
+        shelf.put(name(4), bytes(9000))
+
+
+def test_names_of_files_are_such_as_every_system_takes(tmp_path: Path) -> None:
+    deep = tmp_path / ("a" * 200) / ("b" * 200)
+    shelf = FolderShelf(deep, MOST)
+    shelf.put(name(1), b"entry")
+    assert shelf.fetch([name(1)]) == [b"entry"]
+    for path in deep.rglob("*"):
+        assert re.fullmatch(r"[a-z0-9]{2,40}(\.tqai)?", path.name)
+    with pytest.raises(ShelfError, match="(?i)name too long"):
+        FolderShelf(tmp_path / ("c" * 300), MOST).put(name(1), b"entry")
 
 
 def test_a_server_that_drops_entries_itself_is_counted_right(tmp_path: Path) -> None:

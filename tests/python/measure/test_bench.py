@@ -421,7 +421,8 @@ def test_store(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     errors = {row["name"]: row["kl"] for row in result["formats"]}
     assert errors["bfloat16"] < errors["K4/V4"] < errors["K2/V2"]
     assert all(row["fetch_seconds"]["1"] > row["fetch_seconds"]["400"] for row in result["formats"])
-    assert set(result["in_process_kl"]) == {"all packed", "the defaults"}
+    assert all(row["later_kl"] > 0 for row in result["formats"])
+    assert len(result["in_process_kl"]) == 2 and min(result["in_process_kl"]) > 0
     assert result["prefix_tokens"] == 4 + 64 * ((384 - 4 - 128) // 64)
     assert result["read_seconds"] > 0 and result["with_prefix_seconds"] > 0
     [shelf] = result["shelves"]

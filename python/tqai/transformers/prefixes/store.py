@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tqai.exchange import envelope
 from tqai.exchange.cache_bytes import TILE_TOKENS
 from tqai.exchange.envelope import NotUsable
-from tqai.exchange.shelf import ShelfError, shelf_at
+from tqai.exchange.shelf import ShelfError, shelf_at, without_password
 from tqai.remarks import level_of_the_caller
 from tqai.settings import Settings
 from tqai.transformers import hooks
@@ -78,7 +79,8 @@ class PrefixStore:
         self.max_bytes = max_bytes
         self._shelf = shelf_at(url, max_bytes)
         self._lock = threading.Lock()
-        self._paused_until = 0.0
+        # Where nothing can be written, what is there can be read.
+        self._paused_until = {"load": 0.0, "store": 0.0}
         self._said: set[str] = set()
         self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
 
@@ -89,7 +91,7 @@ class PrefixStore:
         return self
 
     def __repr__(self) -> str:
-        return f"PrefixStore({self.url!r}, max_bytes={self.max_bytes})"
+        return f"PrefixStore({without_password(self.url)!r}, max_bytes={self.max_bytes})"
 
     def attach(self, model: PreTrainedModel) -> None:
         """Makes ``model.generate`` use the store from now on, until ``detach`` or ``tqai.unpatch``.
@@ -299,7 +301,7 @@ class PrefixStore:
         settings, tokens = cache.settings, ids.shape[1]
         sinks, left = settings.sink_tokens, max(settings.residual_window, 1)
         most = [(tokens - first - sinks - left) // TILE_TOKENS for first in padding]
-        if min(most, default=0) < 1 or not self._may_ask():
+        if min(most, default=0) < 1 or not self._may_ask("load"):
             return facts
         texts = [tuple(row[first:].tolist()) for first, row in zip(padding, ids, strict=True)]
         try:
@@ -318,7 +320,7 @@ class PrefixStore:
                 self._count("hits")
                 self._count("loaded_tokens", sum(read - first for first in padding))
         except ShelfError as error:
-            self._failed(error)
+            self._failed("load", error)
         except NotUsable as error:
             self._unusable(str(error))
         return facts
@@ -347,14 +349,15 @@ class PrefixStore:
                     break
                 except NotUsable as error:
                     self._unusable(str(error))
-                    self._shelf.remove(name)
+                    self._take_away(name)
                     break
             else:
                 continue
             break
-        self._worked()
-        # Those that others need to be reached by leave last.
-        self._shelf.use([*centres, *(block.name for block in blocks)])
+        self._worked("load")
+        with suppress(ShelfError):  # it may take no writes
+            # Those that others need to be reached by leave last.
+            self._shelf.use([*centres, *(block.name for block in blocks)])
         return blocks
 
     def _centres(self, facts: dict[str, Any], name: str) -> Centres:
@@ -365,8 +368,12 @@ class PrefixStore:
         try:
             return Centres.of(envelope.opened(entry, "centres", {**facts, "name": name}))
         except NotUsable:
-            self._shelf.remove(name)
+            self._take_away(name)
             raise
+
+    def _take_away(self, name: str) -> None:
+        with suppress(ShelfError):  # it may take no writes
+            self._shelf.remove(name)
 
     def _save(
         self,
@@ -376,7 +383,7 @@ class PrefixStore:
         facts: dict[str, Any] | None = None,
     ) -> int:
         """Stores blocks that are not there yet; returns how many."""
-        if not self._may_ask() or cache.is_empty():
+        if not self._may_ask("store") or cache.is_empty():
             return 0
         now = self._facts(cache)
         if now is None or (facts is not None and facts != now):
@@ -396,9 +403,9 @@ class PrefixStore:
                 held = self._shelf.held(wanted)
                 if not all(held):
                     stored += self._put(cache, row, first, now, wanted, held)
-            self._worked()
+            self._worked("store")
         except ShelfError as error:
-            self._failed(error)
+            self._failed("store", error)
         self._count("stored_blocks", stored)
         return stored
 
@@ -435,28 +442,32 @@ class PrefixStore:
 
     # What it says, and when.
 
-    def _may_ask(self) -> bool:
-        return time.monotonic() >= self._paused_until
+    def _may_ask(self, way: str) -> bool:
+        return time.monotonic() >= self._paused_until[way]
 
-    def _worked(self) -> None:
+    def _worked(self, way: str) -> None:
         """Another failure is said anew."""
-        self._said.discard("failed")
+        self._said.discard(way)
 
-    def _failed(self, error: ShelfError) -> None:
+    def _failed(self, way: str, error: ShelfError) -> None:
         self._count("failures")
-        self._paused_until = time.monotonic() + _PAUSE
+        ways = ("load", "store") if way == "load" else ("store",)
+        for each in ways:
+            self._paused_until[each] = time.monotonic() + _PAUSE
+        if way == "store" and "load" in self._said:
+            return  # said already
+        what = "prompts are read as without it" if way == "load" else "nothing is stored"
         self._say(
-            "failed",
-            f"the prefix store failed ({error}): prompts are read as without it, and it is asked "
-            f"again in {_PAUSE:.0f} s",
+            way,
+            f"the prefix store failed ({error}): {what}, and it is asked again in {_PAUSE:.0f} s",
         )
 
     def _unusable(self, reason: str) -> None:
         self._count("unusable_entries")
         self._say(
             "unusable",
-            f"an entry of the prefix store {self.url} is not used: {reason}. What it stood for is "
-            "read from the text",
+            f"an entry of the prefix store {without_password(self.url)} is not used: {reason}. "
+            "What it stood for is read from the text",
         )
 
     def _say(self, kind: str, message: str) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -290,6 +292,7 @@ def test_any_damaged_entry_is_a_miss_with_one_warning(models: Models, url: str) 
             bytes([*data[:-1], data[-1] ^ 1]),
             next(other for other in whole.values() if other != data),
             chance.randbytes(len(data)),
+            data[:8] + b"\x09" + data[9:],  # of another version
         ):
             for each, was in whole.items():
                 each.write_bytes(was)
@@ -333,10 +336,96 @@ def test_a_store_that_fails_is_said_once_and_left_alone_for_a_while(
     assert store.report()["failures"] == 1
     (tmp_path / "file").unlink()
     monkeypatch.setattr(prefix_store, "_PAUSE", 0.0)
-    store._paused_until = 0.0
+    store._paused_until["load"] = store._paused_until["store"] = 0.0
     generate(model, ids)
     generate(model, ids)
     assert store.report()["hits"] == 1
+
+
+def test_a_folder_that_takes_nothing_is_read_from(models: Models, url: str) -> None:
+    model, ids = models(), make_ids(1, TOKENS)
+    tqai.patch(model, **SMALL)
+    PrefixStore(url).save(filled(model, tqai.new_cache(model), ids), ids)
+    (Path(url) / "lock").unlink()
+    (Path(url) / "lock").mkdir()  # in the way of writers, also where they are root
+    store = PrefixStore(url)
+    store.attach(model)
+    longer = torch.cat([ids, make_ids(1, 90, seed=4)], 1)
+    with pytest.warns(UserWarning, match="nothing is stored") as said:
+        for _ in range(2):
+            generate(model, longer)
+    assert len([w for w in said if "prefix store" in str(w.message)]) == 1
+    assert store.report()["hits"] == 2 and store.report()["failures"] == 1
+
+
+def test_a_full_disk_is_said_once_and_what_is_there_is_read(
+    models: Models, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    model, ids = models(), make_ids(1, TOKENS)
+    tqai.patch(model, **SMALL)
+    PrefixStore(url).save(filled(model, tqai.new_cache(model), ids), ids)
+    held = {path: path.read_bytes() for path in entries(url)}
+    store = PrefixStore(url)
+    store.attach(model)
+    longer = torch.cat([ids, make_ids(1, 90, seed=4)], 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="nothing is stored") as said:
+            expected = generate(model, longer)
+            assert torch.equal(generate(model, longer), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len([w for w in said if "prefix store" in str(w.message)]) == 1
+    assert {path: path.read_bytes() for path in entries(url)} == held
+    assert not list(Path(url).rglob("*.part"))
+    monkeypatch.setattr(prefix_store, "_PAUSE", 0.0)
+    store._paused_until["store"] = 0.0
+    generate(model, longer)
+    assert store.report()["stored_blocks"] >= 1
+
+
+def test_models_share_a_store(url: str) -> None:
+    ids = make_ids(1, TOKENS)
+    pair = [make_model(), make_model(seed=2), make_model("gemma3")]
+    stores = []
+    for model in pair:
+        tqai.patch(model, bits_k=8, bits_v=8, **SMALL)
+        expected = generate(model, ids)
+        stores.append(PrefixStore(url))
+        stores[-1].attach(model)
+        for _ in range(2):
+            assert torch.equal(generate(model, ids), expected)
+    assert [store.report()["loaded_tokens"] for store in stores] == 3 * [HELD]
+
+
+def test_chat_templates_in_a_padded_batch(models: Models, url: str) -> None:
+    """Turns of conversations of different lengths, as templates begin them: all alike."""
+    model, start = models(), make_ids(1, 2 + 64 + 30)
+    tqai.patch(model, bits_k=8, bits_v=8, **SMALL)
+    store = PrefixStore(url)
+    store.attach(model)
+    turns = [torch.cat([start, make_ids(1, n, seed=n)], 1) for n in (40, 75)]
+    for turn in turns:
+        generate(model, turn)
+    assert store.report()["loaded_tokens"] == 2 + 64
+    padded = [
+        torch.cat([torch.zeros(1, 171 - turn.shape[1], dtype=torch.long), turn], 1)
+        for turn in turns
+    ]
+    batch = torch.cat(padded)
+    mask = torch.ones_like(batch)
+    mask[0, :35] = 0
+    generate(model, batch, attention_mask=mask)
+    assert store.report()["hits"] == 2
+    loaded = store.load(model, batch, mask)
+    assert loaded.layers[0].padding == [35, 0]
+
+
+def test_an_address_is_shown_without_its_password() -> None:
+    pytest.importorskip("redis")
+    assert "secret" not in repr(PrefixStore("redis://me:secret@localhost:1/0"))
 
 
 def test_calls_that_a_store_cannot_serve_go_on_without(models: Models, url: str) -> None:
@@ -462,6 +551,50 @@ def test_processes_share_a_store(tmp_path: Path, kind: str) -> None:
     report, out = json.loads(done.stdout.splitlines()[-1])
     assert report["hits"] == 1 and report["loaded_tokens"] == HELD
     assert out == expected.tolist()
+
+
+def test_processes_that_store_the_same_prompt_at_once(url: str) -> None:
+    command = [sys.executable, "-c", OTHER_PROCESS, str(Path(__file__).parents[2]), url]
+    writers = [
+        subprocess.Popen([*command, str(TOKENS)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [json.loads(writer.communicate()[0].splitlines()[-1]) for writer in writers]
+    assert said[0][1] == said[1][1]
+    assert all(report["failures"] == 0 for report, _ in said)
+    model, ids = make_model(), make_ids(1, TOKENS)
+    tqai.patch(model, bits_k=8, bits_v=8, **SMALL)
+    assert_equal(PrefixStore(url).load(model, ids), in_process(model, ids))
+
+
+def test_a_server_killed_in_mid_transfer_is_a_miss_and_keeps_what_it_had(
+    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start("--appendonly", "yes", "--appendfsync", "always")
+    model, ids = models(), make_ids(1, TOKENS)
+    tqai.patch(model, bits_k=8, bits_v=8, **SMALL)
+    monkeypatch.setattr(prefix_store, "_PAUSE", 0.0)
+    expected = generate(model, ids)
+    store = PrefixStore(server.url)
+    store.attach(model)
+    try:
+        generate(model, ids)
+        assert server.process is not None
+        server.process.send_signal(signal.SIGSTOP)  # it answers no more, and is killed meanwhile
+        killer = threading.Timer(0.3, server.process.kill)
+        killer.start()
+        with pytest.warns(UserWarning, match="the prefix store failed") as said:
+            assert torch.equal(generate(model, ids), expected)
+        assert len([w for w in said if "prefix store" in str(w.message)]) == 1
+        killer.join()
+        server.kill()
+        server.start("--appendonly", "yes")
+        assert torch.equal(generate(model, ids), expected)
+        assert store.report()["hits"] == 1
+    finally:
+        server.kill()
 
 
 def test_a_server_killed_in_between_is_a_miss_and_is_found_again(
