@@ -48,6 +48,8 @@ from tqai.stores.for_torch.tensor_refs import DTYPES, ref
 KIND = "lmcache chunk"
 _NORM_BYTES = 2 * 2 * TILE_TOKENS
 """Of a tile: the keys' norms, then the values', in FP16, at its end."""
+_CODECS = "scalar", "trellis"
+"""Those whose tables are everybody's; bases are a model's own."""
 _SPARE = 16
 """For so many layers there is room for one more set of centres."""
 
@@ -65,6 +67,9 @@ class ChunkOptions:
     bits_k: Any = 4
     """Bits a key coordinate: of all layers, a list, or {layer: bits}, as for ``tqai.patch``."""
     bits_v: Any = 2
+    codec: str = "scalar"
+    """"trellis": values of up to 4 bits in trellis codes, with two thirds of the squared error in
+    the same bytes, for more time to write them."""
     model: str = ""
     """Tells the model from others of the same name: entries of another one are not used."""
     rope: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -87,6 +92,8 @@ class ChunkOptions:
         }
         if self.norm_bits not in (8, 16):
             raise ValueError(f"norm_bits={self.norm_bits}: expected 8 or 16")
+        if self.codec not in _CODECS:
+            raise ValueError(f"codec={self.codec!r}: expected one of {', '.join(_CODECS)}")
         if not isinstance(self.model, str):
             raise ValueError(f"model={self.model!r}: expected a string")
         for name, value in checked.items():
@@ -104,6 +111,7 @@ class ChunkOptions:
         return Settings(
             bits_k=self.bits_k,
             bits_v=self.bits_v,
+            codec="trellis" if self.codec == "trellis" else "scalar",
             sink_tokens=0,
             residual_window=0,
             centering="mean" if self.rope is None else "auto",
@@ -261,6 +269,7 @@ class ChunkCodec:
             "which": zlib.crc32(repr(made).encode()),
             "norms": [list(self._norm_widths(group)) for group in made],
             "centres": 16,
+            "codec": options.codec,
             "exact": [first, last],
             "seed": -1 if options.seed is None else options.seed,
             "rotary": None if options.rope is None else zlib.crc32(repr(self._rope()).encode()),

@@ -120,6 +120,21 @@ def test_layers_have_bits_of_their_own() -> None:
     assert torch.equal(sides(found)[0][::2], sides(whole)[0][::2])
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_trellis_codes_have_less_error_in_the_same_bytes(bits: int) -> None:
+    chunk = make_chunk(256)
+    plain, coded = (
+        errors(round_trip(chunk, bits_v=bits, rope=ROPE, codec=codec), chunk)
+        for codec in ("scalar", "trellis")
+    )
+    assert coded[0] == plain[0] and coded[1] < 0.8 * plain[1]
+    sizes = {
+        ChunkCodec(ChunkOptions(head_dim=DIM, bits_v=bits, codec=c)).size(chunk.shape, chunk.dtype)
+        for c in ("scalar", "trellis")
+    }
+    assert max(sizes) - min(sizes) <= 64  # the header's
+
+
 def test_exact_tokens_are_exact_and_out_of_the_centres() -> None:
     chunk = make_chunk(128)
     chunk[0, :, :3] *= 30
@@ -176,6 +191,7 @@ def kept() -> tuple[ChunkCodec, torch.Tensor, bytes]:
         {"bits_v": 3},
         {"bits_v": [2, 2, 2, 2, 3]},
         {"seed": 3},
+        {"codec": "trellis"},
         {"rope": None},
         {"rope": {"inv_freq": ROPE["inv_freq"][::-1]}},
         {"rope": {**ROPE, "layout": "interleaved"}},
@@ -236,6 +252,7 @@ def test_what_cannot_be_compressed_is_refused(wrong: float) -> None:
         ({"head_dim": 4}, "head_dim=4"),
         ({"bits_k": 9}, "bits_k=9"),
         ({"norm_bits": 12}, "norm_bits=12"),
+        ({"codec": "adaptive"}, "codec='adaptive'"),
         ({"exact_first": -1}, "exact_first=-1"),
         ({"model": 3}, "model=3"),
         ({"rope": {"inv_freq": [1.0] * 17}}, "head_dim=32"),
