@@ -1,12 +1,16 @@
 // Decode attention of one query per head: compressed, the exact window, and uncompressed bf16
-// beside them; and what a prompt takes to get into a cache. The benchmarks' names say all but the
-// number of threads, which is OMP_NUM_THREADS, or all cores, where they do not.
+// beside them; calls with masks and many queries, and what cropping takes; what a prompt takes to
+// get into a cache. The benchmarks' names say all but the number of threads, which is
+// OMP_NUM_THREADS, or all cores, where they do not.
 #include <benchmark/benchmark.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <optional>
 #include <random>
 #include <string>
 #include <tqai/cache.hpp>
@@ -240,10 +244,133 @@ std::string name_of_shape(const char* what, const Shape& shape, const std::strin
          "/g=" + std::to_string(shape.group) + "/tokens=" + std::to_string(shape.tokens) + rest;
 }
 
+// Calls of other kinds, on a cache as conversations have: sinks, sealed tokens, an exact window.
+KvCache conversation(const Shape& shape, Level level, Centering centering = Centering::none,
+                     std::int64_t jump = 0) {
+  CacheOptions options;
+  options.kv_heads = kKvHeads;
+  options.head_dim = shape.dim;
+  options.bits_k = shape.bits_k;
+  options.bits_v = shape.bits_v;
+  options.level = level;
+  options.centering = centering;
+  if (centering == Centering::rope) options.rope = rope_of(shape.dim);
+  auto keys = random_floats(static_cast<std::size_t>(kKvHeads * shape.tokens * shape.dim));
+  const std::vector<float> values = keys;
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(shape.tokens));
+  for (std::size_t t = 0; t < positions.size(); ++t) {
+    const auto token = static_cast<std::int64_t>(t);
+    positions[t] = jump > 0 ? token % jump : token;
+  }
+  if (options.rope) add_turning(*options.rope, jump > 0 ? jump : shape.tokens, keys);
+  const std::array<std::int64_t, 4> tensor_shape = {1, kKvHeads, shape.tokens, shape.dim};
+  const std::array<std::int64_t, 4> strides = {0, shape.tokens * shape.dim, shape.dim, 1};
+  KvCache cache(options);
+  std::optional<PositionTensor> given;
+  if (options.rope) given = PositionTensor{positions.data(), {1, 1, shape.tokens}, {0, 0, 1}};
+  cache.append({keys.data(), DType::f32, tensor_shape, strides},
+               {values.data(), DType::f32, tensor_shape, strides}, given);
+  cache.seal();
+  return cache;
+}
+
+// The last `count` tokens' queries, each of which sees what is before it: as the causal rule says,
+// or as a boolean mask that says the same.
+void attend_queries(benchmark::State& state, const Shape& shape, Level level, std::int64_t count,
+                    bool masked) {
+  const KvCache cache = conversation(shape, level);
+  const std::int64_t heads = kKvHeads * shape.group;
+  const auto queries = random_floats(static_cast<std::size_t>(heads * count * shape.dim));
+  std::vector<float> output(queries.size());
+  const ConstTensor query{queries.data(),
+                          DType::f32,
+                          {1, heads, count, shape.dim},
+                          {0, count * shape.dim, shape.dim, 1}};
+  const Tensor out{output.data(),
+                   DType::f32,
+                   {1, count, heads, shape.dim},
+                   {0, heads * shape.dim, shape.dim, 1}};
+  std::vector<std::uint8_t> seen(static_cast<std::size_t>(count * shape.tokens));
+  for (std::int64_t q = 0; q < count; ++q) {
+    std::fill_n(seen.begin() + q * shape.tokens, shape.tokens - count + q + 1, std::uint8_t{1});
+  }
+  AttendOptions options;
+  if (masked) {
+    options.causal = false;
+    options.mask = Mask{
+        seen.data(), Mask::Kind::boolean, {1, 1, count, shape.tokens}, {0, 0, shape.tokens, 1}};
+  }
+  for (auto _ : state) {
+    cache.attend(query, out, options);
+    benchmark::DoNotOptimize(output.data());
+  }
+  report(state, shape, static_cast<double>(cache.memory().packed_bytes));
+}
+
+// What it takes to give back four tokens, as guesses that were wrong are.
+void crop_four(benchmark::State& state, const Shape& shape, Level level) {
+  KvCache cache = conversation(shape, level);
+  const auto tokens = random_floats(static_cast<std::size_t>(kKvHeads * 4 * shape.dim));
+  const ConstTensor four{
+      tokens.data(), DType::f32, {1, kKvHeads, 4, shape.dim}, {0, 4 * shape.dim, shape.dim, 1}};
+  for (auto _ : state) {
+    cache.append(four, four);
+    const auto start = std::chrono::steady_clock::now();
+    cache.crop(cache.tokens() - 4);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    state.SetIterationTime(taken.count());
+  }
+}
+
+// One query of keys whose positions begin anew every `jump` tokens, as those of joined texts.
+void attend_jumps(benchmark::State& state, const Shape& shape, Level level, std::int64_t jump) {
+  const KvCache cache = conversation(shape, level, Centering::rope, jump);
+  const std::int64_t heads = kKvHeads * shape.group;
+  const auto queries = random_floats(static_cast<std::size_t>(heads * shape.dim));
+  std::vector<float> output(queries.size());
+  const ConstTensor query{
+      queries.data(), DType::f32, {1, heads, 1, shape.dim}, {0, shape.dim, shape.dim, 1}};
+  const Tensor out{
+      output.data(), DType::f32, {1, 1, heads, shape.dim}, {0, heads * shape.dim, shape.dim, 1}};
+  for (auto _ : state) {
+    cache.attend(query, out);
+    benchmark::DoNotOptimize(output.data());
+  }
+  report(state, shape, static_cast<double>(cache.memory().packed_bytes));
+}
+
+void register_calls() {
+  const Shape shape{128, 4, 4, 2, 8192};
+  for (const Level level : available_levels()) {
+    if (level == Level::scalar) continue;
+    const std::string rest = "/level=" + std::string(name_of(level));
+    for (const std::int64_t count : {1, 32, 512}) {
+      for (const bool masked : {false, true}) {
+        benchmark::RegisterBenchmark(
+            name_of_shape(masked ? "mask" : "causal", shape,
+                          "/queries=" + std::to_string(count) + rest)
+                .c_str(),
+            [=](auto& state) { attend_queries(state, shape, level, count, masked); })
+            ->UseRealTime();
+      }
+    }
+    benchmark::RegisterBenchmark(name_of_shape("crop", shape, rest).c_str(), [=](auto& state) {
+      crop_four(state, shape, level);
+    })->UseManualTime();
+    for (const std::int64_t jump : {0, 100, 16}) {
+      benchmark::RegisterBenchmark(
+          name_of_shape("jumps", shape, "/every=" + std::to_string(jump) + rest).c_str(),
+          [=](auto& state) { attend_jumps(state, shape, level, jump); })
+          ->UseRealTime();
+    }
+  }
+}
+
 }  // namespace
 
 void register_all() {
   register_prompts();
+  register_calls();
   for (const int dim : {64, 96, 128, 256}) {
     for (const int group : {1, 4, 7, 8}) {
       for (const Level level : available_levels()) {  // an exact window at its longest

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <numbers>
@@ -18,6 +19,30 @@ using kernels::MaskRun;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
+
+// What 64 bytes of a boolean mask add, eight at a time.
+TQAI_INLINE std::uint8_t run_of(const std::uint8_t* seen) noexcept {
+  constexpr std::uint64_t kOnes = 0x0101'0101'0101'0101U;
+  std::uint64_t words[kTileTokens / 8];
+  std::memcpy(words, seen, sizeof words);
+  std::uint64_t any = 0;
+  std::uint64_t zeros = 0;  // the lowest zero byte of a word, if any, has its top bit set
+  for (const std::uint64_t word : words) {
+    any |= word;
+    zeros |= (word - kOnes) & ~word;
+  }
+  if (any == 0) return MaskRun::hidden;
+  return (zeros & (kOnes << 7U)) == 0 ? MaskRun::zeros : MaskRun::mixed;
+}
+
+// Whether ten runs say the same.
+TQAI_INLINE bool ten_alike(const std::uint8_t* runs) noexcept {
+  std::uint64_t first = 0;
+  std::uint64_t last = 0;
+  std::memcpy(&first, runs, sizeof first);
+  std::memcpy(&last, runs + 2, sizeof last);
+  return first == last && first == runs[0] * 0x0101'0101'0101'0101U;
+}
 
 // ln(sum · 2^max). In double, since it is a difference of such numbers that counts.
 TQAI_INLINE float log_of(float sum, float max, bool is_finite) noexcept {
@@ -254,6 +279,10 @@ TQAI_INLINE void AttendUnits::find_runs(const std::uint8_t* seen, std::int64_t s
   for (std::int64_t run = 0; run < count; ++run) {
     // Columns before `skipped` are not seen anyhow.
     const std::int64_t from = std::max(run * kTileTokens, skipped);
+    if (end_of(run) - from == kTileTokens) {
+      runs[run] = run_of(seen + offset + from);
+      continue;
+    }
     std::uint8_t unseen = 0;  // at most 64
     for (std::int64_t i = from; i < end_of(run); ++i) {
       unseen = static_cast<std::uint8_t>(unseen + (seen[offset + i] == 0 ? 1 : 0));
@@ -272,6 +301,10 @@ TQAI_INLINE void AttendUnits::fill_boolean(const std::uint8_t* seen, std::int64_
     return std::min<std::int64_t>((run + 1) * kTileTokens, mask_columns_);
   };
   for (std::int64_t run = 0; run < count; ++run) {
+    if (run > 0 && run + 8 < count && runs[run] != MaskRun::mixed && ten_alike(runs + run - 1)) {
+      run += 7;
+      continue;
+    }
     const bool alike = (run == 0 || runs[run - 1] == runs[run]) &&
                        (run + 1 == count || runs[run + 1] == runs[run]);
     if (alike && runs[run] != MaskRun::mixed) continue;

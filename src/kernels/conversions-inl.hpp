@@ -55,13 +55,22 @@ inline FloatVec load_numbers(const Number<kType>* from) noexcept {
   } else {
     const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     if constexpr (kType == DType::f16) return from_native(_mm512_cvtph_ps(numbers));
-    return from_native(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)));
+    // One permutation in place of a widening and a shift: number i into the upper half of lane i.
+    const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7,
+                                           0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return from_native(_mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xAAAA'AAAAU, upper, _mm512_castsi256_si512(numbers))));
   }
 #elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
   } else {
     const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     if constexpr (kType == DType::f16) return from_native(_mm256_cvtph_ps(numbers));
-    return from_native(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16)));
+    // One shuffle in place of a widening and a shift: number i into the upper half of lane i.
+    const __m256i upper =
+        _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1,
+                         -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return from_native(
+        _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), upper)));
   }
 #elif defined(TQAI_NEON) && defined(__GNUC__)
   } else {

@@ -44,29 +44,42 @@ struct TokenSums {
   alignas(64) float lanes[kMaxRows][kLanes][kLanes];  // [rows, tokens, lanes]
 };
 
+// The sums of kTokens tokens from `first` on, which share the queries' loads. keys: the group's.
+template <DType kType, int kRows, int kTokens>
+inline void sum_products(const float* queries, const Number<kType>* keys, int padded, int first,
+                         TokenSums& sums) noexcept {
+  const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(first) * padded;
+  for (int p = 0; p < kLaneParts; ++p) {
+    FloatVec acc[kRows][kTokens] = {};
+    for (int c = p * kVectorLanes; c < padded; c += kLanes) {
+      FloatVec parts[kTokens];
+      for (int t = 0; t < kTokens; ++t) {
+        parts[t] = load_numbers<kType>(key + c + static_cast<std::ptrdiff_t>(t) * padded);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const FloatVec query = load_floats(queries + c + static_cast<std::ptrdiff_t>(r) * padded);
+        for (int t = 0; t < kTokens; ++t) acc[r][t] = acc[r][t] + query * parts[t];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kTokens; ++t) {
+        store_floats(sums.lanes[r][first + t] + p * kVectorLanes, acc[r][t]);
+      }
+    }
+  }
+}
+
 // scores[r, t] = q[r] · keys[t] of up to 16 tokens, summed in 16 lanes and then as a tree, whatever
 // a register holds. Trees of 16 tokens are added up side by side.
 template <typename Lanes, DType kType, int kRows>
 inline void score_exact(const float* queries, const Number<kType>* keys, int padded, int tokens,
                         TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
-  for (int t = 0; t < tokens; ++t) {
-    const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(t) * padded;
-    FloatVec acc[kRows][kLaneParts] = {};
-    for (int c = 0; c < padded; c += kLanes) {
-      for (int p = 0; p < kLaneParts; ++p) {
-        const FloatVec part = load_numbers<kType>(key + c + p * kVectorLanes);
-        for (int r = 0; r < kRows; ++r) {
-          const float* query = queries + static_cast<std::ptrdiff_t>(r) * padded;
-          acc[r][p] = acc[r][p] + load_floats(query + c + p * kVectorLanes) * part;
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kLaneParts; ++p) {
-        store_floats(sums.lanes[r][t] + p * kVectorLanes, acc[r][p]);
-      }
-    }
+  constexpr int kTokens = kRows <= 2 ? 4 : 2;
+  int t = 0;
+  for (; t + kTokens <= tokens; t += kTokens) {
+    sum_products<kType, kRows, kTokens>(queries, keys, padded, t, sums);
   }
+  for (; t < tokens; ++t) sum_products<kType, kRows, 1>(queries, keys, padded, t, sums);
   for (int r = 0; r < kRows; ++r) Lanes::sum_trees(sums.lanes[r], scores[r] + at);
 }
 
@@ -99,19 +112,26 @@ inline void accumulate_columns(const float (*weights)[kTileTokens], const Number
   }
 }
 
-// The same of all coordinates. As many sums at a time as hide an addition's latency.
-template <DType kType, int kRows>
-inline void accumulate_exact(const float (*weights)[kTileTokens], const Number<kType>* values,
-                             int padded, int tokens, float* output, std::int64_t stride) noexcept {
-  constexpr int kVecs = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
-  int c = 0;
+// The same of coordinates from c on, kVecs registers at a time, then fewer.
+template <DType kType, int kRows, int kVecs>
+inline void accumulate_from(int c, const float (*weights)[kTileTokens], const Number<kType>* values,
+                            int padded, int tokens, float* output, std::int64_t stride) noexcept {
   for (; c + kVecs * kVectorLanes <= padded; c += kVecs * kVectorLanes) {
     accumulate_columns<kType, kRows, kVecs>(weights, values + c, padded, tokens, output + c,
                                             stride);
   }
-  for (; c < padded; c += kVectorLanes) {
-    accumulate_columns<kType, kRows, 1>(weights, values + c, padded, tokens, output + c, stride);
+  if constexpr (kVecs > 1) {
+    accumulate_from<kType, kRows, kVecs / 2>(c, weights, values, padded, tokens, output, stride);
   }
+}
+
+// The same of all coordinates. As many sums at a time as hide an addition's latency.
+template <DType kType, int kRows>
+inline void accumulate_exact(const float (*weights)[kTileTokens], const Number<kType>* values,
+                             int padded, int tokens, float* output, std::int64_t stride) noexcept {
+  constexpr int kOne = kVectorLanes == 16 ? 16 : 4;  // of one row: where it can, the whole vector
+  constexpr int kVecs = kRows == 1 ? kOne : kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
+  accumulate_from<kType, kRows, kVecs>(0, weights, values, padded, tokens, output, stride);
 }
 
 // Calls body<n>(first) for blocks of n rows: as many as registers hold the sums of.

@@ -21,8 +21,8 @@ struct Parts {
                      std::int64_t stride) noexcept;
 
   /// scores[r, t] += what RoPE-centred keys leave out at the position of token t, in fp32 from
-  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64]. Of positions that are
-  /// not consecutive each token takes its own products, several times the work.
+  /// tables of fp32: relative error below 1e-6 · count. scores: [rows, 64]. Each run of
+  /// consecutive positions takes as long as a whole tile, each token of many runs nearly so.
   void (*add_rope)(const RopeBias& bias, const TilePositions& positions, int rows,
                    float (*scores)[kTileTokens]) noexcept;
 };

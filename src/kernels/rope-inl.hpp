@@ -1,7 +1,9 @@
 // The part of the scores that RoPE-centred keys leave out, for the 64 consecutive positions of a
-// tile at once, or for positions of any kind token by token.
+// tile at once, for a few runs of consecutive ones run by run, and for others token by token.
 #ifndef TQAI_ROPE_INL
 #define TQAI_ROPE_INL
+
+#include <cstring>
 
 #include "floats-inl.hpp"
 #include "kernels.hpp"
@@ -177,15 +179,11 @@ TQAI_COLD void add_rope_by_token(const RopeBias& bias, const TilePositions& posi
   }
 }
 
-// Adds the bias of a tile to the rows' scores.
-TQAI_INLINE void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
-                          float (*scores)[kTileTokens]) noexcept {
-  if (positions.each != nullptr) {
-    add_rope_by_token(bias, positions, rows, scores);
-    return;
-  }
+// The bias of 64 consecutive positions from `first` on.
+inline void add_rope_in_order(const RopeBias& bias, std::int64_t first, int rows,
+                              float (*scores)[kTileTokens]) noexcept {
   TilePhasors phasors;
-  find_phasors(bias, positions.first, phasors);
+  find_phasors(bias, first, phasors);
   alignas(64) RowFactors turned[kMaxDim / 2 + kRopePowers];
   const int count = turn_factors(bias, phasors, turned);
   int r = 0;
@@ -195,6 +193,49 @@ TQAI_INLINE void add_rope(const RopeBias& bias, const TilePositions& positions, 
     case 2: add_rope_rows<2>(bias, turned, count, r, scores); break;
     case 1: add_rope_rows<1>(bias, turned, count, r, scores); break;
     default: break;
+  }
+}
+
+// Up to so many runs of consecutive positions in a tile take less time each on its own than token
+// by token.
+constexpr int kMostRuns = 16;
+
+// The end of the run of consecutive positions that begins with token `from`.
+inline int run_end(const std::int32_t* positions, int from) noexcept {
+  int end = from + 1;
+  while (end < kTileTokens && positions[end] == positions[end - 1] + 1) ++end;
+  return end;
+}
+
+// The bias of runs of consecutive positions, as where several texts follow one another. Each one's
+// is found for 64 positions.
+TQAI_COLD void add_rope_by_runs(const RopeBias& bias, const std::int32_t* positions, int rows,
+                                float (*scores)[kTileTokens]) noexcept {
+  alignas(64) float part[kMaxRows][kTileTokens];
+  for (int from = 0; from < kTileTokens;) {
+    const int end = run_end(positions, from);
+    std::memset(part, 0, sizeof part);
+    add_rope_in_order(bias, positions[from], rows, part);
+    for (int r = 0; r < rows; ++r) {
+      for (int t = from; t < end; ++t) scores[r][t] = scores[r][t] + part[r][t - from];
+    }
+    from = end;
+  }
+}
+
+// Adds the bias of a tile to the rows' scores.
+TQAI_INLINE void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
+                          float (*scores)[kTileTokens]) noexcept {
+  if (positions.each == nullptr) {
+    add_rope_in_order(bias, positions.first, rows, scores);
+    return;
+  }
+  int runs = positions.sections == 1 ? 0 : kTileTokens;
+  for (int t = 0; t < kTileTokens && runs <= kMostRuns; t = run_end(positions.each, t)) ++runs;
+  if (runs <= kMostRuns) {
+    add_rope_by_runs(bias, positions.each, rows, scores);
+  } else {
+    add_rope_by_token(bias, positions, rows, scores);
   }
 }
 

@@ -298,6 +298,31 @@ TEST_F(Attention, BooleanAndAdditiveMasksHideTheSame) {
   EXPECT_EQ(attend(cache, queries, late).data, attend(cache, queries, whole).data);
 }
 
+// Masks are looked at in runs of 64 columns, and of those that say the same several at once.
+TEST_F(Attention, BooleanMasksOfLongStretchesHideWhatAdditiveOnesDo) {
+  constexpr std::int64_t kTokens = 64 * 40 + 17;
+  const KvCache cache = sealed_cache(kTokens);
+  const Array queries({1, 4, 3, 64}, engine_);
+  for (int i = 0; i < 20; ++i) {
+    std::vector<std::uint8_t> seen;
+    while (std::ssize(seen) < 3 * kTokens) {
+      // A stretch that begins and ends anywhere, or with a run; any byte but 0 shows a token.
+      const std::size_t count = engine_() % 3 == 0 ? engine_() % 200 : 64 * (engine_() % 24);
+      seen.insert(seen.end(), count, static_cast<std::uint8_t>(engine_() % 2 * (engine_() % 256)));
+      if (engine_() % 2 == 0) seen.push_back(static_cast<std::uint8_t>(engine_() % 2 * 128));
+    }
+    std::vector<float> added(seen.size());
+    std::transform(seen.begin(), seen.end(), added.begin(), [](std::uint8_t byte) {
+      return byte != 0 ? 0.0F : -std::numeric_limits<float>::infinity();
+    });
+    AttendOptions boolean;
+    boolean.mask = Mask{seen.data(), Mask::Kind::boolean, {1, 1, 3, kTokens}, {0, 0, kTokens, 1}};
+    AttendOptions additive;
+    additive.mask = Mask{added.data(), Mask::Kind::f32, {1, 1, 3, kTokens}, {0, 0, kTokens, 1}};
+    ASSERT_EQ(attend(cache, queries, boolean).data, attend(cache, queries, additive).data) << i;
+  }
+}
+
 TEST_F(Attention, MasksOfSixteenBitsAddTheirValues) {
   KvCache cache(geometry(64));
   const Tokens all(1, 2, 200, 64, engine_);

@@ -128,11 +128,18 @@ class Standing : public testing::Test {
 
 constexpr auto kSplit = Rope::Layout::half_split;
 
+// Lengths of runs of consecutive positions, those of one token in any number of sections: a tile
+// has 1 to 64 of them, which the kernels treat in different ways.
+constexpr struct {
+  int sections;
+  std::int64_t run;
+} kRuns[] = {{1, 1}, {1, 3}, {1, 4}, {1, 23}, {3, 1}};
+
 // What the kernel adds at any position, and what is subtracted there, is the centre turned by it.
 TEST_F(Standing, BiasIsTheDirectProduct) {
   for (const auto layout : {kSplit, Rope::Layout::interleaved}) {
     for (const int dim : {16, 80, 128}) {
-      for (const int sections : {1, 3}) {
+      for (const auto [sections, run] : kRuns) {
         const CacheOptions wanted = options(dim, layout, sections, dim == 80);
         const Rope& rope = *wanted.rope;
         detail::Context context;
@@ -146,10 +153,14 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         std::copy(means.begin(), means.end(), centres.means(0));
         Stand stand = image_in_a_text(kTileTokens, sections);
         std::vector<std::int32_t> each;
-        for (std::int64_t& position : stand.numbers) {
-          const std::int64_t span = engine_() % 2 == 0 ? 5000 : KvCache::kMaxPosition;
+        for (std::size_t i = 0; i < stand.numbers.size(); ++i) {
+          const std::int64_t span = engine_() % 2 == 0 ? 5000 : KvCache::kMaxPosition - run;
+          std::int64_t& position = stand.numbers[i];
           position =
-              static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(2 * span)) - span;
+              static_cast<std::int64_t>(i) % run > 0
+                  ? stand.numbers[i - 1] + 1
+                  : static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(2 * span)) -
+                        span;
           each.push_back(static_cast<std::int32_t>(position));
         }
         const kernels::TilePositions positions{0, each.data(), sections};
