@@ -21,18 +21,23 @@ from transformers import PreTrainedModel
 
 from tqai.transformers.attention.functions import SEQUENCES
 from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.serving.capacity import Capacity, LayerBytes
 from tqai.transformers.serving.requests import Requests
 
 OLDEST = "5.24"
 """transformers whose interface this is."""
 
 try:
+    from transformers.generation.continuous_batching import cache as _cache
     from transformers.generation.continuous_batching import cache_allocators as _allocators
     from transformers.generation.continuous_batching import continuous_api as _continuous_api
+    from transformers.generation.continuous_batching import utils as _utils
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
     api: Any = _continuous_api
 except ImportError:
+    _cache = None  # type: ignore[assignment]
+    _utils = None  # type: ignore[assignment]
     _allocators = None  # type: ignore[assignment]
     api = None
     PagedAttentionCache = object  # type: ignore[assignment,misc]
@@ -58,13 +63,54 @@ class PackedPagedCache(PagedAttentionCache):  # type: ignore[misc]
 
     def __init__(self, make_cache: Callable[[], TqaiCache], **arguments: Any) -> None:
         device = arguments.pop("device")
-        arguments["config"] = _without_mask(arguments["config"])
-        super().__init__(device=torch.device("meta"), **arguments)
+        config = arguments["config"] = _without_mask(arguments["config"])
+        heads, dim = _utils.find_num_key_value_heads(config), _utils.find_head_dim(config)
+        self.tqai_capacity = capacity = Capacity(
+            LayerBytes(layer, heads, dim, arguments["dtype"].itemsize)
+            for layer in make_cache().layers
+        )
+        planned = []
+
+        class Handler(_cache.PagedAttentionMemoryHandler):  # type: ignore[name-defined]
+            """One whose sectors are enough for as many tokens as the same bytes hold packed."""
+
+            def infer_max_batch_tokens_and_num_sectors(self) -> tuple[int, int]:
+                tokens, sectors = super().infer_max_batch_tokens_and_num_sectors()
+                planned.append(sectors)
+                return tokens, sectors * capacity.most
+
+        begin = _in_place(PagedAttentionCache.__init__, PagedAttentionMemoryHandler=Handler)
+        begin(self, device=torch.device("meta"), **arguments)
         self.device = device
+        capacity.budget = planned[0] * self.bytes_per_sector
+        # What transformers writes into its settings, from which another cache may be made.
+        self.num_blocks //= capacity.most
         # Blocks of it would be handed to others by what they hold, which is here of no request.
         self.use_prefix_sharing = self.allow_block_sharing = False
         self.tqai_requests = Requests(make_cache)
         self._batch: list[list[int]] | None = None
+
+    def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
+        """Whether what the plain cache's tensor would take has room for a request's new tokens."""
+        tokens = state.current_len() + request_len
+        fits = self.tqai_capacity.fits(state.request_id, tokens)
+        fits = fits and super().can_store_request_tokens(state, request_len, dry_run)
+        if not dry_run:
+            (self.tqai_capacity.hold if fits else self.tqai_capacity.refuse)(
+                state.request_id, tokens
+            )
+        return fits
+
+    def count_storable_requests(self, list_blocks_needed: list[dict[str, int]]) -> int:
+        """How many of the requests that were refused could have their tokens, in that order."""
+        blocks = super().count_storable_requests(list_blocks_needed)
+        return min(blocks, self.tqai_capacity.count_storable())
+
+    def compute_free_capacity(self, relative: bool = True) -> int | float:
+        """What the scheduler keeps a margin of."""
+        free = super().compute_free_capacity(relative)
+        share = self.tqai_capacity.free_share
+        return min(free, share if relative else int(share * self.tqai_capacity.budget))
 
     def extend_read_and_write_indices(
         self,
@@ -95,16 +141,21 @@ class PackedPagedCache(PagedAttentionCache):  # type: ignore[misc]
         """Also the request's compressed cache."""
         super().free_blocks(request_id, no_cache)
         self.tqai_requests.free(request_id)
+        self.tqai_capacity.free(request_id)
 
     def free_all_requests(self, clear_ledgers: bool = False) -> None:
         """Also their compressed caches."""
         super().free_all_requests(clear_ledgers)
         self.tqai_requests.free_all()
+        self.tqai_capacity.free_all()
 
     def prepare_fork_request(self, src_state: Any, *args: Any, **kwargs: Any) -> list[str]:
         """Forks share tiles."""
         forked = super().prepare_fork_request(src_state, *args, **kwargs)
-        self.tqai_requests.fork(src_state.request_id, forked, src_state.current_len())
+        tokens = src_state.current_len()
+        self.tqai_requests.fork(src_state.request_id, forked, tokens)
+        for name in forked:
+            self.tqai_capacity.hold(name, tokens)
         return forked
 
     def perform_cache_copy(self, copy_src_and_dst: Any) -> None:

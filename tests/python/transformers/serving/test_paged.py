@@ -156,6 +156,67 @@ def test_several_answers_share_the_tiles_of_their_prompt(
         assert copies == 2 and grown < held / 2
 
 
+def test_as_many_requests_fit_as_packed_bytes_do(
+    models: Models, made: list[paged.PackedPagedCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the memory of two uncompressed requests, and no more than that is taken."""
+    model = models()
+    tqai.patch(model, bits_k=2, bits_v=2, **SEALING)
+    given = prompts((200,) * 8)
+    expected = [alone(model, prompt, 10) for prompt in given]
+    at_once, held = [0], [0]
+    end_pass = paged.Requests.end_pass
+
+    def note(self: Any) -> None:
+        end_pass(self)
+        at_once.append(len(self.caches))
+        held.append(self.nbytes())
+
+    monkeypatch.setattr(paged.Requests, "end_pass", note)
+    blocks = 2 * (200 + NEW) // 32
+    results = model.generate_batch(
+        given,
+        generation_config=config(max_new_tokens=10),
+        continuous_batching_config=batching(num_blocks=blocks),
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    plain = blocks * 32 * model.config.num_hidden_layers * 2 * heads * dim * 4
+    capacity = made[0].tqai_capacity
+    assert plain <= capacity.budget < plain * 1.1
+    assert max(at_once) >= 4
+    # Counted with what waits for sealing, and without the library's own lists.
+    assert max(held) < capacity.budget * 1.1
+    assert capacity.used == 0 and made[0].num_blocks in (blocks, blocks + 1)
+
+
+def test_requests_that_outgrow_the_memory_begin_anew(models: Models) -> None:
+    """As with the plain cache: some are put back into the queue, and all of them end."""
+    model = models()
+    tqai.patch(model, **SEALING)
+    given = prompts((60,) * 6)
+    results = model.generate_batch(
+        given,
+        generation_config=config(max_new_tokens=100),
+        continuous_batching_config=batching(num_blocks=8),
+    )
+    assert [result.error for result in results.values()] == [None] * 6
+    assert [len(result.generated_tokens) for result in results.values()] == [100] * 6
+
+
+def test_a_request_alone_may_take_all_there_is(models: Models) -> None:
+    model = models()
+    tqai.patch(model, **SEALING)
+    [prompt] = prompts((200,))
+    results = model.generate_batch(
+        [prompt, prompt[:20]],
+        generation_config=config(),
+        continuous_batching_config=batching(num_blocks=5),
+    )
+    tokens = [result.generated_tokens for result in results.values()]
+    assert tokens == [alone(model, prompt), alone(model, prompt[:20])]
+
+
 def test_layers_that_stay_exact(models: Models) -> None:
     model = models()
     tqai.patch(model, skip_layers=[0], **SEALING)
