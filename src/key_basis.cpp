@@ -55,28 +55,60 @@ TQAI_INLINE double frequency(const Rope& rope, int f) {
   return static_cast<double>(rope.inv_freq[static_cast<std::size_t>(f)]);
 }
 
-// Turns rows and columns of a symmetric matrix as the embedding turns a vector at `position`.
-TQAI_INLINE void turn_matrix(const Rope& rope, double position, SquareMatrix& matrix) {
-  const std::size_t dim = matrix.dim();
+// Cosines and sines of all pairs at a position.
+struct Turns {
+  std::vector<double> cosines;
+  std::vector<double> sines;
+};
+
+TQAI_INLINE Turns turns_at(const Rope& rope, double position) {
+  Turns turns;
   for (int f = 0; f < rope.rotary_dim / 2; ++f) {
-    const auto [first, second] = pair_place(rope, f);
-    const double cosine = std::cos(position * frequency(rope, f));
-    const double sine = std::sin(position * frequency(rope, f));
+    turns.cosines.push_back(std::cos(position * frequency(rope, f)));
+    turns.sines.push_back(std::sin(position * frequency(rope, f)));
+  }
+  return turns;
+}
+
+// Turns pairs first … last − 1 of a vector.
+TQAI_INLINE void turn_pairs(const Rope& rope, const Turns& turns, std::size_t first,
+                            std::size_t last, double* vector) {
+  const bool interleaved = rope.layout == Rope::Layout::interleaved;
+  const std::size_t apart = interleaved ? 2 : 1;
+  double* a = vector;
+  double* b = vector + (interleaved ? 1 : rope.rotary_dim / 2);
+  for (std::size_t f = first; f < last; ++f) {
+    double& x = a[apart * f];
+    double& y = b[apart * f];
+    const double turned = turns.cosines[f] * x - turns.sines[f] * y;
+    y = turns.sines[f] * x + turns.cosines[f] * y;
+    x = turned;
+  }
+}
+
+// Turns rows and columns of a symmetric matrix as the embedding turns a vector: as if pair by pair,
+// its rows and then its columns, so that where the two cross the lower pair goes first.
+TQAI_INLINE void turn_matrix(const Rope& rope, const Turns& turns, SquareMatrix& matrix) {
+  const std::size_t dim = matrix.dim();
+  const auto rotary = static_cast<std::size_t>(rope.rotary_dim);
+  const std::size_t pairs = rotary / 2;
+  for (std::size_t f = 0; f < pairs; ++f) {
+    const auto [first, second] = pair_place(rope, static_cast<int>(f));
     double* a = matrix.row(static_cast<std::size_t>(first));
     double* b = matrix.row(static_cast<std::size_t>(second));
+    turn_pairs(rope, turns, 0, f, a);
+    turn_pairs(rope, turns, 0, f, b);
+    const double cosine = turns.cosines[f];
+    const double sine = turns.sines[f];
     for (std::size_t i = 0; i < dim; ++i) {
       const double turned = cosine * a[i] - sine * b[i];
       b[i] = sine * a[i] + cosine * b[i];
       a[i] = turned;
     }
-    for (std::size_t i = 0; i < dim; ++i) {
-      double& x = matrix.row(i)[first];
-      double& y = matrix.row(i)[second];
-      const double turned = cosine * x - sine * y;
-      y = sine * x + cosine * y;
-      x = turned;
-    }
+    turn_pairs(rope, turns, f, pairs, a);
+    turn_pairs(rope, turns, f, pairs, b);
   }
+  for (std::size_t i = rotary; i < dim; ++i) turn_pairs(rope, turns, 0, pairs, matrix.row(i));
 }
 
 TQAI_INLINE SquareMatrix matrix_of(const std::vector<double>& values, std::size_t dim,
@@ -283,28 +315,51 @@ TQAI_INLINE void KeyMoments::add(Sums& sums, const char* name, std::span<const f
     throw ValueError(std::string(name) + "[" + std::to_string(i / dim) +
                      "] holds NaN or infinity; only finite numbers have moments");
   }
-  std::vector<double> vector(dim);
-  for (std::size_t t = 0; t < tokens; ++t) {
-    for (std::size_t i = 0; i < dim; ++i) vector[i] = static_cast<double>(vectors[t * dim + i]);
-    for (int f = 0; rope_ && f < rope_->rotary_dim / 2; ++f) {
-      const std::size_t section = rope_->sections.empty() || positions.size() == tokens
-                                      ? 0
-                                      : rope_->sections[static_cast<std::size_t>(f)];
-      const auto position = static_cast<double>(
-          positions.empty() ? static_cast<std::int64_t>(t) : positions[section * tokens + t]);
-      const auto [first, second] = pair_place(*rope_, f);
-      double& a = vector[static_cast<std::size_t>(first)];
-      double& b = vector[static_cast<std::size_t>(second)];
-      const double cosine = std::cos(position * frequency(*rope_, f));
-      const double sine = std::sin(position * frequency(*rope_, f));
-      const double turned = cosine * a + sine * b;
-      b = cosine * b - sine * a;
-      a = turned;
+  // Several to each visit of a product, one after another.
+  constexpr std::size_t kTogether = 4;
+  std::vector<double> together(kTogether * dim);
+  const std::size_t pairs = rope_ ? static_cast<std::size_t>(rope_->rotary_dim / 2) : 0;
+  std::vector<std::int64_t> standing(pairs);  // where each pair's cosine and sine are of
+  std::vector<double> cosines(pairs, 1.0);
+  std::vector<double> sines(pairs, 0.0);
+  for (std::size_t first = 0; first < tokens; first += kTogether) {
+    const std::size_t count = std::min(kTogether, tokens - first);
+    for (std::size_t n = 0; n < count; ++n) {
+      const std::size_t t = first + n;
+      double* vector = together.data() + n * dim;
+      for (std::size_t i = 0; i < dim; ++i) vector[i] = static_cast<double>(vectors[t * dim + i]);
+      for (std::size_t f = 0; f < pairs; ++f) {
+        const std::size_t section =
+            rope_->sections.empty() || positions.size() == tokens ? 0 : rope_->sections[f];
+        const std::int64_t position =
+            positions.empty() ? static_cast<std::int64_t>(t) : positions[section * tokens + t];
+        if (position != standing[f]) {
+          const double angle =
+              static_cast<double>(position) * frequency(*rope_, static_cast<int>(f));
+          standing[f] = position;
+          cosines[f] = std::cos(angle);
+          sines[f] = std::sin(angle);
+        }
+        const auto [at, beside] = pair_place(*rope_, static_cast<int>(f));
+        double& a = vector[at];
+        double& b = vector[beside];
+        const double turned = cosines[f] * a + sines[f] * b;
+        b = cosines[f] * b - sines[f] * a;
+        a = turned;
+      }
+      for (std::size_t i = 0; i < dim; ++i) sums.sums[i] += vector[i];
+    }
+    for (std::size_t n = count; n < kTogether; ++n) {
+      std::fill_n(together.begin() + static_cast<std::ptrdiff_t>(n * dim), dim, 0.0);
     }
     for (std::size_t i = 0; i < dim; ++i) {
-      sums.sums[i] += vector[i];
       double* products = sums.products.data() + i * dim;
-      for (std::size_t j = 0; j <= i; ++j) products[j] += vector[i] * vector[j];
+      const double* v = together.data();
+      for (std::size_t j = 0; j <= i; ++j) {
+        products[j] = (((products[j] + v[i] * v[j]) + v[dim + i] * v[dim + j]) +
+                       v[2 * dim + i] * v[2 * dim + j]) +
+                      v[3 * dim + i] * v[3 * dim + j];
+      }
     }
   }
   sums.count += static_cast<double>(tokens);
@@ -372,8 +427,8 @@ TQAI_INLINE std::vector<double> KeyMoments::averaged(std::vector<double> moments
   std::vector<double> sum(moments.size());
   for (int i = 0; i < kPositions; ++i) {
     SquareMatrix turned = matrix_of(moments, static_cast<std::size_t>(head_dim_), 1.0);
-    turn_matrix(*rope_, std::floor(static_cast<double>(last_position) * i / (kPositions - 1)),
-                turned);
+    const double position = std::floor(static_cast<double>(last_position) * i / (kPositions - 1));
+    turn_matrix(*rope_, turns_at(*rope_, position), turned);
     for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += turned.row(0)[k] / kPositions;
   }
   return sum;

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tqai import _core
 from tqai.shapes.rope import Rope
@@ -39,6 +39,9 @@ TOKENS_A_COORDINATE = 4
 """Of heads so wide that this is more."""
 SINK_TOKENS = 1
 """Of each row, left out: attention's sinks look like no other token's keys."""
+SAME_ROWS = 16
+"""Of rows that begin alike, how many read their first token. Not one: sums of PyTorch's for single
+rows may depend on the number of threads."""
 SEED = 1952541041
 """Of the token ids where the settings name none; ``tqai::CacheOptions::seed``."""
 
@@ -62,9 +65,14 @@ def learn_moments(
     """
     unrecognised = turn_unrecognised(shadow_of(decoder), geometry.config, geometry.ropes)
     longest = first_too_far(geometry.config)
-    listener = _Listener(geometry, unrecognised, min(ROW_TOKENS, longest))
     writer = _writer_of(decoder)
-    if writer is None or not _write(writer, decoder, geometry, seed, listener, progress):
+    for shared in (True, False):
+        listener = _Listener(geometry, unrecognised, min(ROW_TOKENS, longest))
+        if writer is not None and _write(
+            writer, decoder, geometry, seed, listener, progress, shared
+        ):
+            break
+    else:
         listener = _Listener(geometry, unrecognised, min(RANDOM_ROW_TOKENS, longest))
         _read(decoder, geometry, seed, listener)
         progress(1.0)
@@ -88,14 +96,22 @@ def _write(
     seed: int,
     listener: _Listener,
     progress: Callable[[float], object],
+    shared: bool,
 ) -> bool:
-    """Lets the model write; whether it can."""
+    """Lets the model write; whether it can.
+
+    shared: a first token that all rows have is read by few of them.
+    """
     shadow = shadow_of(model)
     _make_heard(shadow, decoder, listener)
     device = device_of(shadow)
     length = min(ROW_TOKENS, first_too_far(geometry.config))
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = _first_ids(geometry, _rows(geometry, length), generator)
+    copies = 1
+    if shared and length > SINK_TOKENS and (ids == ids[0]).all():
+        copies = max(len(ids) // SAME_ROWS, 1)
+        ids = ids[: len(ids) // copies]
     with _alone(device):
         for at in range(length):
             listener.first = at
@@ -107,10 +123,23 @@ def _write(
                 if lacks_memory(error):
                     raise
                 return False
-            progress(1.0 / length)
             if logits.ndim != 3 or logits.shape[:2] != ids.shape:
                 return False
+            if at == 0 and copies > 1:
+                if not _spread(listener.cache, copies):
+                    return False
+                logits = logits.repeat_interleave(copies, 0)
+            progress(1.0 / length)
             ids = _drawn(logits[:, 0, : geometry.config.vocab_size], generator)
+    return True
+
+
+def _spread(cache: DynamicCache, copies: int) -> bool:
+    """Makes so many rows of each, unless the cache holds more than keys and values."""
+    plain = DynamicLayer, DynamicSlidingWindowLayer
+    if any(type(layer) not in plain for layer in cache.layers):
+        return False
+    cache.batch_repeat_interleave(copies)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,29 @@ def test_they_are_the_moments_of_what_attention_reads(
     model = models(family)
     ids, moments = written_by(model, monkeypatch)
     assert ids.shape == (learn.TOKENS // learn.ROW_TOKENS, learn.ROW_TOKENS)
+    checked(model, ids, moments[1])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_few_rows_read_a_first_token_that_all_have(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(seed=13)
+    rows = learn.TOKENS // learn.ROW_TOKENS
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def noted(self: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    if not known:  # as of a cache that holds something else
+        monkeypatch.setattr(learn, "_spread", lambda cache, copies: False)
+    ids, moments = written_by(model, monkeypatch)
+    each = [learn.SAME_ROWS] + [rows] * (learn.ROW_TOKENS - 1)
+    assert sizes == (each if known else [learn.SAME_ROWS] + [rows] * learn.ROW_TOKENS)
     checked(model, ids, moments[1])
 
 
