@@ -34,6 +34,11 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from tqai import requirements
+
+if (_reason := requirements.why_not_compiled()) is not None:
+    raise ImportError(_reason, name="tqai._core")
+
 from tqai import _moved, api
 from tqai.api import is_patched, new_cache, patch, patched, unpatch
 from tqai.requirements import needs_transformers

