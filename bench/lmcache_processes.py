@@ -6,8 +6,9 @@ One process reads prompts and stores the keys and values of their first tokens, 
 other, which has only the prompts, fetches these chunks, reads the rest of each prompt itself, as
 LMCache's engines do, and goes on. Printed are the bytes in the server, and of the next tokens the
 KL divergence from a cache that never left the first process and was never compressed: of what the
-second process says, and of tqai's own cache in the first process, at the same bits and with the
-same steps. Needs lmcache, redis and redis-server.
+second process says; of what the first one says over a cache of tqai's own at the same bits, with
+the same tokens exact; and over that cache as it is by default, with more of them exact. Needs
+lmcache, redis and redis-server.
 """
 
 from __future__ import annotations
@@ -116,10 +117,30 @@ def prompts(tokenizer: Any, options: argparse.Namespace) -> list[tuple[torch.Ten
     return [(each[:, : options.tokens], each[:, options.tokens :]) for each in cut]
 
 
-def says(model: Any, cache: Any, more: torch.Tensor) -> torch.Tensor:
+def says(model: Any, cache: Any, more: torch.Tensor, rest: int = REST) -> torch.Tensor:
     """Log-probabilities after each of the next tokens, once the rest of the prompt was read."""
-    _distributions(model, cache, more[:, :REST])
-    return _distributions(model, cache, more[:, REST:])
+    _distributions(model, cache, more[:, :rest])
+    return _distributions(model, cache, more[:, rest:])
+
+
+def own_divergences(
+    model: Any, options: argparse.Namespace, states: Any, read: Any, expected: Any, more: Any
+) -> tuple[float, float]:
+    """Of caches of this process: with the same tokens exact as those of the second one, and with
+    those that are by default."""
+    bits_k, bits_v = map(int, options.bits.split(","))
+    first = options.exact_first
+    with api.patched(model, bits_k=bits_k, bits_v=bits_v, sink_tokens=first, residual_window=0):
+        packed = api.new_cache(model)
+        # So many tokens that no tile of the last ones is left open.
+        end = states[0][0].shape[2] + first
+        _seal(packed, [(each.keys[:, :, :end], each.values[:, :, :end]) for each in read.layers])
+        decoded = [(each.keys, each.values) for each in packed.layers]
+    same = says(model, _cache_of(decoded), more[:, first:], REST - first)
+    with api.patched(model, bits_k=bits_k, bits_v=bits_v):
+        packed = api.new_cache(model)
+        _seal(packed, states)
+        return _kl(expected, same), _kl(expected, says(model, packed, more))
 
 
 @torch.inference_mode()
@@ -127,7 +148,6 @@ def write(options: argparse.Namespace) -> None:
     import redis
 
     model, tokenizer = load(options.model)
-    bits_k, bits_v = map(int, options.bits.split(","))
     store = manager(options, serde(model, options))
     kept: list[dict[str, Any]] = []
     whole = 0
@@ -139,11 +159,9 @@ def write(options: argparse.Namespace) -> None:
         print(f"the first process read {prompt.shape[1]} tokens in {seconds:.2f} s")
         layers: list[Any] = plain.layers
         states = [(layer.keys, layer.values) for layer in layers]
-        expected = says(model, _cache_of(states), more)
-        with api.patched(model, bits_k=bits_k, bits_v=bits_v):
-            packed = api.new_cache(model)
-            _seal(packed, states)
-            own = _kl(expected, says(model, packed, more))
+        whole_cache: Any = _cache_of(states)
+        expected = says(model, whole_cache, more)
+        own = own_divergences(model, options, states, whole_cache, expected, more)
         chunks = _chunks(states, CHUNK)
         shape, dtype = states[0][0].shape, states[0][0].dtype
         kept.append({"expected": expected, "own": own, "shape": shape, "dtype": dtype})
@@ -166,6 +184,14 @@ def write(options: argparse.Namespace) -> None:
     store.close()
 
 
+def told(divergences: tuple[float, ...]) -> str:
+    through, same, default = divergences
+    return (
+        f"KL of what it goes on with {through:.5f}; in the first process with the same tokens "
+        f"exact {same:.5f}, by default {default:.5f}"
+    )
+
+
 @torch.inference_mode()
 def read(options: argparse.Namespace) -> None:
     from lmcache.v1.distributed.api import GroupedObjectKeys, PrefetchTaskSpec
@@ -173,7 +199,7 @@ def read(options: argparse.Namespace) -> None:
     model, tokenizer = load(options.model)
     kept = torch.load(options.folder / "kept.pt", weights_only=False)
     store = manager(options, serde(model, options))
-    pairs: list[tuple[float, float]] = []
+    found_of_all: list[tuple[float, float, float]] = []
     for number, ((_, more), known) in enumerate(
         zip(prompts(tokenizer, options), kept, strict=True)
     ):
@@ -190,13 +216,10 @@ def read(options: argparse.Namespace) -> None:
             states = _tensors([each.tensor for each in objects], like)
         store.finish_read_prefetched(keys)
         found = says(model, _cache_of(states), more)
-        pairs.append((_kl(known["expected"], found), known["own"]))
-        print(
-            f"the second process had {len(keys)} chunks in {seconds:.2f} s; KL of what it goes on "
-            f"with {pairs[-1][0]:.5f}, of the first one's own cache {pairs[-1][1]:.5f}"
-        )
-    through, own = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-    print(f"of {len(pairs)} texts: {through:.5f} through LMCache, {own:.5f} in one process")
+        found_of_all.append((_kl(known["expected"], found), *known["own"]))
+        print(f"{len(keys)} chunks came in {seconds:.2f} s; {told(found_of_all[-1])}")
+    sums = (sum(each) / len(found_of_all) for each in zip(*found_of_all, strict=True))
+    print(f"mean of {len(found_of_all)} texts: {told(tuple(sums))}")
     store.close()
 
 

@@ -146,12 +146,11 @@ def time_store(
     steps.next("formats")
     options = _options(loaded)
     packed: list[tuple[str, dict[str, Any]]] = [
-        (
-            f"K{k}/V{v}" + ("" if n is None else f", first {n} exact"),
-            {"bits_k": k, "bits_v": v, **own},
-        )
-        for k, v, n in [(4, 4, None), (4, 2, None), (2, 2, None), *((4, 2, n) for n in exact_first)]
-        for own in [{} if n is None else {"exact_first": n}]
+        ("K4/V4", {"bits_k": 4, "bits_v": 4}),
+        ("K4/V2", {}),
+        ("K4/V2, trellis", {"codec": "trellis"}),
+        ("K2/V2", {"bits_k": 2}),
+        *((f"K4/V2, first {n} exact", {"exact_first": n}) for n in exact_first),
     ]
     formats = []
     chunks = _chunks(states, chunk)

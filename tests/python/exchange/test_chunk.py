@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_envelope import CORRUPTIONS, damage
+from damages import CORRUPTIONS, damage
 from tqai.exchange.chunk import ChunkCodec, ChunkOptions
 from tqai.exchange.envelope import NotUsable
 
@@ -230,7 +230,7 @@ def test_a_damaged_chunk_is_a_miss_whatever_the_damage(
 ) -> None:
     codec, chunk, data = kept
     chance, into = random.Random(2), chunk.clone()
-    for _ in range(CORRUPTIONS // 10):
+    for _ in range(CORRUPTIONS):
         damaged = damage(data, chance)
         if damaged[: len(data)] != data:
             with pytest.raises(NotUsable):

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import os
 import random
 import struct
 
 import numpy as np
 import pytest
+from damages import CORRUPTIONS, damage
 from tqai import _core
 from tqai.exchange import envelope
 
 FACTS = {"model": "a1b2", "heads": [[2, 64]], "bits": [[4, 2]], "seed": 7}
-CORRUPTIONS = int(os.environ.get("TQAI_TEST_CORRUPTIONS", "3000"))
-"""100 000 with scripts/test --full."""
 
 
 @pytest.fixture(scope="module")
@@ -82,30 +80,6 @@ def test_every_flipped_bit_of_the_start_and_the_header_is_seen(sealed: bytes) ->
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(envelope.NotUsable):
             envelope.opened(damaged, "cache", FACTS)
-
-
-def damage(data: bytes, chance: random.Random) -> bytes:
-    """`data`, changed in one of the ways in which disks, networks and programs change it."""
-    damaged = bytearray(data)
-    kind = chance.randrange(7)
-    at = chance.randrange(len(data))
-    length = min(chance.choice((1, 2, 8, 64, 4096)), len(data) - at)
-    if kind == 0:
-        damaged[at] ^= 1 << chance.randrange(8)
-    elif kind == 1:
-        damaged[at : at + length] = chance.randbytes(length)
-    elif kind == 2:
-        damaged[at : at + length] = bytes(length)
-    elif kind == 3:
-        del damaged[at:]
-    elif kind == 4:
-        del damaged[at : at + length]
-    elif kind == 5:
-        damaged[at:at] = chance.randbytes(length)
-    else:
-        source = chance.randrange(len(data) - length + 1)
-        damaged[at : at + length] = data[source : source + length]
-    return bytes(damaged)
 
 
 def test_nothing_that_was_damaged_is_ever_used(sealed: bytes) -> None:

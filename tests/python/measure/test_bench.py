@@ -414,7 +414,8 @@ def test_store(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     verb += ["--read", "8", "--rounds", "1", "--threads", "1"]
     assert main([*verb, "--exact-first", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    names = ["bfloat16", "fp8 (e4m3)", "K4/V4", "K4/V2", "K2/V2", "K4/V2, first 2 exact"]
+    names = ["bfloat16", "fp8 (e4m3)", "K4/V4", "K4/V2", "K4/V2, trellis", "K2/V2"]
+    names.append("K4/V2, first 2 exact")
     assert [row["name"] for row in result["formats"]] == names
     sizes = {row["name"]: row["bytes"] for row in result["formats"]}
     assert sizes["bfloat16"] == 2 * sizes["fp8 (e4m3)"] > sizes["K4/V4"] > sizes["K4/V2"]
