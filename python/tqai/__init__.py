@@ -18,6 +18,7 @@ A map of the package, from what users call down to the bits; a room imports only
 - ``exchange``: packed caches between processes and machines: envelopes, and shelves for them;
 - ``container``: the file that a cache lies in;
 - ``shapes``: heads and rotary embeddings, as stores and seams speak of them;
+- ``signals``: errors of the application's signal handlers, told from others';
 - ``remarks``: what a patched model says when it is used without a compressed cache;
 - ``reports``: what memory reports say, whatever the framework;
 - ``settings``: the knobs, checked, and all names and defaults;

@@ -14,6 +14,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from tqai.requirements import needs
+from tqai.signals import is_of_a_handler
 
 REDIS = ("redis", "rediss", "unix")
 """Schemes of addresses of Redis servers."""
@@ -84,10 +85,12 @@ def shelf_at(url: str, max_bytes: int) -> Shelf:
 
 @contextmanager
 def said(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors of these kinds into ``ShelfError``."""
+    """Turns errors of these kinds into ``ShelfError``, but for a signal handler's."""
     try:
         yield
     except kinds as error:
+        if is_of_a_handler(error):
+            raise
         raise ShelfError(f"{what}: {type(error).__name__}: {error}") from error
 
 

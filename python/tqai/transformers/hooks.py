@@ -84,8 +84,15 @@ def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inn
         before.remove()
     hook = _CacheHook(settings, configs, decoder)
     hook.said = set() if inner else None
-    hook.install()
-    hook.set_names()
+    try:
+        hook.install()
+        hook.set_names()
+    except BaseException:  # an interrupt
+        hook.remove()
+        if before is not None:
+            before.install()
+            before.set_names()
+        raise
     for name, function in _OVERRIDES.items():
         if hasattr(type(model), name):
             model.__dict__[name] = _Override(function, model)

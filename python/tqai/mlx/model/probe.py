@@ -20,6 +20,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from tqai.mlx.attention import patching, soft_cap
 from tqai.mlx.model.find_rope import Call, Watch, rope_of
 from tqai.shapes.rope import Rope
+from tqai.signals import is_of_a_handler
 
 FAR = 1_000_000
 """A position at which frequencies that depend on the length of the text would be others."""
@@ -153,6 +154,8 @@ def uses_of(model: nn.Module, templates: list[Any]) -> list[list[Use | None]]:
                 each.shift = FAR
             model(mx.array([[1]]), cache=caches)
         except Exception as error:
+            if is_of_a_handler(error):
+                raise
             if not any(each.use.touched for each in watched):
                 raise NotImplementedError(
                     f"{type(model).__module__}.{type(model).__name__} could not be tried on tokens "

@@ -17,6 +17,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
+from tqai.signals import is_of_a_handler
 from tqai.transformers.model.devices import lacks_memory
 
 PATCHED_NAMES = {"sdpa": "tqai", "eager": "tqai_eager"}
@@ -197,6 +198,8 @@ def formula_of(
         try:
             _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks, device)
         except Exception as error:
+            if is_of_a_handler(error):
+                raise
             if lacks_memory(error):
                 return None  # says nothing of the function: the next call tries again
             _formulas[key] = None  # whatever it needs, it is not what the kernel does

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from tqai import _core
 from tqai.shapes.rope import Rope
+from tqai.signals import is_of_a_handler
 from tqai.transformers.attention import functions as attention
 from tqai.transformers.attention.original import configs_of, patched_name
 from tqai.transformers.model.devices import device_of, lacks_memory
@@ -120,7 +121,7 @@ def _write(
                 cache = cache_argument(shadow, listener.cache)
                 logits = shadow(input_ids=ids.to(device), use_cache=True, **cache).logits
             except Exception as error:  # whatever a model's own code raises
-                if lacks_memory(error):
+                if lacks_memory(error) or is_of_a_handler(error):
                     raise
                 return False
             if logits.ndim != 3 or logits.shape[:2] != ids.shape:
@@ -162,7 +163,7 @@ def _read(decoder: torch.nn.Module, geometry: Geometry, seed: int, listener: _Li
                 input_ids=ids.to(device), use_cache=True, **cache_argument(shadow, listener.cache)
             )
     except Exception as error:  # whatever a model's own code raises
-        if lacks_memory(error):
+        if lacks_memory(error) or is_of_a_handler(error):
             raise
         raise NotImplementedError(
             f"codec='adaptive' learns from a forward pass of {geometry.model} over token ids, "

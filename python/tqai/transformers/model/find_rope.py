@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from tqai.shapes.rope import LAYOUTS, MAX_SECTIONS, Rope
+from tqai.signals import is_of_a_handler
 from tqai.transformers.model.devices import device_of, lacks_memory
 from tqai.transformers.model.names import cache_argument
 from tqai.transformers.model.positions import frequencies, positions_among, rotary_modules
@@ -169,7 +170,7 @@ def _probe(shadow: torch.nn.Module, config: Any, positions: torch.Tensor) -> _Pr
                 **cache_argument(shadow, cache),
             )
     except Exception as error:  # whatever a model's own code raises: it cannot be asked so
-        if lacks_memory(error):
+        if lacks_memory(error) or is_of_a_handler(error):
             raise
         return None
     finally:

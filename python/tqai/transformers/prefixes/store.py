@@ -21,6 +21,7 @@ from tqai.exchange.envelope import NotUsable
 from tqai.exchange.shelf import ShelfError, shelf_at, without_password
 from tqai.remarks import level_of_the_caller
 from tqai.settings import Settings
+from tqai.signals import is_of_a_handler
 from tqai.transformers import hooks
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.layer import TqaiLayer
@@ -206,6 +207,8 @@ class PrefixStore:
         try:
             return self._planned(model, inspect.signature(method).bind(model, *args, **kwargs))
         except Exception as error:  # whatever it is, generate goes on without
+            if is_of_a_handler(error):
+                raise
             self._say("error", f"a prefix store did nothing: {type(error).__name__}: {error}")
             return None
 
@@ -214,6 +217,8 @@ class PrefixStore:
         try:
             self._store(plan, result)
         except Exception as error:
+            if is_of_a_handler(error):
+                raise
             self._say("error", f"a prefix store stored nothing: {type(error).__name__}: {error}")
 
     def _planned(self, model: PreTrainedModel, call: inspect.BoundArguments) -> _Plan | None:
