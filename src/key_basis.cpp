@@ -28,6 +28,9 @@ constexpr double kEvenShare = 0.05;
 constexpr double kMetricExponent = 0.25;
 // Positions that moments are averaged over.
 constexpr int kPositions = 97;
+// Half of these are nearer than this, where they reach farther at all: a text has near positions
+// whatever its length, and is longer than this sometimes.
+constexpr double kMiddlePosition = 2048.0;
 // Norms of keys like those learnt from, in tiles: FP16 has room for some 2^14 times longer ones,
 // less what a closed loop may need, and is fine down to 1/256 of it.
 constexpr double kUsualNorm = 0x1p-6;
@@ -424,10 +427,13 @@ TQAI_INLINE std::vector<double> KeyMoments::moments(const Sums& sums, bool centr
 TQAI_INLINE std::vector<double> KeyMoments::averaged(std::vector<double> moments,
                                                      std::int64_t last_position) const {
   if (!rope_ || last_position == 0) return moments;
+  const auto last = static_cast<double>(last_position);
+  // Evenly spaced positions, to the power that brings the middle one to kMiddlePosition.
+  const double power = std::max(std::log2(last / kMiddlePosition), 1.0);
   std::vector<double> sum(moments.size());
   for (int i = 0; i < kPositions; ++i) {
     SquareMatrix turned = matrix_of(moments, static_cast<std::size_t>(head_dim_), 1.0);
-    const double position = std::floor(static_cast<double>(last_position) * i / (kPositions - 1));
+    const double position = std::floor(last * std::pow(i / (kPositions - 1.0), power));
     turn_matrix(*rope_, turns_at(*rope_, position), turned);
     for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += turned.row(0)[k] / kPositions;
   }

@@ -391,7 +391,7 @@ TQAI_C_API tqai_status tqai_key_moments_add_prior(tqai_key_moments* moments, int
                                                   const double* keys, const double* queries,
                                                   double tokens);
 
-/** The basis for codes of `bits` bits, good up to `last_position` of a text: 4096 where nothing
+/** The basis for codes of `bits` bits, good up to `last_position` of a text: 32768 where nothing
  * else is known. Takes 5 ms a head of 64, 0.3 s a head of 256. */
 TQAI_C_API tqai_status tqai_key_basis_learn(const tqai_key_moments* moments, int32_t bits,
                                             int64_t last_position, tqai_key_basis** basis);

@@ -48,8 +48,9 @@ class TQAI_API KeyMoments {
   /// Tokens of a head's keys that were added, with those that priors weigh. Throws IndexError.
   double tokens(int head) const;
 
-  /// Moments of a head's keys, less their mean, [head_dim, head_dim]: the mean over positions
-  /// 0 … last_position, 97 of them evenly spaced, of what they are when turned there. Throws
+  /// Moments of a head's keys, less their mean, [head_dim, head_dim]: the mean over 97 positions
+  /// 0 … last_position of what they are when turned there. Positions are evenly spaced up to 4096;
+  /// farther ones lie closer together towards 0, so that half of them are up to 2048. Throws
   /// IndexError, and ValueError where no keys were added.
   std::vector<double> keys_until(int head, std::int64_t last_position) const;
   /// The same of its queries, which keep their mean.
@@ -86,7 +87,7 @@ class TQAI_API KeyMoments {
 class TQAI_API KeyBasis {
  public:
   /// Positions of a text up to which a basis is learnt to be good, where nothing else is said.
-  static constexpr std::int64_t kLastPosition = 4096;
+  static constexpr std::int64_t kLastPosition = 32768;
 
   /// The basis for codes of `bits` bits. The same moments give the same basis on one build of the
   /// library; elsewhere sums may round otherwise, and its `id` differ. O(kv_heads · head_dim³): 5

@@ -63,7 +63,7 @@ class KeyBasis:
         The basis that serialize() wrote; ValueError for bytes that it did not write.
         """
     @staticmethod
-    def learn(moments: KeyMoments, bits: typing.SupportsInt | typing.SupportsIndex, last_position: typing.SupportsInt | typing.SupportsIndex = 4096) -> KeyBasis:
+    def learn(moments: KeyMoments, bits: typing.SupportsInt | typing.SupportsIndex, last_position: typing.SupportsInt | typing.SupportsIndex = 32768) -> KeyBasis:
         """
         The basis for codes of so many bits, good at positions up to last_position. ValueError for a
         head without keys or queries.

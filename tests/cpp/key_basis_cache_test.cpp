@@ -371,6 +371,39 @@ TEST_P(BasisCaches, ScoreStructuredKeysBetterThanRotatedOnes) {
   }
 }
 
+// What a basis is learnt from stands at the beginning of a text, what is read may stand far in it.
+TEST(BasisCache, ScoresKeysFromFarPositionsAsWellAsARotatedOne) {
+  constexpr int kDim = 64;
+  const Rope rope = test::rope_of(kDim);
+  const Structured all(1, 300, kDim, 40);
+  KeyMoments moments(1, kDim, rope);
+  moments.add_keys(0, all.keys.data, std::vector<std::int64_t>(300));
+  moments.add_queries(0, all.queries.data, std::vector<std::int64_t>(80));
+  const auto basis = std::make_shared<const KeyBasis>(KeyBasis::learn(moments, 2));
+  for (const std::int64_t first : {0, 1000, 4000, 12000, 30000}) {
+    Structured there = all;
+    for (std::int64_t t = 0; t < 300; ++t) {
+      test::turn(rope, static_cast<double>(first + t), there.keys.at(0, 0, t));
+    }
+    for (std::int64_t h = 0; h < 2; ++h) {
+      for (std::int64_t q = 0; q < 40; ++q) {
+        test::turn(rope, static_cast<double>(first + 300), there.queries.at(0, h, q));
+      }
+    }
+    CacheOptions options = geometry(kDim, 2, 4, 1);
+    options.rope = rope;
+    KvCache rotated(options);
+    options.key_basis = basis;
+    KvCache in_basis(options);
+    for (KvCache* cache : {&in_basis, &rotated}) {
+      cache->append(there.keys, there.values);
+      cache->seal();
+    }
+    const double most = first < 2048 ? 0.9 : 1.1;  // where most positions are that it is made for
+    EXPECT_LT(score_error(in_basis, there), most * score_error(rotated, there)) << "at " << first;
+  }
+}
+
 TEST_P(BasisCaches, HoldAndDropTokensAsOthers) {
   const Structured all(2, 300, 32, 3);
   KvCache cache(options_of(32, 4));

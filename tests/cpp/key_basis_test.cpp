@@ -224,17 +224,23 @@ TEST(KeyMoments, AreMeansOverPositions) {
   KeyMoments moments(1, kDim, rope);
   // All at position 0: what was added is what is kept.
   moments.add_keys(0, keys, std::vector<std::int64_t>(30));
-  std::vector<double> expected(kDim * kDim);
-  for (int i = 0; i < 97; ++i) {
-    auto turned = keys;
-    for (int t = 0; t < 30; ++t) test::turn(rope, i * 960 / 96, turned.data() + t * kDim);
-    KeyMoments there(1, kDim);
-    there.add_keys(0, turned);
-    const auto of_there = there.keys_until(0, 0);
-    for (std::size_t k = 0; k < expected.size(); ++k) expected[k] += of_there[k] / 97;
+  for (const int last : {960, 2048, 4096, 32768}) {
+    // Evenly spaced to 4096; beyond, the middle one of them is 2048: 32768 / 2^4.
+    const int power = last == 32768 ? 4 : 1;
+    std::vector<double> expected(kDim * kDim);
+    for (int i = 0; i < 97; ++i) {
+      auto turned = keys;
+      const double position = std::floor(last * std::pow(i / 96.0, power));
+      for (int t = 0; t < 30; ++t) test::turn(rope, position, turned.data() + t * kDim);
+      KeyMoments there(1, kDim);
+      there.add_keys(0, turned);
+      const auto of_there = there.keys_until(0, 0);
+      for (std::size_t k = 0; k < expected.size(); ++k) expected[k] += of_there[k] / 97;
+    }
+    EXPECT_LE(largest_difference(matrix(expected, kDim), matrix(moments.keys_until(0, last), kDim)),
+              1e-4)
+        << "to " << last;
   }
-  EXPECT_LE(largest_difference(matrix(expected, kDim), matrix(moments.keys_until(0, 960), kDim)),
-            1e-4);
 }
 
 TEST(KeyMoments, PriorsWeighAsManyTokensAsTheySay) {

@@ -22,9 +22,10 @@ from tqai.transformers.basis.learn import SEED, Moments, learn_moments
 from tqai.transformers.model.geometry import Geometry
 from tqai.transformers.weights.identity import State
 
-LAST_POSITION = 2048
-"""Positions that moments are averaged up to: nearer ones serve short texts better, and farther
-ones long texts."""
+LAST_POSITION = 32768
+"""Position up to which bases are made to be good where a model does not say how far it reads."""
+FARTHEST_POSITION = 131072
+"""The same, of a model that reads farther yet."""
 KEPT = 4
 """Of a model, by seed and bits."""
 _DELAY = 1.0
@@ -97,13 +98,14 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
             bar.update(share * len(bits))
 
         moments = learn_moments(geometry, decoder, seed, progress)
+        last_position = _last_position(geometry.config)
 
         def learn(layer: int) -> _core.KeyBasis | str:
             known: Moments = moments[layer]
             basis = known
             if isinstance(known, _core.KeyMoments):
                 try:
-                    basis = _core.KeyBasis.learn(known, bits[layer], LAST_POSITION)
+                    basis = _core.KeyBasis.learn(known, bits[layer], last_position)
                 except ValueError as error:  # nobody reads its keys, or they are no numbers
                     basis = str(error)
             bar.update()
@@ -120,6 +122,11 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
             f"{layer}: {reason}): use codec='scalar'"
         )
     return Bases(found, missing)
+
+
+def _last_position(config: Any) -> int:
+    reads = getattr(config, "max_position_embeddings", None) or LAST_POSITION
+    return min(int(reads), FARTHEST_POSITION)
 
 
 def _check_weights(geometry: Geometry, decoder: torch.nn.Module) -> None:

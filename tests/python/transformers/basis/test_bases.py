@@ -55,6 +55,18 @@ def test_keys_with_a_structure_are_held_better() -> None:
     assert (basis < 0.6 * key_errors(model, ids, bits_k=2)).all()
 
 
+def test_bases_are_for_texts_as_long_as_the_model_reads() -> None:
+    models = []
+    for longest in (256, 256, 16384):
+        model = structured(make_model(max_position_embeddings=longest))
+        if models:
+            model.load_state_dict(models[0].state_dict())
+        models.append(model)
+    ids = [ids_of(tqai.patch(model, **ADAPTIVE)) for model in models]
+    assert ids[0] == ids[1]
+    assert all(near != far for near, far in zip(ids[0], ids[2], strict=True))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss"])
 def test_all_layers_get_a_basis(models: Models, family: str) -> None:
     model = models(family)
