@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from tqai import _core
@@ -26,6 +27,8 @@ LAST_POSITION = 32768
 """Position up to which bases are made to be good where a model does not say how far it reads."""
 FARTHEST_POSITION = 131072
 """The same, of a model that reads farther yet."""
+NEAR_POSITION = 2048
+"""The same, of a layer that sees a window of at most so many tokens, wherever these stand."""
 KEPT = 4
 """Of a model, by seed and bits."""
 _DELAY = 1.0
@@ -98,14 +101,14 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
             bar.update(share * len(bits))
 
         moments = learn_moments(geometry, decoder, seed, progress)
-        last_position = _last_position(geometry.config)
+        last = _last_positions(geometry)
 
         def learn(layer: int) -> _core.KeyBasis | str:
             known: Moments = moments[layer]
             basis = known
             if isinstance(known, _core.KeyMoments):
                 try:
-                    basis = _core.KeyBasis.learn(known, bits[layer], last_position)
+                    basis = _core.KeyBasis.learn(known, bits[layer], last[layer])
                 except ValueError as error:  # nobody reads its keys, or they are no numbers
                     basis = str(error)
             bar.update()
@@ -124,9 +127,17 @@ def _learn(geometry: Geometry, seed: int, bits: Mapping[int, int]) -> Bases:
     return Bases(found, missing)
 
 
-def _last_position(config: Any) -> int:
-    reads = getattr(config, "max_position_embeddings", None) or LAST_POSITION
-    return min(int(reads), FARTHEST_POSITION)
+def _last_positions(geometry: Geometry) -> list[int]:
+    """Of each layer, up to where its basis is to be good."""
+    reads = getattr(geometry.config, "max_position_embeddings", None) or LAST_POSITION
+    farthest = min(int(reads), FARTHEST_POSITION)
+    own = DynamicCache(config=geometry.config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in own]
+    windows += [None] * (len(geometry.heads) - len(windows))
+    return [
+        farthest if window is None else min(max(int(window), NEAR_POSITION), farthest)
+        for window in windows
+    ]
 
 
 def _check_weights(geometry: Geometry, decoder: torch.nn.Module) -> None:

@@ -67,6 +67,15 @@ def test_bases_are_for_texts_as_long_as_the_model_reads() -> None:
     assert all(near != far for near, far in zip(ids[0], ids[2], strict=True))
 
 
+def test_bases_of_sliding_layers_are_for_their_windows() -> None:
+    models = [make_model("gemma2", max_position_embeddings=longest) for longest in (8192, 65536)]
+    models[1].load_state_dict(models[0].state_dict())
+    sliding = [kind == "sliding_attention" for kind in models[0].config.layer_types]
+    assert {*sliding} == {True, False}
+    near, far = (ids_of(tqai.patch(model, **ADAPTIVE)) for model in models)
+    assert [a == b for a, b in zip(near, far, strict=True)] == sliding
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss"])
 def test_all_layers_get_a_basis(models: Models, family: str) -> None:
     model = models(family)
