@@ -101,10 +101,12 @@ def _write(
 ) -> bool:
     """Lets the model write; whether it can.
 
-    shared: a first token that all rows have is read by few of them.
+    shared: a first token that all rows have is read by few of them, and the last one by the decoder
+        alone.
     """
     shadow = shadow_of(model)
     _make_heard(shadow, decoder, listener)
+    inner = _part_of(shadow, model, decoder) if shared else None
     device = device_of(shadow)
     length = min(ROW_TOKENS, first_too_far(geometry.config))
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -117,13 +119,18 @@ def _write(
         for at in range(length):
             listener.first = at
             listener.cache.handed.clear()
+            reader = shadow if inner is None or at < length - 1 else inner
             try:
-                cache = cache_argument(shadow, listener.cache)
-                logits = shadow(input_ids=ids.to(device), use_cache=True, **cache).logits
+                cache = cache_argument(reader, listener.cache)
+                output = reader(input_ids=ids.to(device), use_cache=True, **cache)
+                logits = output.logits if reader is shadow else None
             except Exception as error:  # whatever a model's own code raises
                 if lacks_memory(error) or is_of_a_handler(error):
                     raise
                 return False
+            if logits is None:
+                progress(1.0 / length)
+                break
             if logits.ndim != 3 or logits.shape[:2] != ids.shape:
                 return False
             if at == 0 and copies > 1:
@@ -133,6 +140,16 @@ def _write(
             progress(1.0 / length)
             ids = _drawn(logits[:, 0, : geometry.config.vocab_size], generator)
     return True
+
+
+def _part_of(
+    shadow: torch.nn.Module, model: torch.nn.Module, part: torch.nn.Module
+) -> torch.nn.Module | None:
+    """What `part` of the model is in its shadow; None where it is no part."""
+    for name, module in model.named_modules():
+        if module is part:
+            return shadow.get_submodule(name)
+    return None
 
 
 def _spread(cache: DynamicCache, copies: int) -> bool:
