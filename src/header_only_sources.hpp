@@ -113,6 +113,7 @@ inline namespace local {}
 #include "cache/serialize.cpp"
 #include "cache/slabs.cpp"
 #include "cache/steps.cpp"
+#include "cache/views.cpp"
 #include "codebook.cpp"
 #include "cpu.cpp"
 #include "crc32.cpp"

@@ -157,7 +157,7 @@ typedef struct tqai_cache_options {
   size_t size;             /**< written by the _init */
   int32_t batch;           /**< 1 */
   int32_t kv_heads;        /**< to be set */
-  int32_t head_dim;        /**< to be set: 8 to 512 */
+  int32_t head_dim;        /**< to be set: 8 to 576 */
   int32_t value_head_dim;  /**< 0: as head_dim */
   int32_t dtype;           /**< TQAI_F32: of keys and values */
   int32_t bits_k;          /**< 4: 1 to 8 a coordinate */
@@ -295,10 +295,52 @@ TQAI_C_API tqai_status tqai_cache_packed_tokens(const tqai_cache* cache, int32_t
 TQAI_C_API tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_info* info);
 /** Fills `memory`, after its _init. */
 TQAI_C_API tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory);
+/** Sets memory aside for the tiles of `tokens` tokens a row in all (KvCache::reserve). */
+TQAI_C_API tqai_status tqai_cache_reserve(tqai_cache* cache, int64_t tokens);
+
+/** 64 sealed tokens of a row as they lie in memory (tqai::SealedBlock). What it points to stays as
+ * it is for as long as a cache holds the tokens: this one until it is cropped below them, discards
+ * them or is destroyed, and each copy of it likewise. */
+typedef struct tqai_block {
+  size_t size;              /**< written by the _init */
+  int64_t first_token;      /**< number of the first one */
+  int32_t tokens;           /**< of the 64, the first ones: those that the row still has */
+  int32_t centre_set;       /**< of the row's: tqai_cache_centre */
+  int64_t first_position;   /**< of the first token, where `positions` is NULL */
+  const int32_t* positions; /**< [sections, 64], or NULL where tokens stand one after another */
+  int32_t sections;         /**< of `positions` */
+  const void* tiles;        /**< [kv_heads, tile_bytes], 64-byte aligned; docs/format.md */
+  size_t tile_bytes;        /**< of a head; its keys' codes come first */
+  size_t value_codes;       /**< offset in a tile */
+  size_t key_norms;         /**< offset; [64] FP16 */
+  size_t value_norms;       /**< offset; [64] FP16 */
+} tqai_block;
+
+/** What is added to keys that codes stand for (tqai::CentreView). Lives as a tqai_block's bytes. */
+typedef struct tqai_centre {
+  size_t size;            /**< written by the _init */
+  int32_t kind;           /**< TQAI_CENTERING_NONE, _MEAN or _ROPE */
+  int32_t pairs;          /**< of the embedding; 0 without one */
+  const float* constant;  /**< [head_dim] */
+  const float* real;      /**< [pairs], or NULL */
+  const float* imaginary; /**< [pairs], or NULL */
+} tqai_centre;
+
+/** size: sizeof(*block). Writes it, and 0 to all else. */
+TQAI_C_API void tqai_block_init(tqai_block* block, size_t size);
+/** size: sizeof(*centre). Writes it, and 0 to all else. */
+TQAI_C_API void tqai_centre_init(tqai_centre* centre, size_t size);
+/** Blocks that a row has sealed: *count, of which the first `capacity` at most are written to
+ * `blocks`, each after its _init; NULL where that is 0. */
+TQAI_C_API tqai_status tqai_cache_sealed_blocks(const tqai_cache* cache, int32_t row,
+                                                tqai_block* blocks, size_t capacity, size_t* count);
+/** Fills `centre`, after its _init. */
+TQAI_C_API tqai_status tqai_cache_centre(const tqai_cache* cache, int32_t row, int32_t set,
+                                         int32_t head, tqai_centre* centre);
 /** Bytes that all caches of the process hold. */
 TQAI_C_API size_t tqai_allocated_bytes(void);
-/** From now on calls that would make it more than `bytes` return TQAI_NO_MEMORY, with the numbers in
- * tqai_last_error() and nothing changed; 0: no limit. */
+/** From now on calls that would make it more than `bytes` return TQAI_NO_MEMORY, with the numbers
+ * in tqai_last_error() and nothing changed; 0: no limit. */
 TQAI_C_API void tqai_limit_memory(size_t bytes);
 
 /* ---- Many caches at a time --------------------------------------------------------------------
@@ -307,8 +349,8 @@ TQAI_C_API void tqai_limit_memory(size_t bytes);
  * same results (sequences.hpp): a runtime's sequences, of any lengths. All or nothing: on failure
  * every cache is as before. One that is changed comes once in a list. */
 
-/** tqai_cache_append for each; keys, values: [count]; positions: [count] or NULL; resources: NULL for
- * the defaults, here and below. */
+/** tqai_cache_append for each; keys, values: [count]; positions: [count] or NULL; resources: NULL
+ * for the defaults, here and below. */
 TQAI_C_API tqai_status tqai_caches_append(tqai_cache* const* caches, size_t count,
                                           const tqai_tensor* keys, const tqai_tensor* values,
                                           const tqai_positions* positions,
@@ -449,7 +491,7 @@ TQAI_C_API tqai_status tqai_file_load(const tqai_file* file, size_t layer,
 /** Lives as long as the process. */
 typedef struct tqai_codebook tqai_codebook;
 
-/** head_dim 8 to 512, bits 1 to 8; grid TQAI_GRID_EXACT or TQAI_GRID_INT8. Milliseconds the first
+/** head_dim 8 to 576, bits 1 to 8; grid TQAI_GRID_EXACT or TQAI_GRID_INT8. Milliseconds the first
  * time. */
 TQAI_C_API tqai_status tqai_codebook_get(int32_t head_dim, int32_t bits, int32_t grid,
                                          const tqai_codebook** codebook);
@@ -471,7 +513,7 @@ typedef struct tqai_quantizer tqai_quantizer;
 /** What a quantiser is made of; the comments say the defaults. */
 typedef struct tqai_quantizer_options {
   size_t size;              /**< written by the _init */
-  int32_t head_dim;         /**< to be set: 8 to 512 */
+  int32_t head_dim;         /**< to be set: 8 to 576 */
   int32_t bits;             /**< 4 */
   int32_t rotation;         /**< TQAI_ROTATION_AUTO */
   int32_t grid;             /**< TQAI_GRID_EXACT */

@@ -33,8 +33,8 @@ struct CacheAccess;
 /// Geometry and settings of a cache; checked by KvCache's constructor.
 struct CacheOptions {
   int kv_heads = 0;           ///< ≥ 1
-  int head_dim = 0;           ///< of keys and queries, 8…512
-  int value_head_dim = 0;     ///< 8…512; 0: as head_dim
+  int head_dim = 0;           ///< of keys and queries, 8…576
+  int value_head_dim = 0;     ///< 8…576; 0: as head_dim
   DType dtype = DType::f32;   ///< of keys and values, and of what is kept exact
   int bits_k = 4;             ///< 1…8 per coordinate
   int bits_v = 2;             ///< 1…8 per coordinate
@@ -123,7 +123,7 @@ struct MemoryReport {
   std::int64_t packed_tokens = 0;      ///< of those, in tiles
   std::size_t packed_bytes = 0;        ///< tiles: codes and norms
   std::size_t exact_bytes = 0;         ///< sinks, window and what waits for sealing, with capacity
-  std::size_t overhead_bytes = 0;      ///< headers, lists, centres
+  std::size_t overhead_bytes = 0;      ///< headers, lists, centres, what is reserved
   std::size_t mapped_bytes = 0;        ///< tiles in pages of files (files.hpp), not in the total
   std::size_t basis_bytes = 0;         ///< the shared CacheOptions::key_basis, not in the total
   std::size_t uncompressed_bytes = 0;  ///< of the same tokens in `dtype`
@@ -148,6 +148,62 @@ enum class BasisAs : std::uint8_t { id, matrices };
 struct TokenSpan {
   std::int64_t first = 0;  ///< number of the first token
   std::int64_t count = 0;  ///< how many
+};
+
+/// 64 sealed tokens of a row as they lie in memory, read-only: for runtimes that bring tiles to
+/// another device, or send them elsewhere. What the bytes mean is in packing.hpp and
+/// docs/format.md.
+///
+/// They stay where they are, and as they are, for as long as any cache holds the tokens: this one
+/// until it is cropped below them, discards them or ends, and each copy of it likewise. Whoever
+/// keeps a copy keeps them.
+struct SealedBlock {
+  std::int64_t first_token = 0;     ///< number of the first one
+  int tokens = 0;                   ///< of the 64, the first ones: those that the row still has
+  std::int64_t first_position = 0;  ///< of the first token, where `positions` is empty
+  /// [sections, 64], where tokens do not stand one after another; sections is 1 where all of the
+  /// embedding's stand alike.
+  std::span<const std::int32_t> positions;
+  int centre_set = 0;                  ///< of the row's (KvCache::centre), what keys are less of
+  const TileLayout* layout = nullptr;  ///< KvCache::tile_layout
+  std::span<const std::byte> tiles;    ///< [kv_heads, layout->bytes()], 64-byte aligned
+
+  /// A head's tile, TileLayout::bytes(). For 0 ≤ head < kv_heads, here and below.
+  std::span<const std::byte> tile(int head) const noexcept {
+    return tiles.subspan(static_cast<std::size_t>(head) * layout->bytes(), layout->bytes());
+  }
+  /// What unpack_keys takes.
+  std::span<const std::byte> key_codes(int head) const noexcept {
+    return tile(head).first(layout->value_codes());
+  }
+  /// What unpack_values takes.
+  std::span<const std::byte> value_codes(int head) const noexcept {
+    return tile(head).subspan(layout->value_codes(), layout->key_norms() - layout->value_codes());
+  }
+  /// [64] FP16: a key, less its centre, is norm · step · level of each code, turned back by
+  /// KvCache::key_rotation; of keys in a basis see key_basis.hpp.
+  std::span<const std::uint16_t> key_norms(int head) const noexcept {
+    return norms(head, layout->key_norms());
+  }
+  /// [64] FP16, of values, turned back by KvCache::value_rotation.
+  std::span<const std::uint16_t> value_norms(int head) const noexcept {
+    return norms(head, layout->value_norms());
+  }
+
+ private:
+  std::span<const std::uint16_t> norms(int head, std::size_t offset) const noexcept {
+    return {reinterpret_cast<const std::uint16_t*>(tile(head).data() + offset),
+            static_cast<std::size_t>(kTileTokens)};
+  }
+};
+
+/// What is added to the keys of a head that codes stand for: at position p `constant`, and on pair
+/// f of the embedding (real[f] + i imaginary[f]) · e^(i p ω_f). Lives as a SealedBlock's bytes.
+struct CentreView {
+  Centering kind = Centering::none;  ///< none, mean or rope
+  std::span<const float> constant;   ///< [head_dim]
+  std::span<const float> real;       ///< [pairs], empty without an embedding
+  std::span<const float> imaginary;  ///< [pairs]
 };
 
 /// Keys and values of one attention layer for a batch of rows, compressed by TurboQuant
@@ -266,6 +322,22 @@ class TQAI_API KvCache {
 
   /// Bytes by part, counted as they were allocated. O(batch · tiles).
   MemoryReport memory() const;
+
+  /// Sets memory aside, in each row, for the tiles that `tokens` tokens in all will be sealed into,
+  /// so that what runs out is known now and not in the midst of generation: sealing them takes no
+  /// more memory for tiles. What is kept exact takes as much as before, whatever a cache's length.
+  /// Pages are not touched before they are used. `memory()` counts it as overhead until then.
+  /// Copies, `select` and `deserialize` set nothing aside; 0 gives it back. Throws ValueError for
+  /// less than 0, std::bad_alloc and MemoryLimitError.
+  void reserve(std::int64_t tokens);
+
+  /// Where the parts of a tile lie; of all tiles of this cache, as long as it lives.
+  const TileLayout& tile_layout() const noexcept;
+  /// What is sealed of row `row`, in order. O(blocks). Throws IndexError.
+  std::vector<SealedBlock> sealed_blocks(int row) const;
+  /// What the keys of `head` in blocks of set `set`, 0 … centre_sets(row) − 1, are centred on.
+  /// Throws IndexError.
+  CentreView centre(int row, int set, int head) const;
 
   /// What keys (less their centre) and queries go through before codes and products, and what sums
   /// of values come back from; for runtimes that read tiles on another device. They live as long as

@@ -23,7 +23,7 @@ inline constexpr int kMaxNarrowLevel = 63;
 /// [−1, 1] (arXiv:2504.19874, Lemma 1), with the midpoints between them. Immutable.
 class TQAI_API Codebook {
  public:
-  /// Solves the codebook: `head_dim` 8…512, `bits` 1…8, else ValueError. Milliseconds; prefer
+  /// Solves the codebook: `head_dim` 8…576, `bits` 1…8, else ValueError. Milliseconds; prefer
   /// `codebook()`, which solves each once.
   Codebook(int head_dim, int bits, Grid grid);
 

@@ -10,8 +10,9 @@ static_assert(sizeof(std::size_t) >= 8,
 
 /// Fewest coordinates of a vector.
 inline constexpr int kMinHeadDim = 8;
-/// Most. Sums over more could leave the kernels' 32 bits.
-inline constexpr int kMaxHeadDim = 512;
+/// Most: what attention over latents (DeepSeek's MLA) takes, 512 of the latent and 64 of the rotary
+/// key.
+inline constexpr int kMaxHeadDim = 576;
 /// Fewest bits of a coordinate's code.
 inline constexpr int kMinBits = 1;
 /// Most.

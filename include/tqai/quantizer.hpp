@@ -71,7 +71,7 @@ class TQAI_API VectorQuantizer {
   }
 
  protected:
-  /// Throws ValueError where head_dim is outside 8…512 or bits outside 1…8.
+  /// Throws ValueError where head_dim is outside 8…576 or bits outside 1…8.
   VectorQuantizer(int head_dim, int bits);
   /// @{
   /// For classes that derive from it.
@@ -105,7 +105,7 @@ class TQAI_API VectorQuantizer {
 
 /// What a Quantizer is made of.
 struct QuantizerOptions {
-  int head_dim = 0;                                 ///< 8…512
+  int head_dim = 0;                                 ///< 8…576
   int bits = 4;                                     ///< 1…8 per coordinate
   RotationKind rotation = RotationKind::automatic;  ///< of all vectors
   std::uint64_t seed = 0x7461'6971;                 ///< of the rotation
@@ -159,7 +159,7 @@ class TQAI_API Quantizer final : public VectorQuantizer {
 
 /// What a ProdQuantizer is made of.
 struct ProdQuantizerOptions {
-  int head_dim = 0;  ///< 8…512
+  int head_dim = 0;  ///< 8…576
   int bits = 4;      ///< 1…8 per coordinate, the sign of the residual's projection included
   RotationKind rotation = RotationKind::automatic;  ///< of all vectors
   std::uint64_t seed = 0x7461'6971;                 ///< of the rotation

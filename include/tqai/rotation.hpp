@@ -18,7 +18,7 @@ enum class RotationKind : std::uint8_t { automatic, hadamard, haar };
 /// Both give the same quantisation error. Immutable and thread-safe.
 class TQAI_API Rotation {
  public:
-  /// Throws ValueError where head_dim is outside 8…512, or hadamard is asked for a head_dim that
+  /// Throws ValueError where head_dim is outside 8…576, or hadamard is asked for a head_dim that
   /// is no power of two.
   Rotation(int head_dim, RotationKind kind, std::uint64_t seed);
 

@@ -155,6 +155,66 @@ CachePointer unpickle(const py::tuple& state) {
   return deserialize(state[0].cast<py::buffer>(), std::nullopt, {});
 }
 
+// An array over memory that `owner` keeps, not to be written.
+template <typename T>
+py::array_t<T> view_of(const T* data, std::vector<py::ssize_t> shape, const py::object& owner) {
+  py::array_t<T> array(std::move(shape), data, owner);
+  array.attr("setflags")(false);
+  return array;
+}
+
+py::list sealed_blocks(const LockedCache& cache, int row) {
+  // A copy shares the tiles, and keeps them while arrays look at them.
+  auto kept = std::make_unique<KvCache>(cache.read([](const KvCache& held) { return held; }));
+  const KvCache& held = *kept;
+  const std::vector<SealedBlock> blocks = held.sealed_blocks(row);
+  const py::capsule owner(kept.release(),
+                          [](void* memory) { delete static_cast<KvCache*>(memory); });
+  const py::ssize_t heads = held.options().kv_heads;
+  py::list result;
+  for (const SealedBlock& block : blocks) {
+    py::dict entry;
+    entry["first_token"] = block.first_token;
+    entry["tokens"] = block.tokens;
+    entry["first_position"] = block.first_position;
+    entry["positions"] = py::none();
+    if (!block.positions.empty()) {
+      entry["positions"] = view_of(
+          block.positions.data(),
+          {static_cast<py::ssize_t>(block.positions.size()) / kTileTokens, kTileTokens}, owner);
+    }
+    entry["centre_set"] = block.centre_set;
+    entry["tiles"] = view_of(reinterpret_cast<const std::uint8_t*>(block.tiles.data()),
+                             {heads, static_cast<py::ssize_t>(block.layout->bytes())}, owner);
+    result.append(entry);
+  }
+  return result;
+}
+
+py::dict tile_layout(const LockedCache& cache) {
+  const TileLayout& layout = cache.tile_layout();
+  py::dict result;
+  result["bytes"] = layout.bytes();
+  result["key_codes"] = layout.key_codes();
+  result["value_codes"] = layout.value_codes();
+  result["key_norms"] = layout.key_norms();
+  result["value_norms"] = layout.value_norms();
+  return result;
+}
+
+py::tuple centre(const LockedCache& cache, int row, int set, int head) {
+  const auto copied = [](std::span<const float> numbers) {
+    return std::vector<float>(numbers.begin(), numbers.end());
+  };
+  const auto [kind, constant, real, imaginary] = cache.peek([&](const KvCache& held) {
+    const CentreView view = held.centre(row, set, head);
+    return std::tuple(view.kind, copied(view.constant), copied(view.real), copied(view.imaginary));
+  });
+  return py::make_tuple(name_of(kind), py::array_t<float>(py::cast(constant)),
+                        py::array_t<float>(py::cast(real)),
+                        py::array_t<float>(py::cast(imaginary)));
+}
+
 CachePointer copy(const LockedCache& cache) {
   return std::make_unique<LockedCache>(cache.read([](const KvCache& held) { return held; }));
 }
@@ -352,6 +412,26 @@ query saw, by which outputs over different tokens merge.)")
             cache.change([token](KvCache& held) { held.discard_before(token); });
           },
           arg("token"), "Frees what only tokens before `token` need.")
+      .def(
+          "reserve",
+          [](LockedCache& cache, std::int64_t tokens) {
+            cache.change([tokens](KvCache& held) { held.reserve(tokens); });
+          },
+          arg("tokens"),
+          R"(Sets memory aside in each row for the tiles of `tokens` tokens in all: MemoryError comes now, and
+not when they are sealed.)")
+      .def(
+          "sealed_blocks", &sealed_blocks, arg("row"),
+          R"(What is sealed of a row, in order: dicts with first_token, tokens (the first ones of 64 that the
+row has), first_position, positions ([sections, 64] int32, or None where they follow one another),
+centre_set, and tiles [kv_heads, bytes] uint8. The arrays are views that cannot be written; they keep
+the tiles, whatever becomes of the cache. What is in a tile: tile_layout, docs/format.md.)")
+      .def_property_readonly("tile_layout", &tile_layout,
+                             "Bytes of a head's tile, and the offsets of its four parts.")
+      .def(
+          "centre", &centre, arg("row"), arg("set"), arg("head"),
+          R"(What keys of a row's blocks of a centre set are centred on: its kind, the constant [head_dim],
+and real and imaginary parts of what turns with the position [pairs].)")
       .def("memory", &memory, "Bytes held, by part.")
       .def_property_readonly(
           "rotations",

@@ -29,7 +29,7 @@ void bind_codebook(py::module_& module) {
                        R"(Lloyd-Max centroids of one coordinate of a random unit vector.
 
 grid "exact": the optimal ones; "int8": the best among integer multiples of one step, as the cache's
-kernels use them. head_dim 8 to 512, bits 1 to 8, else ValueError.)")
+kernels use them. head_dim 8 to 576, bits 1 to 8, else ValueError.)")
       .def(py::init([](int head_dim, int bits, const std::string& grid) {
              const Grid kind = grid_from_name(grid);
              const py::gil_scoped_release release;

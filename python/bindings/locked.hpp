@@ -59,6 +59,7 @@ class LockedCache {
   const CacheOptions& options() const noexcept { return cache_.options(); }
   const Rotation& key_rotation() const { return cache_.key_rotation(); }
   const Rotation& value_rotation() const noexcept { return cache_.value_rotation(); }
+  const TileLayout& tile_layout() const noexcept { return cache_.tile_layout(); }
 
  private:
   friend class LockedCaches;

@@ -131,7 +131,7 @@ void bind_quantizers(py::module_& module) {
       module, "Quantizer",
       R"(Smallest mean squared error (arXiv:2504.19874, Alg. 1): a random rotation, then the nearest
 centroid of each coordinate; the norm as FP16. With norm_correction reconstructions keep the length.
-head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
+head_dim 8 to 576, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
 "trellis", of 1 to 4 bits, have levels of their own in place of the grid's.)")
       .def(py::init(&make_quantizer), arg("head_dim"), arg("bits") = 4, kw_only(),
            arg("rotation") = "auto", arg("seed") = QuantizerOptions{}.seed, arg("grid") = "exact",

@@ -168,6 +168,11 @@ class KvCache:
         """
         What the keys sealed last are centred on; None before anything was sealed.
         """
+    def centre(self, row: typing.SupportsInt | typing.SupportsIndex, set: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex) -> tuple:
+        """
+        What keys of a row's blocks of a centre set are centred on: its kind, the constant [head_dim],
+        and real and imaginary parts of what turns with the position [pairs].
+        """
     def centre_sets(self, row: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
         Sets of centres that the tiles of a row refer to.
@@ -205,10 +210,22 @@ class KvCache:
         """
         Tokens of a row held as codes.
         """
+    def reserve(self, tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Sets memory aside in each row for the tiles of `tokens` tokens in all: MemoryError comes now, and
+        not when they are sealed.
+        """
     def seal(self, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Compresses what has left the residual window; returns how many tokens of a row cannot be,
         because of a vector that is too long for a tile.
+        """
+    def sealed_blocks(self, row: typing.SupportsInt | typing.SupportsIndex) -> list:
+        """
+        What is sealed of a row, in order: dicts with first_token, tokens (the first ones of 64 that the
+        row has), first_position, positions ([sections, 64] int32, or None where they follow one another),
+        centre_set, and tiles [kv_heads, bytes] uint8. The arrays are views that cannot be written; they keep
+        the tiles, whatever becomes of the cache. What is in a tile: tile_layout, docs/format.md.
         """
     def select(self, rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
@@ -255,6 +272,11 @@ class KvCache:
         are in a basis.
         """
     @property
+    def tile_layout(self) -> dict:
+        """
+        Bytes of a head's tile, and the offsets of its four parts.
+        """
+    @property
     def tokens(self) -> int:
         """
         Tokens appended and not cropped, the same for each row.
@@ -272,7 +294,7 @@ class Codebook:
     Lloyd-Max centroids of one coordinate of a random unit vector.
     
     grid "exact": the optimal ones; "int8": the best among integer multiples of one step, as the cache's
-    kernels use them. head_dim 8 to 512, bits 1 to 8, else ValueError.
+    kernels use them. head_dim 8 to 576, bits 1 to 8, else ValueError.
     """
     def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex, grid: str = 'exact') -> None:
         ...
@@ -402,7 +424,7 @@ class Quantizer(VectorQuantizer):
     """
     Smallest mean squared error (arXiv:2504.19874, Alg. 1): a random rotation, then the nearest
     centroid of each coordinate; the norm as FP16. With norm_correction reconstructions keep the length.
-    head_dim 8 to 512, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
+    head_dim 8 to 576, bits 1 to 8, rotation "auto", "hadamard" or "haar", grid "exact" or "int8". codes
     "trellis", of 1 to 4 bits, have levels of their own in place of the grid's.
     """
     def __init__(self, head_dim: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex = 4, *, rotation: str = 'auto', seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, grid: str = 'exact', norm_correction: bool = True, codes: str = 'scalar') -> None:

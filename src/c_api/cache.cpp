@@ -37,6 +37,8 @@ void tqai_attend_options_init(tqai_attend_options* options, size_t size) {
 void tqai_resources_init(tqai_resources* resources, size_t size) { fill(resources, size, {}); }
 void tqai_cache_info_init(tqai_cache_info* info, size_t size) { fill(info, size, {}); }
 void tqai_memory_init(tqai_memory* memory, size_t size) { fill(memory, size, {}); }
+void tqai_block_init(tqai_block* block, size_t size) { fill(block, size, {}); }
+void tqai_centre_init(tqai_centre* centre, size_t size) { fill(centre, size, {}); }
 
 tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** cache) {
   return guarded([&] {
@@ -206,6 +208,57 @@ tqai_status tqai_cache_get_memory(const tqai_cache* cache, tqai_memory* memory) 
     answer.uncompressed_bytes = report.uncompressed_bytes;
     answer.basis_bytes = report.basis_bytes;
     give(answer, memory, "memory");
+  });
+}
+
+tqai_status tqai_cache_reserve(tqai_cache* cache, int64_t tokens) {
+  return guarded([&] { given(cache, "cache").held.reserve(tokens); });
+}
+
+tqai_status tqai_cache_sealed_blocks(const tqai_cache* cache, int32_t row, tqai_block* blocks,
+                                     size_t capacity, size_t* count) {
+  return guarded([&] {
+    const std::vector<tqai::SealedBlock> held = given(cache, "cache").held.sealed_blocks(row);
+    (void)given(count, "count");
+    if (capacity > 0) (void)given(blocks, "blocks");
+    const std::size_t step = capacity > 0 ? blocks->size : 0;
+    for (std::size_t i = 0; i < std::min(capacity, held.size()); ++i) {
+      const tqai::SealedBlock& block = held[i];
+      tqai_block answer{};
+      answer.first_token = block.first_token;
+      answer.tokens = block.tokens;
+      answer.centre_set = block.centre_set;
+      answer.first_position = block.first_position;
+      if (!block.positions.empty()) {
+        answer.positions = block.positions.data();
+        answer.sections = static_cast<std::int32_t>(block.positions.size() / tqai::kTileTokens);
+      }
+      answer.tiles = block.tiles.data();
+      answer.tile_bytes = block.layout->bytes();
+      answer.value_codes = block.layout->value_codes();
+      answer.key_norms = block.layout->key_norms();
+      answer.value_norms = block.layout->value_norms();
+      // A caller's array has elements of the caller's size.
+      give(answer, reinterpret_cast<tqai_block*>(reinterpret_cast<char*>(blocks) + i * step),
+           "blocks[…]");
+    }
+    *count = held.size();
+  });
+}
+
+tqai_status tqai_cache_centre(const tqai_cache* cache, int32_t row, int32_t set, int32_t head,
+                              tqai_centre* centre) {
+  return guarded([&] {
+    const tqai::CentreView view = given(cache, "cache").held.centre(row, set, head);
+    tqai_centre answer{};
+    answer.kind = static_cast<std::int32_t>(view.kind);
+    answer.pairs = static_cast<std::int32_t>(view.real.size());
+    answer.constant = view.constant.data();
+    if (answer.pairs > 0) {
+      answer.real = view.real.data();
+      answer.imaginary = view.imaginary.data();
+    }
+    give(answer, centre, "centre");
   });
 }
 

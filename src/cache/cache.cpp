@@ -33,6 +33,12 @@ TQAI_INLINE std::int64_t first_token_of(const detail::CacheState& state) noexcep
   return first;
 }
 
+// For copies that take the rows' place.
+TQAI_INLINE void keep_spare(detail::CountedVector<Row>& rows,
+                            detail::CountedVector<Row>& copies) noexcept {
+  for (std::size_t b = 0; b < rows.size(); ++b) copies[b].spare = std::move(rows[b].spare);
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE KvCache::KvCache(const CacheOptions& options, int batch)
@@ -176,6 +182,7 @@ TQAI_INLINE void KvCache::set_padding(std::span<const std::int64_t> counts) {
   for (std::size_t b = 0; b < counts.size(); ++b) {
     detail::drop_padding(state.context, rows[b], place_of(rows[b], counts[b]) - rows[b].first);
   }
+  keep_spare(state.rows, rows);
   state.rows = std::move(rows);
 }
 
@@ -195,6 +202,7 @@ TQAI_INLINE void KvCache::leave_out(std::span<const std::uint8_t> hidden) {
     }
     detail::leave_out(state.context, rows[b], state.tokens, of_row);
   }
+  keep_spare(state.rows, rows);
   state.rows = std::move(rows);
 }
 
@@ -248,6 +256,11 @@ TQAI_INLINE MemoryReport KvCache::memory() const {
                              row.gaps.capacity() * sizeof(TokenSpan);
     for (const detail::Centres& centres : row.centre_sets) {
       add(centres.memory(), report.overhead_bytes);
+    }
+    report.overhead_bytes += row.spare.blocks.capacity() * sizeof(detail::SealedTokens);
+    for (const detail::SealedTokens& block : row.spare.blocks) {
+      add(block, report.overhead_bytes);
+      add(block.header().places, report.overhead_bytes);  // of a sealing that has failed
     }
     for (const detail::BlockView& view : row.sealed) {
       if (view.block.header().owner && !seen.contains(view.block.id())) {

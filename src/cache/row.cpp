@@ -219,6 +219,15 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
     const Positions positions = row.tail_positions.part(sealing.new_sinks + done, kTileTokens);
     SealedShape shape{first + done, positions.first(), places_of(positions), nullptr, {}};
     if (context.rope) cover(*context.rope, tile_positions(shape.first_position, shape.places));
+    // One that is set aside stays so until the sealing is done.
+    const auto& spare = row.spare.blocks;
+    if (sealing.blocks.size() < spare.size()) {
+      SealedTokens block = spare[spare.size() - 1 - sealing.blocks.size()];
+      shape.tiles = block.payload();
+      block.header() = std::move(shape);
+      sealing.blocks.push_back({std::move(block)});
+      continue;
+    }
     const auto& before = sealing.blocks.empty() ? row.sealed : sealing.blocks;
     sealing.blocks.push_back({make_block(std::move(shape), context.block_bytes(),
                                          before.empty() ? nullptr : &before.back().block)});
@@ -276,6 +285,7 @@ TQAI_INLINE void commit(Row& row, Sealing&& sealing) noexcept {
   for (BlockView& view : sealing.blocks) {
     row.sealed.push_back(std::move(view));
     row.sealed_tokens += kTileTokens;
+    if (!row.spare.blocks.empty()) row.spare.blocks.pop_back();
   }
 }
 
@@ -346,6 +356,7 @@ TQAI_INLINE Cropping prepare_cropping(const Context& context, const Row& row, st
 
 TQAI_INLINE void commit(Row& row, Cropping&& cropping) noexcept {
   if (!cropping.in_tail) {
+    cropping.row.spare = std::move(row.spare);
     row = std::move(cropping.row);
   } else if (cropping.tail_tokens < row.tail_tokens()) {
     if (cropping.tail) row.tail = std::move(cropping.tail);

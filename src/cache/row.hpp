@@ -59,6 +59,21 @@ inline kernels::TilePositions positions_of(const BlockView& view) noexcept {
 std::byte* exact_keys(const Context& context, const ExactTokens& tokens, int head) noexcept;
 std::byte* exact_values(const Context& context, const ExactTokens& tokens, int head) noexcept;
 
+/// Blocks that are set aside for a row; the last one is the next. A copy has none.
+struct SpareBlocks {
+  SpareBlocks() = default;
+  SpareBlocks(const SpareBlocks& /*other*/) noexcept {}
+  SpareBlocks(SpareBlocks&& other) noexcept = default;
+  SpareBlocks& operator=(const SpareBlocks& other) noexcept {
+    if (this != &other) blocks.clear();
+    return *this;
+  }
+  SpareBlocks& operator=(SpareBlocks&& other) noexcept = default;
+  ~SpareBlocks() = default;
+
+  CountedVector<SealedTokens> blocks;
+};
+
 /// Tokens held, in order: sinks, sealed, tail. Before the first sealing all are in the tail. Their
 /// places follow each other from `first` on: a token's place is its index, less the tokens in gaps
 /// before it. Copies share everything.
@@ -73,6 +88,7 @@ struct Row {
   ExactTokens tail;  // may be empty
   Positions tail_positions;
   CountedVector<Centres> centre_sets;  // empty before the first sealing
+  SpareBlocks spare;
 
   std::int64_t sink_tokens() const noexcept { return sinks ? sinks.header().tokens : 0; }
   std::int64_t tail_tokens() const noexcept { return tail ? tail.header().tokens : 0; }

@@ -90,6 +90,10 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
   const Softmax& softmax = head.softmax;
   const int rows = softmax.rows;
   const int terms = term_count(keys);
+  // |sums|, |fine| ≤ 127 · 128 · padded: of up to 512 coordinates their sum stays below 2^31, and
+  // of more it is taken in steps twice as large.
+  const bool wide = keys.padded > 512;
+  const float unit = terms == 2 && wide ? 2.0F : 1.0F;
   const QuerySegment* queries = query_segments(head.queries);
   const std::uint8_t* words = query_words(head.queries, keys);
   Fetch fetch = fetch_of(next.with_rows, rows);
@@ -107,9 +111,12 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
     for (int r = 0; r < rows; ++r) {
       std::int32_t* sums = scratch.scores[terms * r];
       if (terms == 2) {
-        // |sums|, |fine| ≤ 127 · 128 · 512: their sum stays below 2^31.
         const std::int32_t* fine = scratch.scores[2 * r + 1];
-        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
+        if (wide) {
+          for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio / 2 * sums[t] + (fine[t] >> 1);
+        } else {
+          for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
+        }
       }
       RowVecs vecs;
       if (s == 0) {
@@ -117,7 +124,7 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
       } else {
         load_row(scratch.block.scores[r], vecs);
       }
-      add_products(sums, queries[s].steps[r] * segment.step, scratch.key_norms, vecs);
+      add_products(sums, unit * queries[s].steps[r] * segment.step, scratch.key_norms, vecs);
       if (last) {
         weigh_row(softmax, r, tile, vecs, scratch);
         Integer::fetch(fetch);

@@ -20,7 +20,7 @@ struct CodeBins {
   static constexpr int kNarrowSize = 32;
 
   /// ascending: boundaries, symmetric about 0; throws std::logic_error where no
-  /// scale parts them, which does not happen on the int8 grid (tested for dimensions 8…512).
+  /// scale parts them, which does not happen on the int8 grid (tested for dimensions 8…576).
   explicit CodeBins(std::span<const float> ascending);
 
   int size;  // a power of two

@@ -979,6 +979,52 @@ static void test_sequences(void) {
   for (i = 0; i < 2; ++i) tqai_cache_destroy(alone[i]);
 }
 
+/* Tiles as they lie in memory, which a copy keeps, and memory for more of them. */
+static void test_blocks(void) {
+  tqai_cache* cache = filled();
+  tqai_cache* copy = NULL;
+  tqai_block blocks[4];
+  tqai_block more;
+  tqai_centre centre;
+  tqai_memory memory;
+  size_t count = 0;
+  int64_t packed = 0;
+  int i;
+  for (i = 0; i < 4; ++i) tqai_block_init(&blocks[i], sizeof(blocks[i]));
+  tqai_centre_init(&centre, sizeof(centre));
+  EXPECT(tqai_cache_packed_tokens(cache, 0, &packed) == TQAI_OK);
+  EXPECT(tqai_cache_sealed_blocks(cache, 0, NULL, 0, &count) == TQAI_OK);
+  EXPECT((int64_t)count * 64 == packed && count == 2);
+  EXPECT(tqai_cache_sealed_blocks(cache, 0, blocks, 4, &count) == TQAI_OK && count == 2);
+  EXPECT(blocks[0].first_token == 4 && blocks[1].first_token == 68 && blocks[2].tiles == NULL);
+  EXPECT(blocks[0].tokens == 64 && blocks[0].positions == NULL && blocks[0].first_position == 4);
+  EXPECT(blocks[0].value_codes == kDim * 4 * 8 && blocks[0].tile_bytes == 2 * kDim * 4 * 8 + 256);
+  EXPECT(blocks[0].key_norms == blocks[0].tile_bytes - 256 &&
+         blocks[0].value_norms == blocks[0].tile_bytes - 128);
+  EXPECT(tqai_cache_copy(cache, &copy) == TQAI_OK);
+  tqai_cache_destroy(cache);
+  tqai_block_init(&more, sizeof(more));
+  EXPECT(tqai_cache_sealed_blocks(copy, 0, &more, 1, &count) == TQAI_OK && count == 2);
+  EXPECT(more.tiles == blocks[0].tiles && ((const uint8_t*)more.tiles)[more.tile_bytes - 1] < 0x7c);
+  EXPECT(tqai_cache_centre(copy, 0, blocks[0].centre_set, 1, &centre) == TQAI_OK);
+  EXPECT(centre.constant != NULL && centre.pairs == 0 && centre.real == NULL);
+  EXPECT(centre.kind == TQAI_CENTERING_NONE || centre.kind == TQAI_CENTERING_MEAN);
+  EXPECT_ERROR(tqai_cache_centre(copy, 0, 9, 1, &centre), TQAI_INDEX_ERROR, "centre set 9");
+  EXPECT_ERROR(tqai_cache_sealed_blocks(copy, 1, NULL, 0, &count), TQAI_INDEX_ERROR, "row 1");
+  EXPECT_ERROR(tqai_cache_sealed_blocks(copy, 0, NULL, 1, &count), TQAI_VALUE_ERROR,
+               "blocks is NULL");
+  more.size = 1;
+  EXPECT_ERROR(tqai_cache_sealed_blocks(copy, 0, &more, 1, &count), TQAI_VALUE_ERROR, "size = 1");
+  EXPECT(tqai_cache_reserve(copy, 6400) == TQAI_OK);
+  tqai_memory_init(&memory, sizeof(memory));
+  EXPECT(tqai_cache_get_memory(copy, &memory) == TQAI_OK);
+  EXPECT(memory.overhead_bytes > 90 * 2 * blocks[0].tile_bytes);
+  EXPECT_ERROR(tqai_cache_reserve(copy, -1), TQAI_VALUE_ERROR, "reserved = -1");
+  tqai_block_init(NULL, 8);
+  tqai_centre_init(NULL, 8);
+  tqai_cache_destroy(copy);
+}
+
 int main(int argc, char** argv) {
   size_t before;
   EXPECT(strcmp(tqai_last_error(), "") == 0);
@@ -995,6 +1041,7 @@ int main(int argc, char** argv) {
   test_attend();
   test_resources();
   test_sequences();
+  test_blocks();
   test_memory_of_tensors();
   test_gather();
   test_rows();

@@ -78,6 +78,34 @@ TEST_P(EveryLevel, LongContextIsSplitAndMerged) {
   }
 }
 
+// What attention over the latents of DeepSeek's MLA reads: keys of 512 + 64 coordinates, the most
+// that there are, and values of 512. Queries along a key have the largest products that there are.
+TEST_P(EveryLevel, LatentsOf576Coordinates) {
+  auto engine = test::random_engine(18);
+  for (const int bits : {2, 4, 6, 8}) {
+    CacheOptions options = geometry(576, bits, bits, 1);
+    options.value_head_dim = 512;
+    options.level = GetParam();
+    options.centering = Centering::none;
+    KvCache cache(options);
+    Array keys({1, 1, 250, 576}, engine);
+    const Array values({1, 1, 250, 512}, engine);
+    cache.append(keys, values);
+    cache.seal();
+    ASSERT_GT(cache.packed_tokens(0), 128);
+    Array queries({1, 4, 2, 576}, engine);
+    for (int c = 0; c < 576; ++c) queries.at(0, 1, 1)[c] = 40.0F * keys.at(0, 0, 100)[c];
+    const Array output = attend(cache, queries);
+    EXPECT_LT(worst_error(cache, queries, output), 1.5e-2) << bits;
+    options.level = Level::scalar;
+    KvCache scalar(options);
+    scalar.append(keys, values);
+    scalar.seal();
+    EXPECT_EQ(output.data, attend(scalar, queries).data) << bits;
+    EXPECT_EQ(cache.serialize(), scalar.serialize()) << bits;
+  }
+}
+
 TEST_P(EveryLevel, PeakySoftmaxKeepsItsPeak) {
   // Keys of up to 4 bits take queries in one int8 term, finer ones in two.
   for (const auto& [bits, bound] : {std::pair{4, 2e-2}, std::pair{8, 3e-3}}) {

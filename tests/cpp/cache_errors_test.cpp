@@ -31,8 +31,8 @@ TEST_F(CacheErrors, RefusesOptionsOutOfRange) {
   };
   EXPECT_TRUE(contains(make([](auto& o) { o.bits_k = 9; }), "bits_k = 9; allowed: 1…8"));
   EXPECT_TRUE(contains(make([](auto& o) { o.bits_v = 0; }), "bits_v = 0; allowed: 1…8"));
-  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 7; }), "head_dim = 7; allowed: 8…512"));
-  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 513; }), "allowed: 8…512"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 7; }), "head_dim = 7; allowed: 8…576"));
+  EXPECT_TRUE(contains(make([](auto& o) { o.head_dim = 577; }), "allowed: 8…576"));
   EXPECT_TRUE(contains(make([](auto& o) { o.kv_heads = 0; }), "kv_heads = 0"));
   EXPECT_TRUE(contains(make([](auto& o) { o.sink_tokens = -1; }), "sink_tokens = -1"));
   EXPECT_TRUE(contains(make([](auto& o) { o.residual_window = -1; }), "residual_window = -1"));

@@ -26,7 +26,7 @@ int binned(const CodeBins& bins, float y, bool fuse) {
 }
 
 TEST(CodeBins, GiveTheCodebooksCodes) {
-  for (const int dim : {8, 9, 16, 40, 64, 80, 96, 128, 255, 256, 512}) {
+  for (const int dim : {8, 9, 16, 40, 64, 80, 96, 128, 255, 256, 512, 576}) {
     for (int bits = 1; bits <= 7; ++bits) {
       const Codebook& book = codebook(dim, bits, Grid::int8);
       const CodeBins bins(book.boundaries());
@@ -55,7 +55,7 @@ TEST(CodeBins, GiveTheCodebooksCodes) {
 
 // At AVX-512 the tables are registers: of up to 4 bits none may need more.
 TEST(CodeBins, OfNarrowCodesFitIntoRegistersAtAllDimensions) {
-  for (int dim = 8; dim <= 512; dim += dim < 64 ? 1 : 7) {
+  for (int dim = 8; dim <= 576; dim += dim < 64 ? 1 : 7) {
     for (int bits = 1; bits <= kNarrowBits; ++bits) {
       const CodeBins bins(codebook(dim, bits, Grid::int8).boundaries());
       EXPECT_EQ(bins.size, CodeBins::kNarrowSize) << "d " << dim << ", bits " << bits;

@@ -42,7 +42,7 @@ std::vector<double> doubles(std::span<const float> values) {
 /// `check` of each codebook of the given bits and grids.
 template <typename Check>
 void for_each_book(std::initializer_list<Grid> grids, int most_bits, Check&& check) {
-  for (const int dim : {8, 9, 31, 64, 96, 128, 256, 512}) {
+  for (const int dim : {8, 9, 31, 64, 96, 128, 256, 512, 576}) {
     for (int bits = 1; bits <= most_bits; ++bits) {
       for (const Grid grid : grids) {
         const Codebook& book = codebook(dim, bits, grid);
@@ -234,7 +234,7 @@ TEST(Codebook, IsSolvedOnceForAllThreads) {
 }
 
 TEST(Codebook, EveryHeadDimensionIsSolved) {
-  for (int dim = 8; dim <= 512; ++dim) {
+  for (int dim = 8; dim <= 576; ++dim) {
     const Codebook book(dim, 8, Grid::exact);
     EXPECT_TRUE(std::is_sorted(book.centroids().begin(), book.centroids().end())) << dim;
     // Rises with d towards the Gaussian's 4.1185e-5.
@@ -247,8 +247,8 @@ TEST(Codebook, RefusesWhatIsOutOfRange) {
   const auto error = [](int dim, int bits) {
     return test::value_error([=] { codebook(dim, bits, Grid::exact); });
   };
-  EXPECT_EQ(error(7, 4), "head_dim = 7; allowed: 8…512");
-  EXPECT_EQ(error(513, 4), "head_dim = 513; allowed: 8…512");
+  EXPECT_EQ(error(7, 4), "head_dim = 7; allowed: 8…576");
+  EXPECT_EQ(error(577, 4), "head_dim = 577; allowed: 8…576");
   EXPECT_EQ(error(64, 0), "bits = 0; allowed: 1…8");
   EXPECT_EQ(error(64, 9), "bits = 9; allowed: 1…8");
 }

@@ -455,7 +455,7 @@ Attended run_numbers(const Kernels& kernels, DType dtype, const std::vector<std:
 TEST_P(Levels, ExactTokensOfAnyDTypeAreWhatTheirNumbersAreInFloats) {
   auto engine = test::random_engine(31);
   for (const DType dtype : {DType::f16, DType::bf16}) {
-    for (const int dim : {8, 16, 41, 48, 64, 80, 128, 256}) {
+    for (const int dim : {8, 16, 41, 48, 64, 80, 128, 256, 576}) {
       for (const int tokens : {1, 17, 64, 100}) {
         std::vector<std::uint16_t> numbers;
         for (const float x : test::random_normal(static_cast<std::size_t>(tokens * dim), engine)) {

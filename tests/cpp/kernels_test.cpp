@@ -169,7 +169,7 @@ TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
   auto engine = test::random_engine(3);
   test::Memory memory;
   for (int bits = 1; bits <= 8; ++bits) {
-    for (const int dim : {8, 16, 18, 40, 41, 63, 64, 80, 96, 128, 256, 512}) {
+    for (const int dim : {8, 16, 18, 40, 41, 63, 64, 80, 96, 128, 256, 512, 576}) {
       const auto codec = make_codec(dim, bits);
       const auto rows = tile_rows(dim, engine);
       for (const bool keys : {true, false}) {
@@ -192,7 +192,7 @@ TEST_P(Levels, EncodeAndDecodeAgreeWithScalarBitForBit) {
 
 TEST_P(Levels, RotationsAreThoseOfTheLibraryBitForBit) {
   auto engine = test::random_engine(6);
-  for (const int dim : {8, 16, 40, 64, 80, 128, 256, 512}) {
+  for (const int dim : {8, 16, 40, 64, 80, 128, 256, 512, 576}) {
     for (const auto kind : {RotationKind::automatic, RotationKind::haar}) {
       CacheOptions options;
       options.kv_heads = 1;

@@ -117,7 +117,7 @@ TEST(TileLayout, SealedTokenCosts52BytesAtD64K4V2) {
 }
 
 TEST(TileLayout, PadsTo16AndKeepsLinesAligned) {
-  for (const int dim : {8, 16, 40, 80, 96, 256, 512}) {
+  for (const int dim : {8, 16, 40, 80, 96, 256, 512, 576}) {
     for (int bits = 1; bits <= 8; ++bits) {
       const TileLayout layout(dim, dim, bits, 9 - bits);
       EXPECT_EQ(layout.key_segments().front().count % kCoordinateBlock, 0);

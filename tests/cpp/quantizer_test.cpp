@@ -235,8 +235,8 @@ TEST(VectorQuantizer, RefusesOptionsOutOfRange) {
   const auto prod = [](int dim, int bits, RotationKind kind = RotationKind::automatic) {
     return value_error([=] { ProdQuantizer({dim, bits, kind}); });
   };
-  EXPECT_EQ(mse(0, 4), "head_dim = 0; allowed: 8…512");
-  EXPECT_EQ(prod(513, 4), "head_dim = 513; allowed: 8…512");
+  EXPECT_EQ(mse(0, 4), "head_dim = 0; allowed: 8…576");
+  EXPECT_EQ(prod(577, 4), "head_dim = 577; allowed: 8…576");
   EXPECT_EQ(mse(64, 0), "bits = 0; allowed: 1…8");
   EXPECT_EQ(mse(64, 9), "bits = 9; allowed: 1…8");
   EXPECT_EQ(prod(64, 0), "bits = 0; allowed: 1…8");

@@ -334,8 +334,8 @@ TEST(Rotation, RefusesWhatItCannotDo) {
   const auto error = [](int dim, RotationKind kind) {
     return value_error([=] { Rotation(dim, kind, 0); });
   };
-  EXPECT_EQ(error(7, RotationKind::automatic), "head_dim = 7; allowed: 8…512");
-  EXPECT_EQ(error(513, RotationKind::haar), "head_dim = 513; allowed: 8…512");
+  EXPECT_EQ(error(7, RotationKind::automatic), "head_dim = 7; allowed: 8…576");
+  EXPECT_EQ(error(577, RotationKind::haar), "head_dim = 577; allowed: 8…576");
   EXPECT_EQ(error(80, RotationKind::hadamard),
             "head_dim = 80 with a Hadamard rotation; allowed: powers of two, or a Haar rotation");
 

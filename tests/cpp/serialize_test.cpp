@@ -209,7 +209,7 @@ struct Hostile {
       for (const float frequency : inv_freq) put(frequency);
       put(std::uint32_t{0});
     }
-    const bool valid = head_dim >= 8 && head_dim <= 512;
+    const bool valid = head_dim >= 8 && head_dim <= 576;
     const Codebook& book = codebook(valid ? head_dim : kDim, 4, Grid::int8);
     for (int side = 0; side < 2; ++side) {
       put(levels_mark != 0 ? levels_mark : detail::crc32(std::as_bytes(book.levels())));

@@ -30,7 +30,7 @@ using test::geometry;
 using test::Tokens;
 
 constexpr std::size_t kStackBytes = std::size_t{128} << 10;
-constexpr int kDim = 512;
+constexpr int kDim = 576;
 
 struct Job {
   Level level;

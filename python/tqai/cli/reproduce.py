@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
     )
     number = {"type": int, "metavar": "N"}
     for option, default, text in (
-        ("--head-dim", 128, "coordinates of a vector, 8…512"),
+        ("--head-dim", 128, "coordinates of a vector, 8…576"),
         ("--vectors", 32768, "vectors, in equal parts for each projection"),
         ("--queries", 64, "queries for each part, each multiplied with all of its vectors"),
         ("--projections", 128, "projection seeds of the prod quantiser"),

@@ -170,7 +170,7 @@ def reproduce(
     result says where each bound comes from.
 
     Args:
-        head_dim: d, 8 to 512.
+        head_dim: d, 8 to 576.
         bits: each 1 to 8; with prod the sign of the projection is one of them. Rows are in
             ascending order, each number once.
         vectors: in all; rounded down to a multiple of `projections`.
@@ -187,7 +187,7 @@ def reproduce(
     """
     bits = sorted(set(bits))
     for name, value, low, high in (
-        ("head_dim", head_dim, 8, 512),
+        ("head_dim", head_dim, 8, 576),
         *(("bits", b, 1, 8) for b in bits),
         ("queries", queries, 1, None),
         ("projections", projections, 2, None),

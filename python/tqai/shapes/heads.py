@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MIN_HEAD_DIM = 8
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
 
 
 class Heads(NamedTuple):

@@ -163,7 +163,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--head-dim", "7"], "head_dim=7: expected 8 to 512"),
+        (["--head-dim", "7"], "head_dim=7: expected 8 to 576"),
         (["--head-dim", "96", "--rotation", "hadamard"], "powers of two"),
         (["--bits", "4", "9"], "bits=9: expected 1 to 8"),
         (["--vectors", "100"], "vectors=100: expected at least projections=128"),

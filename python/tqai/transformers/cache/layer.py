@@ -163,7 +163,7 @@ class TqaiLayer(CacheLayerMixin):
 
         Raises:
             ValueError: for a shape or dtype that does not fit the layer, NaN, or infinity.
-            NotImplementedError: for a head_dim outside 8…512, or tensors without numbers.
+            NotImplementedError: for a head_dim outside 8…576, or tensors without numbers.
         """
         keys, values = _plain(key_states), _plain(value_states)
         shapes, dtypes = (keys.shape, values.shape), (keys.dtype, values.dtype)
