@@ -129,7 +129,8 @@ inline void accumulate_from(int c, const float (*weights)[kTileTokens], const Nu
 template <DType kType, int kRows>
 inline void accumulate_exact(const float (*weights)[kTileTokens], const Number<kType>* values,
                              int padded, int tokens, float* output, std::int64_t stride) noexcept {
-  constexpr int kOne = kVectorLanes == 16 ? 16 : 4;  // of one row: where it can, the whole vector
+  // Of one row: where it can, the whole vector.
+  constexpr int kOne = kVectorLanes == 16 ? 16 : kVectorLanes == 8 ? 4 : 8;
   constexpr int kVecs = kRows == 1 ? kOne : kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
   accumulate_from<kType, kRows, kVecs>(0, weights, values, padded, tokens, output, stride);
 }
