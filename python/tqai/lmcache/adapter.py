@@ -57,7 +57,7 @@ class TqaiL2AdapterConfig(L2AdapterConfigBase):
         return None
 
     @serde_config.setter
-    def serde_config(self, given: SerdeConfig | None) -> None:
+    def serde_config(self, given: SerdeConfig | None) -> None:  # type: ignore[override]
         pass  # from_dict has read it
 
     @classmethod

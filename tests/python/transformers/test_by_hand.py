@@ -71,8 +71,9 @@ def filled_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_copies_and_files(tmp_path: Path) -> None:
     model = make_model()
-    model.set_attn_implementation("tqai")
-    cache = filled(model, tqai.TqaiCache(model, bits_k=3, **SEALING), make_ids(1, 200))
+    cache = tqai.TqaiCache(model, bits_k=3, **SEALING)
+    model.set_attn_implementation("tqai")  # which the first cache makes known
+    filled(model, cache, make_ids(1, 200))
     more = make_ids(1, 3, seed=1)
     tqai.save_cache(cache, tmp_path / "cache")
     copied, pickled = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
