@@ -175,6 +175,7 @@ typedef struct tqai_cache_options {
   /** NULL: none. The cache shares it: the handle may be destroyed at once. */
   const tqai_key_basis* key_basis;
   int32_t value_codes; /**< TQAI_CODES_SCALAR; a trellis's have 1 to 4 bits */
+  int32_t key_codes;   /**< TQAI_CODES_SCALAR; a trellis's have 2 to 4 bits, and a key_basis */
 } tqai_cache_options;
 
 /** What of the tokens a query sees, and how scores become weights. */
@@ -211,6 +212,7 @@ typedef struct tqai_cache_info {
   int64_t first_token;     /**< that some row still holds */
   const char* level;       /**< for ever */
   int32_t value_codes;     /**< TQAI_CODES_SCALAR or TQAI_CODES_TRELLIS */
+  int32_t key_codes;       /**< of keys */
 } tqai_cache_info;
 
 /** Bytes that a cache holds (tqai::MemoryReport). */

@@ -51,6 +51,9 @@ struct CacheOptions {
   /// What keys are quantised in, in place of the rotation, which then is of values alone; learnt
   /// for as many heads, coordinates and bits (<tqai/key_basis.hpp>). Null: none.
   std::shared_ptr<const KeyBasis> key_basis = nullptr;
+  /// What codes of keys stand for. A trellis takes kMinKeyTrellisBits…kMaxTrellisBits bits, the
+  /// same bytes, and a `key_basis`.
+  CodeKind key_codes = CodeKind::scalar;
   /// What codes of values stand for. A trellis takes 1…kMaxTrellisBits bits, and the same bytes.
   CodeKind value_codes = CodeKind::scalar;
 };

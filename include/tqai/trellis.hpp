@@ -14,6 +14,8 @@ enum class CodeKind : std::uint8_t { scalar, trellis };
 
 /// Trellis codes have 1 to so many bits.
 inline constexpr int kMaxTrellisBits = 4;
+/// Those of keys have so many at least.
+inline constexpr int kMinKeyTrellisBits = 2;
 
 /// The levels of trellis codes of b bits (trellis-coded quantisation: Marcellin and Fischer 1990;
 /// bit-shift trellises: QTIP, arXiv:2406.11235).
@@ -39,6 +41,42 @@ struct Trellis {
 
 /// The trellis of `bits`, 1…kMaxTrellisBits; else ValueError.
 TQAI_API const Trellis& trellis(int bits);
+
+/// The levels of trellis codes of keys, which are found in a closed loop (tqai/key_basis.hpp),
+/// coordinate after coordinate: each path that is still open needs a loop of its own, so that there
+/// are fewer than in a `Trellis`.
+///
+/// A code's window is its own bits and, below them, the upper ones of those before it, 6 in all.
+/// The first code comes after `start`. In a tile the codes of a token follow one another in the
+/// order of coordinates 0, 4, 8 …, then 1, 5, 9 … of what is stored (key_coordinate): in each byte
+/// of its lines, which a reader goes through side by side.
+struct KeyTrellis {
+  static constexpr int kWindowBits = 6;
+  static constexpr int kWindows = 1 << kWindowBits;
+
+  int bits;                                  ///< of a code
+  double unit;                               ///< of a level, in standard deviations
+  unsigned start;                            ///< what stands below the first code's bits
+  std::array<std::int8_t, kWindows> levels;  ///< by window, within ±63 (kMaxNarrowLevel)
+
+  /// The window of a code after another's.
+  constexpr unsigned next(unsigned window, unsigned code) const noexcept {
+    return window >> bits | code << (kWindowBits - bits);
+  }
+  /// What next() takes for the window before the first.
+  constexpr unsigned before_first() const noexcept { return start << bits; }
+  /// What a level stands for in vectors of length 1.
+  TQAI_API float step(int head_dim) const noexcept;
+};
+
+/// The trellis of keys of `bits`, kMinKeyTrellisBits…kMaxTrellisBits; else ValueError.
+TQAI_API const KeyTrellis& key_trellis(int bits);
+
+/// Where the i-th code of a key's path is stored, among `padded` coordinates.
+constexpr int key_coordinate(int i, int padded) noexcept {
+  const int quads = padded / 4;
+  return 4 * (i % quads) + i / quads;
+}
 
 }  // namespace tqai
 

@@ -46,8 +46,9 @@ CachePointer make_cache(int batch, int kv_heads, int head_dim, int value_head_di
                         const std::string& centering, const std::optional<RopeArguments>& rope,
                         std::uint64_t seed, const std::optional<std::string>& level,
                         const std::optional<std::shared_ptr<KeyBasis>>& key_basis,
-                        const std::string& value_codes) {
+                        const std::string& value_codes, const std::string& key_codes) {
   CacheOptions options;
+  options.key_codes = codes_from_name("key_codes", key_codes);
   options.value_codes = codes_from_name("value_codes", value_codes);
   if (key_basis) options.key_basis = *key_basis;
   options.kv_heads = kv_heads;
@@ -286,13 +287,14 @@ thread may call any method at any time: those that change the cache wait for the
 nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
 "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
 key_basis: what keys are quantised in, in place of a rotation. value_codes: "scalar", or "trellis" for
-1 to 4 bits. See include/tqai/cache.hpp.)")
+1 to 4 bits. key_codes: the same of keys in a basis, for 2 to 4 bits. See include/tqai/cache.hpp.)")
       .def(py::init(&make_cache), kw_only(), arg("batch"), arg("kv_heads"), arg("head_dim"),
            arg("value_head_dim") = 0, arg("dtype") = ElementType::float32, arg("bits_k") = 4,
            arg("bits_v") = 2, arg("sink_tokens") = 4, arg("residual_window") = 128,
            arg("rotation") = "auto", arg("centering") = "auto", arg("rope") = py::none(),
            arg("seed") = CacheOptions{}.seed, arg("level") = py::none(),
-           arg("key_basis") = py::none(), arg("value_codes") = "scalar")
+           arg("key_basis") = py::none(), arg("value_codes") = "scalar",
+           arg("key_codes") = "scalar")
       .def_property_readonly("batch", peek(&KvCache::batch))
       .def_property_readonly("kv_heads", [](const LockedCache& c) { return c.options().kv_heads; })
       .def_property_readonly("head_dim", [](const LockedCache& c) { return c.options().head_dim; })
@@ -453,6 +455,10 @@ are in a basis.)")
           "value_codes",
           [](const LockedCache& c) { return std::string(name_of(c.options().value_codes)); },
           R"(What codes of values stand for: "scalar" or "trellis".)")
+      .def_property_readonly(
+          "key_codes",
+          [](const LockedCache& c) { return std::string(name_of(c.options().key_codes)); },
+          R"(What codes of keys stand for: "scalar" or "trellis".)")
       .def(
           "serialize", &serialize, arg("with_basis") = false,
           R"(The cache as bytes, for files and other processes. Of a basis that keys are in, its id is

@@ -73,6 +73,21 @@ include/tqai/trellis.hpp.)")
             return array_of(std::span<const std::int8_t>(levels));
           },
           "[256] int8, by window.");
+
+  py::class_<KeyTrellis>(module, "KeyTrellis",
+                         R"(The levels of trellis codes of keys, bits 2 to 4, else ValueError.
+
+A code's window is its own bits and, below them, the upper ones of those before it, 6 in all. See
+include/tqai/trellis.hpp.)")
+      .def(py::init([](int bits) { return key_trellis(bits); }), arg("bits"))
+      .def_readonly("bits", &KeyTrellis::bits)
+      .def_readonly("start", &KeyTrellis::start, "What stands below the first code's bits.")
+      .def("step", &KeyTrellis::step, arg("head_dim"),
+           "What a level of 1 stands for in vectors of length 1.")
+      .def_property_readonly(
+          "levels",
+          [](const KeyTrellis& t) { return array_of(std::span<const std::int8_t>(t.levels)); },
+          "[64] int8, by window.");
 }
 
 }  // namespace tqai::python

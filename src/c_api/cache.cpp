@@ -60,6 +60,7 @@ tqai_status tqai_cache_create(const tqai_cache_options* options, tqai_cache** ca
     settings.seed = all.seed;
     settings.level = level_of(all.level);
     if (all.key_basis != nullptr) settings.key_basis = all.key_basis->held;
+    settings.key_codes = codes_of("key_codes", all.key_codes);
     settings.value_codes = codes_of("value_codes", all.value_codes);
     made = new tqai_cache{tqai::KvCache(settings, all.batch)};
   });
@@ -190,6 +191,7 @@ tqai_status tqai_cache_get_info(const tqai_cache* cache, tqai_cache_info* info) 
     answer.first_token = held.first_token();
     answer.level = tqai::name_of(*options.level).data();
     answer.value_codes = static_cast<std::int32_t>(options.value_codes);
+    answer.key_codes = static_cast<std::int32_t>(options.key_codes);
     give(answer, info, "info");
   });
 }

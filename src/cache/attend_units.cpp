@@ -52,6 +52,16 @@ TQAI_INLINE float log_of(float sum, float max, bool is_finite) noexcept {
                             (static_cast<double>(max) + std::log2(static_cast<double>(sum))));
 }
 
+// Coordinates of rows [rows, padded] as trellis codes of keys are stored.
+TQAI_INLINE void order_as_stored(float* rows, int count, std::int64_t padded) noexcept {
+  float row[kernels::kMaxDim];
+  const auto width = static_cast<int>(padded);
+  for (int r = 0; r < count; ++r, rows += padded) {
+    std::copy_n(rows, padded, row);
+    for (int c = 0; c < width; ++c) rows[key_coordinate(c, width)] = row[c];
+  }
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
@@ -179,6 +189,9 @@ TQAI_INLINE void AttendUnits::prepare(const Batch& batch, std::int64_t index) co
   if (context_.options.key_basis) {
     context_.kernels->transform_queries(context_.transform(unit.kv_head), static_cast<int>(dim),
                                         work.plain, unit.rows, key_padded_, rotated);
+    if (context_.options.key_codes == CodeKind::trellis) {
+      order_as_stored(rotated, unit.rows, key_padded_);
+    }
   } else {
     for (int r = 0; r < unit.rows; ++r) {
       context_.kernels->rotate(keys, work.plain + static_cast<std::ptrdiff_t>(r) * key_padded_,

@@ -86,6 +86,20 @@ TQAI_INLINE void check_basis(const KeyBasis& basis, const CacheOptions& options)
                    " and bits_k = " + std::to_string(options.bits_k) + ": learn one for these");
 }
 
+TQAI_INLINE void check_paths(const CacheOptions& options) {
+  if (options.bits_k < kMinKeyTrellisBits || options.bits_k > kMaxTrellisBits) {
+    throw ValueError("bits_k = " + std::to_string(options.bits_k) +
+                     " where key_codes is trellis; allowed: " + std::to_string(kMinKeyTrellisBits) +
+                     "…" + std::to_string(kMaxTrellisBits) + ", or scalar codes");
+  }
+  if (!options.key_basis) {
+    throw ValueError(
+        "key_codes is trellis, but there is no key_basis, in which these codes are found; give "
+        "one, "
+        "or use scalar codes");
+  }
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE void check_rope(const Rope& rope, int head_dim) {
@@ -120,6 +134,8 @@ TQAI_INLINE CacheOptions checked(CacheOptions options) {
   checked_head_dim("value_head_dim", options.value_head_dim);
   checked_bits("bits_k", options.bits_k);
   checked_bits("bits_v", options.bits_v);
+  check_enumerator("key_codes", options.key_codes, CodeKind::trellis);
+  if (options.key_codes == CodeKind::trellis) check_paths(options);
   check_enumerator("value_codes", options.value_codes, CodeKind::trellis);
   if (options.value_codes == CodeKind::trellis && options.bits_v > kMaxTrellisBits) {
     throw ValueError("bits_v = " + std::to_string(options.bits_v) +

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <numeric>
 #include <tuple>
+#include <utility>
 
 namespace tqai::detail {
 namespace TQAI_LOCAL {
@@ -84,6 +86,22 @@ TQAI_INLINE kernels::SegmentPlan plan_rings(const Segment& segment, int head_dim
   return rings;
 }
 
+// The same of keys. trials: of scalar codes.
+TQAI_INLINE std::vector<kernels::SegmentPlan> plan_paths(
+    const CacheOptions& options, const std::vector<kernels::SegmentPlan>& trials) {
+  if (options.key_codes == CodeKind::scalar) return trials;
+  const kernels::SegmentPlan& trial = trials.front();
+  const KeyTrellis& tables = key_trellis(options.bits_k);
+  kernels::SegmentPlan paths{};
+  paths.first = trial.first;
+  paths.count = trial.count;
+  paths.bits = trial.bits;
+  paths.step = tables.step(options.head_dim);
+  paths.key_trellis = &tables;
+  paths.trial = &trial;
+  return {paths};
+}
+
 TQAI_INLINE kernels::SidePlan plan_side(const Rotation& rotation,
                                         const std::vector<kernels::SegmentPlan>& segments,
                                         std::size_t codes, std::size_t norms) {
@@ -127,6 +145,25 @@ TQAI_INLINE float longest_in_trellis(int dim, const Trellis& tables) {
   return kRounding * kMaxHalf * tables.step(dim) * static_cast<float>(outermost);
 }
 
+// The shortest path, found as Viterbi does.
+TQAI_INLINE float shortest_path(int dim, const KeyTrellis& tables) {
+  const unsigned states = KeyTrellis::kWindows >> tables.bits;
+  const int most = std::numeric_limits<int>::max() / 2;
+  std::vector<int> squares(states, most);
+  squares[tables.start] = 0;
+  for (int c = 0; c < dim; ++c) {
+    std::vector<int> next(states, most);
+    for (unsigned window = 0; window < KeyTrellis::kWindows; ++window) {
+      const int level = tables.levels[window];
+      int& least = next[window >> tables.bits];
+      least = std::min(least, squares[window % states] + level * level);
+    }
+    squares = std::move(next);
+  }
+  const int least = *std::min_element(squares.begin(), squares.end());
+  return tables.step(dim) * std::sqrt(static_cast<float>(std::max(least, 1)));
+}
+
 TQAI_INLINE float shortest_vector(int dim, int bits) {
   const Codebook& book = codebook(dim, bits, Grid::int8);
   int innermost = 127;
@@ -146,8 +183,8 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
       key_bins_(bins_of(layout_.key_segments(), options.head_dim)),
       value_bins_(bins_of(layout_.value_segments(), options.value_head_dim)),
       value_trellis_(plan_trellis(options)),
-      key_segments_(
-          plan_segments(layout_.key_segments(), options.head_dim, key_levels_, key_bins_)),
+      key_trials_(plan_segments(layout_.key_segments(), options.head_dim, key_levels_, key_bins_)),
+      key_segments_(plan_paths(options, key_trials_)),
       value_segments_(value_trellis_
                           ? std::vector{plan_rings(layout_.value_segments().front(),
                                                    options.value_head_dim, *value_trellis_)}
@@ -161,15 +198,17 @@ TQAI_INLINE Codec::Codec(const CacheOptions& options)
       longest_value_(value_trellis_
                          ? longest_in_trellis(options.value_head_dim, *value_trellis_->tables)
                          : longest_vector(options.value_head_dim, options.bits_v)),
-      shortest_codes_(shortest_vector(options.head_dim, options.bits_k)) {}
+      shortest_codes_(options.key_codes == CodeKind::trellis
+                          ? shortest_path(options.head_dim, key_trellis(options.bits_k))
+                          : shortest_vector(options.head_dim, options.bits_k)) {}
 
 TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& options) {
-  using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t, CodeKind>;
+  using Key = std::tuple<int, int, int, int, RotationKind, std::uint64_t, CodeKind, CodeKind>;
   // Never destroyed: caches in static storage may outlive any order of destruction.
   static auto& mutex = *new std::mutex;
   static auto& table = *new std::map<Key, std::weak_ptr<const Codec>>;
-  const Key key{options.head_dim, options.value_head_dim, options.bits_k,     options.bits_v,
-                options.rotation, options.seed,           options.value_codes};
+  const Key key{options.head_dim, options.value_head_dim, options.bits_k,    options.bits_v,
+                options.rotation, options.seed,           options.key_codes, options.value_codes};
   const std::scoped_lock lock(mutex);
   std::weak_ptr<const Codec>& entry = table[key];
   std::shared_ptr<const Codec> codec = entry.lock();

@@ -50,6 +50,7 @@ class Codec {
   std::vector<std::optional<kernels::CodeBins>> key_bins_;
   std::vector<std::optional<kernels::CodeBins>> value_bins_;
   std::optional<kernels::TrellisPlan> value_trellis_;
+  std::vector<kernels::SegmentPlan> key_trials_;  // of trellis codes
   std::vector<kernels::SegmentPlan> key_segments_;
   std::vector<kernels::SegmentPlan> value_segments_;
   kernels::TilePlan plan_{};

@@ -51,7 +51,10 @@ struct Context {
   /// Of the kernels' working memory for a tile's keys and values.
   std::size_t coding_bytes() const noexcept {
     const std::size_t of_keys =
-        options.key_basis ? kernels::basis_coding_bytes(options.head_dim) : kernels::kCodingBytes;
+        options.key_codes == CodeKind::trellis
+            ? kernels::key_path_coding_bytes(options.head_dim)
+            : (options.key_basis ? kernels::basis_coding_bytes(options.head_dim)
+                                 : kernels::kCodingBytes);
     return options.value_codes == CodeKind::scalar
                ? of_keys
                : std::max(of_keys,

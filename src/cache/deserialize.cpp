@@ -435,6 +435,9 @@ TQAI_INLINE Header read_header(Reader& reader,
     require_range("a flag", flag, 0, 1);
     has_basis = flag != 0;
   }
+  if (header.version >= kWithKeyTrellis) {
+    options.key_codes = enumerator(reader, CodeKind::trellis, "a kind of codes");
+  }
   if (has_basis) options.key_basis = read_basis(bases, reader);
   return header;
 }

@@ -123,14 +123,18 @@ TQAI_INLINE void write_cache(const Context& context, std::int64_t tokens,
   const bool have_gaps =
       std::any_of(rows.begin(), rows.end(), [](const Row& row) { return !row.gaps.empty(); });
   const bool have_basis = context.options.key_basis != nullptr;
-  const std::uint32_t version = context.options.value_codes == CodeKind::trellis ? kWithTrellis
-                                : have_basis                                     ? kWithBasis
-                                : have_gaps                                      ? kWithGaps
-                                                                                 : kTilesLast;
+  const std::uint32_t version = context.options.key_codes == CodeKind::trellis     ? kWithKeyTrellis
+                                : context.options.value_codes == CodeKind::trellis ? kWithTrellis
+                                : have_basis                                       ? kWithBasis
+                                : have_gaps                                        ? kWithGaps
+                                                                                   : kTilesLast;
   write_options(context.options, version, writer);
   if (version >= kWithTrellis) {
     writer.write(static_cast<std::uint8_t>(context.options.value_codes));
     writer.write(static_cast<std::uint8_t>(have_basis ? 1 : 0));
+  }
+  if (version >= kWithKeyTrellis) {
+    writer.write(static_cast<std::uint8_t>(context.options.key_codes));
   }
   if (have_basis) write_basis(*context.options.key_basis, basis, writer);
   write_codebooks(context.options, writer);

@@ -67,6 +67,15 @@ struct Avx2 {
     return _mm256_and_si256(v, _mm256_set1_epi8((1 << kBits) - 1));
   }
   static Vec either(Vec a, Vec b) noexcept { return _mm256_or_si256(a, b); }
+  template <int kBits>
+  static Vec merge(Vec low, Vec high) noexcept {  // clean
+    constexpr int kLow = (1 << kBits) - 1;
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(kLow)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(0x3F & ~kLow)));
+  }
+  static Vec next_bytes(Vec v, std::uint8_t value) noexcept {
+    return _mm256_or_si256(_mm256_slli_epi32(v, 8), _mm256_set1_epi32(value));
+  }
 
   struct NarrowKeys {
     Vec levels;  // u8, plus kNarrowBias
@@ -130,6 +139,28 @@ struct Avx2 {
       } else {
         return wide(codes);
       }
+    }
+  };
+
+  struct WindowTable {
+    Vec entries[4];
+
+    explicit WindowTable(const std::int8_t* of_windows) noexcept {
+      for (int i = 0; i < 4; ++i) {
+        const __m128i row =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(of_windows + std::ptrdiff_t{16} * i));
+        entries[i] = _mm256_broadcastsi128_si256(_mm_add_epi8(row, _mm_set1_epi8(kNarrowBias)));
+      }
+    }
+    // A shuffle gives 0 where the highest bit is set, and else looks at the lowest 4.
+    NarrowKeys key_operand(Vec windows) const noexcept {
+      const Vec low =
+          _mm256_blendv_epi8(_mm256_shuffle_epi8(entries[0], windows),
+                             _mm256_shuffle_epi8(entries[1], windows), shift_left<3>(windows));
+      const Vec high =
+          _mm256_blendv_epi8(_mm256_shuffle_epi8(entries[2], windows),
+                             _mm256_shuffle_epi8(entries[3], windows), shift_left<3>(windows));
+      return {_mm256_blendv_epi8(low, high, shift_left<2>(windows))};
     }
   };
 
@@ -264,6 +295,49 @@ struct Avx2 {
     _mm256_storeu_ps(
         p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(step), _mm256_loadu_ps(p)));
   }
+};
+
+// Of 4 bits: the lower part of a window is the two upper bits of the code before, which choose
+// among tables where they are. Windows that are put together take four instructions more.
+template <int kCount>
+struct KeyPathReader<Avx2, 4, kCount> {
+  using Vec = Avx2::Vec;
+  static constexpr int kBits = 4;
+
+  explicit KeyPathReader(const SegmentPlan& segment) noexcept
+      : before_first(static_cast<std::uint8_t>(segment.key_trellis->start << 2)) {
+    for (int table = 0; table < 4; ++table) {
+      std::int8_t levels[16];
+      for (int code = 0; code < 16; ++code) {
+        levels[code] = static_cast<std::int8_t>(
+            segment.key_trellis->levels[static_cast<std::size_t>(code << 2 | table)] +
+            Avx2::kNarrowBias);
+      }
+      tables[table] =
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+    }
+  }
+  template <int kFirst>
+  void begin(const Vec (& /*first*/)[4], const Vec (&second)[4]) noexcept {
+    for (int s = 0; s < kCount; ++s) {
+      before[s] = Avx2::next_bytes(second[kFirst + s], before_first);
+    }
+  }
+  Avx2::NarrowKeys operand(int s, Vec code) noexcept {
+    const Vec index = Avx2::low_bits<4>(code);
+    const Vec lower = Avx2::shift_left<5>(before[s]);  // a blend looks at the highest bit
+    const Vec upper = Avx2::shift_left<4>(before[s]);
+    before[s] = code;
+    return {_mm256_blendv_epi8(_mm256_blendv_epi8(_mm256_shuffle_epi8(tables[0], index),
+                                                  _mm256_shuffle_epi8(tables[1], index), lower),
+                               _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[2], index),
+                                                  _mm256_shuffle_epi8(tables[3], index), lower),
+                               upper)};
+  }
+
+  Vec tables[4];
+  std::uint8_t before_first;
+  Vec before[kCount];
 };
 
 // An 8 × 8 transpose: columns of `rows` into x[0…7], lanes `lane` and on.

@@ -72,6 +72,14 @@ struct Avx512 {
     return _mm512_and_si512(v, _mm512_set1_epi8((1 << kBits) - 1));
   }
   static Vec either(Vec a, Vec b) noexcept { return _mm512_or_si512(a, b); }
+  template <int kBits>
+  static Vec merge(Vec low, Vec high) noexcept {
+    constexpr int kChoose = 0xCA;  // first ? second : third
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << kBits) - 1), low, high, kChoose);
+  }
+  static Vec next_bytes(Vec v, std::uint8_t value) noexcept {
+    return _mm512_or_si512(_mm512_slli_epi32(v, 8), _mm512_set1_epi32(value));
+  }
 
   // vpdpbusd multiplies u8 by s8. Keys are the u8 side, as level + 128, and queries the s8 one;
   // values are the s8 side, weights the u8 one.
@@ -107,6 +115,17 @@ struct Avx512 {
         return {_mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(-128)))};
       }
       return {look_up(codes)};
+    }
+  };
+
+  struct WindowTable {
+    Vec levels;
+
+    explicit WindowTable(const std::int8_t* of_windows) noexcept
+        : levels(_mm512_xor_si512(_mm512_loadu_si512(of_windows),
+                                  _mm512_set1_epi8(static_cast<char>(-128)))) {}
+    KeyOperand key_operand(Vec windows) const noexcept {
+      return {_mm512_permutexvar_epi8(windows, levels)};
     }
   };
 

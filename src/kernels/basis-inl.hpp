@@ -10,6 +10,7 @@
 #include <new>
 
 #include "encode-inl.hpp"
+#include "key-paths-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
@@ -242,6 +243,52 @@ void closed_loop_of(const SegmentPlan& segment, const float* lower, int dim, Bas
             [&]<int kBits>() { closed_loop<kBits, Lanes>(segment, lower, dim, scratch, tried); });
 }
 
+// Norms that paths are searched for, beside the one that suits a plain loop best.
+constexpr int kPathNorms = 2;
+constexpr float kTriedPathNorms[kPathNorms] = {1.0F, 1.25F};
+
+// The same of trellis codes, for the first kPathNorms norms. The search's working memory is behind
+// the matrices.
+inline void path_loops(const SegmentPlan& segment, const float* lower, int dim,
+                       BasisScratch& scratch, Tried& tried) noexcept {
+  auto& paths =
+      *new (reinterpret_cast<std::byte*>(&scratch) + basis_coding_bytes(dim)) KeyPathScratch;
+  const LaneRows& y = scratch.coding.y;
+  LaneRows& levels = scratch.coding.x;
+  for (int k = 0; k < kPathNorms; ++k) {
+    const int first = k * kLanes;
+    find_key_paths(segment, lower, dim, y, tried.factors + first, scratch.codes[0] + first,
+                   kTriedLanes, levels, paths);
+    for (int lane = 0; lane < kLanes; lane += kVectorLanes) {
+      const FloatVec factor = load_floats(tried.factors + first + lane);
+      FloatVec errors2{};
+      FloatVec along{};
+      FloatVec lengths2{};
+      for (int c = 0; c < dim; ++c) {
+        const float* row = lower + static_cast<std::ptrdiff_t>(c) * dim;
+        FloatVec parts[4] = {};
+        int j = 0;
+        for (; j + 4 <= c; j += 4) {
+          for (int i = 0; i < 4; ++i) {
+            parts[i] = parts[i] + row[j + i] * load_floats(levels[j + i] + lane);
+          }
+        }
+        for (; j < c; ++j) parts[0] = parts[0] + row[j] * load_floats(levels[j] + lane);
+        const FloatVec sum =
+            ((parts[0] + parts[1]) + (parts[2] + parts[3])) + load_floats(levels[c] + lane);
+        const FloatVec whole = load_floats(y[c] + lane) * factor;
+        const FloatVec error = whole - sum;
+        errors2 = errors2 + error * error;
+        along = along + whole * error;
+        lengths2 = lengths2 + sum * sum;
+      }
+      store_floats(tried.errors2 + first + lane, errors2);
+      store_floats(tried.along + first + lane, along);
+      store_floats(tried.lengths2 + first + lane, lengths2);
+    }
+  }
+}
+
 // Squared error in y of norm · L z, `share` being that norm times the factor.
 inline float tried_error2(const Tried& tried, int index, float length2, float share) noexcept {
   const float factor = tried.factors[index];
@@ -267,7 +314,12 @@ TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim
       tried.factors[k * kLanes + i] = norm > 0.0F ? 1.0F / norm : 0.0F;
     }
   }
-  closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);  // the same again for the others
+  // The same again for the others.
+  if (segment.key_trellis == nullptr) {
+    closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);
+  } else {
+    path_loops(segment, lower, dim, scratch, tried);
+  }
   for (int i = 0; i < kLanes; ++i) {
     if (!is_small(norms[i])) continue;
     norms[i] = 0.0F;
@@ -283,6 +335,31 @@ TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim
   }
 }
 
+// The best of the first `count` norms of each token: as long as y, which is norm correction.
+inline void keep_best(const Tried& tried, const float* lengths2, int count, int* best,
+                      float* norms) noexcept {
+  for (int i = 0; i < kLanes; ++i) {
+    best[i] = i;
+    norms[i] = 0.0F;
+    float least = std::numeric_limits<float>::infinity();
+    for (int k = 0; k < count; ++k) {
+      const int index = k * kLanes + i;
+      const float norm =
+          tried.lengths2[index] > 0.0F ? std::sqrt(lengths2[i] / tried.lengths2[index]) : 0.0F;
+      const float error2 = tried_error2(tried, index, lengths2[i], norm * tried.factors[index]);
+      if (!(error2 < least)) continue;
+      least = error2;
+      best[i] = index;
+      norms[i] = norm;
+    }
+  }
+}
+
+// Where the codes of coordinate c are: in a trellis they have another order.
+inline int stored_coordinate(const SidePlan& side, int c) noexcept {
+  return side.segments[0].key_trellis == nullptr ? c : key_coordinate(c, side.padded);
+}
+
 // Kernels::encode_in_basis.
 template <typename Lanes>
 void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const float* rows,
@@ -296,10 +373,12 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
                analysis);
   widen_feedback(transform.feedback, dim, lower);
   for (int c = dim; c < side.padded; ++c) {
+    const int at = stored_coordinate(side, c);
     for (int t = 0; t < kTileTokens; ++t) {
-      scratch.coding.codes[c / 4 * (4 * kTileTokens) + 4 * t + c % 4] = 0;
+      scratch.coding.codes[at / 4 * (4 * kTileTokens) + 4 * t + at % 4] = 0;
     }
   }
+  const bool paths = segment.key_trellis != nullptr;
   std::uint16_t halves[kTileTokens];
   for (int start = 0; start < kTileTokens; start += kLanes) {
     LaneRows& x = scratch.coding.x;
@@ -318,31 +397,27 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
         tried.factors[k * kLanes + i] = norm > 0.0F ? 1.0F / norm : 0.0F;
       }
     }
-    closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);
+    closed_loop_of<Lanes>(paths ? *segment.trial : segment, lower, dim, scratch, tried);
     int best[kLanes];
     float norms[kLanes];
-    bool small = false;
-    for (int i = 0; i < kLanes; ++i) {
-      best[i] = i;
-      norms[i] = 0.0F;
-      float least = std::numeric_limits<float>::infinity();
-      for (int k = 0; k < kTried; ++k) {
-        const int index = k * kLanes + i;
-        // As long as y: norm correction.
-        const float norm =
-            tried.lengths2[index] > 0.0F ? std::sqrt(lengths2[i] / tried.lengths2[index]) : 0.0F;
-        const float error2 = tried_error2(tried, index, lengths2[i], norm * tried.factors[index]);
-        if (!(error2 < least)) continue;
-        least = error2;
-        best[i] = index;
-        norms[i] = norm;
+    keep_best(tried, lengths2, kTried, best, norms);
+    if (paths) {
+      float suits[kLanes];
+      for (int i = 0; i < kLanes; ++i) suits[i] = tried.factors[best[i]];
+      for (int k = 0; k < kPathNorms; ++k) {
+        for (int i = 0; i < kLanes; ++i) {
+          tried.factors[k * kLanes + i] = suits[i] * (1.0F / kTriedPathNorms[k]);
+        }
       }
-      small = small || is_small(norms[i]);
+      path_loops(segment, lower, dim, scratch, tried);
+      keep_best(tried, lengths2, kPathNorms, best, norms);
     }
+    const bool small = std::any_of(norms, norms + kLanes, is_small);
     if (small) try_small<Lanes>(segment, lower, dim, lengths2, scratch, tried, best, norms);
     for (int i = 0; i < kLanes; ++i) {
       for (int c = 0; c < dim; ++c) {
-        scratch.coding.codes[c / 4 * (4 * kTileTokens) + 4 * (start + i) + c % 4] =
+        const int at = stored_coordinate(side, c);
+        scratch.coding.codes[at / 4 * (4 * kTileTokens) + 4 * (start + i) + at % 4] =
             scratch.codes[c][best[i]];
       }
       halves[start + i] = to_half(norms[i] < kMaxHalf ? norms[i] : kMaxHalf);
@@ -365,11 +440,22 @@ TQAI_INLINE void decode_in_basis(const SidePlan& side, const KeyTransform& trans
   std::memcpy(halves, tile + side.norms, sizeof halves);
   unpack_side(side, true, tile, scratch.coding.codes);
   const SegmentPlan& segment = side.segments[0];
+  const KeyTrellis* trellis = segment.key_trellis;
   for (int start = 0; start < kTileTokens; start += kLanes) {
+    std::uint8_t windows[kLanes];
+    if (trellis != nullptr) std::memset(windows, static_cast<int>(trellis->before_first()), kLanes);
     for (int c = 0; c < dim; ++c) {
-      const std::uint8_t* codes = scratch.coding.codes + c * kTileTokens + start;
+      const std::uint8_t* codes =
+          scratch.coding.codes + stored_coordinate(side, c) * kTileTokens + start;
       for (int i = 0; i < kLanes; ++i) {
-        scratch.coding.x[c][i] = static_cast<float>(segment.levels[codes[i]]) * segment.step;
+        int level;
+        if (trellis == nullptr) {
+          level = segment.levels[codes[i]];
+        } else {
+          windows[i] = static_cast<std::uint8_t>(trellis->next(windows[i], codes[i]));
+          level = trellis->levels[windows[i]];
+        }
+        scratch.coding.x[c][i] = static_cast<float>(level) * segment.step;
       }
     }
     multiply_lanes(synthesis, scratch.coding.x, dim, scratch.coding.y);

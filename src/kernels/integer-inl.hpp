@@ -13,6 +13,11 @@
 //   store(p, acc)                the sums
 //   read_halves(from, to)        a tile's norms as floats
 //   round_weights(…)             as conversions-inl.hpp's
+//   merge<n>(low, high)          each byte's n lowest bits of `low`, those from n up to 6 of
+//   `high`;
+//                                what is above may be dirty
+//   next_bytes(v, value)         in each lane of 4, all bytes one further up, `value` in the lowest
+//   WindowTable                  levels of keys by 6 bits; key_operand(v) of what merge gives
 //   add(a, b)                    of sums
 //   add_levels(a, b)             of value operands of up to 4 bits
 //   kSumsQuotients               whether levels are read as quotients (SegmentPlan) where they have
@@ -224,6 +229,113 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
     Fetch fetch = fetch_of(ahead, 2 * steps);
     score_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, rows, scores, fetch);
     score_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, rows, scores, fetch);
+  }
+}
+
+// Keys in trellis codes, as operands of kCount subtiles: windows that go on from quad to quad.
+template <typename Ops, int kWidth, int kCount>
+struct KeyPathReader {
+  static constexpr int kBits = kWidth;
+  static constexpr int kBefore = KeyTrellis::kWindowBits - kBits;
+  static_assert(kBefore <= 2 * kBits);
+
+  explicit KeyPathReader(const SegmentPlan& segment) noexcept
+      : table(segment.key_trellis->levels.data()),
+        before_first(static_cast<std::uint8_t>(segment.key_trellis->before_first())) {}
+
+  // Each byte's path goes on where that of the byte before it ended: with the last group's codes.
+  template <int kFirst>
+  void begin(const typename Ops::Vec (&first)[4], const typename Ops::Vec (&second)[4]) noexcept {
+    for (int s = 0; s < kCount; ++s) {
+      const typename Ops::Vec window = Ops::template shift_left<kBefore>(first[kFirst + s]);
+      windows[s] = Ops::next_bytes(next(window, second[kFirst + s]), before_first);
+    }
+  }
+  static typename Ops::Vec next(typename Ops::Vec window, typename Ops::Vec code) noexcept {
+    return Ops::template merge<kBefore>(Ops::template shift_right<kBits>(window),
+                                        Ops::template shift_left<kBefore>(code));
+  }
+  auto operand(int s, typename Ops::Vec code) noexcept {
+    windows[s] = next(windows[s], code);
+    return table.key_operand(windows[s]);
+  }
+
+  typename Ops::WindowTable table;
+  std::uint8_t before_first;
+  typename Ops::Vec windows[kCount];
+};
+
+// As score_quad.
+template <typename Ops, int kBits, int kQuad, int kRows, int kFirst, int kCount>
+inline void score_path_quad(KeyPathReader<Ops, kBits, kCount>& reader, const std::uint8_t* group,
+                            int part, const std::uint8_t* words, std::ptrdiff_t stride,
+                            typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+  typename Ops::Vec codes[4];
+  load_quad<Ops, kBits, kQuad>(group, part, codes);
+  for (int s = 0; s < kCount; ++s) {
+    const auto operand = reader.operand(s, codes[kFirst + s]);
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][s] = Ops::dot(sums[r][s], operand, words + r * stride);
+    }
+  }
+}
+
+// As score_subtiles.
+template <typename Ops, int kBits, int kRows, int kFirst, int kCount>
+inline void score_path_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
+                                const std::uint8_t* words, const RowConstants* rows,
+                                std::int32_t* scores, Fetch& ahead) noexcept {
+  constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
+  constexpr int kStep = Ops::template words<kBits>() * kWordBytes;
+  KeyPathReader<Ops, kBits, kCount> reader(segment);
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kStep;
+  const std::uint8_t* const last =
+      packed + static_cast<std::ptrdiff_t>(segment.count / kGroupCodes - 1) * (kBits * kLineBytes);
+  Fetch fetch = ahead;  // in registers
+  for (int part = 0; part < Ops::kParts; ++part) {
+    typename Ops::Vec ends[2][4];
+    load_quad<Ops, kBits, 0>(last, part, ends[0]);
+    load_quad<Ops, kBits, 1>(last, part, ends[1]);
+    reader.template begin<kFirst>(ends[0], ends[1]);
+    typename Ops::Acc sums[kRows][kCount];
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kCount; ++s) sums[r][s] = Ops::broadcast(rows[r].bias);
+    }
+    const std::uint8_t* group = packed;
+    const std::uint8_t* word = words;
+    const std::uint8_t* const end = words + stride;
+    do {
+      score_path_quad<Ops, kBits, 0, kRows, kFirst, kCount>(reader, group, part, word, stride,
+                                                            sums);
+      score_path_quad<Ops, kBits, 1, kRows, kFirst, kCount>(reader, group, part, word + kStep,
+                                                            stride, sums);
+      word += std::ptrdiff_t{2} * kStep;
+      group += kBits * kLineBytes;
+      fetch.template step<Ops>();
+    } while (word != end);
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kCount; ++s) {
+        Ops::store(scores + r * kTileTokens + (kFirst + s) * kCoordinateBlock + part * kPartLanes,
+                   sums[r][s]);
+      }
+    }
+  }
+  ahead = fetch;
+}
+
+// As score_rows.
+template <typename Ops, int kBits, int kRows>
+inline void score_path_rows(const SegmentPlan& segment, const std::uint8_t* packed,
+                            const std::uint8_t* words, const RowConstants* rows,
+                            std::int32_t* scores, Ahead ahead) noexcept {
+  const int steps = segment.count / kGroupCodes * Ops::kParts;
+  if constexpr (4 * kRows <= Ops::kMaxSums) {
+    Fetch fetch = fetch_of(ahead, steps);
+    score_path_subtiles<Ops, kBits, kRows, 0, 4>(segment, packed, words, rows, scores, fetch);
+  } else {
+    Fetch fetch = fetch_of(ahead, 2 * steps);
+    score_path_subtiles<Ops, kBits, kRows, 0, 2>(segment, packed, words, rows, scores, fetch);
+    score_path_subtiles<Ops, kBits, kRows, 2, 2>(segment, packed, words, rows, scores, fetch);
   }
 }
 
@@ -534,9 +646,16 @@ struct Integer {
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
         const auto row_bytes =
             static_cast<std::ptrdiff_t>(segment.count) * Ops::template words<kBits>();
-        score_rows<Ops, kBits, kRows>(segment, packed, words + first * row_bytes, constants + first,
-                                      scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
-                                      first == 0 ? ahead : Ahead{});
+        const std::uint8_t* own = words + first * row_bytes;
+        std::int32_t* to = scores + static_cast<std::ptrdiff_t>(first) * kTileTokens;
+        const Ahead next = first == 0 ? ahead : Ahead{};
+        if constexpr (kBits >= kMinKeyTrellisBits && kBits <= kMaxTrellisBits) {
+          if (segment.key_trellis != nullptr) {
+            score_path_rows<Ops, kBits, kRows>(segment, packed, own, constants + first, to, next);
+            return;
+          }
+        }
+        score_rows<Ops, kBits, kRows>(segment, packed, own, constants + first, to, next);
       });
     }
   }

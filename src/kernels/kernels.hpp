@@ -67,6 +67,16 @@ struct TrellisPlan {
   std::array<std::int8_t, 256> recent;
 };
 
+/// What the search for paths of keys in trellis codes needs besides its decisions, of which there
+/// are `kKeyStates` a coordinate, each of kLanes bytes.
+inline constexpr int kKeyStates = 16;
+inline constexpr std::size_t kKeyPathBytes = 65536 + 1024;
+/// Bytes of working memory that coding keys in trellis codes needs.
+constexpr std::size_t key_path_coding_bytes(int dim) noexcept {
+  return basis_coding_bytes(dim) + kKeyPathBytes +
+         static_cast<std::size_t>(dim) * kKeyStates * kLanes;
+}
+
 /// One run of coordinates with its codebook on the int8 grid.
 struct SegmentPlan {
   int first;
@@ -84,6 +94,10 @@ struct SegmentPlan {
   // Of trellis codes, which have neither levels of their own, nor boundaries, nor bins: these are
   // null then. Null for scalar ones.
   const TrellisPlan* trellis = nullptr;
+  // The same of keys, which always are in a basis.
+  const KeyTrellis* key_trellis = nullptr;
+  // Of these: scalar codes of as many bits, by which a norm is chosen. Its levels are in its step.
+  const SegmentPlan* trial = nullptr;
 };
 
 /// Keys or values: how a vector becomes codes.

@@ -60,6 +60,14 @@ struct Neon {
     return vandq_u8(v, vdupq_n_u8((1U << kBits) - 1));
   }
   static Vec either(Vec a, Vec b) noexcept { return vorrq_u8(a, b); }
+  template <int kBits>
+  static Vec merge(Vec low, Vec high) noexcept {  // clean
+    return vandq_u8(vbslq_u8(vdupq_n_u8((1U << kBits) - 1), low, high), vdupq_n_u8(0x3F));
+  }
+  static Vec next_bytes(Vec v, std::uint8_t value) noexcept {
+    return vreinterpretq_u8_u32(
+        vorrq_u32(vshlq_n_u32(vreinterpretq_u32_u8(v), 8), vdupq_n_u32(value)));
+  }
 
   // sdot multiplies s8 by s8. Weights are u8: as w − 128, and 128 times the levels, in two halves,
   // come back.
@@ -101,6 +109,19 @@ struct Neon {
     }
     ValueOperand value_operand(Vec codes) const noexcept {
       return {vreinterpretq_s8_u8(look_up(codes))};
+    }
+  };
+
+  struct WindowTable {
+    uint8x16x4_t entries;
+
+    explicit WindowTable(const std::int8_t* of_windows) noexcept
+        : entries{vreinterpretq_u8_s8(vld1q_s8(of_windows)),
+                  vreinterpretq_u8_s8(vld1q_s8(of_windows + 16)),
+                  vreinterpretq_u8_s8(vld1q_s8(of_windows + 32)),
+                  vreinterpretq_u8_s8(vld1q_s8(of_windows + 48))} {}
+    KeyOperand key_operand(Vec windows) const noexcept {
+      return {vreinterpretq_s8_u8(vqtbl4q_u8(entries, windows))};
     }
   };
 

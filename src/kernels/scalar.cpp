@@ -27,6 +27,7 @@ struct Integer {
                     const std::uint8_t* words, const RowConstants* /*constants*/, int rows,
                     std::int32_t* scores, Ahead /*ahead*/) noexcept {
     std::fill_n(scores, rows * kTileTokens, 0);
+    if (segment.key_trellis != nullptr) return score_paths(segment, packed, words, rows, scores);
     for (int first = 0; first < segment.count; first += kCoordinateBlock) {
       std::uint8_t codes[kCoordinateBlock * kTileTokens];
       unpack_keys(packed + packed_bytes(first, segment.bits), kCoordinateBlock, segment.bits,
@@ -40,6 +41,40 @@ struct Integer {
           }
         }
       }
+    }
+  }
+
+  // Of trellis codes.
+  static void score_paths(const SegmentPlan& segment, const std::uint8_t* packed,
+                          const std::uint8_t* words, int rows, std::int32_t* scores) noexcept {
+    const KeyTrellis& trellis = *segment.key_trellis;
+    std::uint8_t codes[kCoordinateBlock * kTileTokens];
+    // Coordinates 0, 4, 8 …, then 1, 5, 9 … follow one another: four paths side by side, of which
+    // each but the first begins with the last codes of the one before.
+    std::uint8_t windows[4][kTileTokens] = {};
+    unpack_keys(packed + packed_bytes(segment.count - kCoordinateBlock, segment.bits),
+                kCoordinateBlock, segment.bits, codes);
+    for (int c = 0; c < kCoordinateBlock; ++c) {
+      advance(trellis, codes + c * kTileTokens, windows[(c + 1) % 4]);
+    }
+    std::fill_n(windows[0], kTileTokens, static_cast<std::uint8_t>(trellis.before_first()));
+    for (int first = 0; first < segment.count; first += kCoordinateBlock) {
+      unpack_keys(packed + packed_bytes(first, segment.bits), kCoordinateBlock, segment.bits,
+                  codes);
+      for (int c = 0; c < kCoordinateBlock; ++c) {
+        advance(trellis, codes + c * kTileTokens, windows[c % 4]);
+        for (int r = 0; r < rows; ++r) {
+          const auto q = static_cast<std::int8_t>(words[r * segment.count + first + c]);
+          std::int32_t* row = scores + static_cast<std::ptrdiff_t>(r) * kTileTokens;
+          for (int t = 0; t < kTileTokens; ++t) row[t] += q * trellis.levels[windows[c % 4][t]];
+        }
+      }
+    }
+  }
+  static void advance(const KeyTrellis& trellis, const std::uint8_t* codes,
+                      std::uint8_t* windows) noexcept {
+    for (int t = 0; t < kTileTokens; ++t) {
+      windows[t] = static_cast<std::uint8_t>(trellis.next(windows[t], codes[t]));
     }
   }
 

@@ -142,6 +142,12 @@ static void test_create(void) {
   o = options();
   o.value_codes = 2;
   EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "value_codes = 2");
+  o = options();
+  o.key_codes = 2;
+  EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "key_codes = 2");
+  o.key_codes = TQAI_CODES_TRELLIS;
+  EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "there is no key_basis");
+  o = options();
   o.value_codes = TQAI_CODES_TRELLIS;
   o.bits_v = 5;
   EXPECT_ERROR(tqai_cache_create(&o, &cache), TQAI_VALUE_ERROR, "bits_v = 5");

@@ -68,10 +68,11 @@ TEST_P(GoldenCache, MeansWhatItMeant) {
   expect_tokens(KvCache::deserialize(cache.serialize(BasisAs::matrices)), tokens);
 }
 
-INSTANTIATE_TEST_SUITE_P(Versions, GoldenCache, testing::Values(1, 2, 3, 4, 5, 6));
+INSTANTIATE_TEST_SUITE_P(Versions, GoldenCache, testing::Values(1, 2, 3, 4, 5, 6, 7));
 
 TEST(Golden, TheNewestCachesAreWrittenAlike) {
-  for (const std::string name : {"cache_3.bin", "cache_4.bin", "cache_5.bin", "cache_6.bin"}) {
+  for (const std::string name :
+       {"cache_3.bin", "cache_4.bin", "cache_5.bin", "cache_6.bin", "cache_7.bin"}) {
     const auto bytes = golden(name);
     EXPECT_EQ(KvCache::deserialize(bytes).serialize(BasisAs::matrices), bytes) << name;
   }
@@ -170,6 +171,23 @@ TEST(Golden, ValuesInTrellisCodesAreSealedAlike) {
   const KvCache golden_cache = KvCache::deserialize(golden("cache_6.bin"));
   ASSERT_EQ(golden_cache.options().value_codes, CodeKind::trellis);
   EXPECT_EQ(ring_cache().serialize(), golden("cache_6.bin"));
+}
+
+// What cache_7.bin holds: keys in trellis codes, in the basis that it carries.
+TEST(Golden, KeysInTrellisCodesAreSealedAlike) {
+  const KvCache golden_cache = KvCache::deserialize(golden("cache_7.bin"));
+  ASSERT_EQ(golden_cache.options().key_codes, CodeKind::trellis);
+  CacheOptions options = test::geometry(16, 2, 3, 1);
+  options.key_basis = golden_cache.options().key_basis;
+  options.key_codes = CodeKind::trellis;
+  options.sink_tokens = 2;
+  options.residual_window = 4;
+  KvCache cache(options, 1);
+  test::Array values({1, 1, 72, 16});
+  values.data = fixed_numbers(72 * 16, 11);
+  cache.append(fixed_keys(), values);
+  cache.seal();
+  EXPECT_EQ(cache.serialize(BasisAs::matrices), golden("cache_7.bin"));
 }
 
 constexpr std::size_t kFixedLayers = 4;
@@ -329,6 +347,20 @@ TEST(Golden, TrellisesAreWhatTheyWere) {
     quantizer.encode(fixed_numbers(64, 7).data(), 1, codes.data(), &norm);
     EXPECT_EQ(norm, std::stoi(line[34], nullptr, 16)) << line[0];
     EXPECT_EQ(hex_of(codes), line[35]) << line[0];
+  }
+}
+
+TEST(Golden, KeyTrellisesAreWhatTheyWere) {
+  const auto lines = golden_lines("key_trellises.txt");
+  ASSERT_EQ(lines.size(), static_cast<std::size_t>(kMaxTrellisBits - kMinKeyTrellisBits + 1));
+  for (const auto& line : lines) {
+    const KeyTrellis& now = key_trellis(std::stoi(line[0]));
+    EXPECT_EQ(now.step(1), hex_float(line[1])) << line[0];
+    EXPECT_EQ(now.start, static_cast<unsigned>(std::stoi(line[2]))) << line[0];
+    ASSERT_EQ(line.size(), 3U + KeyTrellis::kWindows);
+    for (std::size_t i = 0; i < KeyTrellis::kWindows; ++i) {
+      EXPECT_EQ(now.levels[i], std::stoi(line[3 + i])) << line[0] << ' ' << i;
+    }
   }
 }
 

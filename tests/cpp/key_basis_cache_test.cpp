@@ -15,6 +15,7 @@
 #include <tqai/files.hpp>
 #include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
+#include <tqai/trellis.hpp>
 #include <tuple>
 #include <vector>
 
@@ -471,6 +472,8 @@ TEST_P(BasisCaches, ComeThroughAnyBasis) {
     options.level = GetParam();
     options.key_basis =
         std::make_shared<const KeyBasis>(KeyBasis::deserialize(any_basis(dim, bits, engine)));
+    const bool has_trellis = bits >= kMinKeyTrellisBits && bits <= kMaxTrellisBits;
+    if (has_trellis && i / 8 % 2 == 0) options.key_codes = CodeKind::trellis;
     Structured all(1, 204, dim, 2);
     const float size = std::ldexp(1.0F, static_cast<int>(engine() % 60) - 50);
     for (float& value : all.keys.data) value *= size;

@@ -48,6 +48,7 @@ struct Kind {
   int rows;
   bool in_basis = false;
   CodeKind value_codes = CodeKind::scalar;
+  CodeKind key_codes = CodeKind::scalar;
 };
 
 std::shared_ptr<const KeyBasis> basis_for(int bits) {
@@ -69,6 +70,7 @@ KvCache cache_of(const Kind& kind) {
   options.residual_window = 4;
   options.centering = kind.centering;
   options.value_codes = kind.value_codes;
+  options.key_codes = kind.key_codes;
   if (kind.in_basis) options.key_basis = basis_for(kind.bits);
   if (kind.sections > 0) {
     Rope rope;
@@ -136,6 +138,8 @@ void write_caches(const Folder& folder) {
       {"wide", Centering::automatic, 1, DType::f32, 8, 71, 1},
       {"basis", Centering::rope, 1, DType::f16, 3, 72, 2, true},
       {"trellis", Centering::mean, 0, DType::f16, 3, 72, 1, false, CodeKind::trellis},
+      {"key trellis", Centering::rope, 1, DType::f16, 2, 72, 1, true, CodeKind::trellis,
+       CodeKind::trellis},
   };
   for (const Kind& kind : kinds) {
     KvCache cache = cache_of(kind);

@@ -14,7 +14,7 @@ TILE_TOKENS = 64
 MOST_SETS = 32
 """Centre sets that a row may have."""
 _NOTHING = 0xFFFFFFFF
-_TILES_LAST, _WITH_GAPS, _WITH_BASIS, _WITH_TRELLIS = 3, 4, 5, 6
+_TILES_LAST, _WITH_GAPS, _WITH_BASIS, _WITH_TRELLIS, _WITH_KEY_TRELLIS = 3, 4, 5, 6, 7
 _LINE = 64
 _ITEM_BYTES = (4, 2, 2)
 
@@ -111,7 +111,7 @@ def taken_apart(data: bytes) -> CacheBytes:
     """
     reader = _Reader(data)
     magic, version, heads, dim, value_dim = reader.get("IIiii")
-    assert magic == 0x49415154 and _TILES_LAST <= version <= _WITH_TRELLIS
+    assert magic == 0x49415154 and _TILES_LAST <= version <= _WITH_KEY_TRELLIS
     reader.get("iiii")
     dtype, _, _, has_rope = reader.get("BBBB")
     reader.get("Q")
@@ -123,6 +123,8 @@ def taken_apart(data: bytes) -> CacheBytes:
     has_basis = version == _WITH_BASIS
     if version >= _WITH_TRELLIS:
         _, has_basis = reader.get("BB")
+    if version >= _WITH_KEY_TRELLIS:
+        reader.get("B")
     if has_basis:
         _, carried = reader.get("QB")
         if carried:

@@ -6,6 +6,17 @@ from tqai import _core
 from tqai.exchange.cache_bytes import set_size, taken_apart
 
 ROPE = ([10000 ** (-2 * i / 32) for i in range(16)], "half_split", 32)
+
+
+def learnt() -> _core.KeyBasis:
+    moments = _core.KeyMoments(2, 32)
+    drawn = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    for head in range(2):
+        moments.add_keys(head, drawn)
+        moments.add_queries(head, drawn)
+    return _core.KeyBasis.learn(moments, 4)
+
+
 KINDS = {
     "plain": {},
     "rope": {"rope": ROPE},
@@ -13,6 +24,7 @@ KINDS = {
     "sections": {"rope": (*ROPE, [i % 3 for i in range(16)])},
     "other values": {"value_head_dim": 48},
     "trellis": {"value_codes": "trellis"},
+    "key trellis": {"key_basis": learnt(), "key_codes": "trellis", "value_codes": "trellis"},
     "no exact tokens": {"sink_tokens": 0, "residual_window": 0},
     "half": {"dtype": _core.DType.float16},
 }

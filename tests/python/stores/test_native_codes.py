@@ -45,6 +45,7 @@ class Both:
         codes: str,
         in_basis: bool,
         centering: str = "auto",
+        key_codes: str = "scalar",
     ) -> None:
         rope = rope_of(dims[0])
         self.basis = learnt(dims[0], bits[0], rope) if in_basis else None
@@ -61,6 +62,7 @@ class Both:
             "rope": rope,
             "value_codes": codes,
             "key_basis": self.basis,
+            "key_codes": key_codes,
         }
         self.native = _core.KvCache(batch=2, **options)
         self.device = TorchStore(Options(dtype="float32", **options), 2, CPU)
@@ -79,18 +81,25 @@ CASES = [
     ((2, 1), (32, 32), "trellis", True),
     ((4, 4), (64, 64), "scalar", True),
     ((3, 4), (80, 80), "trellis", True),
+    ((2, 2), (64, 64), "trellis", True, "trellis"),
+    ((3, 2), (72, 64), "scalar", True, "trellis"),
+    ((4, 8), (80, 32), "scalar", True, "trellis"),
 ]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def both(request: pytest.FixtureRequest) -> Both:
-    return Both(*request.param)
+    return made(request.param, "auto")
+
+
+def made(case: Any, centering: str) -> Both:
+    return Both(*case[:4], centering, *case[4:])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_codes_are_the_same_to_the_bit(case: Any) -> None:
     """Without centres, in whose sums the stores round differently."""
-    both = Both(*case, centering="none")
+    both = made(case, "none")
     tiles = both.native.memory()["packed_bytes"]  # which come last
     assert both.device.packed_tokens(0) == 640 and tiles == both.device.memory()["packed_bytes"]
     assert both.device.serialize(True)[-tiles:] == both.native.serialize(True)[-tiles:]
@@ -99,6 +108,7 @@ def test_codes_are_the_same_to_the_bit(case: Any) -> None:
 def test_they_say_what_they_are_in(both: Both) -> None:
     assert both.device.key_basis is both.basis
     assert both.device.value_codes == both.native.value_codes
+    assert both.device.key_codes == both.native.key_codes
     ours, theirs = both.device.memory(), both.native.memory()
     for name in ("packed_tokens", "packed_bytes", "basis_bytes"):
         assert ours[name] == theirs[name]

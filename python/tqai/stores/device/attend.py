@@ -285,7 +285,8 @@ def _centre_scores(
 def tile_kernel(ops: Operations, queries: int, codec: Codec) -> TileKernel | None:
     """The kernel that goes through packed tiles on this device with so many queries of a head: None
     where ``attend_tiles`` does. No other place chooses."""
-    kernel = None if codec.value.trellis else ops.tile_kernel()
+    paths = codec.value.trellis or codec.key.trellis
+    kernel = None if paths else ops.tile_kernel()
     return kernel if kernel is not None and kernel.takes(queries) else None
 
 

@@ -17,6 +17,7 @@ from tqai.stores.device.packing import (
     pack_keys,
     pack_values,
     padded_dim,
+    unpack_key_paths,
     unpack_keys,
     unpack_values,
 )
@@ -51,6 +52,8 @@ class Options:
     """Or "trellis"."""
     key_basis: _core.KeyBasis | None = None
     """What keys are quantised in; None: a rotation."""
+    key_codes: str = "scalar"
+    """Or "trellis", of keys in a basis."""
 
     @property
     def of_codes(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Options:
             "seed": self.seed,
             "value_codes": self.value_codes,
             "key_basis": self.key_basis,
+            "key_codes": self.key_codes,
         }
 
 
@@ -81,7 +85,7 @@ class Side(NamedTuple):
     boundaries: Array
     """[2^bits − 1]: code i is nearest from boundary i − 1 up to boundary i."""
     centroids: Array
-    """[2^bits]; of a trellis [256], by window."""
+    """[2^bits]; of a trellis [256], by window, and of keys' [64]."""
     step: float
     longest: float
     """Length up to which FP16 holds the stored norm of any vector (src/cache/codec.cpp)."""
@@ -89,6 +93,8 @@ class Side(NamedTuple):
     """0…7 in uint8."""
     trellis: bool
     """Whether a code's level goes by those before it too."""
+    start: int
+    """Of keys in trellis codes: what stands below the first code's bits."""
     packed_bytes: int
     """Of a tile's codes. No property: torch 2.6 traces none of a tuple's."""
 
@@ -148,7 +154,9 @@ class Side(NamedTuple):
 
     def look_up(self, packed: Array) -> Array:
         """Codes [..., tiles, packed_bytes] to rotated unit vectors [..., tiles · 64, dim]."""
-        if self.keys:
+        if self.keys and self.trellis:
+            codes = unpack_key_paths(self.ops, packed, self.bits, self.shifts, self.start)
+        elif self.keys:
             codes = unpack_keys(self.ops, packed, self.bits, self.shifts)
         else:
             codes = unpack_values(self.ops, packed, self.bits, self.shifts, self.trellis)
@@ -217,7 +225,7 @@ def codec_of(options: Options, ops: Operations) -> Codec:
         residual_window=options.residual_window,
         centering=options.centering,
         rope=options.rope,
-        **{**options.of_codes, "key_basis": None},
+        **{**options.of_codes, "key_basis": None, "key_codes": "scalar"},
     )
     key_rotation, value_rotation = template.rotations
     basis, trellis = options.key_basis, options.value_codes == "trellis"
@@ -228,6 +236,8 @@ def codec_of(options: Options, ops: Operations) -> Codec:
     key = _side(ops, options.head_dim, options.bits_k, True, key_rotation)
     if basis is not None:
         key = key._replace(longest=_longest_in_basis(key, basis))
+        if options.key_codes == "trellis":
+            key = _in_paths(key, basis)
     value = _side(ops, options.value_head_dim, options.bits_v, False, value_rotation)
     if trellis:
         value = _in_trellis(value)
@@ -243,7 +253,7 @@ def _side(ops: Operations, dim: int, bits: int, keys: bool, rotation: np.ndarray
     innermost = float(np.abs(book.centroids).min())
     longest = 0.999 * _MAX_HALF * math.sqrt(outermost**2 + (dim - 1) * innermost**2)
     packed = padded_dim(dim) * bits * (TILE_TOKENS // 8)
-    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts, False, packed)
+    return Side(ops, dim, bits, keys, *tables, book.step, longest, shifts, False, 0, packed)
 
 
 def _in_trellis(side: Side) -> Side:
@@ -254,6 +264,26 @@ def _in_trellis(side: Side) -> Side:
     longest = 0.999 * _MAX_HALF * float(levels.max())
     return side._replace(
         centroids=side.ops.asarray(levels), step=float(step), longest=longest, trellis=True
+    )
+
+
+def _in_paths(side: Side, basis: _core.KeyBasis) -> Side:
+    tables = _core.KeyTrellis(side.bits)
+    step = np.float32(tables.step(side.dim))
+    # Of the shortest path (src/cache/codec.cpp), found as Viterbi does.
+    levels, states = tables.levels.astype(np.int64), len(tables.levels) >> side.bits
+    squares = np.where(np.arange(states) == tables.start, 0, np.iinfo(np.int64).max // 2)
+    for _ in range(side.dim):
+        ends = np.tile(squares, len(levels) // states) + levels**2
+        squares = ends.reshape(states, -1).min(axis=1)
+    shortest = float(step) * math.sqrt(max(int(squares.min()), 1))
+    longest = _MAX_HALF * shortest / basis.largest_ratio
+    return side._replace(
+        centroids=side.ops.asarray(tables.levels.astype(np.float32) * step),
+        step=float(step),
+        longest=longest,
+        trellis=True,
+        start=tables.start,
     )
 
 

@@ -11,6 +11,7 @@ from tqai.stores.device.operations import Array, Operations
 
 TILE_TOKENS = 64
 COORDINATE_BLOCK = 16
+KEY_WINDOW_BITS = 6
 
 
 def padded_dim(coordinates: int) -> int:
@@ -32,6 +33,25 @@ def unpack_keys(ops: Operations, packed: Array, bits: int, shifts: Array) -> Arr
     lines = _unpack_lines(ops, packed.reshape(*lead, groups, bits, 64), bits, shifts)
     lines = lines.reshape(*lead, groups, 2, 4, 16, 4)  # group, q, s, t, c
     return _order_last(ops, lines, (-3, -2, -5, -4, -1)).reshape(*lead, TILE_TOKENS, groups * 8)
+
+
+def unpack_key_paths(ops: Operations, packed: Array, bits: int, shifts: Array, start: int) -> Array:
+    """Windows of keys in trellis codes, in the order of their paths (include/tqai/trellis.hpp), as
+    ``unpack_keys``. start: what stands below the first code's bits."""
+    codes = unpack_keys(ops, packed, bits, shifts)
+    quads = codes.shape[-1] // 4
+    lead = codes.shape[:-1]
+    paths = _order_last(ops, codes.reshape(*lead, quads, 4), (-1, -2)).reshape(*lead, 4 * quads)
+    windows = paths << KEY_WINDOW_BITS - bits
+    first = paths[..., :1]
+    for back in range(1, -(-KEY_WINDOW_BITS // bits)):
+        shift = KEY_WINDOW_BITS - (back + 1) * bits
+        # Of what stands before the first code the part that is `back` codes before.
+        given = [(start << bits >> KEY_WINDOW_BITS - bits * (back - i)) for i in range(back)]
+        outside = [first * 0 + (value & (1 << bits) - 1) for value in given]
+        before = ops.concat([*outside, paths[..., :-back]], -1)
+        windows = windows | (before << shift if shift >= 0 else before >> -shift)
+    return windows
 
 
 def pack_values(ops: Operations, codes: Array, bits: int) -> Array:

@@ -25,7 +25,7 @@ from tqai.stores.device.positions import Positions
 from tqai.stores.device.rows import Exact, Rows
 
 _MAGIC, _NOTHING = 0x49415154, 0xFFFFFFFF
-_VERSION, _WITH_GAPS, _WITH_BASIS, _WITH_TRELLIS = 3, 4, 5, 6
+_VERSION, _WITH_GAPS, _WITH_BASIS, _WITH_TRELLIS, _WITH_KEY_TRELLIS = 3, 4, 5, 6, 7
 _CODES = ("scalar", "trellis")
 _BASIS_ID, _BASIS_MATRICES = 0, 1
 _LINE = 64
@@ -203,6 +203,8 @@ def _widened(each: np.ndarray, options: Options) -> np.ndarray:
 
 def _version(options: Options, held: Sequence[Rows]) -> int:
     """The oldest that can say it all."""
+    if options.key_codes != "scalar":
+        return _WITH_KEY_TRELLIS
     if options.value_codes != "scalar":
         return _WITH_TRELLIS
     if options.key_basis is not None:
@@ -213,7 +215,7 @@ def _version(options: Options, held: Sequence[Rows]) -> int:
 def _codebooks(options: Options) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
     """Dimension, bits and kind of each side's codes."""
     return (
-        (options.head_dim, options.bits_k, "scalar"),
+        (options.head_dim, options.bits_k, f"key {options.key_codes}"),
         (options.value_head_dim, options.bits_v, options.value_codes),
     )
 
@@ -221,6 +223,9 @@ def _codebooks(options: Options) -> tuple[tuple[int, int, str], tuple[int, int, 
 @lru_cache(maxsize=64)
 def _mark(dim: int, bits: int, codes: str) -> tuple[int, float]:
     """What tells a codebook from others: the checksum of its levels, and its step."""
+    if codes == "key trellis":
+        paths = _core.KeyTrellis(bits)
+        return zlib.crc32(paths.levels.tobytes() + bytes([paths.start])), paths.step(dim)
     if codes == "trellis":
         tables = _core.Trellis(bits)
         return zlib.crc32(tables.levels.tobytes()), tables.step(dim)
@@ -247,6 +252,8 @@ def _write_options(options: Options, version: int, with_basis: bool, writer: _Wr
     basis = options.key_basis
     if version >= _WITH_TRELLIS:
         writer.put("<u1", _CODES.index(options.value_codes), int(basis is not None))
+    if version >= _WITH_KEY_TRELLIS:
+        writer.put("<u1", _CODES.index(options.key_codes))
     if basis is not None:
         writer.put("<u8", basis.id)
         writer.put("<u1", _BASIS_MATRICES if with_basis else _BASIS_ID)
@@ -268,15 +275,18 @@ def _read_options(reader: _Reader) -> Options:
         count = reader.get("<u4") if version > 1 else 0
         sections = tuple(reader.get("<u1") for _ in range(count))
         rope = (inv_freq, layout, rotary_dim) + ((sections,) if sections else ())
-    codes, has_basis = 0, int(version == _WITH_BASIS)
+    codes, key_codes, has_basis = 0, 0, int(version == _WITH_BASIS)
     if version >= _WITH_TRELLIS:
         codes, has_basis = reader.get("<u1"), reader.get("<u1")
+    if version >= _WITH_KEY_TRELLIS:
+        key_codes = reader.get("<u1")
     if has_basis:  # C++ has read it
         reader.get("<u8")
         if reader.get("<u1") == _BASIS_MATRICES:
             reader.skip(reader.get("<u8"))
     numbers = heads, dim, value_dim, dtype, bits_k, bits_v, sinks, window
-    return Options(*numbers, rotation, centering, rope, seed, _CODES[codes])
+    kinds = {"value_codes": _CODES[codes], "key_codes": _CODES[key_codes]}
+    return Options(*numbers, rotation, centering, rope, seed, **kinds)
 
 
 def _exact(ops: Operations, options: Options, parts: list[Any]) -> Exact:

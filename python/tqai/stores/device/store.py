@@ -100,6 +100,11 @@ class DeviceStore:
         return self.options.value_codes
 
     @property
+    def key_codes(self) -> str:
+        """What codes of keys stand for: "scalar" or "trellis"."""
+        return self.options.key_codes
+
+    @property
     def first_token(self) -> int:
         """First token that some row still holds."""
         return min(rows.token_at(rows.first) for rows in self._held.rows)

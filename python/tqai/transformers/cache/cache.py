@@ -533,8 +533,8 @@ class TqaiCache(Passes, DynamicCache):
         heads by what their keys are centred on, ``rotary`` the compressed layers by the layout of
         their rotary embedding, "unrecognised" where keys get no rotary centre, ``codecs`` by what
         keys are quantised in, "scalar: " and why where they are in no basis though the settings ask
-        for one, ``value_codes`` by what codes of values stand for, ``settings`` has the arguments
-        of ``patch``. Tiles that caches share count in each of them.
+        for one, ``value_codes`` and ``key_codes`` by what codes of values and of keys stand for,
+        ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
         """
         self.undo_unfinished()
         layers = [_memory(layer) for layer in self.layers]
@@ -557,6 +557,9 @@ class TqaiCache(Passes, DynamicCache):
             Counter(
                 layer.settings.value_codes for layer in self.layers if isinstance(layer, TqaiLayer)
             )
+        )
+        report["key_codes"] = dict(
+            Counter(_key_codes(layer) for layer in self.layers if isinstance(layer, TqaiLayer))
         )
         report["settings"] = asdict(self.settings)
         return report
@@ -622,6 +625,10 @@ def _memory(layer: Any) -> dict[str, int]:
 def _centerings(layer: Any) -> Counter[str]:
     core = layer.core if isinstance(layer, TqaiLayer) else None
     return Counter() if core is None else reports.centerings_of(core)
+
+
+def _key_codes(layer: TqaiLayer) -> str:
+    return "scalar" if layer.core is None else layer.core.key_codes
 
 
 vars(TqaiCache.__init__)["__signature__"] = signature_with_options(TqaiCache.__init__)
