@@ -36,6 +36,8 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 TRELLIS_BITS = 4
 """Up to which trellises have tables."""
+KEY_TRELLIS_BITS = 2, 4
+"""The fewest and the most of keys in trellis codes."""
 
 Bits = int | Sequence[int] | Mapping[int, int]
 """Bits of every layer, layer by layer, or of some layers."""
@@ -193,9 +195,9 @@ class Settings:
     """How codes are chosen: "scalar", each coordinate of a random rotation by itself; "trellis",
     values of up to ``TRELLIS_BITS`` bits in trellis codes, which take a third of their squared
     error away; "adaptive", those, and keys in a basis that is learnt from the model when it is
-    patched, which takes the error of scores to a fraction; "auto", as "adaptive" where the model
-    can be run for that, else as "trellis". All take the same bytes; the bases are shared by all
-    caches of a model."""
+    patched, in trellis codes too from 2 to 4 bits, which takes the error of scores to a fraction;
+    "auto", as "adaptive" where the model can be run for that, else as "trellis". All take the same
+    bytes; the bases are shared by all caches of a model."""
     rotation: Rotation = "auto"
     centering: Centering = "auto"
     """What is left out of the keys' codes: "mean", "rope" (the mean before rotary embedding, turned
@@ -313,6 +315,14 @@ class Settings:
             return "scalar"
         assert isinstance(self.bits_v, int)
         return "trellis" if self.bits_v <= TRELLIS_BITS else "scalar"
+
+    @property
+    def key_codes(self) -> str:
+        """What codes of keys stand for where they are in a basis, of a layer: "scalar" or
+        "trellis"."""
+        assert isinstance(self.bits_k, int)
+        fits = KEY_TRELLIS_BITS[0] <= self.bits_k <= KEY_TRELLIS_BITS[1]
+        return "trellis" if self.learns_bases and fits else "scalar"
 
     def without_bases(self) -> Settings:
         """The settings for a model that no bases can be learnt from, where they leave that open."""

@@ -39,6 +39,8 @@ def make_store(
     options.update(kv_heads=kv_heads, head_dim=head_dim, value_head_dim=values.shape[3])
     if not keeps_sinks:
         options["sink_tokens"] = 0
+    if basis is not None:
+        options["key_codes"] = settings.key_codes
     if is_native(settings.backend, keys.device):
         argument = None if rope is None else rope.core_argument()
         return _core.KvCache(

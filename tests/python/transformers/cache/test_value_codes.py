@@ -59,6 +59,33 @@ def test_adaptive_keys_have_values_in_trellis_codes(models: Models) -> None:
     assert cache.memory_report()["value_codes"] == {"trellis": 2}
 
 
+@pytest.mark.parametrize(("bits", "codes"), [(1, "scalar"), (2, "trellis"), (5, "scalar")])
+def test_adaptive_keys_are_in_trellis_codes_where_there_are_such(
+    bits: int, codes: str, models: Models
+) -> None:
+    model = models("llama")
+    cache = filled(model, tqai.patch(model, codec="adaptive", bits_k=bits, **SEALING), make_ids())
+    assert cache.memory_report()["key_codes"] == {codes: 2}
+    assert [layer.core.key_codes for layer in cache.layers] == [codes] * 2
+
+
+def test_files_of_adaptive_keys_in_scalar_codes_go_on(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As versions without such trellis codes wrote them."""
+    model, step = models("llama"), make_ids(1, 3, seed=3)
+    tqai.patch(model, codec="adaptive", **SEALING)
+    with monkeypatch.context() as patch:
+        patch.setattr(Settings, "key_codes", "scalar")
+        cache = filled(model, tqai.new_cache(model), make_ids(1, 200))
+    tqai.save_cache(cache, tmp_path / "prompt")
+    loaded = tqai.load_cache(tmp_path / "prompt", model)
+    assert loaded.memory_report()["key_codes"] == {"scalar": 2}
+    with torch.no_grad():
+        outs = [model(step, past_key_values=each).logits for each in (cache, loaded)]
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_it_is_the_same_cache_by_any_way(models: Models, family: str, tmp_path: Path) -> None:
     model = models(family)
