@@ -9,7 +9,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'append_sequences', 'attend_sequences', 'available_levels', 'borrowed', 'crop_sequences', 'default_level', 'limit_memory', 'openmp_threads', 'seal_sequences', 'write_file']
+__all__: list[str] = ['CacheFile', 'Codebook', 'DType', 'KeyBasis', 'KeyMoments', 'KeyTrellis', 'KvCache', 'ProdQuantizer', 'Quantizer', 'Trellis', 'VectorQuantizer', 'allocated_bytes', 'append_sequences', 'attend_sequences', 'available_levels', 'borrowed', 'crop_sequences', 'default_level', 'limit_memory', 'openmp_threads', 'seal_sequences', 'write_file']
 class KeyMoments:
     """
     Second moments of a layer's keys and queries.
@@ -130,7 +130,7 @@ class KvCache:
     nothing: a method that raises leaves the cache as it was. rope: (inv_freq, "half_split" or
     "interleaved", rotary_dim) that the keys have gone through, and the section of each frequency.
     key_basis: what keys are quantised in, in place of a rotation. value_codes: "scalar", or "trellis" for
-    1 to 4 bits. See include/tqai/cache.hpp.
+    1 to 4 bits. key_codes: the same of keys in a basis, for 2 to 4 bits. See include/tqai/cache.hpp.
     """
     max_norm: typing.ClassVar[float] = 16376.0
     @staticmethod
@@ -145,7 +145,7 @@ class KvCache:
         ...
     def __getstate__(self) -> tuple[bytes, str]:
         ...
-    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None, key_basis: KeyBasis | None = None, value_codes: str = 'scalar') -> None:
+    def __init__(self, *, batch: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, value_head_dim: typing.SupportsInt | typing.SupportsIndex = 0, dtype: DType = DType.float32, bits_k: typing.SupportsInt | typing.SupportsIndex = 4, bits_v: typing.SupportsInt | typing.SupportsIndex = 2, sink_tokens: typing.SupportsInt | typing.SupportsIndex = 4, residual_window: typing.SupportsInt | typing.SupportsIndex = 128, rotation: str = 'auto', centering: str = 'auto', rope: tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | tuple[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], str, typing.SupportsInt | typing.SupportsIndex] | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 1952541041, level: str | None = None, key_basis: KeyBasis | None = None, value_codes: str = 'scalar', key_codes: str = 'scalar') -> None:
         ...
     def __setstate__(self, arg0: tuple) -> None:
         ...
@@ -260,6 +260,11 @@ class KvCache:
         What keys are quantised in; None: the rotation.
         """
     @property
+    def key_codes(self) -> str:
+        """
+        What codes of keys stand for: "scalar" or "trellis".
+        """
+    @property
     def kv_heads(self) -> int:
         ...
     @property
@@ -352,6 +357,32 @@ class Trellis:
     def levels(self) -> numpy.typing.NDArray[numpy.int8]:
         """
         [256] int8, by window.
+        """
+class KeyTrellis:
+    """
+    The levels of trellis codes of keys, bits 2 to 4, else ValueError.
+    
+    A code's window is its own bits and, below them, the upper ones of those before it, 6 in all. See
+    include/tqai/trellis.hpp.
+    """
+    def __init__(self, bits: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def step(self, head_dim: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        What a level of 1 stands for in vectors of length 1.
+        """
+    @property
+    def bits(self) -> int:
+        ...
+    @property
+    def levels(self) -> numpy.typing.NDArray[numpy.int8]:
+        """
+        [64] int8, by window.
+        """
+    @property
+    def start(self) -> int:
+        """
+        What stands below the first code's bits.
         """
 class CacheFile:
     """
