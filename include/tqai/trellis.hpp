@@ -51,8 +51,8 @@ TQAI_API const Trellis& trellis(int bits);
 /// order of coordinates 0, 4, 8 …, then 1, 5, 9 … of what is stored (key_coordinate): in each byte
 /// of its lines, which a reader goes through side by side.
 struct KeyTrellis {
-  static constexpr int kWindowBits = 6;
-  static constexpr int kWindows = 1 << kWindowBits;
+  static constexpr int kWindowBits = 6;              ///< of a window
+  static constexpr int kWindows = 1 << kWindowBits;  ///< and so levels
 
   int bits;                                  ///< of a code
   double unit;                               ///< of a level, in standard deviations
