@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
+#include <memory>
 #include <random>
 #include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
+#include <tuple>
 #include <vector>
 
 #include "decompositions.hpp"
@@ -58,6 +61,17 @@ inline KeyMoments moments_of(int dim, int tokens, int heads = 1, std::uint64_t s
     moments.add_queries(head, correlated(dim, 2 * tokens, mixture(dim, 16 + of_head), engine));
   }
   return moments;
+}
+
+// The basis of `moments_of`'s keys and queries, one of each kind for all tests of a program.
+inline std::shared_ptr<const KeyBasis> learnt(int dim, int bits, int heads = 1) {
+  static std::map<std::tuple<int, int, int>, std::shared_ptr<const KeyBasis>> bases;
+  auto& basis = bases[{dim, bits, heads}];
+  if (!basis) {
+    basis =
+        std::make_shared<const KeyBasis>(KeyBasis::learn(moments_of(dim, 3 * dim, heads), bits));
+  }
+  return basis;
 }
 
 // E, L and F of a head.

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
-#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -16,7 +15,6 @@
 #include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
 #include <tqai/trellis.hpp>
-#include <tuple>
 #include <vector>
 
 #include "basis_helpers.hpp"
@@ -35,23 +33,13 @@ using test::contains;
 using test::correlated;
 using test::gather;
 using test::geometry;
+using test::learnt;
 using test::Matrices;
 using test::message_of;
 using test::mixture;
 using test::random_engine;
 
 constexpr int kDims[] = {8, 9, 16, 40, 64, 80, 128};
-
-// One of each kind for all tests.
-std::shared_ptr<const KeyBasis> learnt(int dim, int bits, int heads = 1) {
-  static std::map<std::tuple<int, int, int>, std::shared_ptr<const KeyBasis>> bases;
-  auto& basis = bases[{dim, bits, heads}];
-  if (!basis) {
-    basis = std::make_shared<const KeyBasis>(
-        KeyBasis::learn(test::moments_of(dim, 3 * dim, heads), bits));
-  }
-  return basis;
-}
 
 kernels::KeyTransform transform_of(const KeyBasis& basis, int head = 0) {
   const KeyBasis::Head of = basis.head(head);

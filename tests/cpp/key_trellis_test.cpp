@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <string>
 #include <tqai/cache.hpp>
@@ -30,21 +29,12 @@ using test::contains;
 using test::correlated;
 using test::gather;
 using test::geometry;
+using test::learnt;
 using test::message_of;
 using test::mixture;
 using test::random_engine;
 
 constexpr int kDims[] = {8, 9, 16, 40, 64, 80, 128};
-
-std::shared_ptr<const KeyBasis> learnt(int dim, int bits, int heads = 1) {
-  static std::map<std::tuple<int, int, int>, std::shared_ptr<const KeyBasis>> bases;
-  auto& basis = bases[{dim, bits, heads}];
-  if (!basis) {
-    basis = std::make_shared<const KeyBasis>(
-        KeyBasis::learn(test::moments_of(dim, 3 * dim, heads), bits));
-  }
-  return basis;
-}
 
 CacheOptions options_of(int dim, int bits, int heads = 1) {
   CacheOptions options = geometry(dim, bits, 4, heads);
