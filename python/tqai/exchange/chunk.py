@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from tqai import _core
-from tqai.exchange import envelope
+from tqai.exchange import envelope, short_forms
 from tqai.exchange.cache_bytes import (
     TILE_TOKENS,
     Block,
@@ -39,101 +39,19 @@ from tqai.exchange.cache_bytes import (
     set_size,
     taken_apart,
 )
+from tqai.exchange.chunk_options import ChunkOptions
 from tqai.exchange.envelope import NotUsable
-from tqai.settings import CENTERINGS, Settings
-from tqai.shapes.heads import MAX_HEAD_DIM, MIN_HEAD_DIM
-from tqai.shapes.rope import LAYOUTS
+from tqai.settings import Settings
 from tqai.stores.for_torch.tensor_refs import DTYPES, ref
 
 KIND = "lmcache chunk"
 _NORM_BYTES = 2 * 2 * TILE_TOKENS
 """Of a tile: the keys' norms, then the values', in FP16, at its end."""
-_CODECS = "scalar", "trellis"
-"""Those whose tables are everybody's; bases are a model's own."""
+_STAGED_BYTES = 1 << 21
+"""Of keys and values that a cache holds at once while they are encoded, about: so many stay in a
+core's cache, and an allocator keeps them."""
 _SPARE = 16
 """For so many layers there is room for one more set of centres."""
-
-
-@dataclass(frozen=True)
-class ChunkOptions:
-    """How chunks are written; the options of the serde.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    head_dim: int
-    """Coordinates of a head; LMCache does not say."""
-    bits_k: Any = 4
-    """Bits a key coordinate: of all layers, a list, or {layer: bits}, as for ``tqai.patch``."""
-    bits_v: Any = 2
-    codec: str = "scalar"
-    """"trellis": values of up to 4 bits in trellis codes, with two thirds of the squared error in
-    the same bytes, for more time to write them."""
-    model: str = ""
-    """Tells the model from others of the same name: entries of another one are not used."""
-    rope: Mapping[str, Any] | None = field(default=None, hash=False)
-    """The rotary embedding, {"inv_freq": […], "layout": "half_split" or "interleaved"}, by which
-    keys are centred before it; None: on their mean."""
-    exact_first: int = 1
-    """First tokens of each chunk that are kept exact."""
-    exact_last: int = 0
-    """Last tokens of each chunk that are kept exact."""
-    norm_bits: int = 8
-    """8, and 4 beside codes of 1 or 2 bits; or 16 of all, as in a cache."""
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        checked = {
-            "head_dim": _integer("head_dim", self.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM),
-            "exact_first": _integer("exact_first", self.exact_first, 0, 1 << 20),
-            "exact_last": _integer("exact_last", self.exact_last, 0, 1 << 20),
-            "norm_bits": _integer("norm_bits", self.norm_bits, 8, 16),
-        }
-        if self.norm_bits not in (8, 16):
-            raise ValueError(f"norm_bits={self.norm_bits}: expected 8 or 16")
-        if self.codec not in _CODECS:
-            raise ValueError(f"codec={self.codec!r}: expected one of {', '.join(_CODECS)}")
-        if not isinstance(self.model, str):
-            raise ValueError(f"model={self.model!r}: expected a string")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        for name in ("bits_k", "bits_v"):
-            given = getattr(self, name)
-            if isinstance(given, Mapping):  # JSON's keys are strings
-                given = {int(layer): bits for layer, bits in given.items()}
-                object.__setattr__(self, name, given)
-        self.settings()
-        if self.rope is not None:
-            self._check_rope(self.rope)
-
-    def settings(self) -> Settings:
-        return Settings(
-            bits_k=self.bits_k,
-            bits_v=self.bits_v,
-            codec="trellis" if self.codec == "trellis" else "scalar",
-            sink_tokens=0,
-            residual_window=0,
-            centering="mean" if self.rope is None else "auto",
-            seed=self.seed,
-        )
-
-    def _check_rope(self, rope: Mapping[str, Any]) -> None:
-        frequencies, layout = rope.get("inv_freq"), rope.get("layout", "half_split")
-        if layout not in LAYOUTS:
-            raise ValueError(f"rope has layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-        fits = isinstance(frequencies, Sequence) and 0 < 2 * len(frequencies) <= self.head_dim
-        if not fits or not all(isinstance(each, (int, float)) for each in frequencies or ()):
-            raise ValueError(
-                "rope needs inv_freq, a list of radians a token for half as many pairs of "
-                f"coordinates as head_dim={self.head_dim} at most"
-            )
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r}: expected an integer from {low} to {high}")
-    return value
 
 
 class Shape(NamedTuple):
@@ -310,8 +228,7 @@ class ChunkCodec:
         return len(group.layers) + len(group.layers) // _SPARE + 1
 
     def _set_bytes(self, plan: _Plan) -> int:
-        """A set's kind and centre of each head; the energy that it left is not needed again."""
-        return plan.shape.heads * (1 + 2 * self.options.head_dim)
+        return short_forms.centres_bytes(plan.shape.heads, self.options.head_dim)
 
     def _norm_widths(self, group: _Group) -> tuple[int, int]:
         """Bits of a norm of the keys, and of the values."""
@@ -321,9 +238,9 @@ class ChunkCodec:
         return 4 if coarse[0] else 8, 4 if coarse[1] else 8
 
     def _norms_bytes(self, plan: _Plan, group: _Group) -> int:
-        widths, rows = self._norm_widths(group), len(group.layers)
-        norms = rows * plan.shape.heads * plan.sealed * sum(widths) // 8
-        return norms if widths[0] == 16 else norms + rows * plan.shape.heads * _BOUNDS_BYTES
+        return short_forms.norms_bytes(
+            len(group.layers), plan.shape.heads, plan.sealed, self._norm_widths(group)
+        )
 
     def _code_bytes(self, group: _Group) -> int:
         bits = int(group.settings.bits_k) + int(group.settings.bits_v)  # type: ignore[arg-type]
@@ -346,22 +263,29 @@ class ChunkCodec:
         sets = np.zeros(
             (self._sets(group), set_size(heads, self.options.head_dim, self._pairs)), "u1"
         )
-        tiles, own, held = self._sealed(plan, group, keys, values, group.settings)
-        sets[:rows] = own[:rows]
-        if held is not None:  # some row has several
-            self._spread(rows, held, which, sets)
-            crowded = [row for row in range(rows) if which[row].max() == 255]
-            if crowded:  # there is no room for their sets: they get along without
-                again = torch.tensor(crowded)
-                plain = replace(group.settings, centering="none")
-                tiles = tiles.copy()
-                tiles[crowded], sets[crowded], _ = self._sealed(
-                    plan, group, keys[again], values[again], plain
-                )
-                which[crowded] = 0
-        norms = np.ascontiguousarray(tiles[..., -_NORM_BYTES:]).view("<u2")
-        codes = np.ascontiguousarray(tiles[..., :-_NORM_BYTES])
-        arrays = [which, self._dense(plan, sets), *self._short(group, norms), codes]
+        shape = rows, plan.sealed // TILE_TOKENS, heads
+        norms = np.empty((*shape, _NORM_BYTES), np.uint8)
+        codes = np.empty((*shape, self._code_bytes(group)), np.uint8)
+        spare, at_once = rows, self._rows_at_once(plan)
+        for first in range(0, rows, at_once):
+            part = slice(first, min(first + at_once, rows))
+            tiles, own, held = self._sealed(plan, group, keys[part], values[part], group.settings)
+            if held is None:
+                sets[part] = own
+            else:  # some row has several
+                spare = self._spread(group, held, first, spare, which, sets)
+            norms[part], codes[part] = tiles[..., -_NORM_BYTES:], tiles[..., :-_NORM_BYTES]
+        crowded = [row for row in range(rows) if which[row].max() == 255]
+        if crowded:  # there is no room for their sets: they get along without
+            again = torch.tensor(crowded)
+            plain = replace(group.settings, centering="none")
+            tiles, own, _ = self._sealed(plan, group, keys[again], values[again], plain)
+            norms[crowded], codes[crowded] = tiles[..., -_NORM_BYTES:], tiles[..., :-_NORM_BYTES]
+            sets[crowded], which[crowded] = own, 0
+        norms = norms.view("<u2")
+        centres = short_forms.short_centres(sets, heads, self.options.head_dim, self._pairs)
+        short = short_forms.short_norms(norms, self._norm_widths(group))
+        arrays = [which, centres, *short, codes]
         return [array.reshape(-1).view(np.uint8).data for array in arrays]
 
     def _sealed(
@@ -397,10 +321,18 @@ class ChunkCodec:
         sets = whole[at : at + count * each].reshape(count, each)
         return tiles, sets, None if count == rows else taken_apart(data)
 
-    def _spread(self, rows: int, held: CacheBytes, which: np.ndarray, sets: np.ndarray) -> None:
-        """Puts further sets of rows into the room that there is; 255 where there is none."""
-        spare = rows
-        for row, own in enumerate(held.rows):
+    def _spread(
+        self,
+        group: _Group,
+        held: CacheBytes,
+        first: int,
+        spare: int,
+        which: np.ndarray,
+        sets: np.ndarray,
+    ) -> int:
+        """Puts the sets of rows from `first` on into the room that there is from set `spare` on,
+        255 where there is none; returns the first that is free then."""
+        for row, own in enumerate(held.rows, first):
             numbers = {0: 0}
             sets[row] = np.frombuffer(held.sets[own.sets[0]], np.uint8)
             for local, number in enumerate(own.sets[1:], 1):
@@ -408,9 +340,15 @@ class ChunkCodec:
                     numbers[local] = 255
                     continue
                 sets[spare] = np.frombuffer(held.sets[number], np.uint8)
-                numbers[local] = spare - rows + 1
+                numbers[local] = spare - len(group.layers) + 1
                 spare += 1
             which[row] = [numbers[tile.set] for tile in own.tiles]
+        return spare
+
+    def _rows_at_once(self, plan: _Plan) -> int:
+        shape = plan.shape
+        staged = 2 * shape.heads * shape.tokens * self.options.head_dim * shape.dtype.itemsize
+        return max(_STAGED_BYTES // staged, torch.get_num_threads(), 1)
 
     def _decoded(
         self,
@@ -429,11 +367,13 @@ class ChunkCodec:
                 self._norms_bytes(plan, group),
             ]
         )
-        which, dense, norms, codes = np.split(whole, ends)
+        which, centres, norms, codes = np.split(whole, ends)
         tiles = np.empty((rows, blocks, heads, self._code_bytes(group) + _NORM_BYTES), np.uint8)
         tiles[..., :-_NORM_BYTES] = codes.reshape(rows, blocks, heads, -1)
-        tiles[..., -_NORM_BYTES:] = self._long(group, norms, (rows, blocks, heads)).view(np.uint8)
-        sets = self._wide(plan, dense)
+        widths = self._norm_widths(group)
+        long = short_forms.long_norms(norms, (rows, blocks, heads), widths)
+        tiles[..., -_NORM_BYTES:] = long.view(np.uint8)
+        sets = short_forms.long_centres(centres, heads, self.options.head_dim, self._pairs)
         if which.any():
             data = self._several(plan, group, which.reshape(rows, blocks), sets, tiles)
         else:
@@ -505,98 +445,10 @@ class ChunkCodec:
     def _pairs(self) -> int:
         return 0 if self.options.rope is None else len(self.options.rope["inv_freq"])
 
-    # Norms in 8 bits, and centres without what is not needed.
-
-    def _short(self, group: _Group, norms: np.ndarray) -> list[np.ndarray]:
-        """Norms [rows, blocks, heads, 2 · 64] FP16 as bits, as they are written.
-
-        The bits of numbers that are not negative are as good as their logarithm, and exact on every
-        machine. 0 stays 0.
-        """
-        widths = self._norm_widths(group)
-        if widths[0] == 16:
-            return [norms]
-        rows, blocks, heads, _ = norms.shape
-        numbers = norms.reshape(rows, blocks, heads, 2, TILE_TOKENS).astype(np.int32)
-        most = numbers.max((1, 4), keepdims=True)
-        least = np.where(numbers == 0, most, numbers).min((1, 4), keepdims=True)
-        most_steps = np.array([_steps(width) for width in widths], np.float32)[:, None]
-        steps = most_steps / np.maximum(most - least, 1).astype(np.float32)
-        short = np.rint((numbers - least).astype(np.float32) * steps) + 1
-        short[numbers == 0] = 0
-        short = short.astype(np.uint8)
-        bounds = np.concatenate([least, most], 1).astype("<u2")
-        sides = (_packed(short[:, :, :, side], width) for side, width in enumerate(widths))
-        return [bounds, *sides]
-
-    def _long(self, group: _Group, data: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-        """Norms [rows, blocks, heads, 2 · 64] FP16 as bits, from what ``_short`` gave."""
-        rows, blocks, heads = shape
-        widths = self._norm_widths(group)
-        if widths[0] == 16:
-            return data.view("<u2").reshape(*shape, 2 * TILE_TOKENS)
-        at = rows * heads * _BOUNDS_BYTES
-        bounds = data[:at].view("<u2").reshape(rows, 2, heads, 2, 1).astype(np.int32)
-        norms = np.empty((*shape, 2, TILE_TOKENS), "<u2")
-        for side, width in enumerate(widths):
-            end = at + rows * blocks * heads * TILE_TOKENS * width // 8
-            short = _unpacked(data[at:end], width).reshape(*shape, TILE_TOKENS).astype(np.int32)
-            at = end
-            least, most = bounds[:, None, 0, :, side], bounds[:, None, 1, :, side]
-            steps = _steps(width)
-            numbers = least + ((short - 1) * (most - least) + steps // 2) // steps
-            norms[:, :, :, side] = np.where(short == 0, 0, numbers)
-        return norms.reshape(*shape, 2 * TILE_TOKENS)
-
-    def _dense(self, plan: _Plan, sets: np.ndarray) -> np.ndarray:
-        """Centre sets as they are written: of each head its kind and head_dim numbers."""
-        heads, dim, pairs = plan.shape.heads, self.options.head_dim, self._pairs
-        ends = np.cumsum([heads * 4 * dim, heads * 8 * pairs, heads * 4])
-        constant, means, _, kinds = np.split(np.ascontiguousarray(sets), ends, axis=1)
-        centres = np.ascontiguousarray(constant).view("<f4").reshape(len(sets), heads, dim).copy()
-        turned = np.ascontiguousarray(means).view("<f4").reshape(len(sets), heads, 2 * pairs)
-        # What is turned is in no constant.
-        centres[..., : 2 * pairs] += turned
-        written = np.empty((len(sets), heads, 1 + 2 * dim), np.uint8)
-        written[..., 0] = kinds
-        written[..., 1:] = centres.astype("<f2").view(np.uint8)
-        return written
-
-    def _wide(self, plan: _Plan, dense: np.ndarray) -> np.ndarray:
-        """Centre sets as a cache has them."""
-        heads, dim, pairs = plan.shape.heads, self.options.head_dim, self._pairs
-        dense = dense.reshape(-1, heads, 1 + 2 * dim)
-        kinds = dense[..., 0]
-        centres = np.ascontiguousarray(dense[..., 1:]).view("<f2").astype("<f4")
-        turned = np.where((kinds == _ROPE)[..., None], centres[..., : 2 * pairs], 0)
-        constant = centres.copy()
-        constant[..., : 2 * pairs] -= turned
-        parts = [constant, turned.astype("<f4"), np.zeros((len(dense), heads), "<f4"), kinds]
-        flat = [np.ascontiguousarray(p).reshape(len(dense), -1).view(np.uint8) for p in parts]
-        return np.concatenate(flat, 1)
-
 
 _COUNTS = 8 + 4 + 4 + 4
 """Bytes between a preamble and the centre sets, beside the blocks': tokens, and three counts."""
 _BLOCK_BYTES = 8 + 8 + 4
-_BOUNDS_BYTES = 2 * 2 * 2
-"""Of a head: the least and the largest norm of its keys, and of its values, in FP16."""
-_ROPE = CENTERINGS.index("rope")
-
-
-def _steps(width: int) -> int:
-    """Steps between the least and the largest norm that bits have numbers for; 0 is a norm of 0."""
-    return (1 << width) - 2
-
-
-def _packed(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Numbers of `width` bits, 4 or 8, of an even count in the last axis."""
-    return numbers if width == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
-
-
-def _unpacked(data: np.ndarray, width: int) -> np.ndarray:
-    """What was packed, in one row."""
-    return data if width == 8 else np.stack([data & 15, data >> 4], -1).reshape(-1)
 
 
 def _sides(chunk: torch.Tensor, shape: Shape, dim: int) -> list[torch.Tensor]:

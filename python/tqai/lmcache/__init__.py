@@ -18,7 +18,8 @@ from tqai.requirements import needs
 
 needs("lmcache", "torch", what="tqai as LMCache's serde")
 
-from tqai.exchange.chunk import ChunkCodec, ChunkOptions  # noqa: E402
+from tqai.exchange.chunk import ChunkCodec  # noqa: E402
+from tqai.exchange.chunk_options import ChunkOptions  # noqa: E402
 from tqai.lmcache.adapter import TqaiL2Adapter, TqaiL2AdapterConfig  # noqa: E402
 from tqai.lmcache.serde import TqaiDeserializer, TqaiSerializer, create, register  # noqa: E402
 

@@ -17,7 +17,8 @@ from lmcache.v1.distributed.serde import (
 )
 from lmcache.v1.memory_management import MemoryObj
 
-from tqai.exchange.chunk import ChunkCodec, ChunkOptions
+from tqai.exchange.chunk import ChunkCodec
+from tqai.exchange.chunk_options import ChunkOptions
 from tqai.exchange.envelope import NotUsable
 
 NAME = "tqai"

@@ -20,7 +20,8 @@ import torch
 from transformers import DynamicCache
 
 from tqai import api
-from tqai.exchange.chunk import ChunkCodec, ChunkOptions
+from tqai.exchange.chunk import ChunkCodec
+from tqai.exchange.chunk_options import ChunkOptions
 from tqai.exchange.shelf import shelf_at
 from tqai.measure.text import prose
 from tqai.measure.time_prefill import _read, _seal, _seconds

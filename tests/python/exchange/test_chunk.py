@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from damages import CORRUPTIONS, damage
-from tqai.exchange.chunk import ChunkCodec, ChunkOptions
+from tqai.exchange.chunk import ChunkCodec
+from tqai.exchange.chunk_options import ChunkOptions
 from tqai.exchange.envelope import NotUsable
 
 DIM, HEADS, LAYERS = 32, 2, 5
@@ -166,6 +167,20 @@ def test_rows_with_several_centres_and_more_of_them_than_there_is_room_for() -> 
     assert errors(found, every)[0] < 5 * SQUARES[8]
     fine = round_trip(make_chunk(256), bits_k=8, bits_v=8)
     assert torch.equal(found[1], fine[1])  # values are as ever
+
+
+@pytest.mark.parametrize("turned", [0, 1, LAYERS])
+def test_bytes_are_the_same_however_many_rows_are_encoded_at_once(
+    turned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = make_chunk(256)
+    chunk[0, LAYERS - turned :, 128:] *= -5  # several sets each, more than there is room for
+    codec = ChunkCodec(ChunkOptions(head_dim=DIM, bits_k=[4, 4, 2, 4, 4], rope=ROPE))
+    whole = encoded(codec, chunk)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for staged in (1, 2 * chunk[0, 0].nbytes):
+        monkeypatch.setattr("tqai.exchange.chunk._STAGED_BYTES", staged)
+        assert encoded(codec, chunk) == whole
 
 
 def test_the_bytes_are_a_fifth_of_bfloat16() -> None:
