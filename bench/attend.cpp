@@ -10,10 +10,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
+#include <memory>
 #include <optional>
 #include <random>
 #include <string>
 #include <tqai/cache.hpp>
+#include <tqai/key_basis.hpp>
 #include <utility>
 #include <vector>
 
@@ -32,7 +35,8 @@ struct Shape {
   int bits_v;
   std::int64_t tokens;
   CodeKind value_codes = CodeKind::scalar;
-  DType dtype = DType::f32;  // of exact tokens
+  DType dtype = DType::f32;               // of exact tokens
+  CodeKind key_codes = CodeKind::scalar;  // of a trellis: in a basis
 };
 
 std::vector<float> random_floats(std::size_t count) {
@@ -67,6 +71,22 @@ void add_turning(const Rope& rope, std::int64_t tokens, std::vector<float>& keys
   }
 }
 
+// A basis of random keys and queries, one for all cases that it serves.
+std::shared_ptr<const KeyBasis> basis_of(int dim, int bits) {
+  static std::map<std::pair<int, int>, std::shared_ptr<const KeyBasis>> bases;
+  auto& basis = bases[{dim, bits}];
+  if (!basis) {
+    const auto vectors = random_floats(static_cast<std::size_t>(4 * dim * dim));
+    KeyMoments moments(kKvHeads, dim);
+    for (int head = 0; head < kKvHeads; ++head) {
+      moments.add_keys(head, vectors);
+      moments.add_queries(head, vectors);
+    }
+    basis = std::make_shared<const KeyBasis>(KeyBasis::learn(moments, bits));
+  }
+  return basis;
+}
+
 // The floats in `dtype`, by way of `halves` where that has 16 bits.
 const void* numbers(const std::vector<float>& floats, DType dtype,
                     std::vector<std::uint16_t>& halves) {
@@ -87,7 +107,11 @@ KvCache filled_cache(const Shape& shape, Level level, Centering centering, bool 
   options.head_dim = shape.dim;
   options.bits_k = shape.bits_k;
   options.bits_v = shape.bits_v;
+  options.key_codes = shape.key_codes;
   options.value_codes = shape.value_codes;
+  if (shape.key_codes == CodeKind::trellis) {
+    options.key_basis = basis_of(shape.dim, shape.bits_k);
+  }
   options.sink_tokens = 0;
   options.residual_window = exact ? static_cast<int>(shape.tokens) : 0;
   options.level = level;
@@ -395,7 +419,6 @@ void register_all() {
         for (const Level level : available_levels()) {
           if (level == Level::scalar) continue;
           for (const auto& [bits_k, bits_v] : {std::pair{4, 4}, {4, 2}, {2, 2}}) {
-            if (bits_k == 2 && tokens > 8192) continue;
             const std::string bits =
                 "/bits=" + std::to_string(bits_k) + "," + std::to_string(bits_v);
             for (const Centering centering : {Centering::mean, Centering::rope}) {
@@ -407,14 +430,17 @@ void register_all() {
                   [=](auto& state) { attend_cache(state, shape, level, centering); })
                   ->UseRealTime();
             }
-            if (bits_k == 2) continue;
-            Shape rings{dim, group, bits_k, bits_v, tokens};
-            rings.value_codes = CodeKind::trellis;
-            const std::string rest = bits + "/level=" + std::string(name_of(level)) + "/trellis";
-            benchmark::RegisterBenchmark(
-                name_of_shape("attend", rings, rest).c_str(),
-                [=](auto& state) { attend_cache(state, rings, level, Centering::mean); })
-                ->UseRealTime();
+            for (const CodeKind key_codes : {CodeKind::scalar, CodeKind::trellis}) {
+              Shape shape{dim, group, bits_k, bits_v, tokens};
+              shape.key_codes = key_codes;
+              shape.value_codes = CodeKind::trellis;
+              const std::string rest = bits + "/level=" + std::string(name_of(level)) +
+                                       (key_codes == CodeKind::scalar ? "/trellis" : "/adaptive");
+              benchmark::RegisterBenchmark(
+                  name_of_shape("attend", shape, rest).c_str(),
+                  [=](auto& state) { attend_cache(state, shape, level, Centering::mean); })
+                  ->UseRealTime();
+            }
           }
         }
       }
