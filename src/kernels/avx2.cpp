@@ -318,9 +318,11 @@ struct KeyPathReader<Avx2, 4, kCount> {
     }
   }
   template <int kFirst>
-  void begin(const Vec (& /*first*/)[4], const Vec (&second)[4]) noexcept {
+  void begin(const std::uint8_t* last, int part) noexcept {
+    Vec codes[4];
+    load_quad<Avx2, kBits, 1>(last, part, codes);
     for (int s = 0; s < kCount; ++s) {
-      before[s] = Avx2::next_bytes(second[kFirst + s], before_first);
+      before[s] = Avx2::next_bytes(codes[kFirst + s], before_first);
     }
   }
   Avx2::NarrowKeys operand(int s, Vec code) noexcept {

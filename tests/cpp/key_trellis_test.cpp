@@ -135,6 +135,12 @@ TEST_P(KeyPathLevels, ScoresAreExact) {
         for (auto& q : queries)
           q = static_cast<std::int8_t>(static_cast<int>(engine() % 255) - 127);
         std::fill_n(queries.begin(), dim, std::int8_t{127});
+        // Small ones, whose products avx2 adds up in 16 bits: all, or some groups among others.
+        for (std::size_t i = 0; i < queries.size(); ++i) {
+          if (rows % 3 == 0 || (rows % 3 == 1 && i / 8 % 3 != 0)) {
+            queries[i] = static_cast<std::int8_t>(queries[i] / 4);
+          }
+        }
         std::vector<std::int32_t> scores(static_cast<std::size_t>(rows) * kTileTokens);
         parts().score(codec.plan().keys.segments[0], packed.data(), queries.data(), rows,
                       scores.data());
