@@ -28,6 +28,7 @@ from lmcache.v1.distributed.serde import (
 from lmcache.v1.platform import consume_fd
 from managers import (
     KINDS,
+    LAYERS,
     Place,
     check,
     chunk,
@@ -192,6 +193,24 @@ def test_other_settings_and_models_miss(filled: Place) -> None:
         manager.close()
     manager = filled.manager()
     check(fetch(manager, range(3)), range(3))
+    manager.close()
+
+
+@pytest.mark.parametrize("bits", [[8, 4, 4, 8], {"0": 8, "3": 8}], ids=["list", "by layer"])
+def test_layers_have_bits_of_their_own(place: Place, bits: Any) -> None:
+    options = {"bits_k": bits, "bits_v": bits}
+    manager = place.manager(**options)
+    store(manager, place, range(2))
+    manager.close()
+    manager = place.manager(**options)
+    found = fetch(manager, range(2))
+    manager.close()
+    assert found.keys() == {0, 1}
+    for number, each in found.items():
+        own = [error(each[:, layer], chunk(number)[:, layer]) for layer in range(LAYERS)]
+        assert max(own[0], own[3]) < 0.02 < min(own[1], own[2]) < max(own) < 0.3
+    manager = place.manager()
+    assert fetch(manager, range(2)) == {}  # it reads other bits
     manager.close()
 
 
