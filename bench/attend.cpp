@@ -269,6 +269,7 @@ std::string name_of_shape(const char* what, const Shape& shape, const std::strin
 }
 
 // Calls of other kinds, on a cache as conversations have: sinks, sealed tokens, an exact window.
+// With `jump`, positions begin anew every so many tokens, as those of joined texts.
 KvCache conversation(const Shape& shape, Level level, Centering centering = Centering::none,
                      std::int64_t jump = 0) {
   CacheOptions options;
@@ -300,9 +301,8 @@ KvCache conversation(const Shape& shape, Level level, Centering centering = Cent
 
 // The last `count` tokens' queries, each of which sees what is before it: as the causal rule says,
 // or as a boolean mask that says the same.
-void attend_queries(benchmark::State& state, const Shape& shape, Level level, std::int64_t count,
-                    bool masked) {
-  const KvCache cache = conversation(shape, level);
+void attend_queries(benchmark::State& state, const Shape& shape, const KvCache& cache,
+                    std::int64_t count, bool masked) {
   const std::int64_t heads = kKvHeads * shape.group;
   const auto queries = random_floats(static_cast<std::size_t>(heads * count * shape.dim));
   std::vector<float> output(queries.size());
@@ -346,23 +346,6 @@ void crop_four(benchmark::State& state, const Shape& shape, Level level) {
   }
 }
 
-// One query of keys whose positions begin anew every `jump` tokens, as those of joined texts.
-void attend_jumps(benchmark::State& state, const Shape& shape, Level level, std::int64_t jump) {
-  const KvCache cache = conversation(shape, level, Centering::rope, jump);
-  const std::int64_t heads = kKvHeads * shape.group;
-  const auto queries = random_floats(static_cast<std::size_t>(heads * shape.dim));
-  std::vector<float> output(queries.size());
-  const ConstTensor query{
-      queries.data(), DType::f32, {1, heads, 1, shape.dim}, {0, shape.dim, shape.dim, 1}};
-  const Tensor out{
-      output.data(), DType::f32, {1, 1, heads, shape.dim}, {0, heads * shape.dim, shape.dim, 1}};
-  for (auto _ : state) {
-    cache.attend(query, out);
-    benchmark::DoNotOptimize(output.data());
-  }
-  report(state, shape, static_cast<double>(cache.memory().packed_bytes));
-}
-
 void register_calls() {
   const Shape shape{128, 4, 4, 2, 8192};
   for (const Level level : available_levels()) {
@@ -370,11 +353,13 @@ void register_calls() {
     const std::string rest = "/level=" + std::string(name_of(level));
     for (const std::int64_t count : {1, 32, 512}) {
       for (const bool masked : {false, true}) {
-        benchmark::RegisterBenchmark(
-            name_of_shape(masked ? "mask" : "causal", shape,
-                          "/queries=" + std::to_string(count) + rest)
-                .c_str(),
-            [=](auto& state) { attend_queries(state, shape, level, count, masked); })
+        benchmark::RegisterBenchmark(name_of_shape(masked ? "mask" : "causal", shape,
+                                                   "/queries=" + std::to_string(count) + rest)
+                                         .c_str(),
+                                     [=](auto& state) {
+                                       attend_queries(state, shape, conversation(shape, level),
+                                                      count, masked);
+                                     })
             ->UseRealTime();
       }
     }
@@ -384,7 +369,10 @@ void register_calls() {
     for (const std::int64_t jump : {0, 100, 16}) {
       benchmark::RegisterBenchmark(
           name_of_shape("jumps", shape, "/every=" + std::to_string(jump) + rest).c_str(),
-          [=](auto& state) { attend_jumps(state, shape, level, jump); })
+          [=](auto& state) {
+            const KvCache cache = conversation(shape, level, Centering::rope, jump);
+            attend_queries(state, shape, cache, 1, false);
+          })
           ->UseRealTime();
     }
   }

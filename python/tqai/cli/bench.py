@@ -10,7 +10,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tqai.cli import bench_prefill, bench_requests, bench_store
-from tqai.cli.options import add_framework, add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import (
+    add_framework,
+    add_model,
+    add_settings,
+    add_verb,
+    settings_of,
+    use_threads,
+)
 from tqai.cli.output import megabytes, percent, print_json, print_table, progress_bar
 from tqai.cli.plot import add_plot, figure_for
 from tqai.cli.process import fresh_process
@@ -139,15 +146,12 @@ def _figure(options: argparse.Namespace) -> Figure | None:
 
 
 def _run_kernels(options: argparse.Namespace) -> None:
-    import torch
-
     from tqai.measure.time_kernels import Shape, time_kernels
     from tqai.measure.timing import keep_freed_memory
 
     kept = keep_freed_memory()
     figure = _figure(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     shapes = [
         Shape(dim, group, options.kv_heads, tokens, queries, options.layers)
         for dim, group, queries, tokens in itertools.product(

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from tqai.cli.options import add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import add_model, add_settings, add_verb, settings_of, use_threads
 from tqai.cli.output import percent, print_json, print_table, progress_bar
 
 
@@ -34,12 +34,9 @@ def add(subjects: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import torch
-
     from tqai.measure.time_prefill import time_prefill
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     with progress_bar("round") as progress:
         rows = list(
             time_prefill(

@@ -7,9 +7,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from tqai.cli.options import add_verb
+from tqai.cli.options import add_model, add_verb, use_threads
 from tqai.cli.output import megabytes, print_json, print_table, progress_bar
-from tqai.settings import DTYPES
 
 
 def add(subjects: Any) -> None:
@@ -21,8 +20,7 @@ def add(subjects: Any) -> None:
         "which links on fetching is faster than reading.",
         _run,
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="as for the other verbs")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    add_model(parser, device=False)
     for option, default, text in (
         ("--tokens", 4096, "of the prompt"),
         ("--chunk", 256, "tokens of a chunk"),
@@ -51,12 +49,9 @@ def add(subjects: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import torch
-
     from tqai.measure.time_store import LINKS, time_store
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     with progress_bar("step") as progress:
         result = time_store(
             options.model,

@@ -10,7 +10,14 @@ from typing import Any
 
 from tqai.cli import demo_mlx
 from tqai.cli.demo_prompt import QUESTION, WARM_UP_TOKENS, check_length, prompt_ids
-from tqai.cli.options import add_framework, add_model, add_settings, add_verb, settings_of
+from tqai.cli.options import (
+    add_framework,
+    add_model,
+    add_settings,
+    add_verb,
+    settings_of,
+    use_threads,
+)
 from tqai.cli.output import megabytes, percent, print_json, print_table
 from tqai.cli.process import run_fresh
 from tqai.measure.resident import resident_bytes
@@ -88,8 +95,7 @@ def generate(
     from tqai.transformers.loading import load
     from tqai.transformers.model.names import cache_argument, generate_name
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     name = "own cache" if settings is None else "compressed cache"
     model, tokenizer = load(options.model, options.dtype, options.device)
     ids = torch.tensor([prompt_ids(tokenizer, options.context)], device=model.device)

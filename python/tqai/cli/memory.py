@@ -13,6 +13,7 @@ from tqai.cli.options import (
     add_verb,
     load_model,
     settings_of,
+    use_threads,
 )
 from tqai.cli.output import percent, print_json, print_table
 from tqai.cli.process import run_fresh
@@ -56,10 +57,8 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
     from tqai import _core
     from tqai.measure.readers import reader_of
 
-    if options.threads is not None and options.framework == "transformers":
-        import torch
-
-        torch.set_num_threads(options.threads)
+    if options.framework == "transformers":
+        use_threads(options)
     model, tokenizer = load_model(options)
     reader = reader_of(model)
     tokens = reader.tokenize(tokenizer, prose(), True)

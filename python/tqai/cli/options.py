@@ -30,7 +30,15 @@ def add_verb(
     return parser
 
 
-def add_model(parser: Any, *, dtype: bool = True) -> None:
+def use_threads(options: argparse.Namespace) -> None:
+    """Has torch use as many threads as were asked for."""
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def add_model(parser: Any, *, dtype: bool = True, device: bool = True) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
@@ -41,9 +49,10 @@ def add_model(parser: Any, *, dtype: bool = True) -> None:
         parser.add_argument(
             "--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)"
         )
-    parser.add_argument(
-        "--device", metavar="NAME", help="where it computes, as torch names it (default: cpu)"
-    )
+    if device:
+        parser.add_argument(
+            "--device", metavar="NAME", help="where it computes, as torch names it (default: cpu)"
+        )
 
 
 def add_framework(parser: Any) -> None:

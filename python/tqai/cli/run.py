@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqai.cli.kept_prompt import keep, recall
-from tqai.cli.options import add_settings, add_verb, settings_of
+from tqai.cli.options import add_settings, add_verb, settings_of, use_threads
 from tqai.cli.output import megabytes, percent, print_json
 from tqai.settings import DTYPES
 
@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
     import tqai
     from tqai.transformers.loading import load
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     model, tokenizer = load(options.model, options.dtype, options.device)
     if options.sampling_seed is not None:
         torch.manual_seed(options.sampling_seed)
