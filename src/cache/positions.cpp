@@ -50,13 +50,12 @@ TQAI_INLINE Positions Positions::part(std::int64_t from, std::int64_t count) con
   return each(CountedVector<std::int32_t>(begin, begin + count * sections_), sections_);
 }
 
-TQAI_INLINE Positions Positions::joined(const Positions& more) const {
+TQAI_INLINE Positions Positions::joined(const Positions& more, int sections) const {
   if (count_ == 0) return more;
   if (more.count_ == 0) return *this;
   if (is_consecutive() && more.is_consecutive() && first_ + count_ == more.first_) {
     return consecutive(first_, count_ + more.count_);
   }
-  const int sections = is_consecutive() ? more.sections_ : sections_;
   CountedVector<std::int32_t> all(static_cast<std::size_t>((count_ + more.count_) * sections));
   write_to(all.data(), sections);
   more.write_to(all.data() + count_ * sections, sections);

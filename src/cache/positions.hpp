@@ -30,8 +30,9 @@ class Positions {
 
   /// Of tokens [from, from + count).
   Positions part(std::int64_t from, std::int64_t count) const;
-  /// Of these tokens and then `more`, in as many sections where both have any.
-  Positions joined(const Positions& more) const;
+  /// Of these tokens and then `more`. sections: those of the embedding, in which both are where
+  /// they are not consecutive.
+  Positions joined(const Positions& more, int sections) const;
 
   std::size_t bytes() const noexcept { return each_.capacity() * sizeof(std::int32_t); }
 

@@ -205,8 +205,8 @@ TQAI_INLINE Sealing prepare_sealing(const Context& context, Row& row, std::int64
       sealing.sinks =
           copy_tokens(context, row.sinks, 0, row.sink_tokens(), context.options.sink_tokens);
       move_tokens(context, row.tail, 0, sealing.new_sinks, sealing.sinks);
-      sealing.sink_positions =
-          row.sink_positions.joined(row.tail_positions.part(0, sealing.new_sinks));
+      sealing.sink_positions = row.sink_positions.joined(
+          row.tail_positions.part(0, sealing.new_sinks), context.sections());
     }
   }
   if (!sealing.sinks) {
@@ -458,7 +458,7 @@ TQAI_INLINE void leave_out(const Context& context, Row& row, std::int64_t end,
     while (to < row.tail_tokens() && is_out(to) == is_out(from)) ++to;
     if (!is_out(from)) {
       move_tokens(context, row.tail, from, to - from, tail);
-      positions = positions.joined(row.tail_positions.part(from, to - from));
+      positions = positions.joined(row.tail_positions.part(from, to - from), context.sections());
     }
     from = to;
   }

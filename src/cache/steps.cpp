@@ -117,7 +117,7 @@ TQAI_INLINE Stand stand(const Context& context, const Row& row, const detail::Po
     positions = detail::Positions::consecutive(row.next_position, tokens);
     detail::check_position(row.next_position + tokens - 1);
   }
-  return {tail.joined(positions), positions.next()};
+  return {tail.joined(positions, context.sections()), positions.next()};
 }
 
 // Throws what `append` throws for arguments.

@@ -347,6 +347,33 @@ TEST_F(Standing, SurvivesEveryChange) {
   EXPECT_EQ(allocated_bytes(), before);
 }
 
+// Runs that are each consecutive, with something between them, are of all sections.
+TEST_F(Standing, GapsAndJumpsInAnImageSText) {
+  const CacheOptions wanted = options(64, kSplit, 3);
+  const Stand stand = image_in_a_text(400, 3);
+  const Tokens all = turned_tokens(1, stand, 64, *wanted.rope, engine_);
+  KvCache cache(wanted);
+  all.append_to(cache, 0, 60);
+  std::vector<std::uint8_t> hidden(60, 0);
+  std::fill_n(hidden.begin() + 20, 10, std::uint8_t{1});
+  cache.leave_out(hidden);
+  const Array queries({1, 4, 2, 64}, engine_);
+  const auto check = [&] {
+    const KvCache back = KvCache::deserialize(cache.serialize());
+    EXPECT_EQ(back.serialize(), cache.serialize());
+    EXPECT_EQ(attend(back, queries).data, attend(cache, queries).data);
+  };
+  check();
+  append(cache, all, stand, 60, 340);
+  check();
+  cache.seal();
+  check();
+  Tokens held(1, 2, 400, 64, engine_);
+  held.keys.data = all.keys.data;
+  for (int h = 0; h < 2; ++h) std::fill_n(held.keys.at(0, h, 20), 10 * 64, 0.0F);
+  EXPECT_LT(key_error(cache, held), 0.012);
+}
+
 TEST_F(Standing, RefusesWhatIsNoPosition) {
   KvCache cache(options(64, kSplit, 3));
   const Tokens all(1, 2, 100, 64, engine_);
