@@ -133,40 +133,6 @@ inline void widen_feedback(const std::uint16_t* from, int dim, float* to) noexce
   }
 }
 
-// The first `count` terms of kRows rows of a product, summed in order. rows: `stride` apart.
-template <int kRows, int kWidth>
-inline void multiply_leading(const float* rows, int stride, const float (*x)[kWidth], int count,
-                             float (*sums)[kWidth]) noexcept {
-  constexpr int kVecs = std::min(kWidth / kVectorLanes, 8);
-  for (int first = 0; first < kWidth; first += kVecs * kVectorLanes) {
-    FloatVec parts[kRows][kVecs] = {};
-    for (int c = 0; c < count; ++c) {
-      for (int v = 0; v < kVecs; ++v) {
-        const FloatVec part = load_floats(x[c] + first + v * kVectorLanes);
-        for (int r = 0; r < kRows; ++r) {
-          parts[r][v] = parts[r][v] + rows[static_cast<std::ptrdiff_t>(r) * stride + c] * part;
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        store_floats(sums[r] + first + v * kVectorLanes, parts[r][v]);
-      }
-    }
-  }
-}
-
-// The same of `rows` rows, up to kRows.
-template <int kRows, int kWidth>
-inline void multiply_leading(const float* matrix, int stride, const float (*x)[kWidth], int count,
-                             int rows, float (*sums)[kWidth]) noexcept {
-  if (rows == kRows) return multiply_leading<kRows>(matrix, stride, x, count, sums);
-  for (int r = 0; r < rows; ++r) {
-    multiply_leading<1>(matrix + static_cast<std::ptrdiff_t>(r) * stride, stride, x, count,
-                        sums + r);
-  }
-}
-
 // x = L⁻¹ y, from the first coordinate on: rows of L side by side as far as they need nothing of
 // each other.
 inline void solve_lanes(const float* lower, const LaneRows& y, int dim, LaneRows& x) noexcept {
@@ -243,49 +209,46 @@ void closed_loop_of(const SegmentPlan& segment, const float* lower, int dim, Bas
             [&]<int kBits>() { closed_loop<kBits, Lanes>(segment, lower, dim, scratch, tried); });
 }
 
-// Norms that paths are searched for, beside the one that suits a plain loop best.
-constexpr int kPathNorms = 2;
-constexpr float kTriedPathNorms[kPathNorms] = {1.0F, 1.25F};
-
-// The same of trellis codes, for the first kPathNorms norms. The search's working memory is behind
-// the matrices.
+// The same of trellis codes, for the first kPathNorms norms; codes: bytes of levels.
 inline void path_loops(const SegmentPlan& segment, const float* lower, int dim,
-                       BasisScratch& scratch, Tried& tried) noexcept {
-  auto& paths =
-      *new (reinterpret_cast<std::byte*>(&scratch) + basis_coding_bytes(dim)) KeyPathScratch;
+                       BasisScratch& scratch, KeyPathScratch& paths, Tried& tried) noexcept {
+  constexpr int kRows = kVectorLanes == 16 ? kPathBlock : 1;
+  constexpr int kVecs = kKeyPathLanes / kVectorLanes;
   const LaneRows& y = scratch.coding.y;
-  LaneRows& levels = scratch.coding.x;
-  for (int k = 0; k < kPathNorms; ++k) {
-    const int first = k * kLanes;
-    find_key_paths(segment, lower, dim, y, tried.factors + first, scratch.codes[0] + first,
-                   kTriedLanes, levels, paths);
-    for (int lane = 0; lane < kLanes; lane += kVectorLanes) {
-      const FloatVec factor = load_floats(tried.factors + first + lane);
-      FloatVec errors2{};
-      FloatVec along{};
-      FloatVec lengths2{};
-      for (int c = 0; c < dim; ++c) {
-        const float* row = lower + static_cast<std::ptrdiff_t>(c) * dim;
-        FloatVec parts[4] = {};
-        int j = 0;
-        for (; j + 4 <= c; j += 4) {
-          for (int i = 0; i < 4; ++i) {
-            parts[i] = parts[i] + row[j + i] * load_floats(levels[j + i] + lane);
-          }
+  auto* levels = reinterpret_cast<KeyPathRow*>(scratch.decoded);
+  with_key_paths(segment, lower, dim, paths, [&](const auto& search) {
+    search.find(y, tried.factors, levels, scratch.codes[0], kTriedLanes);
+  });
+  FloatVec errors2[kVecs] = {};
+  FloatVec along[kVecs] = {};
+  FloatVec lengths2[kVecs] = {};
+  for (int first = 0; first < dim; first += kRows) {
+    const int rows = std::min(kRows, dim - first);
+    const float* from = lower + static_cast<std::ptrdiff_t>(first) * dim;
+    alignas(64) KeyPathRow sums[kRows];
+    multiply_leading<kRows>(from, dim, levels, first, rows, sums);
+    for (int v = 0; v < kVecs; ++v) {
+      const int lane = v * kVectorLanes;
+      const FloatVec factor = load_floats(tried.factors + lane);
+      for (int r = 0; r < rows; ++r) {
+        FloatVec sum = load_floats(sums[r] + lane);
+        for (int j = 0; j < r; ++j) {
+          sum = sum + from[static_cast<std::ptrdiff_t>(r) * dim + first + j] *
+                          load_floats(levels[first + j] + lane);
         }
-        for (; j < c; ++j) parts[0] = parts[0] + row[j] * load_floats(levels[j] + lane);
-        const FloatVec sum =
-            ((parts[0] + parts[1]) + (parts[2] + parts[3])) + load_floats(levels[c] + lane);
-        const FloatVec whole = load_floats(y[c] + lane) * factor;
+        sum = sum + load_floats(levels[first + r] + lane);
+        const FloatVec whole = load_floats(y[first + r] + lane % kLanes) * factor;
         const FloatVec error = whole - sum;
-        errors2 = errors2 + error * error;
-        along = along + whole * error;
-        lengths2 = lengths2 + sum * sum;
+        errors2[v] = errors2[v] + error * error;
+        along[v] = along[v] + whole * error;
+        lengths2[v] = lengths2[v] + sum * sum;
       }
-      store_floats(tried.errors2 + first + lane, errors2);
-      store_floats(tried.along + first + lane, along);
-      store_floats(tried.lengths2 + first + lane, lengths2);
     }
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    store_floats(tried.errors2 + v * kVectorLanes, errors2[v]);
+    store_floats(tried.along + v * kVectorLanes, along[v]);
+    store_floats(tried.lengths2 + v * kVectorLanes, lengths2[v]);
   }
 }
 
@@ -302,8 +265,8 @@ inline float tried_error2(const Tried& tried, int index, float length2, float sh
 // Norms that are subnormal halves, rounded down, up, or to 0: as encode_small. lengths2: ‖y‖².
 template <typename Lanes>
 TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim,
-                         const float* lengths2, BasisScratch& scratch, Tried& tried, int* best,
-                         float* norms) noexcept {
+                         const float* lengths2, BasisScratch& scratch, KeyPathScratch* paths,
+                         Tried& tried, int* best, float* norms) noexcept {
   float rounded[2][kLanes] = {};
   for (int i = 0; i < kLanes; ++i) {
     if (!is_small(norms[i])) continue;
@@ -315,10 +278,10 @@ TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim
     }
   }
   // The same again for the others.
-  if (segment.key_trellis == nullptr) {
+  if (paths == nullptr) {
     closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);
   } else {
-    path_loops(segment, lower, dim, scratch, tried);
+    path_loops(segment, lower, dim, scratch, *paths, tried);
   }
   for (int i = 0; i < kLanes; ++i) {
     if (!is_small(norms[i])) continue;
@@ -378,7 +341,11 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
       scratch.coding.codes[at / 4 * (4 * kTileTokens) + 4 * t + at % 4] = 0;
     }
   }
-  const bool paths = segment.key_trellis != nullptr;
+  KeyPathScratch* paths = nullptr;
+  if (segment.key_trellis != nullptr) {  // behind the matrices
+    paths = new (memory + basis_coding_bytes(dim)) KeyPathScratch;
+    with_key_paths(segment, lower, dim, *paths, [](const auto& search) { search.prepare(); });
+  }
   std::uint16_t halves[kTileTokens];
   for (int start = 0; start < kTileTokens; start += kLanes) {
     LaneRows& x = scratch.coding.x;
@@ -397,11 +364,11 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
         tried.factors[k * kLanes + i] = norm > 0.0F ? 1.0F / norm : 0.0F;
       }
     }
-    closed_loop_of<Lanes>(paths ? *segment.trial : segment, lower, dim, scratch, tried);
+    closed_loop_of<Lanes>(paths != nullptr ? *segment.trial : segment, lower, dim, scratch, tried);
     int best[kLanes];
     float norms[kLanes];
     keep_best(tried, lengths2, kTried, best, norms);
-    if (paths) {
+    if (paths != nullptr) {
       float suits[kLanes];
       for (int i = 0; i < kLanes; ++i) suits[i] = tried.factors[best[i]];
       for (int k = 0; k < kPathNorms; ++k) {
@@ -409,11 +376,16 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
           tried.factors[k * kLanes + i] = suits[i] * (1.0F / kTriedPathNorms[k]);
         }
       }
-      path_loops(segment, lower, dim, scratch, tried);
+      path_loops(segment, lower, dim, scratch, *paths, tried);
       keep_best(tried, lengths2, kPathNorms, best, norms);
     }
     const bool small = std::any_of(norms, norms + kLanes, is_small);
-    if (small) try_small<Lanes>(segment, lower, dim, lengths2, scratch, tried, best, norms);
+    if (small) try_small<Lanes>(segment, lower, dim, lengths2, scratch, paths, tried, best, norms);
+    if (paths != nullptr) {
+      with_key_paths(segment, lower, dim, *paths, [&](const auto& search) {
+        search.to_codes(best, scratch.codes[0], kTriedLanes);
+      });
+    }
     for (int i = 0; i < kLanes; ++i) {
       for (int c = 0; c < dim; ++c) {
         const int at = stored_coordinate(side, c);

@@ -67,14 +67,12 @@ struct TrellisPlan {
   std::array<std::int8_t, 256> recent;
 };
 
-/// What the search for paths of keys in trellis codes needs besides its decisions, of which there
-/// are `kKeyStates` a coordinate, each of kLanes bytes.
+/// States that paths of keys in trellis codes may be in, and what the search for these needs.
 inline constexpr int kKeyStates = 16;
-inline constexpr std::size_t kKeyPathBytes = 65536 + 1024;
+inline constexpr std::size_t kKeyPathBytes = 77824;
 /// Bytes of working memory that coding keys in trellis codes needs.
 constexpr std::size_t key_path_coding_bytes(int dim) noexcept {
-  return basis_coding_bytes(dim) + kKeyPathBytes +
-         static_cast<std::size_t>(dim) * kKeyStates * kLanes;
+  return basis_coding_bytes(dim) + kKeyPathBytes;
 }
 
 /// One run of coordinates with its codebook on the int8 grid.

@@ -173,7 +173,8 @@ TEST(Golden, ValuesInTrellisCodesAreSealedAlike) {
   EXPECT_EQ(ring_cache().serialize(), golden("cache_6.bin"));
 }
 
-// What cache_7.bin holds: keys in trellis codes, in the basis that it carries.
+// The tokens that cache_7.bin holds, whose keys are in trellis codes and in the basis that it
+// carries. Its codes are those of an earlier search; resealed_7.bin has what is found today.
 TEST(Golden, KeysInTrellisCodesAreSealedAlike) {
   const KvCache golden_cache = KvCache::deserialize(golden("cache_7.bin"));
   ASSERT_EQ(golden_cache.options().key_codes, CodeKind::trellis);
@@ -187,7 +188,7 @@ TEST(Golden, KeysInTrellisCodesAreSealedAlike) {
   values.data = fixed_numbers(72 * 16, 11);
   cache.append(fixed_keys(), values);
   cache.seal();
-  EXPECT_EQ(cache.serialize(BasisAs::matrices), golden("cache_7.bin"));
+  EXPECT_EQ(cache.serialize(BasisAs::matrices), golden("resealed_7.bin"));
 }
 
 constexpr std::size_t kFixedLayers = 4;

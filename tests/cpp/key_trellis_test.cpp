@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <set>
 #include <string>
 #include <tqai/cache.hpp>
 #include <tqai/half.hpp>
@@ -94,6 +95,21 @@ TEST(KeyTrellis, AWindowAndItsComplementAreOppositeLevels) {
     }
     EXPECT_EQ(most, kMaxNarrowLevel);
     EXPECT_FLOAT_EQ(tables.step(64), static_cast<float>(tables.unit / 8.0));
+  }
+}
+
+// So a path's levels say what its codes are.
+TEST(KeyTrellis, CodesAfterTheSameStateAreLevelsOfTheirOwn) {
+  for (int bits = kMinKeyTrellisBits; bits <= kMaxTrellisBits; ++bits) {
+    const KeyTrellis& tables = key_trellis(bits);
+    const unsigned states = KeyTrellis::kWindows >> bits;
+    for (unsigned state = 0; state < states; ++state) {
+      std::set<int> levels;
+      for (unsigned window = state; window < KeyTrellis::kWindows; window += states) {
+        levels.insert(tables.levels[window]);
+      }
+      EXPECT_EQ(levels.size(), 1U << bits) << bits << " bits, state " << state;
+    }
   }
 }
 
