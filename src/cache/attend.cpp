@@ -16,7 +16,9 @@ constexpr std::int64_t kMostBlocksTogether = 2;
 constexpr int kShares = 4;
 // Below this many multiplications a second thread costs more than it brings.
 constexpr double kWorthThreads = 2e6;
-// Of working memory at a time.
+// Of working memory at a time: of each thread's, which its core's cache and a share of the common
+// one should hold, as units are prepared, attended to and finished one after the other; and of all.
+constexpr std::size_t kThreadBytes = std::size_t{1} << 22;
 constexpr std::size_t kWaveBytes = std::size_t{1} << 25;
 
 // Units of one call that are held at the same time as others, and where in the working memory.
@@ -28,12 +30,14 @@ struct Share {
 };
 
 // The units of all calls in waves, whose working memory is bounded.
-TQAI_INLINE std::vector<std::vector<Share>> waves_of(const std::vector<AttendUnits>& calls) {
+TQAI_INLINE std::vector<std::vector<Share>> waves_of(const std::vector<AttendUnits>& calls,
+                                                     int threads) {
+  const std::size_t most = std::min(static_cast<std::size_t>(threads) * kThreadBytes, kWaveBytes);
   std::vector<std::vector<Share>> waves(1);
   std::size_t used = 0;
   for (const AttendUnits& units : calls) {
     for (std::int64_t first = 0; first < units.count();) {
-      const std::size_t left = kWaveBytes - std::min(used, kWaveBytes);
+      const std::size_t left = most - std::min(used, most);
       const auto fitting = static_cast<std::int64_t>(left / units.bytes(1));
       if (fitting == 0 && used > 0) {
         waves.emplace_back();
@@ -126,13 +130,13 @@ class Wave {
 
   // One sealed part of all rows, so that forks find its tiles in a cache: all units of a batch row
   // side by side, so that memory is read in order. Where each kv head has many, head by head
-  // instead, so that they find its tiles in a cache.
+  // instead, a few at a time, so that they find its tiles in a cache.
   void add_sealed(std::int64_t part) noexcept {
     for (const Batch& batch : batches_) {
       const AttendUnits& units = batch.units();
       const bool together = units.per_head() <= kMostBlocksTogether;
       const std::int64_t run = together ? units.per_row() : units.per_head();
-      const std::int64_t most = together ? kernels::kMaxHeads : 1;
+      const std::int64_t most = together ? kernels::kMaxHeads : kernels::kMaxTogether;
       for (std::int64_t first = 0; first < batch.count();) {
         const std::int64_t run_end = round_up(batch.first() + first + 1, run) - batch.first();
         const std::int64_t end = std::min(batch.count(), run_end);
@@ -224,7 +228,7 @@ TQAI_INLINE void attend(std::span<const AttendCall> calls, const Resources& reso
   }
   if (units.empty()) return;
   const int threads = multiplications > kWorthThreads ? usable : 1;
-  const std::vector<std::vector<Share>> shares = waves_of(units);
+  const std::vector<std::vector<Share>> shares = waves_of(units, threads);
   std::size_t bytes = 0;
   for (const auto& wave : shares) {
     bytes = std::max(bytes, wave.back().offset + wave.back().units->bytes(wave.back().count));

@@ -51,6 +51,9 @@ struct Avx2 {
   static Vec load(const std::uint8_t* p) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
+  static void store_levels(std::uint8_t* p, Vec levels) noexcept {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), levels);
+  }
   static void prefetch(const std::uint8_t* p) noexcept {  // into L2, as avx512.cpp's
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
@@ -87,6 +90,10 @@ struct Avx2 {
     Vec even;  // bytes 0 and 2 of each lane as s16
     Vec odd;   // bytes 1 and 3
   };
+  using KeyLevels = NarrowKeys;
+  using ValueLevels = NarrowValues;
+  static constexpr int kDecodedBits = kNarrowBits;
+  static constexpr bool kDecodesScalars = true;
   static constexpr int kNarrowBias = 64;
 
   template <int kBits>
@@ -303,6 +310,7 @@ template <int kCount>
 struct KeyPathReader<Avx2, 4, kCount> {
   using Vec = Avx2::Vec;
   static constexpr int kBits = 4;
+  static constexpr int kFactorBits = 4;
 
   explicit KeyPathReader(const SegmentPlan& segment) noexcept
       : before_first(static_cast<std::uint8_t>(segment.key_trellis->start << 2)) {

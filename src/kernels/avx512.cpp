@@ -54,6 +54,7 @@ struct Avx512 {
   }
 
   static Vec load(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
+  static void store_levels(std::uint8_t* p, Vec levels) noexcept { _mm512_store_si512(p, levels); }
   // Into L2: what L1 waits for is limited to 16 lines (Intel) or 24 (AMD), half of what memory
   // needs.
   static void prefetch(const std::uint8_t* p) noexcept {
@@ -89,6 +90,11 @@ struct Avx512 {
   struct ValueOperand {
     Vec levels;
   };
+
+  using KeyLevels = KeyOperand;
+  using ValueLevels = ValueOperand;
+  static constexpr int kDecodedBits = kNarrowBits;
+  static constexpr bool kDecodesScalars = false;  // a look-up takes no more than a load
 
   template <int kBits>
   struct Table {

@@ -57,7 +57,8 @@ inline void sum_products(const float* queries, const Number<kType>* keys, int pa
         parts[t] = load_numbers<kType>(key + c + static_cast<std::ptrdiff_t>(t) * padded);
       }
       for (int r = 0; r < kRows; ++r) {
-        const FloatVec query = load_floats(queries + c + static_cast<std::ptrdiff_t>(r) * padded);
+        const FloatVec query =
+            in_register(load_floats(queries + c + static_cast<std::ptrdiff_t>(r) * padded));
         for (int t = 0; t < kTokens; ++t) acc[r][t] = acc[r][t] + query * parts[t];
       }
     }
@@ -74,7 +75,7 @@ inline void sum_products(const float* queries, const Number<kType>* keys, int pa
 template <typename Lanes, DType kType, int kRows>
 inline void score_exact(const float* queries, const Number<kType>* keys, int padded, int tokens,
                         TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
-  constexpr int kTokens = kRows <= 2 ? 4 : 2;
+  constexpr int kTokens = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
   int t = 0;
   for (; t + kTokens <= tokens; t += kTokens) {
     sum_products<kType, kRows, kTokens>(queries, keys, padded, t, sums);
@@ -168,7 +169,7 @@ void attend_exact(const AttendExact& args) noexcept {
   ExactScratch scratch;
   Block& block = scratch.block;
   // Beside the last tokens of all, lanes that belong to none are read, and then left out.
-  std::memset(scratch.sums.lanes, 0, sizeof scratch.sums.lanes);
+  if (args.tokens % kLanes != 0) std::memset(scratch.sums.lanes, 0, sizeof scratch.sums.lanes);
   for (std::int64_t start = 0; start < args.tokens; start += kTileTokens) {
     const auto tokens = static_cast<int>(std::min<std::int64_t>(kTileTokens, args.tokens - start));
     if (!sight.any(start, tokens)) continue;
@@ -189,11 +190,11 @@ void attend_exact(const AttendExact& args) noexcept {
     });
     for (int r = 0; r < softmax.rows; ++r) {
       for (int t = tokens; t < kTileTokens; ++t) block.scores[r][t] = 0.0F;
-      RowVecs vecs;
-      load_row(block.scores[r], vecs);
-      if (!whole) limit(softmax, r, start, tokens, vecs);
+      RowVecs vecs[1];
+      load_row(block.scores[r], vecs[0]);
+      if (!whole) limit(softmax, r, start, tokens, vecs[0]);
       weigh(softmax, r, vecs);
-      store_row(block.scores[r], vecs);
+      store_row(block.scores[r], vecs[0]);
     }
     const ExactRows values = read_rows(args.values, args.dtype, start, args.value_dim, value_padded,
                                        tokens, args.widened);

@@ -153,6 +153,14 @@ inline float fused(float a, float b, float c) noexcept {
 #endif
 }
 
+// A register that is loaded once, and not by each instruction that reads it.
+inline FloatVec in_register(FloatVec vec) noexcept {
+#if defined(TQAI_X86) && TQAI_VECTOR_LANES >= 8 && defined(__GNUC__)
+  asm("" : "+v"(vec));
+#endif
+  return vec;
+}
+
 // A FloatVec as intrinsics take it. No std::bit_cast: compiled without the target region.
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
 using NativeFloats = __m512;

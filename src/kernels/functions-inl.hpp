@@ -34,30 +34,39 @@ inline float exp2_negative(float x) noexcept {
   return p * std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
 }
 
-// The same of vectors, lane by lane.
-inline FloatVec exp2_negative(FloatVec vec) noexcept {
+// The same of vectors, lane by lane, all of them step by step: of one after the other processors
+// see too few to fill the time that each step takes.
+template <int kCount>
+inline void exp2_negative(FloatVec (&vecs)[kCount]) noexcept {
+  constexpr float kFactors[] = {9.67554133e-3F, 5.55071327e-2F, 2.40221197e-1F, 6.93146967e-1F,
+                                1.0F};
   const auto shift = broadcast_float<FloatVec>(kExp2Shift);
-#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  const FloatVec x = vec;  // what is not clamped is masked below
-#else
-  const FloatVec x = larger(vec, broadcast_float<FloatVec>(-127.0F));
+#if !defined(TQAI_X86) || TQAI_VECTOR_LANES != 16  // else what is not clamped is masked below
+  for (FloatVec& x : vecs) x = larger(x, broadcast_float<FloatVec>(-127.0F));
 #endif
-  const FloatVec shifted = x + shift;
-  const FloatVec n = shifted - shift;
-  const FloatVec f = x - n;
-  auto p = broadcast_float<FloatVec>(1.32764718e-3F);
-  p = fused(p, f, broadcast_float<FloatVec>(9.67554133e-3F));
-  p = fused(p, f, broadcast_float<FloatVec>(5.55071327e-2F));
-  p = fused(p, f, broadcast_float<FloatVec>(2.40221197e-1F));
-  p = fused(p, f, broadcast_float<FloatVec>(6.93146967e-1F));
-  p = fused(p, f, broadcast_float<FloatVec>(1.0F));
+  FloatVec shifted[kCount];
+  FloatVec f[kCount];
+  FloatVec p[kCount];
+  for (int i = 0; i < kCount; ++i) shifted[i] = in_register(vecs[i] + shift);
+  for (int i = 0; i < kCount; ++i) f[i] = in_register(shifted[i] - shift);
+  for (int i = 0; i < kCount; ++i) f[i] = in_register(vecs[i] - f[i]);
+  for (FloatVec& power : p) power = broadcast_float<FloatVec>(1.32764718e-3F);
+  for (const float factor : kFactors) {
+    for (int i = 0; i < kCount; ++i) {
+      p[i] = in_register(fused(p[i], f[i], broadcast_float<FloatVec>(factor)));
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  // Scaled by an instruction, exactly; −126.5 is rounded to −127, whose power is 0.
-  const __mmask16 matters = _mm512_cmp_ps_mask(native(x), _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
-  return from_native(_mm512_maskz_scalef_ps(matters, native(p), native(n)));
+    // Scaled by an instruction, exactly; −126.5 is rounded to −127, whose power is 0.
+    const __mmask16 matters =
+        _mm512_cmp_ps_mask(native(vecs[i]), _mm512_set1_ps(-126.5F), _CMP_GT_OQ);
+    vecs[i] =
+        from_native(_mm512_maskz_scalef_ps(matters, native(p[i]), native(shifted[i] - shift)));
 #else
-  return p * to_exponent(shifted);
+    vecs[i] = p[i] * to_exponent(shifted[i]);
 #endif
+  }
 }
 
 // What 2^x is in exp2_rough where x is less, −inf, or no number: no denormal either when multiplied
@@ -66,16 +75,23 @@ constexpr float kLeastPower = 0x1p-100F;
 
 // 2^x for x ≤ 0, of vectors, to a relative error below 8e-5 (minimax polynomial on [−0.5, 0.5]):
 // for weights that are then rounded to 8 bits, which costs up to 25 times as much.
-inline FloatVec exp2_rough(FloatVec vec) noexcept {
+template <int kCount>
+inline void exp2_rough(FloatVec (&vecs)[kCount]) noexcept {
+  constexpr float kFactors[] = {2.42611122e-1F, 6.93260985e-1F, 9.99928074e-1F};
   const auto shift = broadcast_float<FloatVec>(0x1.8p23F);
-  const FloatVec x = larger_of(vec, broadcast_float<FloatVec>(-100.0F));
-  const FloatVec shifted = x + shift;
-  const FloatVec f = x - (shifted - shift);
-  auto p = broadcast_float<FloatVec>(5.51716691e-2F);
-  p = fused(p, f, broadcast_float<FloatVec>(2.42611122e-1F));
-  p = fused(p, f, broadcast_float<FloatVec>(6.93260985e-1F));
-  p = fused(p, f, broadcast_float<FloatVec>(9.99928074e-1F));
-  return raise_exponent(p, shifted);
+  FloatVec shifted[kCount];
+  FloatVec f[kCount];
+  for (FloatVec& x : vecs) x = in_register(larger_of(x, broadcast_float<FloatVec>(-100.0F)));
+  for (int i = 0; i < kCount; ++i) shifted[i] = in_register(vecs[i] + shift);
+  for (int i = 0; i < kCount; ++i) f[i] = in_register(shifted[i] - shift);
+  for (int i = 0; i < kCount; ++i) f[i] = in_register(vecs[i] - f[i]);
+  for (FloatVec& p : vecs) p = broadcast_float<FloatVec>(5.51716691e-2F);
+  for (const float factor : kFactors) {
+    for (int i = 0; i < kCount; ++i) {
+      vecs[i] = in_register(fused(vecs[i], f[i], broadcast_float<FloatVec>(factor)));
+    }
+  }
+  for (int i = 0; i < kCount; ++i) vecs[i] = raise_exponent(vecs[i], shifted[i]);
 }
 
 // To the nearest integer, halves away from zero; |x| < 2^23. Bits, as compilers make a branch of a

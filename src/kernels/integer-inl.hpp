@@ -30,6 +30,11 @@
 //   queries_fit(q, count)        RowConstants::fits
 //   weights_fit(weights, rows)   whether all rows' weights of a tile do
 //   dot_two(acc, a, b, words, step)  of two operands, words `step` bytes apart
+//   kDecodedBits                 codes of how many bits are looked up once for many rows: 0 or
+//                                kNarrowBits, and if so:
+//   kDecodesScalars              not only trellis codes
+//   KeyLevels, ValueLevels       their operands, of one Vec
+//   store_levels(p, v)           64-byte aligned
 //   kRowBlock, kMaxSums          rows and sums that registers hold
 //   value_blocks(rows)           value blocks side by side, which share the weights' loads
 //   value_chains(rows)           sums of each; with those side by side enough to hide latencies
@@ -40,6 +45,7 @@
 #include <bit>
 
 #include "conversions-inl.hpp"
+#include "decoded-inl.hpp"
 #include "fetch-inl.hpp"
 #include "key-readers-inl.hpp"
 #include "queries-inl.hpp"
@@ -78,7 +84,7 @@ template <typename Ops, typename Reader, int kRows, int kFirst, int kCount>
 inline void score_pair(Reader& reader, const std::uint8_t* group, int part,
                        const std::uint8_t* words, std::ptrdiff_t stride,
                        typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
-  constexpr int kStep = Ops::template words<Reader::kBits>() * kWordBytes;
+  constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Ops::Vec first[4];
   typename Ops::Vec second[4];
   load_quad<Ops, Reader::kBits, 0>(group, part, first);
@@ -100,9 +106,9 @@ inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packe
                            const std::uint8_t* words, const RowConstants* rows,
                            std::int32_t* scores, Fetch& ahead) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr int kStep = Ops::template words<Reader::kBits>() * kWordBytes;
+  constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   constexpr std::ptrdiff_t kGroupBytes = std::ptrdiff_t{Reader::kBits} * kLineBytes;
-  constexpr bool kPairs = Ops::kSumsPairs && Reader::kBits <= kNarrowBits;
+  constexpr bool kPairs = Ops::kSumsPairs && Reader::kFactorBits <= kNarrowBits;
   Reader reader(segment);
   const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(segment.count) / 4 * kStep;
   Fetch fetch = ahead;  // in registers
@@ -176,7 +182,7 @@ inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
                             const std::uint8_t* words, std::ptrdiff_t stride,
                             typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
-  constexpr int kStep = Ops::template words<Reader::kBits>() * kWordBytes;
+  constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Reader::Codes codes[kBlocks];
   for (int b = 0; b < kBlocks; ++b) {
     Reader::template load<kQuad>(group + b * kBlockBytes, before[b], part, codes[b]);
@@ -228,7 +234,7 @@ inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
                               const std::uint8_t* before, const std::uint8_t* words,
                               const ScaledOutput& out, Fetch& fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
-  constexpr int kStep = 4 * Ops::template words<Reader::kBits>() * kWordBytes;
+  constexpr int kStep = 4 * Ops::template words<Reader::kFactorBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
   constexpr std::ptrdiff_t kGroupBytes = std::ptrdiff_t{Reader::kBits} * kLineBytes;
   for (int part = 0; part < Ops::kParts; ++part) {
@@ -293,7 +299,7 @@ template <typename Ops, typename Reader, int kRows>
 inline void accumulate_fitting_rows(const SegmentPlan& segment, const std::uint8_t* packed,
                                     const std::uint8_t* words, ScaledOutput out,
                                     Ahead ahead) noexcept {
-  if constexpr (Ops::kSumsPairs && Reader::kBits <= kNarrowBits && kRows > 1) {
+  if constexpr (Ops::kSumsPairs && Reader::kFactorBits <= kNarrowBits && kRows > 1) {
     if (Ops::weights_fit(words, kRows)) {
       accumulate_rows<Ops, Reader, true, kRows>(segment, packed, words, out, ahead);
       return;
@@ -320,6 +326,18 @@ inline void with_rows(int rows, Body&& body) noexcept {
     case 2: body.template operator()<kBits, 2>(); break;
     case 3: body.template operator()<kBits, 3>(); break;
     default: body.template operator()<kBits, 4>(); break;
+  }
+}
+
+// Calls body<bits>; 1 ≤ bits ≤ kNarrowBits.
+template <typename Body>
+inline void with_narrow_bits(int bits, Body&& body) noexcept {
+  static_assert(kNarrowBits == 4);
+  switch (bits) {
+    case 1: body.template operator()<1>(); break;
+    case 2: body.template operator()<2>(); break;
+    case 3: body.template operator()<3>(); break;
+    default: body.template operator()<4>(); break;
   }
 }
 
@@ -363,12 +381,71 @@ struct Integer {
     }
   }
 
-  // Kernels::score of prepared queries.
+  // A segment's codes looked up once for so many rows, in `decoded` of kDecodedBytes, for `score`
+  // or `accumulate`; null where that is not worth it.
+  static const std::uint8_t* decode_keys(const SegmentPlan& segment, const std::uint8_t* packed,
+                                         int rows, std::uint8_t* decoded) noexcept {
+    if constexpr (Ops::kDecodedBits > 0) {
+      if (!worth_decoding(segment, rows)) return nullptr;
+      with_narrow_bits(segment.bits, [&]<int kBits>() {
+        if constexpr (kBits >= kMinKeyTrellisBits && kBits <= kMaxTrellisBits) {
+          if (segment.key_trellis != nullptr) {
+            decode_key_lines<Ops, KeyPathReader<Ops, kBits, 4>>(segment, packed, decoded);
+            return;
+          }
+        }
+        decode_key_lines<Ops, ScalarKeyReader<Ops, kBits, 4>>(segment, packed, decoded);
+      });
+      return decoded;
+    }
+    return nullptr;
+  }
+  static const std::uint8_t* decode_values(const SegmentPlan& segment, const std::uint8_t* packed,
+                                           int rows, std::uint8_t* decoded) noexcept {
+    if constexpr (Ops::kDecodedBits > 0) {
+      if (!worth_decoding(segment, rows)) return nullptr;
+      with_narrow_bits(segment.bits, [&]<int kBits>() {
+        if constexpr (Ops::kSumsQuotients && kBits <= kMaxQuotientBits) {
+          if (segment.quotients != nullptr) {
+            decode_value_lines<Ops, QuotientReader<Ops, kBits>>(segment, packed, decoded);
+            return;
+          }
+        }
+        if (segment.trellis == nullptr) {
+          decode_value_lines<Ops, ScalarReader<Ops, kBits>>(segment, packed, decoded);
+        } else if constexpr (kBits <= kMaxTrellisBits) {
+          decode_value_lines<Ops, TrellisReader<Ops, kBits>>(segment, packed, decoded);
+        }
+      });
+      return decoded;
+    }
+    return nullptr;
+  }
+  static bool worth_decoding(const SegmentPlan& segment, int rows) noexcept {
+    const bool in_trellis = segment.trellis != nullptr || segment.key_trellis != nullptr;
+    return segment.bits <= Ops::kDecodedBits && (Ops::kDecodesScalars || in_trellis) &&
+           rows >= kDecodedRows &&
+           std::size_t{kTileTokens} * static_cast<std::size_t>(segment.count) <= kDecodedBytes;
+  }
+
+  // Parts::score of prepared queries. decoded: of decode_keys, or null.
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* words, const RowConstants* constants, int rows,
-                    std::int32_t* scores, Ahead ahead) noexcept {
+                    const std::uint8_t* decoded, const std::uint8_t* words,
+                    const RowConstants* constants, int rows, std::int32_t* scores,
+                    Ahead ahead) noexcept {
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
+      if constexpr (Ops::kDecodedBits > 0) {
+        if (decoded != nullptr) {
+          with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int kBits, int kRows>() {
+            score_rows<Ops, DecodedKeyReader, kBits, kRows>(
+                segment, decoded, words + static_cast<std::ptrdiff_t>(first) * segment.count,
+                constants + first, scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
+                first == 0 ? ahead : Ahead{});
+          });
+          continue;
+        }
+      }
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
         const auto row_bytes =
             static_cast<std::ptrdiff_t>(segment.count) * Ops::template words<kBits>();
@@ -388,14 +465,25 @@ struct Integer {
     }
   }
 
-  // Kernels::accumulate.
+  // Parts::accumulate. decoded: of decode_values, or null.
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* weights, const float* steps, int rows, float* output,
-                         std::int64_t stride, Ahead ahead) noexcept {
+                         const std::uint8_t* decoded, const std::uint8_t* weights,
+                         const float* steps, int rows, float* output, std::int64_t stride,
+                         Ahead ahead) noexcept {
     alignas(64) std::uint8_t expanded[Ops::kRowBlock * kTileTokens * Ops::kMaxWords];
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
       const std::uint8_t* words = weights + static_cast<std::ptrdiff_t>(first) * kTileTokens;
+      if constexpr (Ops::kDecodedBits > 0) {
+        if (decoded != nullptr) {
+          with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int /*kBits*/, int kRows>() {
+            accumulate_decoded<kRows>(segment, decoded, words,
+                                      {steps + first, output + first * stride, stride},
+                                      first == 0 ? ahead : Ahead{});
+          });
+          continue;
+        }
+      }
       if (!Ops::plain_weights(segment.bits)) {
         Ops::expand_weights(segment.bits, words, block * kTileTokens, expanded);
         words = expanded;
@@ -419,6 +507,20 @@ struct Integer {
         }
       });
     }
+  }
+  template <int kRows>
+  static void accumulate_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
+                                 const std::uint8_t* words, const ScaledOutput& out,
+                                 Ahead ahead) noexcept {
+    if constexpr (Ops::kSumsQuotients) {
+      if (segment.quotients != nullptr) {
+        accumulate_rows<Ops, DecodedReader<Ops, true>, false, kRows>(segment, decoded, words, out,
+                                                                     ahead);
+        return;
+      }
+    }
+    accumulate_fitting_rows<Ops, DecodedReader<Ops, false>, kRows>(segment, decoded, words, out,
+                                                                   ahead);
   }
 };
 

@@ -18,6 +18,8 @@ namespace tqai::kernels {
 inline constexpr int kMaxRows = 8;
 /// Sets of query rows that one call serves.
 inline constexpr int kMaxHeads = 32;
+/// Of those, sets of one head that are attended to side by side.
+inline constexpr int kMaxTogether = 4;
 /// Largest padded head dimension.
 inline constexpr int kMaxDim = padded_dim(kMaxHeadDim);
 /// Bytes of working memory that coding and decoding a tile needs, 64-byte aligned. Not on the

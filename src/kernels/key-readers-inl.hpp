@@ -14,6 +14,7 @@ namespace TQAI_LOCAL {
 template <typename Ops, int kWidth, int /*kCount*/>
 struct ScalarKeyReader {
   static constexpr int kBits = kWidth;
+  static constexpr int kFactorBits = kWidth;
 
   explicit ScalarKeyReader(const SegmentPlan& segment) noexcept : table(segment.levels, true) {}
 
@@ -28,6 +29,7 @@ struct ScalarKeyReader {
 template <typename Ops, int kWidth, int kCount>
 struct KeyPathReader {
   static constexpr int kBits = kWidth;
+  static constexpr int kFactorBits = kWidth;
   static constexpr int kBefore = KeyTrellis::kWindowBits - kBits;
   static_assert(kBefore <= 2 * kBits);
 

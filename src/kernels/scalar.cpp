@@ -23,9 +23,21 @@ struct Integer {
     std::memcpy(words, queries, static_cast<std::size_t>(rows * segment.count));
   }
 
+  static const std::uint8_t* decode_keys(const SegmentPlan& /*segment*/,
+                                         const std::uint8_t* /*packed*/, int /*rows*/,
+                                         std::uint8_t* /*decoded*/) noexcept {
+    return nullptr;
+  }
+  static const std::uint8_t* decode_values(const SegmentPlan& /*segment*/,
+                                           const std::uint8_t* /*packed*/, int /*rows*/,
+                                           std::uint8_t* /*decoded*/) noexcept {
+    return nullptr;
+  }
+
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* words, const RowConstants* /*constants*/, int rows,
-                    std::int32_t* scores, Ahead /*ahead*/) noexcept {
+                    const std::uint8_t* /*decoded*/, const std::uint8_t* words,
+                    const RowConstants* /*constants*/, int rows, std::int32_t* scores,
+                    Ahead /*ahead*/) noexcept {
     std::fill_n(scores, rows * kTileTokens, 0);
     if (segment.key_trellis != nullptr) return score_paths(segment, packed, words, rows, scores);
     for (int first = 0; first < segment.count; first += kCoordinateBlock) {
@@ -79,8 +91,9 @@ struct Integer {
   }
 
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* weights, const float* steps, int rows, float* output,
-                         std::int64_t stride, Ahead /*ahead*/) noexcept {
+                         const std::uint8_t* /*decoded*/, const std::uint8_t* weights,
+                         const float* steps, int rows, float* output, std::int64_t stride,
+                         Ahead /*ahead*/) noexcept {
     if (segment.trellis != nullptr) {
       return accumulate_rings(segment, packed, weights, steps, rows, output, stride);
     }

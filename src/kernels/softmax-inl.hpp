@@ -115,16 +115,40 @@ TQAI_HOT void bound(const Softmax& softmax, int row, const RowVecs& scores) noex
   if (any_above(parts, softmax.max[row])) raise_max(softmax, row, largest_of(parts));
 }
 
+// Rows that are weighed side by side where there are as many, and registers of them that powers are
+// taken of at a time.
+constexpr int kRowsTogether = kVectorLanes == 16 ? 2 : 1;
+constexpr int kVecsTogether = kVectorLanes == 16 ? kRowsTogether * kRowVecs : 4;
+
+// 2^(score − max), of rows `row` and on.
+template <bool kRoughly, int kRows>
+inline void raise_two(const Softmax& softmax, int row, RowVecs (&rows)[kRows]) noexcept {
+  constexpr int kCount = std::min(kVecsTogether, kRows * kRowVecs);
+  static_assert(kRows * kRowVecs % kCount == 0);
+  for (int first = 0; first < kRows * kRowVecs; first += kCount) {
+    FloatVec some[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      const int r = (first + i) / kRowVecs;
+      some[i] = rows[r][(first + i) % kRowVecs] - broadcast_float<FloatVec>(softmax.max[row + r]);
+    }
+    if constexpr (kRoughly) {
+      exp2_rough(some);
+    } else {
+      exp2_negative(some);
+    }
+    for (int i = 0; i < kCount; ++i) rows[(first + i) / kRowVecs][(first + i) % kRowVecs] = some[i];
+  }
+}
+
 // Turns one row's scores into 2^(score − max), and updates max and sums.
-TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
-  bound(softmax, row, vecs);
-  const float max = softmax.max[row];
-  if (max == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
-    for (FloatVec& vec : vecs) vec = broadcast_float<FloatVec>(0.0F);
+TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs (&vecs)[1]) noexcept {
+  bound(softmax, row, vecs[0]);
+  if (softmax.max[row] == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
+    for (FloatVec& vec : vecs[0]) vec = broadcast_float<FloatVec>(0.0F);
     return;
   }
-  for (FloatVec& vec : vecs) vec = exp2_negative(vec - broadcast_float<FloatVec>(max));
-  add_to_lanes(vecs, softmax.sums[row]);
+  raise_two<false>(softmax, row, vecs);
+  add_to_lanes(vecs[0], softmax.sums[row]);
 }
 
 // Where no four weights of a block, 16 tokens apart, sum up to more than this, all 64 are at most
@@ -132,13 +156,17 @@ TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
 constexpr float kNegligibleSum = 0x1p-32F;
 static_assert(kLanes * kNegligibleSum <= 0x1p-24F / 16.0F && kHeadroom == 4.0F);
 
-// The same, roughly; whether the weights matter. While nothing was seen sums are meaningless:
-// raise_max clears them, and who merges states leaves out one without a maximum.
-TQAI_HOT bool weigh_roughly(const Softmax& softmax, int row, RowVecs& vecs) noexcept {
-  bound(softmax, row, vecs);
-  const auto max = broadcast_float<FloatVec>(softmax.max[row]);
-  for (FloatVec& vec : vecs) vec = exp2_rough(vec - max);
-  return any_above(add_to_lanes(vecs, softmax.sums[row]), kNegligibleSum);
+// The same of some rows, roughly; whether any row's weights matter. While nothing was seen sums are
+// meaningless: raise_max clears them, and who merges states leaves out one without a maximum.
+template <int kRows>
+TQAI_HOT bool weigh_roughly(const Softmax& softmax, int row, RowVecs (&rows)[kRows]) noexcept {
+  for (int r = 0; r < kRows; ++r) bound(softmax, row + r, rows[r]);
+  raise_two<true>(softmax, row, rows);
+  FloatVec largest = add_to_lanes(rows[0], softmax.sums[row]);
+  for (int r = 1; r < kRows; ++r) {
+    largest = larger(largest, add_to_lanes(rows[r], softmax.sums[row + r]));
+  }
+  return any_above(largest, kNegligibleSum);
 }
 
 }  // namespace TQAI_LOCAL

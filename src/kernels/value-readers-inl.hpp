@@ -16,6 +16,7 @@ namespace TQAI_LOCAL {
 template <typename Ops, int kWidth>
 struct ScalarReader {
   static constexpr int kBits = kWidth;
+  static constexpr int kFactorBits = kWidth;
   static constexpr bool kByFours = false;
   using Codes = typename Ops::Vec[4];
 
@@ -36,6 +37,7 @@ struct ScalarReader {
 template <typename Ops, int kWidth>
 struct QuotientReader {
   static constexpr int kBits = kWidth;
+  static constexpr int kFactorBits = kWidth;
   static constexpr bool kByFours = true;
   using Codes = typename Ops::Vec[4];
 
@@ -78,6 +80,7 @@ inline typename Ops::Vec load_nibble(const std::uint8_t* group, const std::uint8
 template <typename Ops, int kWidth>
 struct TrellisReader {
   static constexpr int kBits = kWidth;
+  static constexpr int kFactorBits = kWidth;
   static constexpr bool kByFours = false;
   struct Codes {
     typename Ops::Vec older[4];

@@ -122,5 +122,38 @@ TEST(AttendSplit, HeadsCentredByPosition) {
   expect_each_alone(options, one, Array({2, 4, 1, kDim}, engine), {}, {0, 4000});
 }
 
+// Codes may be looked up once for many rows of a head: they find what the scalar level does, and a
+// few rows at a time. Of heads too long for that, too, and of a window that hides tiles from some.
+TEST(AttendSplit, ManyRowsOfAHead) {
+  auto engine = test::random_engine(74);
+  constexpr std::int64_t kTokens = 300;
+  for (const int dim : {16, 80, 272}) {
+    const Tokens all(1, 2, kTokens, dim, engine);
+    const Array queries({1, 6, 21, dim}, engine);
+    for (const auto& [bits_k, bits_v] : {std::pair{1, 3}, {2, 4}, {3, 1}, {4, 2}, {8, 6}}) {
+      for (const CodeKind codes : {CodeKind::scalar, CodeKind::trellis}) {
+        if (codes == CodeKind::trellis && bits_v > kMaxTrellisBits) continue;
+        AttendOptions narrow;
+        narrow.window = 70;
+        for (const AttendOptions& how : {AttendOptions{}, narrow}) {
+          std::vector<float> expected;
+          for (const Level level : available_levels()) {
+            CacheOptions options = geometry(dim, bits_k, bits_v);
+            options.level = level;
+            options.value_codes = codes;
+            KvCache cache(options);
+            all.append_to(cache, 0, kTokens);
+            cache.seal();
+            const Array output = attend(cache, queries, how);
+            if (expected.empty()) expected = output.data;
+            ASSERT_EQ(output.data, expected) << name_of(level) << ", d " << dim << ", " << bits_k
+                                             << " and " << bits_v << " bits";
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tqai

@@ -203,11 +203,11 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
   }
 }
 
-// Heads that share a call, one of them with two sets of rows, find what each finds alone.
+// Heads that share a call, some of them with several sets of rows, find what each finds alone.
 TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
   auto engine = test::random_engine(17);
-  for (const int dim : {64, 80}) {
-    const auto codec = make_codec(dim, 4);
+  for (const auto& [dim, bits] : {std::pair{64, 4}, {80, 2}, {80, 8}, {272, 3}}) {
+    const auto codec = make_codec(dim, bits);
     const std::size_t bytes = codec.layout().bytes();
     constexpr int kHeads = 3;
     std::vector<std::vector<std::uint8_t>> blocks;
@@ -228,7 +228,8 @@ TEST_P(Levels, HeadsTogetherFindWhatEachFindsAlone) {
       int rows;
       std::int64_t first;  // the second set sees the last two spans alone, the third one nothing
     };
-    const std::vector<Case> cases = {{0, 8, 1}, {1, 3, 70}, {1, 8, 1000}, {2, 1, 0}};
+    const std::vector<Case> cases = {{0, 8, 1},   {1, 3, 70}, {1, 8, 1000}, {2, 1, 0},  {2, 8, 0},
+                                     {2, 7, 100}, {2, 8, 2},  {2, 8, 1},    {2, 4, 64}, {2, 8, 3}};
     std::vector<Head> heads;
     std::vector<Attended> alone;
     for (const Case& each : cases) {

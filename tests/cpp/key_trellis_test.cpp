@@ -372,6 +372,28 @@ TEST_P(KeyPathCaches, AttendAsExactAttentionOverWhatTheyHold) {
   }
 }
 
+// Of many rows of a head, for which codes may be looked up once.
+TEST_P(KeyPathCaches, AttendManyRowsAsTheScalarLevel) {
+  auto engine = random_engine(78);
+  for (const int dim : {16, 40, 128}) {
+    const auto [keys, values] = tokens_of(2, 204, dim);
+    for (int bits = kMinKeyTrellisBits; bits <= kMaxTrellisBits; ++bits) {
+      const Array queries({1, 6, 17, dim}, engine);
+      std::vector<float> found[2];
+      for (const bool scalar : {false, true}) {
+        CacheOptions options = options_of(dim, bits, 2);
+        options.level = scalar ? Level::scalar : GetParam();
+        options.value_codes = CodeKind::trellis;
+        KvCache cache(options);
+        cache.append(keys, values);
+        cache.seal();
+        found[scalar ? 1 : 0] = test::attend(cache, queries).data;
+      }
+      EXPECT_EQ(found[0], found[1]) << "d " << dim << ", bits " << bits;
+    }
+  }
+}
+
 TQAI_AT_EVERY_LEVEL(KeyPathLevels);
 TQAI_AT_EVERY_LEVEL(KeyPathCaches);
 
