@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
@@ -45,6 +46,8 @@ SAME_ROWS = 16
 rows may depend on the number of threads."""
 SEED = 1952541041
 """Of the token ids where the settings name none; ``tqai::CacheOptions::seed``."""
+
+_DRAWN_ROWS = 8
 
 Moments = _core.KeyMoments | str
 """Of a layer, or why there are none."""
@@ -163,9 +166,14 @@ def _spread(cache: DynamicCache, copies: int) -> bool:
 
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """[rows, 1] int64: a next token of each row, of logits [rows, tokens]."""
-    likely = logits.float().nan_to_num().softmax(-1).cpu().cumsum(-1)
-    at = torch.rand(len(likely), 1, generator=generator, device="cpu") * likely[:, -1:]
-    return torch.searchsorted(likely, at, right=True).clamp(max=likely.shape[1] - 1)
+    shares = torch.rand(len(logits), 1, generator=generator, device="cpu")
+    found = []
+    # A few rows at a time stay in a processor's cache.
+    for rows, share in zip(logits.split(_DRAWN_ROWS), shares.split(_DRAWN_ROWS), strict=True):
+        likely = rows.float().nan_to_num().softmax(-1).cpu().cumsum(-1)
+        at = torch.searchsorted(likely, share * likely[:, -1:], right=True)
+        found.append(at.clamp(max=likely.shape[1] - 1))
+    return torch.cat(found)
 
 
 def _read(decoder: torch.nn.Module, geometry: Geometry, seed: int, listener: _Listener) -> None:
@@ -345,5 +353,5 @@ class _Listener:
         rows, heads, tokens, dim = vectors.shape
         left_out = min(max(self._sinks - self.first, 0), tokens)
         numbers = vectors[:, :, left_out:].float().reshape(-1, dim).cpu().numpy()
-        positions = torch.arange(self.first + left_out, self.first + tokens, device="cpu")
-        add(head, numbers, positions.repeat(rows * heads).numpy())
+        positions = np.arange(self.first + left_out, self.first + tokens)
+        add(head, numbers, np.tile(positions, rows * heads))
