@@ -128,7 +128,7 @@ inline FloatVec to_floats(IntVec vec) noexcept {
 
 // sums + the four products of each lane's bytes with those of `factors`. levels: of 0…127; factors:
 // of ±127, so that two products add up in 16 bits.
-inline IntVec add_products(IntVec sums, IntVec levels, std::int32_t factors) noexcept {
+inline IntVec add_byte_products(IntVec sums, IntVec levels, std::int32_t factors) noexcept {
 #if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
   __m512i to;
   __m512i bytes;
@@ -299,7 +299,7 @@ struct KeyPaths {
     for (int s = 0; s < kStates; ++s) {
       IntVec sums = broadcast_int(scratch.offsets[c]);
       for (int k = 0; k < kOpenWords; ++k) {
-        sums = add_products(sums, load_ints(before[s][k]), scratch.factors[c][k]);
+        sums = add_byte_products(sums, load_ints(before[s][k]), scratch.factors[c][k]);
       }
       left[s] = target - scratch.factor_steps[c] * to_floats(sums);
     }
