@@ -370,7 +370,8 @@ TQAI_INLINE Row read_row(const Context& context, const Parts& parts, std::uint32
     row.sink_positions = consecutive(row.first, sinks);
   } else {
     row.next_position = reader.read<std::int64_t>();
-    require_position(row.next_position - 1);
+    require_range("the position after a row's tokens", row.next_position, 1 - KvCache::kMaxPosition,
+                  KvCache::kMaxPosition + 1);
     row.sink_positions = read_positions(context, sinks, reader);
     row.tail_positions = read_positions(context, row.tail_tokens(), reader);
   }

@@ -421,12 +421,30 @@ TQAI_INLINE void commit(Row& row, Dropping&& dropping) noexcept {
   }
 }
 
+// Both are in order, and have no token in common; of the two, spans that touch are one.
+TQAI_INLINE CountedVector<TokenSpan> joined(const CountedVector<TokenSpan>& spans,
+                                            const CountedVector<TokenSpan>& more) {
+  CountedVector<TokenSpan> all(spans.size() + more.size());
+  std::merge(spans.begin(), spans.end(), more.begin(), more.end(), all.begin(),
+             [](const TokenSpan& a, const TokenSpan& b) { return a.first < b.first; });
+  std::size_t last = 0;
+  for (std::size_t i = 1; i < all.size(); ++i) {
+    if (all[last].first + all[last].count == all[i].first) {
+      all[last].count += all[i].count;
+    } else {
+      all[++last] = all[i];
+    }
+  }
+  if (!all.empty()) all.resize(last + 1);
+  return all;
+}
+
 TQAI_INLINE void leave_out(const Context& context, Row& row, std::int64_t end,
                            std::span<const std::uint8_t> hidden) {
   const std::int64_t begin = end - std::ssize(hidden);
   const std::int64_t tail_start = row.first + row.sink_tokens() + row.sealed_tokens;
   std::vector<bool> out(static_cast<std::size_t>(row.tail_tokens()), false);
-  CountedVector<TokenSpan> gaps = row.gaps;
+  CountedVector<TokenSpan> added;
   std::int64_t leading = 0;
   for (std::int64_t token = begin; token < end; ++token) {
     if (hidden[static_cast<std::size_t>(token - begin)] == 0) continue;
@@ -439,10 +457,10 @@ TQAI_INLINE void leave_out(const Context& context, Row& row, std::int64_t end,
     out[static_cast<std::size_t>(place - tail_start)] = true;
     if (place == row.first + leading) {  // padding at the start
       ++leading;
-    } else if (!gaps.empty() && gaps.back().first + gaps.back().count == token) {
-      ++gaps.back().count;
+    } else if (!added.empty() && added.back().first + added.back().count == token) {
+      ++added.back().count;
     } else {
-      gaps.push_back({token, 1});
+      added.push_back({token, 1});
     }
   }
   if (std::find(out.begin(), out.end(), true) == out.end()) return;
@@ -466,6 +484,7 @@ TQAI_INLINE void leave_out(const Context& context, Row& row, std::int64_t end,
     positions = Positions::consecutive(row.tail_positions.first() + leading, left);
     row.next_position = positions.next();
   }
+  CountedVector<TokenSpan> gaps = joined(row.gaps, added);
   row.tail = std::move(tail);
   row.tail_positions = std::move(positions);
   row.gaps = std::move(gaps);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 
@@ -309,6 +310,37 @@ TEST_F(Cache, CropsAndDiscardsGoByTokensWhereSomeAreLeftOut) {
   cache.discard_before(114);
   EXPECT_EQ(cache.first_token(), 114);
   EXPECT_EQ(cache.memory().tokens, 350 - 64);
+}
+
+TEST_F(Cache, WhatIsLeftOutInTurnsIsAsAtOnce) {
+  const Tokens all(1, 2, 100, 64, engine_);
+  KvCache once(geometry(64));
+  all.append_to(once, 0, 100);
+  KvCache in_turns(once);
+  std::vector<std::uint8_t> first(100);  // of each, others before, behind and between the former
+  std::vector<std::uint8_t> second(100);
+  for (const std::size_t token : {2U, 40U, 41U, 60U, 70U, 99U}) first[token] = 1;
+  for (const std::size_t token : {0U, 1U, 3U, 30U, 42U, 59U, 61U, 65U, 98U}) second[token] = 1;
+  std::vector<std::uint8_t> both(100);
+  std::transform(first.begin(), first.end(), second.begin(), both.begin(), std::bit_or());
+  once.leave_out(both);
+  in_turns.leave_out(first);
+  in_turns.leave_out(both);  // what is left out is let be
+  EXPECT_EQ(in_turns.left_out(0).size(), once.left_out(0).size() + 1);  // token 2, and padding
+  const auto check = [&](std::int64_t tokens) {
+    for (KvCache* cache : {&once, &in_turns}) {
+      cache->crop(tokens);
+      cache->seal();
+    }
+    EXPECT_EQ(gather(in_turns, 0, tokens).keys.data, gather(once, 0, tokens).keys.data);
+    EXPECT_EQ(in_turns.memory().tokens, once.memory().tokens);
+    const KvCache back = KvCache::deserialize(in_turns.serialize());
+    const Array queries({1, 4, 2, 64}, engine_);
+    EXPECT_EQ(attend(back, queries).data, attend(once, queries).data);
+  };
+  check(100);
+  check(64);
+  check(41);
 }
 
 TEST_F(Cache, WhatIsSealedCannotBeLeftOut) {

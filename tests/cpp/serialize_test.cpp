@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
 
@@ -301,7 +302,10 @@ TEST(HostileBytes, AreRefusedWithWhatTheyGiveAndWhatIsAllowed) {
       {[](Hostile& h) { h.tail_position = kMost; }, "a token's position = 1073741832; allowed"},
       {[](Hostile& h) { h.sink_position = kMost - 2; }, "a token's position = 1073741824"},
       {[](Hostile& h) { h.block_position = -kMost - 1; }, "a token's position = -1073741824"},
-      {[](Hostile& h) { h.next_position = kMost + 2; }, "a token's position = 1073741824"},
+      {[](Hostile& h) { h.next_position = kMost + 2; },
+       "the position after a row's tokens = 1073741825"},
+      {[](Hostile& h) { h.next_position = std::numeric_limits<std::int64_t>::min(); },
+       "the position after a row's tokens = -9223372036854775808"},
       {[](Hostile& h) { h.places.assign(64, 1 << 30); }, "a token's position = 1073741824"},
       {[](Hostile& h) { h.tail_numbers = 9; }, "a number of positions = 9; allowed: 0 or 10"},
       {[](Hostile& h) { h.tail_numbers = std::uint64_t{1} << 62; }, "a number of positions"},

@@ -113,6 +113,8 @@ class Calls {
     options.seed = choices_.next();
     tqai_key_basis* basis = choices_.next() % 4 == 0 ? learnt(options) : nullptr;
     options.key_basis = basis;
+    options.value_codes = choices_.setting(choices_.next() % 2);
+    options.key_codes = choices_.setting(basis == nullptr ? 0 : choices_.next() % 2);
     if (is_ok(tqai_cache_create(&options, &cache_)) != (cache_ != nullptr)) std::abort();
     tqai_key_basis_destroy(basis);
   }
@@ -145,7 +147,7 @@ class Calls {
 
   void call() {
     const tqai_cache_info now = info();
-    switch (choices_.next() % 13) {
+    switch (choices_.next() % 17) {
       case 0:
       case 1: append(now); break;
       case 2: {
@@ -200,6 +202,12 @@ class Calls {
                                   &left_out));
         break;
       }
+      case 12: views(now); break;
+      case 13:
+        is_ok(tqai_cache_reserve(cache_, std::min<std::int64_t>(choices_.number(90), 4096)));
+        break;
+      case 14:
+      case 15: together(now); break;
       default: {
         tqai_memory memory;
         tqai_memory_init(&memory, sizeof(memory));
@@ -211,18 +219,37 @@ class Calls {
     }
   }
 
-  void append(const tqai_cache_info& now) {
-    const std::int64_t count = 1 + choices_.next() % 90;
-    const auto keys = tensor<tqai_tensor>(choices_, numbers_.data(), now.dtype,
-                                          {now.batch, now.kv_heads, count, now.head_dim});
-    const auto values = tensor<tqai_tensor>(choices_, numbers_.data(), now.dtype,
-                                            {now.batch, now.kv_heads, count, now.value_head_dim});
-    std::vector<std::int64_t> numbers;
+  tqai_tensor sides(const tqai_cache_info& now, std::int64_t batch, std::int64_t count,
+                    std::int32_t dim) {
+    return tensor<tqai_tensor>(choices_, numbers_.data(), now.dtype,
+                               {batch, now.kv_heads, count, dim});
+  }
+
+  // Of `count` tokens; `numbers` holds them.
+  tqai_positions positions(std::int64_t count, std::vector<std::int64_t>& numbers) {
     for (std::int64_t i = 0; i < 3 * count; ++i) numbers.push_back(i % count * (i % 2));
     numbers[0] = choices_.number(0);
-    tqai_positions positions{numbers.data(), {1, choices_.next() % 4, count}, {0, count, 1}};
+    return {numbers.data(), {1, choices_.next() % 4, count}, {0, count, 1}};
+  }
+
+  void append(const tqai_cache_info& now) {
+    const std::int64_t count = 1 + choices_.next() % 90;
+    const tqai_tensor keys = sides(now, now.batch, count, now.head_dim);
+    const tqai_tensor values = sides(now, now.batch, count, now.value_head_dim);
+    std::vector<std::int64_t> numbers;
+    const tqai_positions stand = positions(count, numbers);
     const bool given = choices_.next() % 2 == 0;
-    is_ok(tqai_cache_append(cache_, &keys, &values, given ? &positions : nullptr));
+    is_ok(tqai_cache_append(cache_, &keys, &values, given ? &stand : nullptr));
+  }
+
+  tqai_attend_options attend_options() {
+    tqai_attend_options options;
+    tqai_attend_options_init(&options, sizeof(options));
+    options.first_token = choices_.number(0);
+    options.window = choices_.number(0);
+    options.causal = choices_.next() % 2;
+    options.soft_cap = choices_.next() % 4 == 0 ? 30.0F : 0.0F;
+    return options;
   }
 
   void attend(const tqai_cache_info& now) {
@@ -232,17 +259,114 @@ class Calls {
                                              {now.batch, heads, count, now.head_dim});
     const auto output = tensor<tqai_output>(choices_, room_.data(), TQAI_F32,
                                             {now.batch, count, heads, now.value_head_dim});
-    tqai_attend_options options;
-    tqai_attend_options_init(&options, sizeof(options));
-    options.first_token = choices_.number(0);
-    options.window = choices_.number(0);
-    options.causal = choices_.next() % 2;
-    options.soft_cap = choices_.next() % 4 == 0 ? 30.0F : 0.0F;
+    tqai_attend_options options = attend_options();
     const auto mask = tensor<tqai_tensor>(
         choices_, numbers_.data(), TQAI_F32,
         {1, 1, count, std::max<std::int64_t>(now.tokens - options.first_token % 1000, 0)});
     if (choices_.next() % 3 == 0) options.mask = &mask;
     is_ok(tqai_cache_attend(cache_, &queries, &output, choices_.next() < 250 ? &options : nullptr));
+  }
+
+  // Each byte that the views show is read.
+  void views(const tqai_cache_info& now) {
+    tqai_block blocks[3];
+    for (tqai_block& block : blocks) tqai_block_init(&block, sizeof(block));
+    std::size_t count = 0;
+    const std::int32_t row = choices_.setting(0);
+    const std::size_t capacity = choices_.next() % 4;
+    if (!is_ok(tqai_cache_sealed_blocks(cache_, row, blocks, capacity, &count))) return;
+    std::size_t sum = 0;
+    for (std::size_t b = 0; b < std::min(count, capacity); ++b) {
+      const tqai_block& block = blocks[b];
+      const auto* tiles = static_cast<const std::uint8_t*>(block.tiles);
+      const std::size_t bytes = block.tile_bytes * static_cast<std::size_t>(now.kv_heads);
+      for (std::size_t i = 0; i < bytes; ++i) sum += tiles[i];
+      for (std::int32_t i = 0; block.positions != nullptr && i < block.sections * 64; ++i) {
+        sum += static_cast<std::size_t>(block.positions[i]);
+      }
+      tqai_centre centre;
+      tqai_centre_init(&centre, sizeof(centre));
+      if (!is_ok(tqai_cache_centre(cache_, row, choices_.setting(block.centre_set),
+                                   choices_.setting(0), &centre))) {
+        continue;
+      }
+      for (std::int32_t i = 0; i < now.head_dim; ++i) sum += centre.constant[i] != 0.0F;
+      for (std::int32_t i = 0; centre.real != nullptr && i < centre.pairs; ++i) {
+        sum += centre.real[i] != centre.imaginary[i];
+      }
+    }
+    room_[0] = static_cast<float>(sum);
+  }
+
+  // Calls on this cache and a copy, mostly.
+  void together(const tqai_cache_info& now) {
+    tqai_cache* other = nullptr;
+    if (!is_ok(tqai_cache_copy(cache_, &other))) std::abort();
+    const std::uint8_t choice = choices_.next();
+    tqai_cache* caches[] = {cache_, choice < 250 ? other : choice == 255 ? nullptr : cache_};
+    const std::size_t count = choices_.next() < 250 ? 2 : choices_.next() % 3;
+    const std::int64_t tokens[] = {choices_.number(choices_.next() % 90), choices_.number(3)};
+    const bool packed = now.batch == 1 && choices_.next() % 2 == 0;
+    switch (choices_.next() % 4) {
+      case 0: append_together(now, caches, count, tokens, packed); break;
+      case 1: {
+        std::int64_t held = 0;
+        is_ok(tqai_caches_seal(caches, count, &held, nullptr));
+        break;
+      }
+      case 2: is_ok(tqai_caches_crop(caches, count, tokens)); break;
+      default: attend_together(now, caches, count, packed); break;
+    }
+    if (choices_.next() % 2 == 0) std::swap(other, cache_);
+    tqai_cache_destroy(other);
+  }
+
+  void append_together(const tqai_cache_info& now, tqai_cache* const* caches, std::size_t count,
+                       const std::int64_t (&tokens)[2], bool packed) {
+    std::vector<std::int64_t> numbers;
+    if (packed) {
+      const std::int64_t sum = std::clamp<std::int64_t>(tokens[0], 0, 100) + 3;
+      const tqai_tensor keys = sides(now, 1, sum, now.head_dim);
+      const tqai_tensor values = sides(now, 1, sum, now.value_head_dim);
+      const tqai_positions stand = positions(sum, numbers);
+      is_ok(tqai_caches_append_packed(caches, count, tokens, &keys, &values,
+                                      choices_.next() % 2 == 0 ? &stand : nullptr, nullptr));
+      return;
+    }
+    tqai_tensor keys[2];
+    tqai_tensor values[2];
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t own = std::clamp<std::int64_t>(tokens[i], 0, 100);
+      keys[i] = sides(now, now.batch, own, now.head_dim);
+      values[i] = sides(now, now.batch, own, now.value_head_dim);
+    }
+    is_ok(tqai_caches_append(caches, count, keys, values, nullptr, nullptr));
+  }
+
+  void attend_together(const tqai_cache_info& now, tqai_cache* const* caches, std::size_t count,
+                       bool packed) {
+    const std::int64_t tokens[] = {1 + choices_.next() % 2, choices_.number(1)};
+    const tqai_attend_options options = attend_options();
+    if (packed) {
+      const std::int64_t sum = tokens[0] + std::clamp<std::int64_t>(tokens[1], 0, 9);
+      const auto queries = tensor<tqai_tensor>(choices_, numbers_.data(), TQAI_F32,
+                                               {1, now.kv_heads, sum, now.head_dim});
+      const auto output = tensor<tqai_output>(choices_, room_.data(), TQAI_F32,
+                                              {1, sum, now.kv_heads, now.value_head_dim});
+      is_ok(tqai_caches_attend_packed(caches, count, tokens, &queries, &output, &options));
+      return;
+    }
+    tqai_tensor queries[2];
+    tqai_output outputs[2];
+    const tqai_attend_options* each[] = {&options, nullptr};
+    for (int i = 0; i < 2; ++i) {
+      queries[i] = tensor<tqai_tensor>(choices_, numbers_.data(), TQAI_F32,
+                                       {now.batch, now.kv_heads, 1, now.head_dim});
+      outputs[i] = tensor<tqai_output>(choices_, i == 0 ? room_.data() : more_room_.data(),
+                                       TQAI_F32, {now.batch, 1, now.kv_heads, now.value_head_dim});
+    }
+    is_ok(tqai_caches_attend(caches, count, queries, outputs,
+                             choices_.next() % 2 == 0 ? each : nullptr, nullptr));
   }
 
   void through_bytes() {

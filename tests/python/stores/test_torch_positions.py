@@ -84,6 +84,30 @@ def assert_same(native: _core.KvCache, other: TorchStore) -> None:
 
 
 @pytest.mark.parametrize("sections", SECTIONS)
+def test_gaps_in_two_turns_and_positions_behind_them(sections: str) -> None:
+    rope = Rope(FREQUENCIES, sections=SECTIONS[sections])
+    torch.manual_seed(2)
+    positions = stand(300, rope.section_count)
+    positions[:, :, :60] = torch.arange(60)  # consecutive, as what comes without positions is
+    keys, values = tokens_at(rope, positions)
+    made = both(rope)
+    for store in made:
+        stores.append(store, keys[:, :, :60], values[:, :, :60])
+        for hidden in (range(40, 50), [2, *range(20, 30), 39, 55]):
+            marks = torch.zeros(BATCH, 60, dtype=torch.bool)
+            marks[:, list(hidden)] = True
+            store.leave_out(marks.flatten().tolist())
+        assert store.left_out(1) == [(2, 1), (20, 10), (39, 11), (55, 1)]
+    assert_same(*made)
+    for store in made:
+        stores.append(store, keys[:, :, 60:], values[:, :, 60:], positions[:, :, 60:])
+    assert_same(*made)
+    for store in made:
+        store.seal()
+    assert_same(*made)
+
+
+@pytest.mark.parametrize("sections", SECTIONS)
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
 def test_torch_operations_are_the_same(sections: str, layout: str) -> None:
     torch.manual_seed(1)

@@ -19,7 +19,7 @@ class Positions:
     first: int = 0
     count: int = 0
     each: np.ndarray | None = None
-    """[count, sections] int32; None: consecutive."""
+    """[count, sections] int32, or [count, 1] where all sections stand alike; None: consecutive."""
 
     @classmethod
     def of(cls, each: np.ndarray) -> Positions:
@@ -55,10 +55,10 @@ class Positions:
 
     def table(self, sections: int) -> np.ndarray:
         """[count, sections] int32."""
-        if self.each is not None:
-            return self.each
-        column = np.arange(self.first, self.first + self.count, dtype=np.int32)[:, None]
-        return np.broadcast_to(column, (self.count, sections))
+        table = self.each
+        if table is None:
+            table = np.arange(self.first, self.first + self.count, dtype=np.int32)[:, None]
+        return np.broadcast_to(table, (self.count, sections))
 
     def places(self) -> np.ndarray | None:
         """[sections, 64] of a tile's tokens, one where all stand alike; None: consecutive."""
@@ -74,7 +74,8 @@ class Positions:
             return False
         if self.each is None or other.each is None:
             return self.each is other.each
-        return np.array_equal(self.each, other.each)
+        sections = max(self.each.shape[1], other.each.shape[1])
+        return np.array_equal(self.table(sections), other.table(sections))
 
 
 def check_positions(positions: np.ndarray, batch: int, tokens: int, sections: int) -> None:

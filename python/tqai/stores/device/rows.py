@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -161,7 +162,8 @@ class Rows:
             ValueError: where one is sealed already.
         """
         kept = [True] * self.tail.tokens
-        gaps, leading = list(self.gaps), 0
+        added: list[int] = []
+        leading = 0
         for token, is_hidden in enumerate(hidden, end - len(hidden)):
             spot = self.spot_of(token)
             if not is_hidden or spot < self.first or self.token_at(spot) != token:
@@ -171,10 +173,8 @@ class Rows:
             kept[spot - self.tail_start] = False
             if spot == self.first + leading:  # padding at the start
                 leading += 1
-            elif gaps and sum(gaps[-1]) == token:
-                gaps[-1] = gaps[-1][0], gaps[-1][1] + 1
             else:
-                gaps.append((token, 1))
+                added.append(token)
         if all(kept):
             return self
         index = self.ops.asarray(np.flatnonzero(kept))
@@ -195,7 +195,7 @@ class Rows:
             tail_positions=positions,
             next_position=next_position,
             first=self.first + leading,
-            gaps=tuple(gaps),
+            gaps=_joined([*self.gaps, *((token, 1) for token in added)]),
         )
 
     def cropped(self, tokens: int) -> Rows:
@@ -467,6 +467,17 @@ class Rows:
         """A copy with a tail of its own, whose end may change."""
         tail = self.tail
         return replace(self, tail=tail.copy(0, tail.tokens, tail.capacity))
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """First token and count, each, in order; those that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for first, count in sorted(spans):
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = joined[-1][0], joined[-1][1] + count
+        else:
+            joined.append((first, count))
+    return tuple(joined)
 
 
 def check_finite(ops: Operations, keys: Array, values: Array, first: int) -> None:

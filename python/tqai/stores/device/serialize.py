@@ -44,7 +44,7 @@ def write(
     writer = _Writer()
     exact, blocks, centres = _Numbered(), _Numbered(), _Numbered()
     rows_of = {place: (rows, at) for rows in held for at, place in enumerate(rows.places)}
-    version = _version(options, held)
+    version, sections = _version(options, held), _sections(options)
     for place in range(batch):
         rows, at = rows_of[place]
         writer.put("<i8", rows.first)
@@ -55,8 +55,8 @@ def write(
         for part in (rows.sinks, rows.tail):
             writer.put("<u4", exact.add((id(part), at), (part, at)) if part.tokens else _NOTHING)
         writer.put("<i8", rows.next_position)
-        _write_positions(rows.sink_positions, writer)
-        _write_positions(rows.tail_positions, writer)
+        _write_positions(rows.sink_positions, sections, writer)
+        _write_positions(rows.tail_positions, sections, writer)
         writer.put("<u4", len(rows.centre_sets))
         for held_set in rows.centre_sets:
             writer.put("<u4", centres.add((id(held_set), at), (held_set, at)))
@@ -177,8 +177,8 @@ def options_in(data: bytes) -> Options:
     return _read_options(_Reader(data))
 
 
-def _write_positions(positions: Positions, writer: _Writer) -> None:
-    each = () if positions.each is None else positions.each.flatten()
+def _write_positions(positions: Positions, sections: int, writer: _Writer) -> None:
+    each = () if positions.each is None else positions.table(sections).flatten()
     writer.put("<i8", positions.first)
     writer.put("<u8", len(each))
     writer.put("<i4", *each)
