@@ -201,6 +201,12 @@ TQAI_INLINE void check_positions(const PositionTensor& positions, std::int64_t b
 TQAI_INLINE void check_memory(const char* name, const void* data, std::size_t element,
                               const std::int64_t* shape, const std::int64_t* strides,
                               std::size_t dimensions) {
+  const auto* const wrong =
+      std::find_if(shape, shape + dimensions, [](std::int64_t size) { return size < 0; });
+  if (wrong != shape + dimensions) {
+    throw ValueError(std::string(name) + " has a dimension of " + std::to_string(*wrong) +
+                     "; needed: 0 or more");
+  }
   if (std::find(shape, shape + dimensions, 0) != shape + dimensions) return;
   if (data == nullptr) throw ValueError(std::string(name) + " has no data; a pointer is needed");
   if (reinterpret_cast<std::uintptr_t>(data) % element != 0) {

@@ -387,6 +387,7 @@ void check_packed(std::span<Cache* const> caches, std::span<const std::int64_t> 
     throw ValueError(std::to_string(counts.size()) + " counts for " +
                      std::to_string(caches.size()) + " caches; one each is needed");
   }
+  check_range("the number of tokens", tokens, 0, detail::kMostTokens);
   std::int64_t sum = 0;
   check_each(caches.size(), [&](std::size_t i) {
     if (given_cache(caches[i]).batch() != 1) {
@@ -426,6 +427,9 @@ TQAI_INLINE void append(std::span<KvCache* const> caches, std::span<const std::i
   check_packed(caches, counts, "values", values.shape[0], values.shape[2]);
   if (positions) {
     check_packed(caches, counts, "positions", positions->shape[0], positions->shape[2]);
+    detail::check_memory("positions", positions->data, sizeof(std::int64_t),
+                         positions->shape.data(), positions->strides.data(),
+                         positions->shape.size());
   }
   detail::check_layout("keys", keys);
   detail::check_layout("values", values);

@@ -1,6 +1,7 @@
 // Calls on many caches: to the bit what each gets alone, and all or nothing.
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <tqai/cache.hpp>
@@ -349,6 +350,21 @@ TEST_F(SequencesAtFaults, TensorsOfAllSequencesAreChecked) {
   EXPECT_TRUE(contains(refused({1, 2, 3}, 7), "needed: 1 row of 6"));
   EXPECT_TRUE(contains(refused({9, -2, 0}, 7), "sequence 0 of 3: its count = 9"));
   EXPECT_TRUE(contains(refused({3, -2, 6}, 7), "sequence 1 of 3: its count = -2"));
+  constexpr auto kLeast = std::numeric_limits<std::int64_t>::min();
+  const auto refused_with = [&](std::size_t axis, std::int64_t size, std::int64_t position_stride) {
+    ConstTensor keys = Tokens::slice(tokens_.keys, 0, 3);
+    ConstTensor values = Tokens::slice(tokens_.values, 0, 3);
+    keys.shape[axis] = values.shape[axis] = size;
+    const std::int64_t positions[3] = {0, 1, 2};
+    return message_of([&] {
+      tqai::append(caches, std::vector<std::int64_t>{1, 1, 1}, keys, values,
+                   PositionTensor{positions, {1, 1, 3}, {0, 0, position_stride}});
+    });
+  };
+  EXPECT_TRUE(contains(refused_with(1, kLeast, 1), "keys has a dimension of -9223372036854775808"));
+  EXPECT_TRUE(contains(refused_with(2, kLeast, 1), "the number of tokens = -9223372036854775808"));
+  EXPECT_TRUE(contains(refused_with(2, -(kLeast + 1), 1), "the number of tokens"));
+  EXPECT_TRUE(contains(refused_with(2, 3, kLeast), "positions has 3 elements with stride"));
   EXPECT_EQ(bytes(), before);
   const Array queries({1, 2, 3, kDim}, 1.0F);
   Array output({1, 3, 2, kDim}, 7.0F);

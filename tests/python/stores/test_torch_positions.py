@@ -85,9 +85,9 @@ def assert_same(native: _core.KvCache, other: TorchStore) -> None:
 
 @pytest.mark.parametrize("sections", SECTIONS)
 def test_gaps_in_two_turns_and_positions_behind_them(sections: str) -> None:
-    rope = Rope(FREQUENCIES, sections=SECTIONS[sections])
+    rope = Rope(FREQUENCIES, "half_split", SECTIONS[sections])
     torch.manual_seed(2)
-    positions = stand(300, rope.section_count)
+    positions = stand(420, rope.section_count)
     positions[:, :, :60] = torch.arange(60)  # consecutive, as what comes without positions is
     keys, values = tokens_at(rope, positions)
     made = both(rope)
