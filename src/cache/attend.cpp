@@ -18,7 +18,7 @@ constexpr int kShares = 4;
 constexpr double kWorthThreads = 2e6;
 // Of working memory at a time: of each thread's, which its core's cache and a share of the common
 // one should hold, as units are prepared, attended to and finished one after the other; and of all.
-constexpr std::size_t kThreadBytes = std::size_t{1} << 22;
+constexpr std::size_t kThreadBytes = std::size_t{1} << 20;
 constexpr std::size_t kWaveBytes = std::size_t{1} << 25;
 
 // Units of one call that are held at the same time as others, and where in the working memory.

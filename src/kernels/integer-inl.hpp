@@ -381,8 +381,8 @@ struct Integer {
     }
   }
 
-  // A segment's codes looked up once for so many rows, in `decoded` of kDecodedBytes, for `score`
-  // or `accumulate`; null where that is not worth it.
+  // A segment's codes looked up once for so many rows, in `decoded` of kDecodedBytes, for
+  // score_decoded or accumulate_decoded; null where that is not worth it.
   static const std::uint8_t* decode_keys(const SegmentPlan& segment, const std::uint8_t* packed,
                                          int rows, std::uint8_t* decoded) noexcept {
     if constexpr (Ops::kDecodedBits > 0) {
@@ -428,24 +428,12 @@ struct Integer {
            std::size_t{kTileTokens} * static_cast<std::size_t>(segment.count) <= kDecodedBytes;
   }
 
-  // Parts::score of prepared queries. decoded: of decode_keys, or null.
+  // Parts::score of prepared queries.
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* decoded, const std::uint8_t* words,
-                    const RowConstants* constants, int rows, std::int32_t* scores,
-                    Ahead ahead) noexcept {
+                    const std::uint8_t* words, const RowConstants* constants, int rows,
+                    std::int32_t* scores, Ahead ahead) noexcept {
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
-      if constexpr (Ops::kDecodedBits > 0) {
-        if (decoded != nullptr) {
-          with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int kBits, int kRows>() {
-            score_rows<Ops, DecodedKeyReader, kBits, kRows>(
-                segment, decoded, words + static_cast<std::ptrdiff_t>(first) * segment.count,
-                constants + first, scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
-                first == 0 ? ahead : Ahead{});
-          });
-          continue;
-        }
-      }
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
         const auto row_bytes =
             static_cast<std::ptrdiff_t>(segment.count) * Ops::template words<kBits>();
@@ -465,25 +453,14 @@ struct Integer {
     }
   }
 
-  // Parts::accumulate. decoded: of decode_values, or null.
+  // Parts::accumulate.
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* decoded, const std::uint8_t* weights,
-                         const float* steps, int rows, float* output, std::int64_t stride,
-                         Ahead ahead) noexcept {
+                         const std::uint8_t* weights, const float* steps, int rows, float* output,
+                         std::int64_t stride, Ahead ahead) noexcept {
     alignas(64) std::uint8_t expanded[Ops::kRowBlock * kTileTokens * Ops::kMaxWords];
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
       const std::uint8_t* words = weights + static_cast<std::ptrdiff_t>(first) * kTileTokens;
-      if constexpr (Ops::kDecodedBits > 0) {
-        if (decoded != nullptr) {
-          with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int /*kBits*/, int kRows>() {
-            accumulate_decoded<kRows>(segment, decoded, words,
-                                      {steps + first, output + first * stride, stride},
-                                      first == 0 ? ahead : Ahead{});
-          });
-          continue;
-        }
-      }
       if (!Ops::plain_weights(segment.bits)) {
         Ops::expand_weights(segment.bits, words, block * kTileTokens, expanded);
         words = expanded;
@@ -508,19 +485,46 @@ struct Integer {
       });
     }
   }
-  template <int kRows>
-  static void accumulate_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
-                                 const std::uint8_t* words, const ScaledOutput& out,
-                                 Ahead ahead) noexcept {
-    if constexpr (Ops::kSumsQuotients) {
-      if (segment.quotients != nullptr) {
-        accumulate_rows<Ops, DecodedReader<Ops, true>, false, kRows>(segment, decoded, words, out,
-                                                                     ahead);
-        return;
+
+  // The same of what was decoded.
+  TQAI_COLD static void score_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
+                                      const std::uint8_t* words, const RowConstants* constants,
+                                      int rows, std::int32_t* scores, Ahead ahead) noexcept {
+    if constexpr (Ops::kDecodedBits > 0) {
+      for (int first = 0; first < rows; first += Ops::kRowBlock) {
+        const int block = std::min(rows - first, Ops::kRowBlock);
+        with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int kBits, int kRows>() {
+          score_rows<Ops, DecodedKeyReader, kBits, kRows>(
+              segment, decoded, words + static_cast<std::ptrdiff_t>(first) * segment.count,
+              constants + first, scores + static_cast<std::ptrdiff_t>(first) * kTileTokens,
+              first == 0 ? ahead : Ahead{});
+        });
       }
     }
-    accumulate_fitting_rows<Ops, DecodedReader<Ops, false>, kRows>(segment, decoded, words, out,
-                                                                   ahead);
+  }
+  TQAI_COLD static void accumulate_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
+                                           const std::uint8_t* weights, const float* steps,
+                                           int rows, float* output, std::int64_t stride,
+                                           Ahead ahead) noexcept {
+    if constexpr (Ops::kDecodedBits > 0) {
+      for (int first = 0; first < rows; first += Ops::kRowBlock) {
+        const int block = std::min(rows - first, Ops::kRowBlock);
+        const std::uint8_t* words = weights + static_cast<std::ptrdiff_t>(first) * kTileTokens;
+        const ScaledOutput out{steps + first, output + first * stride, stride};
+        const Ahead next = first == 0 ? ahead : Ahead{};
+        with_rows<kNarrowBits, Ops::kRowBlock>(block, [&]<int /*kBits*/, int kRows>() {
+          if constexpr (Ops::kSumsQuotients) {
+            if (segment.quotients != nullptr) {
+              accumulate_rows<Ops, DecodedReader<Ops, true>, false, kRows>(segment, decoded, words,
+                                                                           out, next);
+              return;
+            }
+          }
+          accumulate_fitting_rows<Ops, DecodedReader<Ops, false>, kRows>(segment, decoded, words,
+                                                                         out, next);
+        });
+      }
+    }
   }
 };
 

@@ -20,7 +20,7 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
     const int block = std::min(kMaxRows, rows - first);
     Integer::prepare(segment, queries + static_cast<std::ptrdiff_t>(first) * segment.count, block,
                      words, constants);
-    Integer::score(segment, codes, nullptr, words, constants, block,
+    Integer::score(segment, codes, words, constants, block,
                    scores + static_cast<std::ptrdiff_t>(first) * kTileTokens, {});
   }
 }
@@ -29,7 +29,7 @@ void score(const SegmentPlan& segment, const std::uint8_t* codes, const std::int
 template <typename Integer>
 void accumulate(const SegmentPlan& segment, const std::uint8_t* codes, const std::uint8_t* weights,
                 const float* steps, int rows, float* output, std::int64_t stride) noexcept {
-  Integer::accumulate(segment, codes, nullptr, weights, steps, rows, output, stride, {});
+  Integer::accumulate(segment, codes, weights, steps, rows, output, stride, {});
 }
 
 template <typename Integer>

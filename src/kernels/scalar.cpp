@@ -33,11 +33,17 @@ struct Integer {
                                            std::uint8_t* /*decoded*/) noexcept {
     return nullptr;
   }
+  static void score_decoded(const SegmentPlan& /*segment*/, const std::uint8_t* /*decoded*/,
+                            const std::uint8_t* /*words*/, const RowConstants* /*constants*/,
+                            int /*rows*/, std::int32_t* /*scores*/, Ahead /*ahead*/) noexcept {}
+  static void accumulate_decoded(const SegmentPlan& /*segment*/, const std::uint8_t* /*decoded*/,
+                                 const std::uint8_t* /*weights*/, const float* /*steps*/,
+                                 int /*rows*/, float* /*output*/, std::int64_t /*stride*/,
+                                 Ahead /*ahead*/) noexcept {}
 
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
-                    const std::uint8_t* /*decoded*/, const std::uint8_t* words,
-                    const RowConstants* /*constants*/, int rows, std::int32_t* scores,
-                    Ahead /*ahead*/) noexcept {
+                    const std::uint8_t* words, const RowConstants* /*constants*/, int rows,
+                    std::int32_t* scores, Ahead /*ahead*/) noexcept {
     std::fill_n(scores, rows * kTileTokens, 0);
     if (segment.key_trellis != nullptr) return score_paths(segment, packed, words, rows, scores);
     for (int first = 0; first < segment.count; first += kCoordinateBlock) {
@@ -91,9 +97,8 @@ struct Integer {
   }
 
   static void accumulate(const SegmentPlan& segment, const std::uint8_t* packed,
-                         const std::uint8_t* /*decoded*/, const std::uint8_t* weights,
-                         const float* steps, int rows, float* output, std::int64_t stride,
-                         Ahead /*ahead*/) noexcept {
+                         const std::uint8_t* weights, const float* steps, int rows, float* output,
+                         std::int64_t stride, Ahead /*ahead*/) noexcept {
     if (segment.trellis != nullptr) {
       return accumulate_rings(segment, packed, weights, steps, rows, output, stride);
     }
