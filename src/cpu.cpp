@@ -23,11 +23,12 @@
 namespace tqai {
 namespace TQAI_LOCAL {
 
-constexpr std::array kLevels = {Level::scalar, Level::neon, Level::avx2, Level::avx512};
+constexpr std::array kLevels = {Level::scalar,   Level::neon,        Level::avx2,
+                                Level::avx_vnni, Level::avx512_vnni, Level::avx512};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// Compilers' own question knows it only in later versions.
+// Compilers' own question knows these only in later versions.
 TQAI_INLINE bool converts_halves() {
   unsigned a = 0;
   unsigned b = 0;
@@ -36,16 +37,26 @@ TQAI_INLINE bool converts_halves() {
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 
+TQAI_INLINE bool has_avx_vnni() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || a < 1) return false;  // a: the last subleaf
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1U) != 0;
+}
+
 TQAI_INLINE bool runs(Level level) {
   __builtin_cpu_init();
   if (level == Level::neon) return false;
-  if (level == Level::avx2) {
-    return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
-           converts_halves();
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+                    converts_halves();
+  if (level == Level::avx2) return avx2;
+  if (level == Level::avx_vnni) return avx2 && has_avx_vnni();
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
          __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
-         __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512vnni") != 0;
+         __builtin_cpu_supports("avx512vnni") != 0 &&
+         (level == Level::avx512_vnni || __builtin_cpu_supports("avx512vbmi") != 0);
 }
 
 #elif defined(_MSC_VER) && defined(_M_X64)
@@ -60,9 +71,15 @@ TQAI_INLINE bool runs(Level level) {
   const auto saved = _xgetbv(0);  // register state that the system keeps
   __cpuidex(leaf.data(), 7, 0);
   const auto has = [](int word, int bit) { return (word >> bit & 1) != 0; };
-  if (level == Level::avx2) return fma_and_f16c && (saved & 0x6U) == 0x6U && has(leaf[1], 5);
+  const bool avx2 = fma_and_f16c && (saved & 0x6U) == 0x6U && has(leaf[1], 5);
+  if (level == Level::avx2) return avx2;
+  if (level == Level::avx_vnni) {
+    if (!avx2 || leaf[0] < 1) return false;  // the last subleaf
+    __cpuidex(leaf.data(), 7, 1);
+    return has(leaf[0], 4);
+  }
   return (saved & 0xE6U) == 0xE6U && has(leaf[1], 16) && has(leaf[1], 17) && has(leaf[1], 30) &&
-         has(leaf[1], 31) && has(leaf[2], 1) && has(leaf[2], 11);
+         has(leaf[1], 31) && has(leaf[2], 11) && (level == Level::avx512_vnni || has(leaf[2], 1));
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
@@ -100,6 +117,8 @@ TQAI_INLINE std::string_view name_of(Level level) noexcept {
   switch (level) {
     case Level::neon: return "neon";
     case Level::avx2: return "avx2";
+    case Level::avx_vnni: return "avx_vnni";
+    case Level::avx512_vnni: return "avx512_vnni";
     case Level::avx512: return "avx512";
     default: return "scalar";
   }
@@ -115,8 +134,8 @@ TQAI_INLINE Level level_from_name(std::string_view name) {
 
 TQAI_INLINE std::vector<Level> available_levels() {
   std::vector<Level> levels = {Level::scalar};
-  for (const Level level : {Level::neon, Level::avx2, Level::avx512}) {
-    if (runs(level)) levels.push_back(level);
+  for (const Level level : kLevels) {
+    if (level != Level::scalar && runs(level)) levels.push_back(level);
   }
   return levels;
 }

@@ -73,6 +73,12 @@ inline namespace local {}
 namespace avx512_level {
 inline namespace local {}
 }  // namespace avx512_level
+namespace avx512_vnni_level {
+inline namespace local {}
+}  // namespace avx512_vnni_level
+namespace avx_vnni_level {
+inline namespace local {}
+}  // namespace avx_vnni_level
 namespace neon_level {
 inline namespace local {}
 }  // namespace neon_level
@@ -122,6 +128,8 @@ inline namespace local {}
 #include "half.cpp"
 #include "kernels/avx2.cpp"
 #include "kernels/avx512.cpp"
+#include "kernels/avx512_vnni.cpp"
+#include "kernels/avx_vnni.cpp"
 #include "kernels/code_bins.cpp"
 #include "kernels/dispatch.cpp"
 #include "kernels/neon.cpp"

@@ -73,7 +73,7 @@ enum {
 TQAI_C_API const char* tqai_last_error(void);
 
 /** The kernel level that new handles take: the fastest, or what TQAI_LEVEL names. *name: "scalar",
- * "neon", "avx2" or "avx512", for ever. */
+ * "neon", "avx2", "avx_vnni", "avx512_vnni" or "avx512", for ever. */
 TQAI_C_API tqai_status tqai_default_level(const char** name);
 
 enum { TQAI_F32 = 0, TQAI_F16 = 1, TQAI_BF16 = 2, TQAI_BOOL = 3 /**< masks alone; bytes */ };

@@ -10,10 +10,11 @@
 namespace tqai {
 
 /// Kernel levels. `scalar` is the specification; the others must agree with it (docs/kernels.md).
-/// `neon` needs the dot product instructions of ARMv8.2; `avx512` needs F, BW, DQ, VL, VBMI, VNNI.
-enum class Level : std::uint8_t { scalar, neon, avx2, avx512 };
+/// `neon` needs the dot product instructions of ARMv8.2; `avx_vnni` AVX2 and AVX-VNNI, as Intel's
+/// since Alder Lake; `avx512_vnni` AVX-512 F, BW, DQ, VL, VNNI, as Cascade Lake; `avx512` VBMI too.
+enum class Level : std::uint8_t { scalar, neon, avx2, avx_vnni, avx512_vnni, avx512 };
 
-/// "scalar", "neon", "avx2" or "avx512".
+/// Its name in this list, as "avx2".
 TQAI_API std::string_view name_of(Level level) noexcept;
 
 /// The level of that name. Throws ValueError naming the allowed ones.

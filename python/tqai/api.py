@@ -116,7 +116,8 @@ def patch(
         seed: of the rotations, and of the random tokens that bases are learnt from.
         backend: what computes: "auto", the C++ kernels on the CPU and the framework's operations on
             other devices; "torch-ops" or "mlx-ops", its operations everywhere.
-        level: kernel level, "scalar", "neon", "avx2" or "avx512"; by default the best one here.
+        level: kernel level, "scalar", "neon", "avx2", "avx_vnni", "avx512_vnni" or "avx512"; by
+            default the best one here.
 
     Raises:
         TypeError: for a keyword that is none of these, naming the nearest.

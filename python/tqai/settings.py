@@ -21,7 +21,7 @@ Codec = Literal["scalar", "trellis", "adaptive", "auto"]
 Rotation = Literal["auto", "hadamard", "haar"]
 Centering = Literal["auto", "none", "mean", "rope"]
 Backend = Literal["auto", "torch-ops", "mlx-ops"]
-Level = Literal["scalar", "neon", "avx2", "avx512"]
+Level = Literal["scalar", "neon", "avx2", "avx_vnni", "avx512_vnni", "avx512"]
 Preset = Literal["quality", "balanced", "small"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 

@@ -27,6 +27,8 @@ TQAI_INLINE const Kernels& kernels(Level level) {
   switch (level) {
 #ifdef TQAI_X86
     case Level::avx512: return kAvx512Kernels;
+    case Level::avx512_vnni: return kAvx512VnniKernels;
+    case Level::avx_vnni: return kAvxVnniKernels;
     case Level::avx2: return kAvx2Kernels;
 #elif defined(TQAI_ARM64)
     case Level::neon: return kNeonKernels;
@@ -40,6 +42,8 @@ TQAI_INLINE const Parts& parts(Level level) {
   switch (level) {
 #ifdef TQAI_X86
     case Level::avx512: return kAvx512Parts;
+    case Level::avx512_vnni: return kAvx512VnniParts;
+    case Level::avx_vnni: return kAvxVnniParts;
     case Level::avx2: return kAvx2Parts;
 #elif defined(TQAI_ARM64)
     case Level::neon: return kNeonParts;

@@ -320,6 +320,8 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__) || defined(_M_X64)
 #define TQAI_X86 1
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Kernels;
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define TQAI_ARM64 1

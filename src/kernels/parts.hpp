@@ -34,6 +34,8 @@ const Parts& parts(Level level);
 extern const Parts kScalarParts;
 #if defined(TQAI_X86)
 extern const Parts kAvx2Parts;
+extern const Parts kAvxVnniParts;
+extern const Parts kAvx512VnniParts;
 extern const Parts kAvx512Parts;
 #elif defined(TQAI_ARM64)
 extern const Parts kNeonParts;

@@ -7,14 +7,17 @@
 namespace tqai {
 namespace {
 
-constexpr std::array kAll = {Level::scalar, Level::neon, Level::avx2, Level::avx512};
+constexpr std::array kAll = {Level::scalar,   Level::neon,        Level::avx2,
+                             Level::avx_vnni, Level::avx512_vnni, Level::avx512};
 
 TEST(Levels, NamesLeadBack) {
   for (const Level level : kAll) EXPECT_EQ(level_from_name(name_of(level)), level);
-  EXPECT_EQ(test::message_of([] { (void)level_from_name("sse2"); }),
-            "unknown kernel level \"sse2\"; allowed: scalar, neon, avx2, avx512");
-  EXPECT_EQ(test::message_of([] { (void)level_from_name(""); }),
-            "unknown kernel level \"\"; allowed: scalar, neon, avx2, avx512");
+  EXPECT_EQ(
+      test::message_of([] { (void)level_from_name("sse2"); }),
+      "unknown kernel level \"sse2\"; allowed: scalar, neon, avx2, avx_vnni, avx512_vnni, avx512");
+  EXPECT_EQ(
+      test::message_of([] { (void)level_from_name(""); }),
+      "unknown kernel level \"\"; allowed: scalar, neon, avx2, avx_vnni, avx512_vnni, avx512");
 }
 
 TEST(Levels, ACacheHasTheOneAskedForOrNone) {

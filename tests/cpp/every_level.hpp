@@ -21,9 +21,10 @@ class EveryLevel : public testing::TestWithParam<Level> {
 };
 
 // All of a file's tests of this fixture, at each level.
-#define TQAI_AT_EVERY_LEVEL(Suite)                                                         \
-  INSTANTIATE_TEST_SUITE_P(                                                                \
-      All, Suite, testing::Values(Level::scalar, Level::neon, Level::avx2, Level::avx512), \
-      [](const auto& param) { return std::string(name_of(param.param)); })
+#define TQAI_AT_EVERY_LEVEL(Suite)                                                              \
+  INSTANTIATE_TEST_SUITE_P(All, Suite,                                                          \
+                           testing::Values(Level::scalar, Level::neon, Level::avx2,             \
+                                           Level::avx_vnni, Level::avx512_vnni, Level::avx512), \
+                           [](const auto& param) { return std::string(name_of(param.param)); })
 
 }  // namespace tqai::test

@@ -27,7 +27,7 @@ from tqai.settings import Settings
         ("skip_layers", [0.5], "an integer"),
         ("seed", -1, "0 to"),
         ("seed", 2**64, "0 to"),
-        ("level", "sse2", "'scalar', 'neon', 'avx2', 'avx512'"),
+        ("level", "sse2", "'scalar', 'neon', 'avx2', 'avx_vnni', 'avx512_vnni', 'avx512'"),
     ],
 )
 def test_names_what_was_given_and_what_is_allowed(name: str, value: object, allowed: str) -> None:
@@ -62,7 +62,7 @@ def test_a_level_that_the_machine_lacks_is_not_silently_replaced(
 ) -> None:
     monkeypatch.setattr(_core, "available_levels", lambda: ["scalar"])
     assert Settings(level="scalar").level == "scalar"
-    for level in ("avx2", "avx512"):
+    for level in ("avx2", "avx_vnni", "avx512_vnni", "avx512"):
         with pytest.raises(NotImplementedError, match=f"{level}.*available: 'scalar'"):
             Settings(level=level)
 
