@@ -209,23 +209,23 @@ void closed_loop_of(const SegmentPlan& segment, const float* lower, int dim, Bas
             [&]<int kBits>() { closed_loop<kBits, Lanes>(segment, lower, dim, scratch, tried); });
 }
 
-// The same of trellis codes, for the first kPathNorms norms; codes: bytes of levels.
-inline void path_loops(const SegmentPlan& segment, const float* lower, int dim,
-                       BasisScratch& scratch, KeyPathScratch& paths, Tried& tried) noexcept {
+// The same of trellis codes, for the first norms; codes: bytes of levels.
+template <typename Search>
+inline void path_loops(const Search& search, BasisScratch& scratch, Tried& tried) noexcept {
   constexpr int kRows = kVectorLanes == 16 ? kPathBlock : 1;
-  constexpr int kVecs = kKeyPathLanes / kVectorLanes;
+  constexpr int kVecs = Search::kPathLanes / kVectorLanes;
+  using Row = typename Search::Row;
+  const int dim = search.dim;
   const LaneRows& y = scratch.coding.y;
-  auto* levels = reinterpret_cast<KeyPathRow*>(scratch.decoded);
-  with_key_paths(segment, lower, dim, paths, [&](const auto& search) {
-    search.find(y, tried.factors, levels, scratch.codes[0], kTriedLanes);
-  });
+  auto* levels = reinterpret_cast<Row*>(scratch.decoded);
+  search.find(y, tried.factors, levels, scratch.codes[0], kTriedLanes);
   FloatVec errors2[kVecs] = {};
   FloatVec along[kVecs] = {};
   FloatVec lengths2[kVecs] = {};
   for (int first = 0; first < dim; first += kRows) {
     const int rows = std::min(kRows, dim - first);
-    const float* from = lower + static_cast<std::ptrdiff_t>(first) * dim;
-    alignas(64) KeyPathRow sums[kRows];
+    const float* from = search.lower + static_cast<std::ptrdiff_t>(first) * dim;
+    alignas(64) Row sums[kRows];
     multiply_leading<kRows>(from, dim, levels, first, rows, sums);
     for (int v = 0; v < kVecs; ++v) {
       const int lane = v * kVectorLanes;
@@ -281,7 +281,8 @@ TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim
   if (paths == nullptr) {
     closed_loop_of<Lanes>(segment, lower, dim, scratch, tried);
   } else {
-    path_loops(segment, lower, dim, scratch, *paths, tried);
+    with_key_paths(segment, lower, dim, *paths,
+                   [&](const auto& search) { path_loops(search, scratch, tried); });
   }
   for (int i = 0; i < kLanes; ++i) {
     if (!is_small(norms[i])) continue;
@@ -371,13 +372,15 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
     if (paths != nullptr) {
       float suits[kLanes];
       for (int i = 0; i < kLanes; ++i) suits[i] = tried.factors[best[i]];
-      for (int k = 0; k < kPathNorms; ++k) {
+      const int count = path_norms(segment.bits);
+      for (int k = 0; k < count; ++k) {
         for (int i = 0; i < kLanes; ++i) {
           tried.factors[k * kLanes + i] = suits[i] * (1.0F / kTriedPathNorms[k]);
         }
       }
-      path_loops(segment, lower, dim, scratch, *paths, tried);
-      keep_best(tried, lengths2, kPathNorms, best, norms);
+      with_key_paths(segment, lower, dim, *paths,
+                     [&](const auto& search) { path_loops(search, scratch, tried); });
+      keep_best(tried, lengths2, count, best, norms);
     }
     const bool small = std::any_of(norms, norms + kLanes, is_small);
     if (small) try_small<Lanes>(segment, lower, dim, lengths2, scratch, paths, tried, best, norms);

@@ -3,7 +3,6 @@
 #ifndef TQAI_FEEDBACK_INL
 #define TQAI_FEEDBACK_INL
 
-#include <algorithm>
 #include <cstddef>
 
 #include "floats-inl.hpp"
@@ -11,11 +10,17 @@
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
+// Registers at a time, of so many side by side.
+constexpr int registers_together(int count) noexcept {
+  return count <= 8 ? count : registers_together(count / 2);
+}
+
 // The first `count` terms of kRows rows of a product, summed in order. rows: `stride` apart.
 template <int kRows, int kWidth>
 inline void multiply_leading(const float* rows, int stride, const float (*x)[kWidth], int count,
                              float (*sums)[kWidth]) noexcept {
-  constexpr int kVecs = std::min(kWidth / kVectorLanes, 8);
+  constexpr int kVecs = registers_together(kWidth / kVectorLanes);
+  static_assert(kWidth % (kVecs * kVectorLanes) == 0);
   for (int first = 0; first < kWidth; first += kVecs * kVectorLanes) {
     FloatVec parts[kRows][kVecs] = {};
     for (int c = 0; c < count; ++c) {

@@ -1,5 +1,5 @@
 // Keys in trellis codes, in a learnt basis: the search for codes in a closed loop, and their
-// levels. 16 tokens side by side in lanes, at kPathNorms norms each.
+// levels. 16 tokens side by side in lanes, at two or three norms each.
 //
 // What a path's next coordinate has to be depends on all levels before it, so that each path that
 // is still open, one for each state, has a closed loop of its own (per-survivor processing: Raheli,
@@ -32,12 +32,13 @@ constexpr int kOpenWords = 6;
 constexpr int kLevelOffset = 64;
 constexpr int kLevelBits = 7;
 
-// Norms that paths are searched for, beside the one that suits a plain loop best.
-constexpr int kPathNorms = 2;
-constexpr float kTriedPathNorms[kPathNorms] = {0.92F, 1.08F};
-// [tried norms, 16 tokens]
-constexpr int kKeyPathLanes = kPathNorms * kLanes;
-using KeyPathRow = float[kKeyPathLanes];
+// Norms that paths are searched for, beside the one that suits a plain loop best. The last is for
+// keys that go beyond the outermost levels, whose errors are many times the others' at 3 and 4
+// bits.
+constexpr int kMostPathNorms = 3;
+constexpr float kTriedPathNorms[kMostPathNorms] = {0.92F, 1.08F, 1.3F};
+constexpr int path_norms(int bits) noexcept { return bits == 2 ? 2 : kMostPathNorms; }
+constexpr int kMostPathLanes = kMostPathNorms * kLanes;
 
 #if defined(__GNUC__)
 template <int kCount>
@@ -172,11 +173,10 @@ inline IntVec add_byte_products(IntVec sums, IntVec levels, std::int32_t factors
 // In the callers' working memory.
 struct KeyPathScratch {
   // Of paths, by the state that they end in; one of before, one of after a coordinate.
-  alignas(64) float costs[2][kKeyStates][kKeyPathLanes];
+  alignas(64) float costs[2][kKeyStates][kMostPathLanes];
   // [register][state, word, lanes of a register]: bytes of levels, of block b in word b mod
   // kOpenWords
-  alignas(64) std::int32_t words[2][kKeyStates * kOpenWords * kKeyPathLanes];
-  alignas(64) float feedback[kPathBlock][kKeyPathLanes];  // of levels that are taken
+  alignas(64) std::int32_t words[2][kKeyStates * kOpenWords * path_norms(2) * kLanes];
   // L's row c where levels may be open, as `words` has these: bytes; what one of them stands for;
   // and what they say of levels that are all 0.
   std::int32_t factors[kMaxDim][kOpenWords];
@@ -198,6 +198,11 @@ struct KeyPaths {
   // What a cost's lowest bits give way to: a window's level, and its lowest bits.
   static constexpr std::int32_t kTagMask = (1 << (kLevelBits + kBits)) - 1;
   static_assert(kStates <= kKeyStates && kTagMask >= kStates - 1);
+  // [tried norms, 16 tokens]
+  static constexpr int kNorms = path_norms(kBits);
+  static constexpr int kPathLanes = kNorms * kLanes;
+  using Row = float[kPathLanes];
+  static_assert(kStates * kNorms <= kKeyStates * path_norms(2));
   static constexpr float kClosed = 1e30F;  // more than any path costs
   using Words = std::int32_t[kStates][kOpenWords][kVectorLanes];
 
@@ -248,32 +253,33 @@ struct KeyPaths {
     return *reinterpret_cast<Words*>(scratch.words[coded % 2] + kStates * kOpenWords * lane);
   }
 
-  // targets: y · factors. levels, bytes: of the paths that are found, [dim, kKeyPathLanes]; bytes:
+  // targets: y · factors. levels, bytes: of the paths that are found, [dim, kPathLanes]; bytes:
   // `apart` a coordinate.
-  void find(const LaneRows& y, const float* factors, KeyPathRow* levels, std::uint8_t* bytes,
+  void find(const LaneRows& y, const float* factors, Row* levels, std::uint8_t* bytes,
             std::ptrdiff_t apart) const noexcept {
     for (int s = 0; s < kStates; ++s) {
-      std::fill_n(scratch.costs[0][s], kKeyPathLanes,
+      std::fill_n(scratch.costs[0][s], kPathLanes,
                   static_cast<unsigned>(s) == trellis.start ? 0.0F : kClosed);
     }
-    std::fill_n(scratch.words[0], kStates * kOpenWords * kKeyPathLanes, kLevelOffset * 0x01010101);
+    std::fill_n(scratch.words[0], kStates * kOpenWords * kPathLanes, kLevelOffset * 0x01010101);
     const int blocks = (dim + kPathBlock - 1) / kPathBlock;
     for (int block = 0; block < blocks; ++block) {
       const int first = block * kPathBlock;
       const int count = std::min(kPathBlock, dim - first);
-      sum_taken(first, count, levels);
-      for (int lane = 0; lane < kKeyPathLanes; lane += kVectorLanes) {
+      alignas(64) Row feedback[kPathBlock];
+      sum_taken(first, count, levels, feedback);
+      for (int lane = 0; lane < kPathLanes; lane += kVectorLanes) {
         const FloatVec factor = load_floats(factors + lane);
         for (int c = first; c < first + count; ++c) {
           const FloatVec target = load_floats(y[c] + lane % kLanes) * factor;
-          extend(c, lane, target - load_floats(scratch.feedback[c - first] + lane));
+          extend(c, lane, target - load_floats(feedback[c - first] + lane));
         }
         if (block + 1 >= kOpenWords) {
           take(first + count, lane, block + 1 - kOpenWords, levels, bytes, apart);
         }
       }
     }
-    for (int lane = 0; lane < kKeyPathLanes; lane += kVectorLanes) {
+    for (int lane = 0; lane < kPathLanes; lane += kVectorLanes) {
       const IntVec best = cheapest(dim, lane);
       for (int block = std::max(blocks + 1 - kOpenWords, 0); block < blocks; ++block) {
         store_levels(word_of(best, dim, lane, block), lane, block, levels, bytes, apart);
@@ -282,19 +288,19 @@ struct KeyPaths {
   }
 
   // What L says of a block's coordinates, of levels that are taken.
-  void sum_taken(int first, int count, const KeyPathRow* levels) const noexcept {
+  void sum_taken(int first, int count, const Row* levels, Row* feedback) const noexcept {
     constexpr int kRows = kVectorLanes == 16 ? kPathBlock : 1;
     const int taken = first_open(first / kPathBlock);
     for (int r = 0; r < count; r += kRows) {
       multiply_leading<kRows>(lower + static_cast<std::ptrdiff_t>(first + r) * dim, dim, levels,
-                              taken, std::min(kRows, count - r), scratch.feedback + r);
+                              taken, std::min(kRows, count - r), feedback + r);
     }
   }
 
   // Each state's best path gets coordinate c's level. target: less what is known of it.
   void extend(int c, int lane, FloatVec target) const noexcept {
     const Words& before = words(c, lane);
-    const float (&costs)[kKeyStates][kKeyPathLanes] = scratch.costs[c % 2];
+    const float (&costs)[kKeyStates][kMostPathLanes] = scratch.costs[c % 2];
     FloatVec left[kStates];
     for (int s = 0; s < kStates; ++s) {
       IntVec sums = broadcast_int(scratch.offsets[c]);
@@ -364,7 +370,7 @@ struct KeyPaths {
   }
 
   // Takes the cheapest path's levels of a block for good.
-  void take(int coded, int lane, int block, KeyPathRow* levels, std::uint8_t* bytes,
+  void take(int coded, int lane, int block, Row* levels, std::uint8_t* bytes,
             std::ptrdiff_t apart) const noexcept {
     const IntVec best = cheapest(coded, lane);
     const IntVec word = word_of(best, coded, lane, block);
@@ -378,7 +384,7 @@ struct KeyPaths {
     }
   }
 
-  void store_levels(IntVec word, int lane, int block, KeyPathRow* levels, std::uint8_t* bytes,
+  void store_levels(IntVec word, int lane, int block, Row* levels, std::uint8_t* bytes,
                     std::ptrdiff_t apart) const noexcept {
     const int first = block * kPathBlock;
     for (int c = first; c < std::min(first + kPathBlock, dim); ++c) {
