@@ -46,8 +46,8 @@ struct Avx512Vnni : WholeLines {
       if constexpr (kCount == 2) {
         return _mm512_mask_shuffle_epi8(low, upper, tables[kFirst + 1], codes);
       } else {
-        return _mm512_mask_blend_epi8(upper, low,
-                                      choose<kFirst + kCount / 2, kCount / 2>(tables, codes));
+        const Vec high = choose<kFirst + kCount / 2, kCount / 2>(tables, codes);
+        return _mm512_mask_blend_epi8(upper, low, high);
       }
     }
   }
