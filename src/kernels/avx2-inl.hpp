@@ -17,6 +17,7 @@ struct HalfLines {
   static constexpr int kMaxSums = 8;  // of 16 registers
   static constexpr int kDecodedBits = kNarrowBits;
   static constexpr bool kDecodesScalars = true;
+  static constexpr bool kDecodesPaths = false;
 
   static Vec load(const std::uint8_t* p) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -33,6 +33,7 @@ struct Avx2 : HalfLines {
   static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   static constexpr bool kSumsQuotients = true;
   static constexpr bool kSumsPairs = true;
+  static constexpr bool kDecodesPaths = true;
   // vpmaddubsw multiplies u8 by s8 and adds pairs in 16 bits, where narrow levels (codebook.hpp) do
   // not saturate: (63 + 64) · 127 · 2 and 255 · 63 · 2 are below 2^15. Wider ones are widened for
   // vpmaddwd: factors 0 and 2 as s16 in one word, 1 and 3 in the next.
@@ -54,6 +55,8 @@ struct Avx2 : HalfLines {
   using KeyLevels = NarrowKeys;
   using ValueLevels = NarrowValues;
   static constexpr int kNarrowBias = 64;
+  static void decode_paths(const SegmentPlan& segment, const std::uint8_t* packed,
+                           std::uint8_t* decoded) noexcept;
 
   template <int kBits>
   struct Table : Tables<kBits> {
@@ -83,7 +86,6 @@ struct Avx2 : HalfLines {
       }
     }
   };
-  using WindowTable = Windows<NarrowKeys, kNarrowBias>;
 
   template <typename Byte>
   static void expand(int bits, const Byte* factors, int count, std::uint8_t* words) noexcept {
@@ -198,11 +200,13 @@ struct Avx2 : HalfLines {
   }
 };
 
-template <int kCount>
-struct KeyPathReader<Avx2, 4, kCount>
-    : FourBitPathReader<Avx2::NarrowKeys, Avx2::kNarrowBias, kCount> {
-  using FourBitPathReader<Avx2::NarrowKeys, Avx2::kNarrowBias, kCount>::FourBitPathReader;
-};
+}  // namespace TQAI_LOCAL
+}  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
+
+#include "avx2-paths-inl.hpp"
+
+namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
+namespace TQAI_LOCAL {
 
 constexpr Kernels kKernels = table_of<Integer<Avx2>, HalfLineLanes>(Level::avx2);
 constexpr Parts kParts = parts_of<Integer<Avx2>>();

@@ -69,6 +69,7 @@ struct WholeLines {
   using ValueLevels = ValueOperand;
   static constexpr int kDecodedBits = kNarrowBits;
   static constexpr bool kDecodesScalars = false;  // a look-up takes no more than a load
+  static constexpr bool kDecodesPaths = false;
 
   static void expand_queries(int /*bits*/, const std::int8_t* q, int count,
                              std::uint8_t* words) noexcept {

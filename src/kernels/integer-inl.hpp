@@ -13,6 +13,9 @@
 //   store(p, acc)                the sums
 //   read_halves(from, to)        a tile's norms as floats
 //   round_weights(…)             as conversions-inl.hpp's
+//   kDecodesPaths                whether keys in trellis codes are decoded before they are
+//                                multiplied, and if so:
+//   decode_paths(segment, packed, decoded)  as decoded-inl.hpp has levels; and if not:
 //   merge<n>(low, high)          each byte's n lowest bits of `low`, those from n up to 6 of
 //                                `high`; what is above may be dirty
 //   next_bytes(v, value)         in each lane of 4, all bytes one further up, `value` in the lowest
@@ -56,6 +59,9 @@ namespace TQAI_LOCAL {
 
 constexpr int kWordBytes = 4;
 
+// What loops are made of is always inlined (TQAI_HOT): where a function grows large, GCC calls it,
+// by way of memory.
+
 // Has the compiler load words again: kept for the next use they push sums out of registers.
 inline void forget_loads() noexcept {
 #if defined(__GNUC__)
@@ -66,9 +72,9 @@ inline void forget_loads() noexcept {
 // Sums of kRows rows over the tokens of subtiles kFirst … kFirst + kCount − 1, for one quad of
 // coordinates. words: [kRows, stride bytes], at the quad's.
 template <typename Ops, typename Reader, int kQuad, int kRows, int kFirst, int kCount>
-inline void score_quad(Reader& reader, const std::uint8_t* group, int part,
-                       const std::uint8_t* words, std::ptrdiff_t stride,
-                       typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+TQAI_HOT void score_quad(Reader& reader, const std::uint8_t* group, int part,
+                         const std::uint8_t* words, std::ptrdiff_t stride,
+                         typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
   typename Ops::Vec codes[4];
   load_quad<Ops, Reader::kBits, kQuad>(group, part, codes);
   for (int s = 0; s < kCount; ++s) {
@@ -81,9 +87,9 @@ inline void score_quad(Reader& reader, const std::uint8_t* group, int part,
 
 // The same of a group's two quads, whose products add up in 16 bits.
 template <typename Ops, typename Reader, int kRows, int kFirst, int kCount>
-inline void score_pair(Reader& reader, const std::uint8_t* group, int part,
-                       const std::uint8_t* words, std::ptrdiff_t stride,
-                       typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+TQAI_HOT void score_pair(Reader& reader, const std::uint8_t* group, int part,
+                         const std::uint8_t* words, std::ptrdiff_t stride,
+                         typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
   constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Ops::Vec first[4];
   typename Ops::Vec second[4];
@@ -177,10 +183,10 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
 // words: [kRows, stride bytes], at the first token's; before: of each block's group.
 template <typename Ops, typename Reader, int kQuad, bool kPairs, int kRows, int kBlocks,
           int kChains>
-inline void accumulate_quad(const Reader& reader, const std::uint8_t* group,
-                            const std::uint8_t* const (&before)[kBlocks], int part,
-                            const std::uint8_t* words, std::ptrdiff_t stride,
-                            typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
+TQAI_HOT void accumulate_quad(const Reader& reader, const std::uint8_t* group,
+                              const std::uint8_t* const (&before)[kBlocks], int part,
+                              const std::uint8_t* words, std::ptrdiff_t stride,
+                              typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
   constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Reader::Codes codes[kBlocks];
@@ -387,8 +393,15 @@ struct Integer {
                                          int rows, std::uint8_t* decoded) noexcept {
     if constexpr (Ops::kDecodedBits > 0) {
       if (!worth_decoding(segment, rows)) return nullptr;
+      if constexpr (Ops::kDecodesPaths) {
+        if (segment.key_trellis != nullptr) {
+          Ops::decode_paths(segment, packed, decoded);
+          return decoded;
+        }
+      }
       with_narrow_bits(segment.bits, [&]<int kBits>() {
-        if constexpr (kBits >= kMinKeyTrellisBits && kBits <= kMaxTrellisBits) {
+        if constexpr (!Ops::kDecodesPaths && kBits >= kMinKeyTrellisBits &&
+                      kBits <= kMaxTrellisBits) {
           if (segment.key_trellis != nullptr) {
             decode_key_lines<Ops, KeyPathReader<Ops, kBits, 4>>(segment, packed, decoded);
             return;
@@ -432,6 +445,12 @@ struct Integer {
   static void score(const SegmentPlan& segment, const std::uint8_t* packed,
                     const std::uint8_t* words, const RowConstants* constants, int rows,
                     std::int32_t* scores, Ahead ahead) noexcept {
+    if constexpr (Ops::kDecodesPaths) {
+      if (segment.key_trellis != nullptr) {
+        score_paths(segment, packed, words, constants, rows, scores, ahead);
+        return;
+      }
+    }
     for (int first = 0; first < rows; first += Ops::kRowBlock) {
       const int block = rows - first < Ops::kRowBlock ? rows - first : Ops::kRowBlock;
       with_bits_and_rows<Ops::kRowBlock>(segment.bits, block, [&]<int kBits, int kRows>() {
@@ -440,7 +459,8 @@ struct Integer {
         const std::uint8_t* own = words + first * row_bytes;
         std::int32_t* to = scores + static_cast<std::ptrdiff_t>(first) * kTileTokens;
         const Ahead next = first == 0 ? ahead : Ahead{};
-        if constexpr (kBits >= kMinKeyTrellisBits && kBits <= kMaxTrellisBits) {
+        if constexpr (!Ops::kDecodesPaths && kBits >= kMinKeyTrellisBits &&
+                      kBits <= kMaxTrellisBits) {
           if (segment.key_trellis != nullptr) {
             score_rows<Ops, KeyPathReader, kBits, kRows>(segment, packed, own, constants + first,
                                                          to, next);
@@ -451,6 +471,15 @@ struct Integer {
                                                        next);
       });
     }
+  }
+
+  // Of keys in trellis codes that are decoded before they are multiplied.
+  TQAI_COLD static void score_paths(const SegmentPlan& segment, const std::uint8_t* packed,
+                                    const std::uint8_t* words, const RowConstants* constants,
+                                    int rows, std::int32_t* scores, Ahead ahead) noexcept {
+    alignas(64) std::uint8_t decoded[kMaxDim * kTileTokens];
+    Ops::decode_paths(segment, packed, decoded);
+    score_decoded(segment, decoded, words, constants, rows, scores, ahead);
   }
 
   // Parts::accumulate.

@@ -20,7 +20,9 @@ struct ScalarKeyReader {
 
   template <int kFirst>
   static void begin(const std::uint8_t* /*last*/, int /*part*/) noexcept {}
-  auto operand(int /*s*/, typename Ops::Vec code) const noexcept { return table.key_operand(code); }
+  TQAI_HOT auto operand(int /*s*/, typename Ops::Vec code) const noexcept {
+    return table.key_operand(code);
+  }
 
   typename Ops::template Table<kBits> table;
 };
@@ -52,7 +54,7 @@ struct KeyPathReader {
     return Ops::template merge<kBefore>(Ops::template shift_right<kBits>(window),
                                         Ops::template shift_left<kBefore>(code));
   }
-  auto operand(int s, typename Ops::Vec code) noexcept {
+  TQAI_HOT auto operand(int s, typename Ops::Vec code) noexcept {
     windows[s] = next(windows[s], code);
     return table.key_operand(windows[s]);
   }

@@ -40,6 +40,7 @@ struct Neon {
   static constexpr int value_chains(int /*rows*/) noexcept { return 1; }
   static constexpr bool kSumsQuotients = false;
   static constexpr bool kSumsPairs = false;
+  static constexpr bool kDecodesPaths = false;
   static constexpr int kDecodedBits = 0;
   template <int kBits>
   static constexpr int words() noexcept {
