@@ -189,8 +189,9 @@ struct Hostile {
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> bytes;
     const auto put = [&bytes](const auto& value) {
-      const auto* from = reinterpret_cast<const std::byte*>(&value);
-      bytes.insert(bytes.end(), from, from + sizeof(value));
+      const std::size_t end = bytes.size();
+      bytes.resize(end + sizeof(value));
+      std::memcpy(bytes.data() + end, &value, sizeof(value));
     };
     put(std::uint32_t{0x4941'5154});
     put(std::uint32_t{3});
