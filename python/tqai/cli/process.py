@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +23,9 @@ def run_fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 def fresh_process() -> Iterator[Callable[..., Any]]:
     """As ``run_fresh``, for several calls of one process, which keeps what they leave in memory."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=context, initializer=_end_with_parent
+    ) as pool:
 
         def call(function: Callable[..., Any], *arguments: Any) -> Any:
             try:
@@ -32,3 +36,16 @@ def fresh_process() -> Iterator[Callable[..., Any]]:
                 ) from None
 
         yield call
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended. Where that was killed, nobody is
+    left to say so, and minutes of computing would go on for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="tqai: waits for the parent", daemon=True).start()

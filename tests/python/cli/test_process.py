@@ -1,0 +1,52 @@
+"""What `tqai`'s verbs run in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+from tqai.cli.process import run_fresh
+
+TIRELESS = """
+import os, time
+from tqai.cli.process import run_fresh
+
+def for_ever():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_fresh(for_ever)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes cannot be waited for")
+def test_ends_when_its_parent_is_killed(tmp_path):
+    program = tmp_path / "tireless.py"
+    program.write_text(TIRELESS)
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        try:
+            parent.kill()
+            # The pipe ends with the last process that holds it.
+            ended, _, _ = select.select([parent.stdout], [], [], 30)
+            assert ended
+            assert parent.stdout.read() == b""
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+
+
+def test_result_and_exceptions_pass_through():
+    assert run_fresh(divmod, 7, 3) == (2, 1)
+    with pytest.raises(ZeroDivisionError):
+        run_fresh(divmod, 1, 0)
+
+
+def test_one_that_ends_early_is_named():
+    with pytest.raises(OSError, match="ended early"):
+        run_fresh(os._exit, 3)
