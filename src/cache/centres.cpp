@@ -304,21 +304,19 @@ TQAI_INLINE CentreScores::CentreScores(const Context& context, const Centres& ce
   const RopeTables& tables = *context.rope;
   const float* means = centres.means(head);
   const int pairs = tables.pair_count();
+  std::uint16_t slow[kernels::kMaxDim / 2];  // behind the others
   int count = 0;
   int slow_count = 0;
-  for (const bool slow : {false, true}) {
-    for (int f = 0; f < pairs; ++f) {
-      if (means[f] == 0.0F && means[pairs + f] == 0.0F) continue;
-      if (tables.is_slow(f) != slow) continue;
-      pairs_[count++] = static_cast<std::uint16_t>(f);
-      slow_count += slow ? 1 : 0;
-    }
+  for (int f = 0; f < pairs; ++f) {
+    if (means[f] == 0.0F && means[pairs + f] == 0.0F) continue;
+    (tables.is_slow(f) ? slow[slow_count++] : pairs_[count++]) = static_cast<std::uint16_t>(f);
   }
+  std::copy_n(slow, slow_count, pairs_ + count);
+  count += slow_count;
   for (int k = 0; k < count; ++k) {
     const int f = pairs_[k];
     float* real = factors + std::ptrdiff_t{2} * kernels::kLanes * k;
     float* times_i = real + kernels::kLanes;
-    std::fill_n(real, 2 * kernels::kLanes, 0.0F);
     for (int r = 0; r < rows; ++r) {
       const float* query = queries + r * stride;
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};
@@ -327,6 +325,11 @@ TQAI_INLINE CentreScores::CentreScores(const Context& context, const Centres& ce
       real[2 * r + 1] = product.imaginary;
       times_i[2 * r] = -product.imaginary;
       times_i[2 * r + 1] = product.real;
+    }
+    // Not by std::fill_n: so few bytes take GCC's `rep stos` as long as all the rest.
+    for (int r = rows; r < kernels::kMaxRows; ++r) {
+      real[2 * r] = real[2 * r + 1] = 0.0F;
+      times_i[2 * r] = times_i[2 * r + 1] = 0.0F;
     }
   }
   rope_.count = count;

@@ -69,8 +69,8 @@ struct Tile {
 
 // Turns a row's scores into products of 2^(score − max) and the values' norms, in scratch.block,
 // and finds their scale.
-TQAI_HOT void weigh_row(const Softmax& softmax, int row, const Tile& tile, RowVecs (&rows)[1],
-                        TileScratch& scratch) noexcept {
+TQAI_ALWAYS_INLINE void weigh_row(const Softmax& softmax, int row, const Tile& tile,
+                                  RowVecs (&rows)[1], TileScratch& scratch) noexcept {
   RowVecs& vecs = rows[0];
   if (!tile.whole) limit(softmax, row, tile.start, tile.span.tokens, vecs);
   scratch.matter |= weigh_roughly(softmax, row, rows);
@@ -234,9 +234,9 @@ struct SharedTile {
 // Turns scores of rows `row` and on into products of 2^(score − max) and the values' norms, in
 // scratch.block, and finds the largest.
 template <int kRows>
-TQAI_HOT void weigh_rows(const Softmax& softmax, int row, const SharedTile& tile,
-                         const float* value_norms, RowVecs (&rows)[kRows],
-                         RowsScratch& scratch) noexcept {
+TQAI_ALWAYS_INLINE void weigh_rows(const Softmax& softmax, int row, const SharedTile& tile,
+                                   const float* value_norms, RowVecs (&rows)[kRows],
+                                   RowsScratch& scratch) noexcept {
   if (!scratch.whole) {
     for (int r = 0; r < kRows; ++r) {
       limit(softmax, row + r, tile.start, tile.span.tokens, rows[r]);
@@ -384,7 +384,7 @@ inline void weigh_sets(const TilePlan& plan, const HeadRows* const* heads, int c
 
 // Heads of which some have several sets.
 template <typename Integer>
-TQAI_COLD void attend_sets(const AttendTiles& args) noexcept {
+TQAI_NEVER_INLINE void attend_sets(const AttendTiles& args) noexcept {
   Sight sights[kMaxHeads];
   for (int h = 0; h < args.head_count; ++h) sights[h] = Sight(args.heads[h].softmax);
   SetsScratch scratch;

@@ -23,7 +23,7 @@ struct HalvedWindows {
   }
   // index: in each byte's lower half; flip: its highest bit; differ: flip ^ other, as the highest
   // bit too. The rest may be dirty. Gives level + kNarrowBias.
-  TQAI_HOT __m256i look_up(__m256i index, __m256i flip, __m256i differ) const noexcept {
+  TQAI_ALWAYS_INLINE __m256i look_up(__m256i index, __m256i flip, __m256i differ) const noexcept {
     const __m256i zero = _mm256_setzero_si256();
     const __m256i flipped = _mm256_cmpgt_epi8(zero, flip);
     const __m256i clean = Avx2::low_bits<4>(_mm256_xor_si256(index, flipped));
@@ -68,8 +68,8 @@ struct Nibbles {
 // Levels by the index `of`, and bits kBit and below of each nibble of `by`, which choose: of the
 // lower halves, and of the upper ones.
 template <int kBit>
-TQAI_HOT void look_up(const HalvedWindows& windows, const Nibbles& of, const Nibbles& by,
-                      __m256i& lower, __m256i& upper) noexcept {
+TQAI_ALWAYS_INLINE void look_up(const HalvedWindows& windows, const Nibbles& of, const Nibbles& by,
+                                __m256i& lower, __m256i& upper) noexcept {
   lower = windows.look_up(of.both, Avx2::shift_left<7 - kBit>(by.both),
                           Avx2::shift_left<7 - kBit>(by.differ));
   if constexpr (kBit == 3) {
@@ -95,7 +95,8 @@ struct PathDecoder<4> {
       before[i] = Nibbles(Avx2::next_bytes(load_line<Avx2>(last, part, 2 + i), start));
     }
   }
-  TQAI_HOT void decode(const std::uint8_t* group, int part, __m256i (&levels)[8]) noexcept {
+  TQAI_ALWAYS_INLINE void decode(const std::uint8_t* group, int part,
+                                 __m256i (&levels)[8]) noexcept {
     for (int line = 0; line < 4; ++line) {
       const Nibbles codes(load_line<Avx2>(group, part, line));
       look_up<3>(windows, codes, before[line % 2], levels[2 * line], levels[2 * line + 1]);
@@ -136,7 +137,8 @@ struct PathDecoder<2> {
             Avx2::either(Avx2::shift_right<2>(_mm256_andnot_si256(mask, low)),
                          _mm256_andnot_si256(mask, high))};
   }
-  TQAI_HOT void decode(const std::uint8_t* group, int part, __m256i (&levels)[8]) noexcept {
+  TQAI_ALWAYS_INLINE void decode(const std::uint8_t* group, int part,
+                                 __m256i (&levels)[8]) noexcept {
     const Pairs codes = load(group, part);
     look_up<1>(first, before.even, codes.even, levels[0], levels[2]);
     look_up<3>(second, codes.even, before.even, levels[4], levels[6]);
@@ -159,7 +161,8 @@ struct PathDecoder<3> {
     load_quad<Avx2, 3, 1>(last, part, before);
     for (__m256i& code : before) code = Avx2::next_bytes(Avx2::low_bits<3>(code), start);
   }
-  TQAI_HOT void decode(const std::uint8_t* group, int part, __m256i (&levels)[8]) noexcept {
+  TQAI_ALWAYS_INLINE void decode(const std::uint8_t* group, int part,
+                                 __m256i (&levels)[8]) noexcept {
     __m256i codes[2][4];
     load_quad<Avx2, 3, 0>(group, part, codes[0]);
     load_quad<Avx2, 3, 1>(group, part, codes[1]);

@@ -104,8 +104,8 @@ struct WholeLines {
   }
   static void store(std::int32_t* p, Acc acc) noexcept { _mm512_storeu_si512(p, acc); }
   // Compilers narrow by permutations of two registers, each of which is three instructions.
-  TQAI_HOT static void round_weights(const float* products, float inverse,
-                                     std::uint8_t* weights) noexcept {
+  TQAI_ALWAYS_INLINE static void round_weights(const float* products, float inverse,
+                                               std::uint8_t* weights) noexcept {
     __m512i parts[4];
     for (int i = 0; i < 4; ++i) {
       parts[i] = _mm512_cvttps_epi32(_mm512_fmadd_ps(

@@ -264,9 +264,10 @@ inline float tried_error2(const Tried& tried, int index, float length2, float sh
 
 // Norms that are subnormal halves, rounded down, up, or to 0: as encode_small. lengths2: ‖y‖².
 template <typename Lanes>
-TQAI_COLD void try_small(const SegmentPlan& segment, const float* lower, int dim,
-                         const float* lengths2, BasisScratch& scratch, KeyPathScratch* paths,
-                         Tried& tried, int* best, float* norms) noexcept {
+TQAI_NEVER_INLINE void try_small(const SegmentPlan& segment, const float* lower, int dim,
+                                 const float* lengths2, BasisScratch& scratch,
+                                 KeyPathScratch* paths, Tried& tried, int* best,
+                                 float* norms) noexcept {
   float rounded[2][kLanes] = {};
   for (int i = 0; i < kLanes; ++i) {
     if (!is_small(norms[i])) continue;

@@ -10,7 +10,8 @@ namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
 template <typename Ops>
-TQAI_HOT typename Ops::Vec load_line(const std::uint8_t* group, int part, int line) noexcept {
+TQAI_ALWAYS_INLINE typename Ops::Vec load_line(const std::uint8_t* group, int part,
+                                               int line) noexcept {
   return Ops::load(group + line * kLineBytes + part * (kLineBytes / Ops::kParts));
 }
 
@@ -24,8 +25,8 @@ inline typename Ops::Vec join_three(typename Ops::Vec low, typename Ops::Vec hig
 // Codes 4 kQuad … 4 kQuad + 3 of a group (packing.hpp), part `part` of their lines. Codes of up to
 // 4 bits may have dirty upper bits.
 template <typename Ops, int kBits, int kQuad>
-TQAI_HOT void load_quad(const std::uint8_t* group, int part,
-                        typename Ops::Vec (&codes)[4]) noexcept {
+TQAI_ALWAYS_INLINE void load_quad(const std::uint8_t* group, int part,
+                                  typename Ops::Vec (&codes)[4]) noexcept {
   using Vec = typename Ops::Vec;
   if constexpr (kBits == 8) {
     for (int i = 0; i < 4; ++i) codes[i] = load_line<Ops>(group, part, 4 * kQuad + i);

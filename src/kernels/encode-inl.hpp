@@ -254,8 +254,8 @@ inline float distance2(const SidePlan& side, const CodingScratch& scratch, int t
 // Norms that are subnormal are rounded down, up, or to 0, and the codes make up for it: they are
 // those of u · norm / rounded. Whichever is nearest.
 template <typename Lanes>
-TQAI_COLD void encode_small(const SidePlan& side, int start, CodingScratch& scratch,
-                            LaneNorms& lanes) noexcept {
+TQAI_NEVER_INLINE void encode_small(const SidePlan& side, int start, CodingScratch& scratch,
+                                    LaneNorms& lanes) noexcept {
   LaneNorms best = lanes;
   float least[kLanes];
   for (int i = 0; i < kLanes; ++i) {

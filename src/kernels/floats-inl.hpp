@@ -12,14 +12,14 @@
 #include "kernels.hpp"
 
 // Where compilers would make a call of what has its arguments in registers, which then go through
-// memory; and where inlining what is rare makes them leave what is not a call.
-#ifdef TQAI_HOT
+// memory; and where, inlining a function, they call what it is made of instead, or spill.
+#ifdef TQAI_ALWAYS_INLINE
 #elif defined(__GNUC__)
-#define TQAI_HOT [[gnu::always_inline]] inline
-#define TQAI_COLD [[gnu::noinline]] inline
+#define TQAI_ALWAYS_INLINE [[gnu::always_inline]] inline
+#define TQAI_NEVER_INLINE [[gnu::noinline]] inline
 #else
-#define TQAI_HOT inline
-#define TQAI_COLD inline
+#define TQAI_ALWAYS_INLINE inline
+#define TQAI_NEVER_INLINE inline
 #endif
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {

@@ -59,8 +59,9 @@ namespace TQAI_LOCAL {
 
 constexpr int kWordBytes = 4;
 
-// What loops are made of is always inlined (TQAI_HOT): where a function grows large, GCC calls it,
-// by way of memory.
+// What loops are made of is always inlined: where a function grows large, GCC calls it, by way of
+// memory. The loops of a width and a number of rows are a function of their own: those of all of
+// them in one, sums and pointers lie in memory, and a tile takes 4 to 8 % longer.
 
 // Has the compiler load words again: kept for the next use they push sums out of registers.
 inline void forget_loads() noexcept {
@@ -72,9 +73,9 @@ inline void forget_loads() noexcept {
 // Sums of kRows rows over the tokens of subtiles kFirst … kFirst + kCount − 1, for one quad of
 // coordinates. words: [kRows, stride bytes], at the quad's.
 template <typename Ops, typename Reader, int kQuad, int kRows, int kFirst, int kCount>
-TQAI_HOT void score_quad(Reader& reader, const std::uint8_t* group, int part,
-                         const std::uint8_t* words, std::ptrdiff_t stride,
-                         typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+TQAI_ALWAYS_INLINE void score_quad(Reader& reader, const std::uint8_t* group, int part,
+                                   const std::uint8_t* words, std::ptrdiff_t stride,
+                                   typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
   typename Ops::Vec codes[4];
   load_quad<Ops, Reader::kBits, kQuad>(group, part, codes);
   for (int s = 0; s < kCount; ++s) {
@@ -87,9 +88,9 @@ TQAI_HOT void score_quad(Reader& reader, const std::uint8_t* group, int part,
 
 // The same of a group's two quads, whose products add up in 16 bits.
 template <typename Ops, typename Reader, int kRows, int kFirst, int kCount>
-TQAI_HOT void score_pair(Reader& reader, const std::uint8_t* group, int part,
-                         const std::uint8_t* words, std::ptrdiff_t stride,
-                         typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
+TQAI_ALWAYS_INLINE void score_pair(Reader& reader, const std::uint8_t* group, int part,
+                                   const std::uint8_t* words, std::ptrdiff_t stride,
+                                   typename Ops::Acc (&sums)[kRows][kCount]) noexcept {
   constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Ops::Vec first[4];
   typename Ops::Vec second[4];
@@ -108,9 +109,9 @@ TQAI_HOT void score_pair(Reader& reader, const std::uint8_t* group, int part,
 // scores[r, t] of kRows rows and the tokens of subtiles kFirst … kFirst + kCount − 1; words: the
 // expanded queries, [kRows, count / 4, words].
 template <typename Ops, typename Reader, int kRows, int kFirst, int kCount>
-inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
-                           const std::uint8_t* words, const RowConstants* rows,
-                           std::int32_t* scores, Fetch& ahead) noexcept {
+TQAI_ALWAYS_INLINE void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packed,
+                                       const std::uint8_t* words, const RowConstants* rows,
+                                       std::int32_t* scores, Fetch& ahead) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   constexpr std::ptrdiff_t kGroupBytes = std::ptrdiff_t{Reader::kBits} * kLineBytes;
@@ -162,9 +163,9 @@ inline void score_subtiles(const SegmentPlan& segment, const std::uint8_t* packe
 
 // All subtiles at once where their sums fit into registers, else two at a time.
 template <typename Ops, template <typename, int, int> typename Reader, int kBits, int kRows>
-inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                       const std::uint8_t* words, const RowConstants* rows, std::int32_t* scores,
-                       Ahead ahead) noexcept {
+TQAI_NEVER_INLINE void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
+                                  const std::uint8_t* words, const RowConstants* rows,
+                                  std::int32_t* scores, Ahead ahead) noexcept {
   const int steps = segment.count / kGroupCodes * Ops::kParts;
   if constexpr (4 * kRows <= Ops::kMaxSums) {
     Fetch fetch = fetch_of(ahead, steps);
@@ -183,10 +184,10 @@ inline void score_rows(const SegmentPlan& segment, const std::uint8_t* packed,
 // words: [kRows, stride bytes], at the first token's; before: of each block's group.
 template <typename Ops, typename Reader, int kQuad, bool kPairs, int kRows, int kBlocks,
           int kChains>
-TQAI_HOT void accumulate_quad(const Reader& reader, const std::uint8_t* group,
-                              const std::uint8_t* const (&before)[kBlocks], int part,
-                              const std::uint8_t* words, std::ptrdiff_t stride,
-                              typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
+TQAI_ALWAYS_INLINE void accumulate_quad(
+    const Reader& reader, const std::uint8_t* group, const std::uint8_t* const (&before)[kBlocks],
+    int part, const std::uint8_t* words, std::ptrdiff_t stride,
+    typename Ops::Acc (&sums)[kBlocks][kChains][kRows]) noexcept {
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
   constexpr int kStep = Ops::template words<Reader::kFactorBits>() * kWordBytes;
   typename Reader::Codes codes[kBlocks];
@@ -236,9 +237,9 @@ struct ScaledOutput {
 // Adds the sums of kRows rows and kBlocks blocks of coordinates, the first of them at `group` and
 // output's first coordinate. before: the packed line before `group`.
 template <typename Ops, typename Reader, bool kPairs, int kRows, int kBlocks, int kChains>
-inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
-                              const std::uint8_t* before, const std::uint8_t* words,
-                              const ScaledOutput& out, Fetch& fetch) noexcept {
+TQAI_ALWAYS_INLINE void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
+                                          const std::uint8_t* before, const std::uint8_t* words,
+                                          const ScaledOutput& out, Fetch& fetch) noexcept {
   constexpr int kPartLanes = kCoordinateBlock / Ops::kParts;
   constexpr int kStep = 4 * Ops::template words<Reader::kFactorBits>() * kWordBytes;
   constexpr std::ptrdiff_t kStride = std::ptrdiff_t{4} * kStep;
@@ -277,11 +278,13 @@ inline void accumulate_blocks(const Reader& reader, const std::uint8_t* group,
 
 // words: the expanded weights, [kRows, 16, words].
 template <typename Ops, typename Reader, bool kPairs, int kRows>
-inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                            const std::uint8_t* words, ScaledOutput out, Ahead ahead) noexcept {
+TQAI_NEVER_INLINE void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* packed,
+                                       const std::uint8_t* words, const ScaledOutput& whole,
+                                       Ahead ahead) noexcept {
   constexpr int kBlocks = Ops::value_blocks(kRows);
   constexpr std::ptrdiff_t kBlockBytes = std::ptrdiff_t{2} * Reader::kBits * kLineBytes;
   const Reader reader(segment);
+  ScaledOutput out = whole;
   const int blocks = segment.count / kCoordinateBlock;
   const std::uint8_t* before = packed + blocks * kBlockBytes - kLineBytes;  // the last line
   Fetch fetch = fetch_of(ahead, 2 * Ops::kParts * (blocks / kBlocks + blocks % kBlocks));
@@ -302,9 +305,10 @@ inline void accumulate_rows(const SegmentPlan& segment, const std::uint8_t* pack
 
 // The same in pairs where the weights allow it.
 template <typename Ops, typename Reader, int kRows>
-inline void accumulate_fitting_rows(const SegmentPlan& segment, const std::uint8_t* packed,
-                                    const std::uint8_t* words, ScaledOutput out,
-                                    Ahead ahead) noexcept {
+TQAI_ALWAYS_INLINE void accumulate_fitting_rows(const SegmentPlan& segment,
+                                                const std::uint8_t* packed,
+                                                const std::uint8_t* words, const ScaledOutput& out,
+                                                Ahead ahead) noexcept {
   if constexpr (Ops::kSumsPairs && Reader::kFactorBits <= kNarrowBits && kRows > 1) {
     if (Ops::weights_fit(words, kRows)) {
       accumulate_rows<Ops, Reader, true, kRows>(segment, packed, words, out, ahead);
@@ -371,8 +375,8 @@ struct Integer {
     Ops::read_halves(from, to);
   }
   static void fetch(Fetch& ahead) noexcept { ahead.step<Ops>(); }
-  TQAI_HOT static void round_weights(const float* products, float inverse,
-                                     std::uint8_t* weights) noexcept {
+  TQAI_ALWAYS_INLINE static void round_weights(const float* products, float inverse,
+                                               std::uint8_t* weights) noexcept {
     Ops::round_weights(products, inverse, weights);
   }
 
@@ -474,9 +478,10 @@ struct Integer {
   }
 
   // Of keys in trellis codes that are decoded before they are multiplied.
-  TQAI_COLD static void score_paths(const SegmentPlan& segment, const std::uint8_t* packed,
-                                    const std::uint8_t* words, const RowConstants* constants,
-                                    int rows, std::int32_t* scores, Ahead ahead) noexcept {
+  TQAI_NEVER_INLINE static void score_paths(const SegmentPlan& segment, const std::uint8_t* packed,
+                                            const std::uint8_t* words,
+                                            const RowConstants* constants, int rows,
+                                            std::int32_t* scores, Ahead ahead) noexcept {
     alignas(64) std::uint8_t decoded[kMaxDim * kTileTokens];
     Ops::decode_paths(segment, packed, decoded);
     score_decoded(segment, decoded, words, constants, rows, scores, ahead);
@@ -516,9 +521,11 @@ struct Integer {
   }
 
   // The same of what was decoded.
-  TQAI_COLD static void score_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
-                                      const std::uint8_t* words, const RowConstants* constants,
-                                      int rows, std::int32_t* scores, Ahead ahead) noexcept {
+  TQAI_NEVER_INLINE static void score_decoded(const SegmentPlan& segment,
+                                              const std::uint8_t* decoded,
+                                              const std::uint8_t* words,
+                                              const RowConstants* constants, int rows,
+                                              std::int32_t* scores, Ahead ahead) noexcept {
     if constexpr (Ops::kDecodedBits > 0) {
       for (int first = 0; first < rows; first += Ops::kRowBlock) {
         const int block = std::min(rows - first, Ops::kRowBlock);
@@ -531,10 +538,11 @@ struct Integer {
       }
     }
   }
-  TQAI_COLD static void accumulate_decoded(const SegmentPlan& segment, const std::uint8_t* decoded,
-                                           const std::uint8_t* weights, const float* steps,
-                                           int rows, float* output, std::int64_t stride,
-                                           Ahead ahead) noexcept {
+  TQAI_NEVER_INLINE static void accumulate_decoded(const SegmentPlan& segment,
+                                                   const std::uint8_t* decoded,
+                                                   const std::uint8_t* weights, const float* steps,
+                                                   int rows, float* output, std::int64_t stride,
+                                                   Ahead ahead) noexcept {
     if constexpr (Ops::kDecodedBits > 0) {
       for (int first = 0; first < rows; first += Ops::kRowBlock) {
         const int block = std::min(rows - first, Ops::kRowBlock);

@@ -20,7 +20,7 @@ struct ScalarKeyReader {
 
   template <int kFirst>
   static void begin(const std::uint8_t* /*last*/, int /*part*/) noexcept {}
-  TQAI_HOT auto operand(int /*s*/, typename Ops::Vec code) const noexcept {
+  TQAI_ALWAYS_INLINE auto operand(int /*s*/, typename Ops::Vec code) const noexcept {
     return table.key_operand(code);
   }
 
@@ -54,7 +54,7 @@ struct KeyPathReader {
     return Ops::template merge<kBefore>(Ops::template shift_right<kBits>(window),
                                         Ops::template shift_left<kBefore>(code));
   }
-  TQAI_HOT auto operand(int s, typename Ops::Vec code) noexcept {
+  TQAI_ALWAYS_INLINE auto operand(int s, typename Ops::Vec code) noexcept {
     windows[s] = next(windows[s], code);
     return table.key_operand(windows[s]);
   }

@@ -145,8 +145,8 @@ inline void correct_norm(const SidePlan& side, int token, TokenNorms& tokens) no
 
 // Norms that are subnormal are rounded, and the codes make up for it, as in encode_small.
 template <typename Lanes>
-TQAI_COLD void search_small(const SidePlan& side, const float* rows, TokenNorms& tokens,
-                            RingScratch& ring) noexcept {
+TQAI_NEVER_INLINE void search_small(const SidePlan& side, const float* rows, TokenNorms& tokens,
+                                    RingScratch& ring) noexcept {
   bool small[kTileTokens];
   for (int start = 0; start < kTileTokens; start += kLanes) {
     bool any = false;

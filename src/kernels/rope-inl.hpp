@@ -143,8 +143,8 @@ inline void find_token_phasors(const RopeBias& bias, const TilePositions& positi
 }
 
 // The bias of tokens at positions of any kind.
-TQAI_COLD void add_rope_by_token(const RopeBias& bias, const TilePositions& positions, int rows,
-                                 float (*scores)[kTileTokens]) noexcept {
+TQAI_NEVER_INLINE void add_rope_by_token(const RopeBias& bias, const TilePositions& positions,
+                                         int rows, float (*scores)[kTileTokens]) noexcept {
   // The factors, and i times them, turned from the middle of a tile to its start.
   alignas(64) RowFactors turned[kMaxDim / 2];
   alignas(64) RowFactors turned_times_i[kMaxDim / 2];
@@ -209,8 +209,8 @@ inline int run_end(const std::int32_t* positions, int from) noexcept {
 
 // The bias of runs of consecutive positions, as where several texts follow one another. Each one's
 // is found for 64 positions.
-TQAI_COLD void add_rope_by_runs(const RopeBias& bias, const std::int32_t* positions, int rows,
-                                float (*scores)[kTileTokens]) noexcept {
+TQAI_NEVER_INLINE void add_rope_by_runs(const RopeBias& bias, const std::int32_t* positions,
+                                        int rows, float (*scores)[kTileTokens]) noexcept {
   alignas(64) float part[kMaxRows][kTileTokens];
   for (int from = 0; from < kTileTokens;) {
     const int end = run_end(positions, from);

@@ -98,7 +98,7 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
 constexpr float kHeadroom = 4.0F;
 
 // Puts a row's maximum kHeadroom above `largest`, and scales what was summed so far.
-TQAI_COLD void raise_max(const Softmax& softmax, int row, float largest) noexcept {
+TQAI_NEVER_INLINE void raise_max(const Softmax& softmax, int row, float largest) noexcept {
   const float before = softmax.max[row];
   const float max = largest + kHeadroom;
   const float shrink = before == -kInfinity ? 0.0F : exp2_negative(before - max);
@@ -110,7 +110,7 @@ TQAI_COLD void raise_max(const Softmax& softmax, int row, float largest) noexcep
 }
 
 // Raises a row's maximum where its scores are above it.
-TQAI_HOT void bound(const Softmax& softmax, int row, const RowVecs& scores) noexcept {
+TQAI_ALWAYS_INLINE void bound(const Softmax& softmax, int row, const RowVecs& scores) noexcept {
   const FloatVec parts = largest_parts(scores);
   if (any_above(parts, softmax.max[row])) raise_max(softmax, row, largest_of(parts));
 }
@@ -141,7 +141,7 @@ inline void raise_two(const Softmax& softmax, int row, RowVecs (&rows)[kRows]) n
 }
 
 // Turns one row's scores into 2^(score − max), and updates max and sums.
-TQAI_HOT void weigh(const Softmax& softmax, int row, RowVecs (&vecs)[1]) noexcept {
+TQAI_ALWAYS_INLINE void weigh(const Softmax& softmax, int row, RowVecs (&vecs)[1]) noexcept {
   bound(softmax, row, vecs[0]);
   if (softmax.max[row] == -kInfinity) {  // nothing seen so far: −inf − (−inf) is no number
     for (FloatVec& vec : vecs[0]) vec = broadcast_float<FloatVec>(0.0F);
@@ -159,7 +159,8 @@ static_assert(kLanes * kNegligibleSum <= 0x1p-24F / 16.0F && kHeadroom == 4.0F);
 // The same of some rows, roughly; whether any row's weights matter. While nothing was seen sums are
 // meaningless: raise_max clears them, and who merges states leaves out one without a maximum.
 template <int kRows>
-TQAI_HOT bool weigh_roughly(const Softmax& softmax, int row, RowVecs (&rows)[kRows]) noexcept {
+TQAI_ALWAYS_INLINE bool weigh_roughly(const Softmax& softmax, int row,
+                                      RowVecs (&rows)[kRows]) noexcept {
   for (int r = 0; r < kRows; ++r) bound(softmax, row + r, rows[r]);
   raise_two<true>(softmax, row, rows);
   FloatVec largest = add_to_lanes(rows[0], softmax.sums[row]);

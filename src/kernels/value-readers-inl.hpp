@@ -23,11 +23,11 @@ struct ScalarReader {
   explicit ScalarReader(const SegmentPlan& segment) noexcept : table(segment.levels, false) {}
 
   template <int kQuad>
-  TQAI_HOT static void load(const std::uint8_t* group, const std::uint8_t* /*before*/, int part,
-                            Codes& codes) noexcept {
+  TQAI_ALWAYS_INLINE static void load(const std::uint8_t* group, const std::uint8_t* /*before*/,
+                                      int part, Codes& codes) noexcept {
     load_quad<Ops, kBits, kQuad>(group, part, codes);
   }
-  TQAI_HOT auto operand(const Codes& codes, int i) const noexcept {
+  TQAI_ALWAYS_INLINE auto operand(const Codes& codes, int i) const noexcept {
     return table.value_operand(codes[i]);
   }
   typename Ops::Acc sum(typename Ops::Acc acc) const noexcept { return acc; }
@@ -47,11 +47,11 @@ struct QuotientReader {
       : table(segment.quotients, false), divisor(segment.divisor) {}
 
   template <int kQuad>
-  TQAI_HOT static void load(const std::uint8_t* group, const std::uint8_t* /*before*/, int part,
-                            Codes& codes) noexcept {
+  TQAI_ALWAYS_INLINE static void load(const std::uint8_t* group, const std::uint8_t* /*before*/,
+                                      int part, Codes& codes) noexcept {
     load_quad<Ops, kBits, kQuad>(group, part, codes);
   }
-  TQAI_HOT auto operand(const Codes& codes, int i) const noexcept {
+  TQAI_ALWAYS_INLINE auto operand(const Codes& codes, int i) const noexcept {
     return table.value_operand(codes[i]);
   }
   typename Ops::Acc sum(typename Ops::Acc acc) const noexcept { return Ops::times(acc, divisor); }
@@ -62,8 +62,8 @@ struct QuotientReader {
 
 // Four bits of a group's stream, from bit kFirst on; upper bits may be dirty.
 template <typename Ops, int kFirst>
-TQAI_HOT typename Ops::Vec load_nibble(const std::uint8_t* group, const std::uint8_t* before,
-                                       int part) noexcept {
+TQAI_ALWAYS_INLINE typename Ops::Vec load_nibble(const std::uint8_t* group,
+                                                 const std::uint8_t* before, int part) noexcept {
   constexpr int kLine = kFirst < 0 ? -1 : kFirst / 8;
   constexpr int kShift = kFirst - 8 * kLine;
   const typename Ops::Vec low =
@@ -96,8 +96,8 @@ struct TrellisReader {
         recent(segment.trellis->recent.data(), false) {}
 
   template <int kQuad>
-  TQAI_HOT static void load(const std::uint8_t* group, const std::uint8_t* before, int part,
-                            Codes& codes) noexcept {
+  TQAI_ALWAYS_INLINE static void load(const std::uint8_t* group, const std::uint8_t* before,
+                                      int part, Codes& codes) noexcept {
     constexpr int kEnd = (4 * kQuad + 1) * kBits;  // of the first code
     codes.older[0] = load_nibble<Ops, kEnd - 8>(group, before, part);
     codes.older[1] = load_nibble<Ops, kEnd + kBits - 8>(group, before, part);
@@ -108,7 +108,7 @@ struct TrellisReader {
     codes.recent[2] = load_nibble<Ops, kEnd + 2 * kBits - 4>(group, before, part);
     codes.recent[3] = load_nibble<Ops, kEnd + 3 * kBits - 4>(group, before, part);
   }
-  TQAI_HOT auto operand(const Codes& codes, int i) const noexcept {
+  TQAI_ALWAYS_INLINE auto operand(const Codes& codes, int i) const noexcept {
     return Ops::add_levels(older.value_operand(codes.older[i]),
                            recent.value_operand(codes.recent[i]));
   }
