@@ -97,7 +97,9 @@ TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
       has_rope = has_rope || CentreScores::has_rope(context_, centres);
     }
   }
-  if (has_rope) factor_floats_ = CentreScores::factor_floats(context_);
+  if (has_rope) {
+    factor_floats_ = CentreScores::factor_floats(context_, static_cast<int>(row_capacity_));
+  }
   prepared_floats_ =
       static_cast<std::int64_t>(context_.kernels->prepared_bytes(context_.codec->plan().keys,
                                                                  static_cast<int>(row_capacity_)) /

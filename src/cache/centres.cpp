@@ -287,8 +287,10 @@ TQAI_INLINE bool CentreScores::has_rope(const Context& context, const Centres& c
   return false;
 }
 
-TQAI_INLINE std::int64_t CentreScores::factor_floats(const Context& context) noexcept {
-  return std::int64_t{2} * kernels::kLanes * context.rope->pair_count();
+TQAI_INLINE std::int64_t CentreScores::factor_floats(const Context& context, int rows) noexcept {
+  constexpr int kLine = kernels::kLanes;
+  const int floats = kernels::factor_lanes(rows) * context.rope->pair_count();
+  return (floats + kLine - 1) / kLine * kLine;
 }
 
 TQAI_INLINE CentreScores::CentreScores(const Context& context, const Centres& centres, int head,
@@ -313,24 +315,19 @@ TQAI_INLINE CentreScores::CentreScores(const Context& context, const Centres& ce
   }
   std::copy_n(slow, slow_count, pairs_ + count);
   count += slow_count;
+  const int lanes = kernels::factor_lanes(rows);
   for (int k = 0; k < count; ++k) {
     const int f = pairs_[k];
-    float* real = factors + std::ptrdiff_t{2} * kernels::kLanes * k;
-    float* times_i = real + kernels::kLanes;
+    float* numbers = factors + static_cast<std::ptrdiff_t>(lanes) * k;
     for (int r = 0; r < rows; ++r) {
       const float* query = queries + r * stride;
       const Complex conjugate{query[tables.first_of(f)], -query[tables.second_of(f)]};
       const Complex product = multiply(conjugate, {means[f], means[pairs + f]});
-      real[2 * r] = product.real;
-      real[2 * r + 1] = product.imaginary;
-      times_i[2 * r] = -product.imaginary;
-      times_i[2 * r + 1] = product.real;
+      numbers[2 * r] = product.real;
+      numbers[2 * r + 1] = product.imaginary;
     }
     // Not by std::fill_n: so few bytes take GCC's `rep stos` as long as all the rest.
-    for (int r = rows; r < kernels::kMaxRows; ++r) {
-      real[2 * r] = real[2 * r + 1] = 0.0F;
-      times_i[2 * r] = times_i[2 * r + 1] = 0.0F;
-    }
+    for (int lane = 2 * rows; lane < lanes; ++lane) numbers[lane] = 0.0F;
   }
   rope_.count = count;
   rope_.slow_count = slow_count;

@@ -76,8 +76,8 @@ class CentreScores {
 
   /// Whether any head is centred by position.
   static bool has_rope(const Context& context, const Centres& centres) noexcept;
-  /// A multiple of 16.
-  static std::int64_t factor_floats(const Context& context) noexcept;
+  /// A multiple of 16. rows: as many as are given, or more.
+  static std::int64_t factor_floats(const Context& context, int rows) noexcept;
 
   const float* constants() const noexcept { return constants_; }
   /// Points into this.

@@ -3,6 +3,7 @@
 #define TQAI_EXACT_INL
 
 #include "conversions-inl.hpp"
+#include "fetch-inl.hpp"
 #include "softmax-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
@@ -39,6 +40,11 @@ inline void with_numbers(ExactRows rows, Body&& body) noexcept {
   }
 }
 
+// Whether tokens and columns that are read next are fetched meanwhile: processors foresee neither
+// two rows at a time nor a step of a row's length. With one or two query rows there is no time left
+// for it: memory is the limit.
+constexpr bool fetches_ahead(int rows) noexcept { return rows > 2; }
+
 // Sums of products in 16 lanes, of 16 tokens.
 struct TokenSums {
   alignas(64) float lanes[kMaxRows][kLanes][kLanes];  // [rows, tokens, lanes]
@@ -49,22 +55,32 @@ template <DType kType, int kRows, int kTokens>
 inline void sum_products(const float* queries, const Number<kType>* keys, int padded, int first,
                          TokenSums& sums) noexcept {
   const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(first) * padded;
-  for (int p = 0; p < kLaneParts; ++p) {
-    FloatVec acc[kRows][kTokens] = {};
-    for (int c = p * kVectorLanes; c < padded; c += kLanes) {
-      FloatVec parts[kTokens];
-      for (int t = 0; t < kTokens; ++t) {
-        parts[t] = load_numbers<kType>(key + c + static_cast<std::ptrdiff_t>(t) * padded);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const FloatVec query =
-            in_register(load_floats(queries + c + static_cast<std::ptrdiff_t>(r) * padded));
-        for (int t = 0; t < kTokens; ++t) acc[r][t] = acc[r][t] + query * parts[t];
+  // Of one row, a pass over the keys for all lanes; of more, registers hold one part's sums.
+  constexpr int kTogether = kRows == 1 && kLaneParts == 2 ? 2 : 1;
+  for (int part = 0; part < kLaneParts; part += kTogether) {
+    FloatVec acc[kRows][kTokens][kTogether] = {};
+    for (int c = part * kVectorLanes; c < padded; c += kLanes) {
+      for (int p = 0; p < kTogether; ++p) {
+        const int at = c + p * kVectorLanes;
+        FloatVec parts[kTokens];
+        for (int t = 0; t < kTokens; ++t) {
+          parts[t] = load_numbers<kType>(key + at + static_cast<std::ptrdiff_t>(t) * padded);
+          if (fetches_ahead(kRows) && part == 0) {
+            fetch_soon(key + at + static_cast<std::ptrdiff_t>(t + kTokens) * padded);
+          }
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const FloatVec query =
+              in_register(load_floats(queries + at + static_cast<std::ptrdiff_t>(r) * padded));
+          for (int t = 0; t < kTokens; ++t) acc[r][t][p] = acc[r][t][p] + query * parts[t];
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {
       for (int t = 0; t < kTokens; ++t) {
-        store_floats(sums.lanes[r][first + t] + p * kVectorLanes, acc[r][t]);
+        for (int p = 0; p < kTogether; ++p) {
+          store_floats(sums.lanes[r][first + t] + (part + p) * kVectorLanes, acc[r][t][p]);
+        }
       }
     }
   }
@@ -99,6 +115,7 @@ inline void accumulate_columns(const float (*weights)[kTileTokens], const Number
   }
   for (int t = 1; t < tokens; ++t) {
     const Number<kType>* value = values + static_cast<std::ptrdiff_t>(t) * padded;
+    if (fetches_ahead(kRows)) fetch_soon(value + kVecs * kVectorLanes);
     FloatVec parts[kVecs];
     for (int v = 0; v < kVecs; ++v) parts[v] = load_numbers<kType>(value + v * kVectorLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -130,8 +147,16 @@ inline void accumulate_from(int c, const float (*weights)[kTileTokens], const Nu
 template <DType kType, int kRows>
 inline void accumulate_exact(const float (*weights)[kTileTokens], const Number<kType>* values,
                              int padded, int tokens, float* output, std::int64_t stride) noexcept {
-  // Of one row: where it can, the whole vector.
+  // Of one row: where it can, the whole vector; at AVX2 half as much of a short one takes less
+  // time.
   constexpr int kOne = kVectorLanes == 16 ? 16 : kVectorLanes == 8 ? 4 : 8;
+  constexpr int kLong = 256;
+  if constexpr (kRows == 1 && kVectorLanes == 8) {
+    if (padded >= kLong) {
+      return accumulate_from<kType, 1, 2 * kOne>(0, weights, values, padded, tokens, output,
+                                                 stride);
+    }
+  }
   constexpr int kVecs = kRows == 1 ? kOne : kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
   accumulate_from<kType, kRows, kVecs>(0, weights, values, padded, tokens, output, stride);
 }

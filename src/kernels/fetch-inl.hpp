@@ -7,6 +7,16 @@
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
+// Fetches a line that is read soon. Not where it may lie beyond what was allocated by much: such an
+// address is looked up in vain.
+inline void fetch_soon(const void* line) noexcept {
+#if defined(__GNUC__)
+  __builtin_prefetch(line);
+#elif defined(TQAI_X86)
+  _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0);
+#endif
+}
+
 // What will be read next, to be fetched meanwhile; may be empty.
 struct Ahead {
   const std::uint8_t* data = nullptr;

@@ -50,6 +50,11 @@ constexpr std::size_t trellis_coding_bytes(int dim, int bits) noexcept {
 /// to 1 it is off by less than 3e-7.
 inline constexpr int kRopePowers = 4;
 
+/// Floats that hold a complex number of each row, in a number of them that registers have.
+constexpr int factor_lanes(int rows) noexcept {
+  return rows == 1 ? 2 : rows == 2 ? 4 : rows <= 4 ? 8 : 2 * kMaxRows;
+}
+
 /// Positions from 0 below this many are looked up; others are turned there by multiples of it, up
 /// to kFarSteps of them on either side.
 inline constexpr std::int64_t kNearPositions = std::int64_t{1} << 20;
@@ -182,8 +187,8 @@ struct RopeBias {
   int slow_count;  // those that turn by 1 at most between the middle and the ends of a tile: they
                    // are polynomials of the distance
   const std::uint16_t* pairs;  // [count]: which they are
-  const float* factors;        // [count, 2, kLanes]: conj(query pair) · mean pair of kMaxRows rows,
-                               // (real, imaginary) of one after another; then the same times i
+  const float* factors;  // [count, factor_lanes(rows)]: conj(query pair) · mean pair of all rows,
+                         // (real, imaginary) of one after another, zeros behind them
   // Tables over all pairs (cache/rope_tables.hpp).
   int pair_count;
   const float* half;  // [pair_count + kRopePowers, 2, 32]: cos, sin of (j + 1/2) ω; then even and

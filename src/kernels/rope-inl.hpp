@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "complex-inl.hpp"
 #include "floats-inl.hpp"
 #include "kernels.hpp"
 
@@ -43,47 +44,43 @@ inline void find_phasors(const RopeBias& bias, std::int64_t first, TilePhasors& 
   }
 }
 
-// factor · e^(i middle ω) of all rows, as RopeBias::factors has them: the frequencies that are not
-// slow, then the coefficients of the slow ones' polynomials.
-using RowFactors = float[kLanes];
-
-// Returns how many there are.
-inline int turn_factors(const RopeBias& bias, const TilePhasors& phasors,
-                        RowFactors* turned) noexcept {
+// factor · e^(i middle ω) of all rows, [count, kFloats] as RopeBias::factors: the frequencies that
+// are not slow, then the coefficients of the slow ones' polynomials. Returns how many there are.
+template <int kFloats>
+inline int turn_factors(const RopeBias& bias, const TilePhasors& phasors, float* turned) noexcept {
+  using Rows = ComplexRows<kFloats>;
+  using Vec = typename Rows::Vec;
   const int fast = bias.count - bias.slow_count;
-  FloatVec coefficients[kRopePowers][kLaneParts] = {};
+  Vec coefficients[kRopePowers][Rows::kParts] = {};
   for (int k = 0; k < bias.count; ++k) {
     const int f = bias.pairs[k];
-    const auto real = broadcast_float<FloatVec>(phasors.real[f]);
-    const auto imaginary = broadcast_float<FloatVec>(phasors.imaginary[f]);
-    const float* factors = bias.factors + static_cast<std::ptrdiff_t>(k) * 2 * kLanes;
-    for (int p = 0; p < kLaneParts; ++p) {
-      const FloatVec factor = load_floats(factors + p * kVectorLanes);
-      const FloatVec times_i = load_floats(factors + kLanes + p * kVectorLanes);
-      const FloatVec product = fused(factor, real, times_i * imaginary);
+    const float* factors = bias.factors + std::ptrdiff_t{kFloats} * k;
+    for (int p = 0; p < Rows::kParts; ++p) {
+      const Vec product =
+          Rows::times(Rows::load(factors, p), phasors.real[f], phasors.imaginary[f]);
       if (k < fast) {
-        store_floats(turned[k] + p * kVectorLanes, product);
+        Rows::store(turned + std::ptrdiff_t{kFloats} * k, p, product);
         continue;
       }
       const float* terms = bias.terms + static_cast<std::ptrdiff_t>(f) * 2 * kRopePowers;
       for (int power = 0; power < kRopePowers; ++power) {
-        coefficients[power][p] =
-            fused(broadcast_pair<FloatVec>(terms + 2 * power), product, coefficients[power][p]);
+        coefficients[power][p] = Rows::fused_lanes(broadcast_pair<Vec>(terms + 2 * power), product,
+                                                   coefficients[power][p]);
       }
     }
   }
   if (bias.slow_count == 0) return fast;
   for (int power = 0; power < kRopePowers; ++power) {
-    for (int p = 0; p < kLaneParts; ++p) {
-      store_floats(turned[fast + power] + p * kVectorLanes, coefficients[power][p]);
+    for (int p = 0; p < Rows::kParts; ++p) {
+      Rows::store(turned + std::ptrdiff_t{kFloats} * (fast + power), p, coefficients[power][p]);
     }
   }
   return fast + kRopePowers;
 }
 
 // The bias of rows first_row … first_row + kRows − 1.
-template <int kRows>
-inline void add_rope_rows(const RopeBias& bias, const RowFactors* turned, int count, int first_row,
+template <int kRows, int kFloats>
+inline void add_rope_rows(const RopeBias& bias, const float* turned, int count, int first_row,
                           float (*scores)[kTileTokens]) noexcept {
   const int fast = bias.slow_count == 0 ? count : count - kRopePowers;
   alignas(64) float even_part[kRows][kHalfTile];
@@ -96,7 +93,7 @@ inline void add_rope_rows(const RopeBias& bias, const RowFactors* turned, int co
     for (int k = 0; k < count; ++k) {
       const int f = k < fast ? bias.pairs[k] : bias.pair_count + k - fast;
       const float* table = bias.half + static_cast<std::ptrdiff_t>(f) * kTileTokens + start;
-      const float* factors = turned[k] + std::ptrdiff_t{2} * first_row;
+      const float* factors = turned + std::ptrdiff_t{kFloats} * k + std::ptrdiff_t{2} * first_row;
       for (int v = 0; v < kVecs; ++v) {
         const FloatVec cosines = load_floats(table + v * kVectorLanes);
         const FloatVec sines = load_floats(table + kHalfTile + v * kVectorLanes);
@@ -142,57 +139,72 @@ inline void find_token_phasors(const RopeBias& bias, const TilePositions& positi
   }
 }
 
+// Calls body<kFloats>() for so many rows.
+template <typename Body>
+inline void with_lanes(int rows, Body&& body) noexcept {
+  switch (factor_lanes(rows)) {
+    case 2: return body.template operator()<2>();
+    case 4: return body.template operator()<4>();
+    case 8: return body.template operator()<8>();
+    default: return body.template operator()<2 * kMaxRows>();
+  }
+}
+
 // The bias of tokens at positions of any kind.
+template <int kFloats>
 TQAI_NEVER_INLINE void add_rope_by_token(const RopeBias& bias, const TilePositions& positions,
                                          int rows, float (*scores)[kTileTokens]) noexcept {
-  // The factors, and i times them, turned from the middle of a tile to its start.
-  alignas(64) RowFactors turned[kMaxDim / 2];
-  alignas(64) RowFactors turned_times_i[kMaxDim / 2];
+  using Rows = ComplexRows<kFloats>;
+  using Vec = typename Rows::Vec;
+  // The factors, turned from the middle of a tile to its start, and i times them.
+  alignas(64) float turned[kMaxDim / 2][kFloats];
+  alignas(64) float turned_times_i[kMaxDim / 2][kFloats];
   for (int k = 0; k < bias.count; ++k) {
     const float* half = bias.half + static_cast<std::ptrdiff_t>(bias.pairs[k]) * kTileTokens;
-    const auto cosine = broadcast_float<FloatVec>(half[kHalfTile - 1]);
-    const auto sine = broadcast_float<FloatVec>(half[2 * kHalfTile - 1]);
-    const float* factors = bias.factors + static_cast<std::ptrdiff_t>(k) * 2 * kLanes;
-    for (int p = 0; p < kLaneParts; ++p) {
-      const FloatVec factor = load_floats(factors + p * kVectorLanes);
-      const FloatVec times_i = load_floats(factors + kLanes + p * kVectorLanes);
-      store_floats(turned[k] + p * kVectorLanes, factor * cosine - times_i * sine);
-      store_floats(turned_times_i[k] + p * kVectorLanes, times_i * cosine + factor * sine);
+    const float* factors = bias.factors + std::ptrdiff_t{kFloats} * k;
+    for (int p = 0; p < Rows::kParts; ++p) {
+      const Vec numbers =
+          Rows::times(Rows::load(factors, p), half[kHalfTile - 1], -half[2 * kHalfTile - 1]);
+      Rows::store(turned[k], p, numbers);
+      Rows::store(turned_times_i[k], p, Rows::times(numbers, 0.0F, 1.0F));
     }
   }
   for (int t = 0; t < kTileTokens; ++t) {
     TilePhasors phasors;
     find_token_phasors(bias, positions, t, phasors);
-    FloatVec sums[kLaneParts] = {};
+    Vec sums[Rows::kParts] = {};
     for (int k = 0; k < bias.count; ++k) {
       const int f = bias.pairs[k];
-      const auto real = broadcast_float<FloatVec>(phasors.real[f]);
-      const auto imaginary = broadcast_float<FloatVec>(phasors.imaginary[f]);
-      for (int p = 0; p < kLaneParts; ++p) {
-        sums[p] = fused(load_floats(turned[k] + p * kVectorLanes), real, sums[p]);
-        sums[p] = fused(load_floats(turned_times_i[k] + p * kVectorLanes), imaginary, sums[p]);
+      const auto real = broadcast_float<Vec>(phasors.real[f]);
+      const auto imaginary = broadcast_float<Vec>(phasors.imaginary[f]);
+      for (int p = 0; p < Rows::kParts; ++p) {
+        sums[p] = Rows::fused_lanes(Rows::load(turned[k], p), real, sums[p]);
+        sums[p] = Rows::fused_lanes(Rows::load(turned_times_i[k], p), imaginary, sums[p]);
       }
     }
-    alignas(64) RowFactors products;
-    for (int p = 0; p < kLaneParts; ++p) store_floats(products + p * kVectorLanes, sums[p]);
+    alignas(64) float products[kFloats];
+    for (int p = 0; p < Rows::kParts; ++p) Rows::store(products, p, sums[p]);
     for (int r = 0; r < rows; ++r) scores[r][t] = scores[r][t] + products[2 * r];
   }
 }
 
 // The bias of 64 consecutive positions from `first` on.
-inline void add_rope_in_order(const RopeBias& bias, std::int64_t first, int rows,
-                              float (*scores)[kTileTokens]) noexcept {
+template <int kFloats>
+TQAI_NEVER_INLINE void add_rope_in_order(const RopeBias& bias, std::int64_t first, int rows,
+                                         float (*scores)[kTileTokens]) noexcept {
   TilePhasors phasors;
   find_phasors(bias, first, phasors);
-  alignas(64) RowFactors turned[kMaxDim / 2 + kRopePowers];
-  const int count = turn_factors(bias, phasors, turned);
+  alignas(64) float turned[kFloats * (kMaxDim / 2 + kRopePowers)];
+  const int count = turn_factors<kFloats>(bias, phasors, turned);
   int r = 0;
-  for (; r + 4 <= rows; r += 4) add_rope_rows<4>(bias, turned, count, r, scores);
+  if constexpr (kFloats >= 8) {
+    for (; r + 4 <= rows; r += 4) add_rope_rows<4, kFloats>(bias, turned, count, r, scores);
+  }
   switch (rows - r) {
-    case 3: add_rope_rows<3>(bias, turned, count, r, scores); break;
-    case 2: add_rope_rows<2>(bias, turned, count, r, scores); break;
-    case 1: add_rope_rows<1>(bias, turned, count, r, scores); break;
-    default: break;
+    case 3: return add_rope_rows<3, kFloats>(bias, turned, count, r, scores);
+    case 2: return add_rope_rows<2, kFloats>(bias, turned, count, r, scores);
+    case 1: return add_rope_rows<1, kFloats>(bias, turned, count, r, scores);
+    default: return;
   }
 }
 
@@ -215,7 +227,9 @@ TQAI_NEVER_INLINE void add_rope_by_runs(const RopeBias& bias, const std::int32_t
   for (int from = 0; from < kTileTokens;) {
     const int end = run_end(positions, from);
     std::memset(part, 0, sizeof part);
-    add_rope_in_order(bias, positions[from], rows, part);
+    with_lanes(rows, [&]<int kFloats>() {
+      add_rope_in_order<kFloats>(bias, positions[from], rows, part);
+    });
     for (int r = 0; r < rows; ++r) {
       for (int t = from; t < end; ++t) scores[r][t] = scores[r][t] + part[r][t - from];
     }
@@ -227,15 +241,17 @@ TQAI_NEVER_INLINE void add_rope_by_runs(const RopeBias& bias, const std::int32_t
 TQAI_INLINE void add_rope(const RopeBias& bias, const TilePositions& positions, int rows,
                           float (*scores)[kTileTokens]) noexcept {
   if (positions.each == nullptr) {
-    add_rope_in_order(bias, positions.first, rows, scores);
-    return;
+    return with_lanes(rows, [&]<int kFloats>() {
+      add_rope_in_order<kFloats>(bias, positions.first, rows, scores);
+    });
   }
   int runs = positions.sections == 1 ? 0 : kTileTokens;
   for (int t = 0; t < kTileTokens && runs <= kMostRuns; t = run_end(positions.each, t)) ++runs;
   if (runs <= kMostRuns) {
     add_rope_by_runs(bias, positions.each, rows, scores);
   } else {
-    add_rope_by_token(bias, positions, rows, scores);
+    with_lanes(rows,
+               [&]<int kFloats>() { add_rope_by_token<kFloats>(bias, positions, rows, scores); });
   }
 }
 

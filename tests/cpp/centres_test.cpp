@@ -176,7 +176,7 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
       const Array queries({1, 1, 5, dim}, engine_);
       for (const std::int64_t first : {0, 7, 64, 1000, 100003, -5, -1'999'950}) {
         std::vector<float> factors(
-            static_cast<std::size_t>(detail::CentreScores::factor_floats(context)));
+            static_cast<std::size_t>(detail::CentreScores::factor_floats(context, 5)));
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
                                           factors.data());
         rows.assign(rows.size(), 0.0F);
@@ -185,6 +185,19 @@ TEST_F(Centres, BiasIsTheDirectProduct) {
           float bias[5][kTileTokens];
           for (int r = 0; r < 5; ++r) std::fill_n(bias[r], kTileTokens, scores.constants()[r]);
           kernels::parts(level).add_rope(scores.rope(), {first}, 5, bias);
+          // A row's is the same, bit for bit, beside any number of others.
+          for (const int count : {1, 2, 3, 4}) {
+            std::vector<float> own(
+                static_cast<std::size_t>(detail::CentreScores::factor_floats(context, count)));
+            const detail::CentreScores some(context, centres, 0, queries.at(0, 0, 0), dim, count,
+                                            own.data());
+            float fewer[4][kTileTokens];
+            for (int r = 0; r < count; ++r) std::fill_n(fewer[r], kTileTokens, some.constants()[r]);
+            kernels::parts(level).add_rope(some.rope(), {first}, count, fewer);
+            for (int r = 0; r < count; ++r) {
+              ASSERT_TRUE(std::equal(fewer[r], fewer[r] + kTileTokens, bias[r])) << count;
+            }
+          }
           for (int r = 0; r < 5; ++r) {
             for (int t = 0; t < kTileTokens; ++t) {
               // Directly, in double: the mean pairs turned to the position.

@@ -149,12 +149,10 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       const auto pair_count = static_cast<std::uint16_t>(tables.pair_count());
       const std::vector<std::uint16_t> pairs = {0, 1, 3, static_cast<std::uint16_t>(pair_count - 2),
                                                 static_cast<std::uint16_t>(pair_count - 1)};
-      const auto factors = test::random_normal(pairs.size() * 2 * kernels::kLanes, engine);
       kernels::RopeBias rope{};
       rope.count = static_cast<int>(pairs.size());
       rope.slow_count = 2;
       rope.pairs = pairs.data();
-      rope.factors = factors.data();
       rope.pair_count = tables.pair_count();
       rope.half = tables.half();
       rope.terms = tables.terms();
@@ -162,15 +160,19 @@ TEST_P(Levels, AttentionAgreesWithScalarBitForBit) {
       rope.offsets = tables.offsets();
       rope.far = tables.phasors().far;
       rope.sections = tables.sections();
-      // With both kinds of frequencies, and with one alone.
-      kernels::RopeBias fast = rope;
-      fast.count = 3;
-      fast.slow_count = 0;
-      kernels::RopeBias slow = rope;
-      slow.count = 2;
-      slow.pairs += 3;
-      slow.factors += 3 * 2 * kernels::kLanes;
       for (int rows = 1; rows <= kMaxRows; ++rows) {
+        const int lanes = kernels::factor_lanes(rows);
+        const auto factors =
+            test::random_normal(pairs.size() * static_cast<std::size_t>(lanes), engine);
+        rope.factors = factors.data();
+        // With both kinds of frequencies, and with one alone.
+        kernels::RopeBias fast = rope;
+        fast.count = 3;
+        fast.slow_count = 0;
+        kernels::RopeBias slow = rope;
+        slow.count = 2;
+        slow.pairs += 3;
+        slow.factors += std::ptrdiff_t{3} * lanes;
         const int padded = padded_dim(dim);
         std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
         for (int r = 0; r < rows; ++r) {

@@ -167,7 +167,7 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         detail::cover(*context.rope, positions);
         const Array queries({1, 1, 5, dim}, engine_);
         std::vector<float> factors(
-            static_cast<std::size_t>(detail::CentreScores::factor_floats(context)) + 16);
+            static_cast<std::size_t>(detail::CentreScores::factor_floats(context, 5)) + 16);
         float* aligned = factors.data();
         while (reinterpret_cast<std::uintptr_t>(aligned) % 64 != 0) ++aligned;
         const detail::CentreScores scores(context, centres, 0, queries.at(0, 0, 0), dim, 5,
@@ -191,6 +191,18 @@ TEST_F(Standing, BiasIsTheDirectProduct) {
         for (const Level level : available_levels()) {
           float bias[5][kTileTokens] = {};
           kernels::parts(level).add_rope(scores.rope(), positions, 5, bias);
+          // A row's is the same, bit for bit, beside any number of others.
+          for (const int count : {1, 2, 3, 4}) {
+            std::vector<float> own(
+                static_cast<std::size_t>(detail::CentreScores::factor_floats(context, count)));
+            const detail::CentreScores some(context, centres, 0, queries.at(0, 0, 0), dim, count,
+                                            own.data());
+            float fewer[4][kTileTokens] = {};
+            kernels::parts(level).add_rope(some.rope(), positions, count, fewer);
+            for (int r = 0; r < count; ++r) {
+              ASSERT_TRUE(std::equal(fewer[r], fewer[r] + kTileTokens, bias[r])) << count;
+            }
+          }
           for (int r = 0; r < 5; ++r) {
             for (std::size_t t = 0; t < kTileTokens; ++t) {
               double direct = 0.0;
