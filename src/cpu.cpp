@@ -133,10 +133,15 @@ TQAI_INLINE Level level_from_name(std::string_view name) {
 }
 
 TQAI_INLINE std::vector<Level> available_levels() {
-  std::vector<Level> levels = {Level::scalar};
-  for (const Level level : kLevels) {
-    if (level != Level::scalar && runs(level)) levels.push_back(level);
-  }
+  // Asked once: a virtual machine takes microseconds to answer. Never destroyed: caches in static
+  // storage may outlive any order of destruction.
+  static const auto& levels = *new const std::vector<Level>([] {
+    std::vector<Level> found = {Level::scalar};
+    for (const Level level : kLevels) {
+      if (level != Level::scalar && runs(level)) found.push_back(level);
+    }
+    return found;
+  }());
   return levels;
 }
 

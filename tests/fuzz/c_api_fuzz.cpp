@@ -49,6 +49,11 @@ bool is_ok(tqai_status status) {
 }
 
 constexpr std::size_t kElements = std::size_t{1} << 14;
+// Tokens of all sequences and heads that an input may append, those of trellis codes counting
+// several times: it is their coding that takes time, and an input with much of it takes the place
+// of many.
+constexpr std::int64_t kMostTokens = 2400;
+constexpr std::int64_t kTrellisTimes = 12;
 
 // A tensor within kElements floats, mostly of the shape that is right.
 template <typename Tensor, typename Pointer>
@@ -82,7 +87,7 @@ class Calls {
 
   void run() {
     create();
-    while (cache_ != nullptr && !choices_.empty()) call();
+    while (cache_ != nullptr && !choices_.empty() && spent_ < kMostTokens) call();
   }
 
  private:
@@ -111,12 +116,13 @@ class Calls {
       options.sections = choices_.next() % 2 == 0 ? sections : nullptr;
     }
     options.seed = choices_.next();
-    tqai_key_basis* basis = choices_.next() % 4 == 0 ? learnt(options) : nullptr;
+    tqai_key_basis* basis = choices_.next() % 8 == 0 ? learnt(options) : nullptr;
     options.key_basis = basis;
-    options.value_codes = choices_.setting(choices_.next() % 2);
+    options.value_codes = choices_.setting(choices_.next() % 4 == 0 ? 1 : 0);
     options.key_codes = choices_.setting(basis == nullptr ? 0 : choices_.next() % 2);
     if (is_ok(tqai_cache_create(&options, &cache_)) != (cache_ != nullptr)) std::abort();
     tqai_key_basis_destroy(basis);
+    times_ = options.value_codes != 0 || options.key_codes != 0 ? kTrellisTimes : 1;
   }
 
   // Of two keys and queries a head, which mostly fits the options.
@@ -136,6 +142,15 @@ class Calls {
     }
     tqai_key_moments_destroy(moments);
     return basis;
+  }
+
+  // As many of these tokens as may still be appended, or one.
+  std::int64_t spend(const tqai_cache_info& now, std::int64_t tokens) {
+    const std::int64_t each = times_ * std::max(now.batch * now.kv_heads, 1);
+    tokens = std::clamp<std::int64_t>(tokens, 0,
+                                      std::max<std::int64_t>((kMostTokens - spent_) / each, 1));
+    spent_ += each * tokens;
+    return tokens;
   }
 
   tqai_cache_info info() {
@@ -233,7 +248,7 @@ class Calls {
   }
 
   void append(const tqai_cache_info& now) {
-    const std::int64_t count = 1 + choices_.next() % 90;
+    const std::int64_t count = spend(now, 1 + choices_.next() % 90);
     const tqai_tensor keys = sides(now, now.batch, count, now.head_dim);
     const tqai_tensor values = sides(now, now.batch, count, now.value_head_dim);
     std::vector<std::int64_t> numbers;
@@ -305,7 +320,8 @@ class Calls {
     const std::uint8_t choice = choices_.next();
     tqai_cache* caches[] = {cache_, choice < 250 ? other : choice == 255 ? nullptr : cache_};
     const std::size_t count = choices_.next() < 250 ? 2 : choices_.next() % 3;
-    const std::int64_t tokens[] = {choices_.number(choices_.next() % 90), choices_.number(3)};
+    const std::int64_t likely = spend(now, choices_.next() % 90);
+    const std::int64_t tokens[] = {choices_.number(likely), choices_.number(3)};
     const bool packed = now.batch == 1 && choices_.next() % 2 == 0;
     switch (choices_.next() % 4) {
       case 0: append_together(now, caches, count, tokens, packed); break;
@@ -396,6 +412,8 @@ class Calls {
   inline static std::vector<float> room_ = std::vector<float>(kElements);
   inline static std::vector<float> more_room_ = std::vector<float>(kElements);
   tqai_cache* cache_ = nullptr;
+  std::int64_t spent_ = 0;
+  std::int64_t times_ = 1;
 };
 
 }  // namespace
