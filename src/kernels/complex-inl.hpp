@@ -56,14 +56,9 @@ struct ComplexRows {
     }
 #endif
 #else
-    float x[kWidth];
-    float product[kWidth];
-    store_floats(x, numbers);
-    for (int i = 0; i < kWidth; i += 2) {
-      product[i] = fused(x[i], real, -(x[i + 1] * imaginary));
-      product[i + 1] = fused(x[i + 1], real, x[i] * imaginary);
-    }
-    return load_floats<Vec>(product);
+    const float turns[2] = {-imaginary, imaginary};
+    return fused_lanes(numbers, broadcast_float<Vec>(real),
+                       swap_pairs(numbers) * broadcast_pair<Vec>(turns));
 #endif
   }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.hpp"
 
@@ -66,6 +67,13 @@ inline Vec broadcast_pair(const float* pair) noexcept {
   std::memcpy(&bits, pair, sizeof bits);
   return Vec(bits + Words64<static_cast<int>(sizeof(Vec))>{});
 }
+
+// Lanes 1, 0, 3, 2 ….
+template <typename Vec>
+inline Vec swap_pairs(Vec vec) noexcept {
+  using Words = Words64<static_cast<int>(sizeof(Vec))>;
+  return Vec(Words(vec) >> 32 | Words(vec) << 32);
+}
 #else
 template <int kCount>
 struct Floats {
@@ -117,6 +125,14 @@ template <typename Vec>
 inline Vec broadcast_pair(const float* pair) noexcept {
   Vec vec;
   for (std::size_t i = 0; i < sizeof(Vec) / sizeof(float); ++i) vec.lanes[i] = pair[i % 2];
+  return vec;
+}
+
+template <typename Vec>
+inline Vec swap_pairs(Vec vec) noexcept {
+  for (std::size_t i = 0; i < sizeof(Vec) / sizeof(float); i += 2) {
+    std::swap(vec.lanes[i], vec.lanes[i + 1]);
+  }
   return vec;
 }
 
