@@ -56,7 +56,9 @@ class AttendUnits {
   std::size_t bytes(std::int64_t count) const noexcept;
   /// Floats of a thread's working memory (kernels::AttendExact).
   std::size_t widened_floats() const noexcept {
-    return kernels::exact_floats(context_.options.head_dim, context_.options.value_head_dim);
+    const CacheOptions& options = context_.options;
+    return kernels::exact_floats(options.head_dim, options.value_head_dim, options.dtype,
+                                 context_.kernels->level);
   }
 
  private:

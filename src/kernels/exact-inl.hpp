@@ -9,19 +9,25 @@
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
 
-// A block's keys or values, which are widened where they are used.
+#if TQAI_VECTOR_LANES == 4 && !defined(TQAI_NEON)
+constexpr bool kWidensFirst = widens_first(Level::scalar);
+#else
+constexpr bool kWidensFirst = false;
+#endif
+
+// A block's keys or values, which are widened where they are used, or before (widens_first).
 struct ExactRows {
   const void* numbers;  // [tokens, a multiple of 16]
   DType dtype;
 };
 
-// Those of tokens from `start` on. Rows of other lengths become fp32 ones in `widened`, zero beyond
+// Those of tokens from `start` on. What is not read in place becomes fp32 in `widened`, zero beyond
 // dim.
 inline ExactRows read_rows(const void* numbers, DType dtype, std::int64_t start, int dim,
                            int padded, int tokens, float* widened) noexcept {
   const std::ptrdiff_t bytes = dim * static_cast<std::ptrdiff_t>(size_of(dtype));
   const char* rows = static_cast<const char*>(numbers) + start * bytes;
-  if (dim == padded) return {rows, dtype};
+  if (dim == padded && (dtype == DType::f32 || !kWidensFirst)) return {rows, dtype};
   for (int t = 0; t < tokens; ++t) {
     float* row = widened + static_cast<std::ptrdiff_t>(t) * padded;
     widen(rows + t * bytes, dtype, dim, row);
@@ -56,7 +62,8 @@ inline void sum_products(const float* queries, const Number<kType>* keys, int pa
                          TokenSums& sums) noexcept {
   const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(first) * padded;
   // Of one row, a pass over the keys for all lanes; of more, registers hold one part's sums.
-  constexpr int kTogether = kRows == 1 && kLaneParts == 2 ? 2 : 1;
+  constexpr bool kAll = kRows == 1 && (kLaneParts == 2 || kTokens == 1);
+  constexpr int kTogether = kAll ? kLaneParts : 1;
   for (int part = 0; part < kLaneParts; part += kTogether) {
     FloatVec acc[kRows][kTokens][kTogether] = {};
     for (int c = part * kVectorLanes; c < padded; c += kLanes) {
@@ -92,8 +99,10 @@ template <typename Lanes, DType kType, int kRows>
 inline void score_exact(const float* queries, const Number<kType>* keys, int padded, int tokens,
                         TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
   constexpr int kTokens = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
+  // Where a pass reads a quarter of each line, long keys of one row take one pass each.
+  const bool one_by_one = kRows == 1 && kLaneParts == 4 && padded > 64;
   int t = 0;
-  for (; t + kTokens <= tokens; t += kTokens) {
+  for (; !one_by_one && t + kTokens <= tokens; t += kTokens) {
     sum_products<kType, kRows, kTokens>(queries, keys, padded, t, sums);
   }
   for (; t < tokens; ++t) sum_products<kType, kRows, 1>(queries, keys, padded, t, sums);

@@ -425,7 +425,8 @@ Attended run_numbers(const Kernels& kernels, DType dtype, const std::vector<std:
   const auto count = static_cast<std::int64_t>(numbers.size()) / dim;
   std::vector<float> floats(numbers.size());
   convert_to_float(numbers.data(), dtype, numbers.size(), floats.data());
-  std::vector<Line> working(kernels::exact_floats(dim, dim) * sizeof(float) / sizeof(Line));
+  const std::size_t working_floats = kernels::exact_floats(dim, dim, dtype, kernels.level);
+  std::vector<Line> working(working_floats * sizeof(float) / sizeof(Line));
   std::vector<float> queries(static_cast<std::size_t>(rows * padded), 0.0F);
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < dim; ++c) {
