@@ -272,14 +272,14 @@ TEST_F(CacheErrors, RefusesOutputsThatOverlap) {
     const Tensor output{memory.data() + to, DType::f32, {1, 1, 2, 64}, {0, 0, apart, 1}};
     cache.attend(queries, output);
   };
-  for (const auto& [from, to, apart] : {std::array<std::int64_t, 3>{0, 0, 64},
-                                        {0, 0, 128},
-                                        {0, 127, 64},
-                                        {127, 0, 64},
-                                        {64, 0, 64}}) {
-    EXPECT_TRUE(
-        contains(message_of([&] { attend(from, to, apart); }), "output overlaps the queries"))
-        << from << ", " << to << ", " << apart;
+  for (const auto& places : {std::array<std::int64_t, 3>{0, 0, 64},
+                             {0, 0, 128},
+                             {0, 127, 64},
+                             {127, 0, 64},
+                             {64, 0, 64}}) {
+    EXPECT_TRUE(contains(message_of([&] { attend(places[0], places[1], places[2]); }),
+                         "output overlaps the queries"))
+        << places[0] << ", " << places[1] << ", " << places[2];
   }
   EXPECT_EQ(memory, unchanged);
   EXPECT_NO_THROW(attend(0, 128, 64));

@@ -162,7 +162,9 @@ TEST_P(Levels, KeysAreTurnedBackToTheMiddle) {
     for (int f = 0; f < pairs; ++f) {
       const float* cosines = tables->half() + std::ptrdiff_t{kTileTokens} * f;
       const float* sines = cosines + 32;
-      const auto at = [&](int t, int c) { return rows[static_cast<std::size_t>(t * dim + c)]; };
+      const auto at = [&rows, width = dim](int t, int c) {
+        return rows[static_cast<std::size_t>(t * width + c)];
+      };
       const int a = tables->first_of(f);
       const int b = tables->second_of(f);
       float sums[4] = {};
