@@ -2,6 +2,7 @@
 #pragma once
 
 #include "header_only_sources.hpp"
+#include "hide_macros.hpp"
 
 #if defined(__clang__)
 #pragma clang diagnostic push
@@ -16,3 +17,5 @@
 #if defined(__clang__)
 #pragma clang diagnostic pop
 #endif
+
+#include "restore_macros.hpp"

@@ -2,6 +2,8 @@
 // has, with the same results as the library.
 #pragma once
 
+#include "hide_macros.hpp"
+
 // What the sources include is read before the regions below begin.
 #include <algorithm>
 #include <array>
@@ -150,3 +152,5 @@ inline namespace local {}
 #elif defined(_MSC_VER)
 #pragma float_control(pop)
 #endif
+
+#include "restore_macros.hpp"
