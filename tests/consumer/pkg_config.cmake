@@ -1,4 +1,4 @@
-# cmake -DPREFIX=… -DPKG_CONFIG=… -DCXX=… -DFLAGS=… -DWORK=… -DSOURCE=… -P pkg_config.cmake: builds
+# cmake -DPREFIX=… -DPKG_CONFIG=… -DCXX=… -DWORK=… -DSOURCE=… -P pkg_config.cmake: builds
 # SOURCE with what pkg-config says of the tqai installed at PREFIX, moved to another folder first,
 # and runs it.
 file(REMOVE_RECURSE ${WORK})
@@ -16,7 +16,7 @@ foreach(static IN ITEMS "" --static)
     message(FATAL_ERROR "tqai.pc names ${PREFIX}, where it no longer is")
   endif()
   separate_arguments(flags UNIX_COMMAND "${flags}")
-  execute_process(COMMAND ${CXX} -std=c++20 ${FLAGS} ${SOURCE} -o ${WORK}/program ${flags}
+  execute_process(COMMAND ${CXX} -std=c++20 ${SOURCE} -o ${WORK}/program ${flags}
                   COMMAND_ERROR_IS_FATAL ANY)
   execute_process(COMMAND ${WORK}/program COMMAND_ERROR_IS_FATAL ANY)
 endforeach()
