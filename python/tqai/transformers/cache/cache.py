@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType
 from weakref import ref as weak_ref
@@ -14,7 +13,7 @@ from weakref import ref as weak_ref
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tqai import _core, reports
+from tqai import _core
 from tqai.settings import Options, Settings, signature_with_options
 from tqai.transformers.attention import compiled
 from tqai.transformers.attention import functions as attention
@@ -23,6 +22,7 @@ from tqai.transformers.basis.bases import NONE, Bases, bases_of
 from tqai.transformers.cache.beside import layer_for
 from tqai.transformers.cache.layer import TqaiLayer, update_each
 from tqai.transformers.cache.passes import Before, Passes, copy_of
+from tqai.transformers.cache.report import report_of
 from tqai.transformers.model.constants import difference
 from tqai.transformers.model.geometry import (
     Geometry,
@@ -38,7 +38,6 @@ from tqai.transformers.model.other_layers import (
     has_states,
     holds_nothing,
     is_recurrent,
-    tensors_of,
 )
 from tqai.transformers.model.positions import Turned
 from tqai.transformers.weights.identity import State
@@ -537,39 +536,8 @@ class TqaiCache(Passes, DynamicCache):
         ``settings`` has the arguments of ``patch``. Tiles that caches share count in each of them.
         """
         self.undo_unfinished()
-        layers = [_memory(layer) for layer in self.layers]
-        report = reports.over_layers(layers)
         kept = sum(before.nbytes for before in list(self._before.values()))
-        report["exact_bytes"] += kept
-        report["total_bytes"] += kept
-        report["centering"] = dict(sum((_centerings(layer) for layer in self.layers), Counter()))
-        report["rotary"] = dict(
-            Counter(
-                layer.rope.layout if layer.rope else "unrecognised"
-                for layer in self.layers
-                if isinstance(layer, TqaiLayer)
-            )
-        )
-        report["codecs"] = dict(
-            Counter(self._codec(layer) for layer in self.layers if isinstance(layer, TqaiLayer))
-        )
-        report["value_codes"] = dict(
-            Counter(
-                layer.settings.value_codes for layer in self.layers if isinstance(layer, TqaiLayer)
-            )
-        )
-        report["key_codes"] = dict(
-            Counter(_key_codes(layer) for layer in self.layers if isinstance(layer, TqaiLayer))
-        )
-        report["settings"] = asdict(self.settings)
-        return report
-
-    def _codec(self, layer: TqaiLayer) -> str:
-        """What a layer's keys are quantised in, and why where it is not what the settings say."""
-        if layer.basis is not None:
-            return "adaptive"
-        why = self.rotated.get(layer.index)
-        return "scalar" if why is None else f"scalar: {why}"
+        return report_of(self.layers, self.settings, self.rotated, kept)
 
     def __repr__(self) -> str:
         report = self.memory_report()
@@ -603,32 +571,6 @@ def described(
             f"{type(model).__name__} {what} an encoder-decoder model: make a tqai.{other}(model)"
         )
     return geometry_of(model, afresh=True), settings
-
-
-def _memory(layer: Any) -> dict[str, int]:
-    """One layer's numbers; those of transformers' own layers count as exact."""
-    numbers = dict.fromkeys(reports.COUNTS, 0)
-    if not isinstance(layer, TqaiLayer):
-        keys = getattr(layer, "keys", None)
-        if keys is not None and keys.ndim == 4:
-            numbers["tokens"] = keys.shape[0] * keys.shape[-2]
-    elif layer.core is not None:
-        numbers = reports.numbers_of(layer.core)
-    if isinstance(layer, TqaiLayer) and layer.basis is not None:
-        numbers["basis_bytes"] = layer.basis.nbytes  # known before there are tokens
-    size = sum(tensor.nbytes for tensor in tensors_of(layer))
-    for name in ("exact_bytes", "total_bytes", "uncompressed_bytes"):
-        numbers[name] += size
-    return numbers
-
-
-def _centerings(layer: Any) -> Counter[str]:
-    core = layer.core if isinstance(layer, TqaiLayer) else None
-    return Counter() if core is None else reports.centerings_of(core)
-
-
-def _key_codes(layer: TqaiLayer) -> str:
-    return "scalar" if layer.core is None else layer.core.key_codes
 
 
 vars(TqaiCache.__init__)["__signature__"] = signature_with_options(TqaiCache.__init__)
