@@ -138,6 +138,80 @@ TQAI_INLINE void ql_step(std::vector<double>& d, std::vector<double>& e, std::si
   e[last] = 0.0;
 }
 
+// How much larger than the mean of all a moment may be.
+constexpr double kMostMoment = 4.0 / 3.0;
+
+// A pair of what is not yet decomposed, s[above] ≥ mean ≥ s[below], and what turns it: of P and R's
+// columns by `cosine` and ±`sine`, of Q and R's rows by `row_cosine` and ±`row_sine`.
+struct MeanPair {
+  MeanPair(double above, double below, double mean) noexcept {
+    const double a = above * above;
+    const double b = below * below;
+    if (a - b <= 1e-12 * mean * mean) return;
+    cosine = std::sqrt(std::clamp((mean * mean - b) / (a - b), 0.0, 1.0));
+    sine = std::sqrt(std::clamp((a - mean * mean) / (a - b), 0.0, 1.0));
+    row_cosine = cosine * above / mean;
+    row_sine = sine * below / mean;
+  }
+
+  double cosine = 1.0;
+  double sine = 0.0;
+  double row_cosine = 1.0;
+  double row_sine = 0.0;
+};
+
+// What is taken for step k.
+struct PairChoice {
+  std::size_t above;
+  std::size_t below;
+  double sign;
+};
+
+// Of all pairs the one with the largest quotient among those whose column of Q gets a moment of not
+// much more than their mean; where there is none, the one with the least moment.
+TQAI_INLINE PairChoice choose_pair(const std::vector<double>& s, std::size_t k, double mean,
+                                   const SquareMatrix& moments, double mean_moment) {
+  const std::size_t dim = s.size();
+  PairChoice best{k, k + 1, 1.0};
+  bool found_even = false;
+  double best_quotient = 0.0;
+  double least = std::numeric_limits<double>::infinity();
+  for (std::size_t i = k; i < dim; ++i) {
+    if (s[i] < mean) continue;
+    for (std::size_t j = k; j < dim; ++j) {
+      if (j == i || s[j] > mean || (found_even && s[i] <= best_quotient * s[j])) continue;
+      const MeanPair pair(s[i], s[j], mean);
+      const double own = pair.row_cosine * pair.row_cosine * moments.row(i)[i] +
+                         pair.row_sine * pair.row_sine * moments.row(j)[j];
+      const double cross = 2.0 * pair.row_cosine * pair.row_sine * moments.row(i)[j];
+      const double moment = own - std::abs(cross);
+      if (moment <= kMostMoment * mean_moment) {
+        found_even = true;
+        best_quotient = s[i] / s[j];
+      } else if (found_even || moment >= least) {
+        continue;
+      }
+      least = moment;
+      best = {i, j, cross > 0.0 ? -1.0 : 1.0};
+    }
+  }
+  return best;
+}
+
+// Rows and columns i and j of a symmetric matrix.
+TQAI_INLINE void swap_both(SquareMatrix& symmetric, std::size_t i, std::size_t j) {
+  const std::size_t dim = symmetric.dim();
+  std::swap_ranges(symmetric.row(i), symmetric.row(i) + dim, symmetric.row(j));
+  for (std::size_t r = 0; r < dim; ++r) std::swap(symmetric.row(r)[i], symmetric.row(r)[j]);
+}
+TQAI_INLINE void turn_both(SquareMatrix& symmetric, std::size_t i, double c, double s) {
+  turn_rows(symmetric.row(i), symmetric.row(i + 1), c, s, symmetric.dim());
+  for (std::size_t r = 0; r < symmetric.dim(); ++r) {
+    double* pair = symmetric.row(r) + i;
+    turn_rows(pair, pair + 1, c, s, 1);
+  }
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE SquareMatrix SquareMatrix::identity(std::size_t dim) {
@@ -187,36 +261,35 @@ TQAI_INLINE Spectrum eigenvectors(const SquareMatrix& symmetric) {
   return result;
 }
 
-TQAI_INLINE SquareMatrix geometric_mean_decomposition(std::vector<double> s, SquareMatrix& rows) {
+TQAI_INLINE SquareMatrix geometric_mean_decomposition(std::vector<double> s, SquareMatrix& rows,
+                                                      SquareMatrix moments) {
   const std::size_t dim = s.size();
   double logarithms = 0.0;
   for (const double value : s) logarithms += std::log(value);
   const double mean = std::exp(logarithms / static_cast<double>(dim));
+  const double mean_moment = moments.trace() / static_cast<double>(dim);
   SquareMatrix lower(dim);  // Rᵀ: its row k is R's column k
+  const auto exchange = [&](std::size_t i, std::size_t j, std::size_t k) {
+    if (i == j) return;
+    std::swap(s[i], s[j]);
+    std::swap_ranges(lower.row(i), lower.row(i) + k, lower.row(j));
+    std::swap_ranges(rows.row(i), rows.row(i) + dim, rows.row(j));
+    swap_both(moments, i, j);
+  };
   for (std::size_t k = 0; k + 1 < dim; ++k) {
-    // A pair with the mean between them, where rounding leaves one.
-    const bool above = s[k] >= mean;
-    std::size_t other = k + 1;
-    while (other < dim && (above ? s[other] > mean : s[other] < mean)) ++other;
-    if (other < dim && other != k + 1) {
-      std::swap(s[k + 1], s[other]);
-      std::swap_ranges(lower.row(k + 1), lower.row(k + 1) + k, lower.row(other));
-      std::swap_ranges(rows.row(k + 1), rows.row(k + 1) + dim, rows.row(other));
-    }
+    const PairChoice choice = choose_pair(s, k, mean, moments, mean_moment);
+    exchange(k, choice.above, k);
+    exchange(k + 1, choice.below == k ? choice.above : choice.below, k);
     // Columns k and k + 1 of R and P are turned so that column k gets the mean's length; then rows
-    // k and k + 1 of R so that it stands on the diagonal.
-    const double a = s[k] * s[k];
-    const double b = s[k + 1] * s[k + 1];
-    double cosine = 1.0;
-    double sine = 0.0;
-    if (std::abs(a - b) > 1e-12 * mean * mean) {
-      cosine = std::sqrt(std::clamp((mean * mean - b) / (a - b), 0.0, 1.0));
-      sine = std::sqrt(std::clamp((a - mean * mean) / (a - b), 0.0, 1.0));
-    }
+    // k and k + 1 of R, and columns of Q, so that it stands on the diagonal.
+    const MeanPair pair(s[k], s[k + 1], mean);
+    const double cosine = pair.cosine;
+    const double sine = choice.sign * pair.sine;
     turn_rows(rows.row(k), rows.row(k + 1), cosine, sine, dim);
     turn_rows(lower.row(k), lower.row(k + 1), cosine, sine, k);
+    turn_both(moments, k, pair.row_cosine, choice.sign * pair.row_sine);
     lower.row(k)[k] = mean;
-    lower.row(k + 1)[k] = -cosine * sine * (a - b) / mean;
+    lower.row(k + 1)[k] = -cosine * sine * (s[k] * s[k] - s[k + 1] * s[k + 1]) / mean;
     s[k + 1] = s[k] * s[k + 1] / mean;
   }
   for (std::size_t i = 0; i < dim; ++i) {

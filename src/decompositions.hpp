@@ -41,9 +41,13 @@ Spectrum eigenvectors(const SquareMatrix& symmetric);
 
 /// The geometric mean decomposition diag(s) = Q R Pᵀ of numbers s > 0: Q and P orthogonal, R upper
 /// triangular with the geometric mean of s all along its diagonal (Jiang, Hager, Li: The geometric
-/// mean decomposition, Linear Algebra and its Applications 396, 2005). `rows` become Pᵀ · rows.
-/// Returns Rᵀ over that mean: unit lower triangular. Throws std::bad_alloc.
-SquareMatrix geometric_mean_decomposition(std::vector<double> s, SquareMatrix& rows);
+/// mean decomposition, Linear Algebra and its Applications 396, 2005). There are many: of the pairs
+/// that each step may turn, this takes the most unequal one after which Q's column has about the
+/// mean moment at most. moments: symmetric and positive semidefinite; then Qᵀ · moments · Q has no
+/// large entries on its diagonal. `rows` become Pᵀ · rows. Returns Rᵀ over the mean of s: unit
+/// lower triangular. O(dim³). Throws std::bad_alloc.
+SquareMatrix geometric_mean_decomposition(std::vector<double> s, SquareMatrix& rows,
+                                          SquareMatrix moments);
 
 /// The inverse, by elimination with pivots; `matrix` must have one. Throws std::bad_alloc.
 SquareMatrix inverse(SquareMatrix matrix);

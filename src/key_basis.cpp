@@ -129,6 +129,14 @@ TQAI_INLINE SquareMatrix normalised(const std::vector<double>& moments, std::siz
   return matrix;
 }
 
+TQAI_INLINE SquareMatrix transposed(const SquareMatrix& matrix) {
+  SquareMatrix turned(matrix.dim());
+  for (std::size_t i = 0; i < matrix.dim(); ++i) {
+    for (std::size_t j = 0; j < matrix.dim(); ++j) turned.row(j)[i] = matrix.row(i)[j];
+  }
+  return turned;
+}
+
 TQAI_INLINE double mean_diagonal(const std::vector<double>& moments, std::size_t dim) {
   double sum = 0.0;
   for (std::size_t i = 0; i < dim; ++i) sum += moments[i * dim + i];
@@ -510,7 +518,13 @@ TQAI_INLINE void KeyBasis::learn_head(int head, const std::vector<double>& keys,
   }
   const double mean = std::exp(logarithms / static_cast<double>(dim));
   SquareMatrix analysis = product(seen.vectors, metric);
-  SquareMatrix feedback = geometric_mean_decomposition(lengths, analysis);
+  // Moments of queries before Qᵀ, of which Fᵀ q = Qᵀ √(Λ + θ) Uᵀ S⁻¹ q / mean.
+  static_assert(kMetricExponent == 0.25);  // so that S⁻¹ M S⁻¹ = S²
+  SquareMatrix read = product(analysis, transposed(analysis));
+  for (std::size_t i = 0; i < dim; ++i) {
+    for (std::size_t j = 0; j < dim; ++j) read.row(i)[j] *= lengths[i] * lengths[j];
+  }
+  SquareMatrix feedback = geometric_mean_decomposition(lengths, analysis, std::move(read));
 
   // Innovations of keys like these have the length `mean` · √dim.
   double factor = kUsualNorm / (mean * std::sqrt(static_cast<double>(dim)) *

@@ -38,12 +38,13 @@ constexpr int kPathStates = 4;
 struct PathScratch {
   alignas(64) PathRow costs[2][kMostStates];
   alignas(64) PathRow distances[kPathLevels];  // of a step, by level
+  alignas(64) PathRow scaled[kPathLevels];     // levels that windows have, in all lanes
   alignas(64) PathRow least;                   // of the costs of the step before, from kLeastCost
-  std::int16_t levels[kPathLevels];            // those that windows have
+  std::uint8_t places[kPathLevels];            // of these levels in `distances`
   std::uint8_t level_count;
-  std::uint8_t level_of[1 << kWindowBits];  // of a window: its place in `distances`
-  std::uint8_t starts[kPathLanes];          // of rings
-  std::uint8_t states[kPathLanes];          // of the paths while they are gone back
+  std::uint16_t distance_of[1 << kWindowBits];  // of a window: where that of its level is, in lanes
+  std::uint8_t starts[kPathLanes];              // of rings
+  std::uint8_t states[kPathLanes];              // of the paths while they are gone back
 };
 
 // Steps before and after the seam, which decide the state there: 8 windows side by side.
@@ -130,13 +131,15 @@ inline void list_levels(const Trellis& trellis, PathScratch& scratch) noexcept {
   bool used[kPathLevels] = {};
   for (unsigned window = 0; window < 1U << kWindowBits; ++window) {
     const int place = trellis.level(window) + kMaxNarrowLevel;
-    scratch.level_of[window] = static_cast<std::uint8_t>(place);
+    scratch.distance_of[window] = static_cast<std::uint16_t>(place * kPathLanes);
     used[place] = true;
   }
   scratch.level_count = 0;
   for (int place = 0; place < kPathLevels; ++place) {
     if (!used[place]) continue;
-    scratch.levels[scratch.level_count++] = static_cast<std::int16_t>(place - kMaxNarrowLevel);
+    const auto scaled = static_cast<std::int16_t>((place - kMaxNarrowLevel) * kTargetScale);
+    std::fill_n(scratch.scaled[scratch.level_count], kPathLanes, scaled);
+    scratch.places[scratch.level_count++] = static_cast<std::uint8_t>(place);
   }
 }
 
@@ -144,11 +147,10 @@ inline void measure_distances(const std::int16_t* targets, PathScratch& scratch)
   PathRow near;  // what is written cannot be this
   std::memcpy(near, targets, sizeof near);
   for (int l = 0; l < scratch.level_count; ++l) {
-    const int level = scratch.levels[l];
-    const auto scaled = static_cast<std::int16_t>(level * kTargetScale);
-    std::int16_t* __restrict to = scratch.distances[level + kMaxNarrowLevel];
+    const std::int16_t* __restrict scaled = scratch.scaled[l];
+    std::int16_t* __restrict to = scratch.distances[scratch.places[l]];
     for (int i = 0; i < kPathLanes; ++i) {
-      const auto difference = static_cast<std::int16_t>(near[i] - scaled);
+      const auto difference = static_cast<std::int16_t>(near[i] - scaled[i]);
       // As an instruction of most processors has it.
       to[i] = static_cast<std::int16_t>(((difference * difference >> 14) + 1) >> 1);
     }
@@ -156,31 +158,35 @@ inline void measure_distances(const std::int16_t* targets, PathScratch& scratch)
 }
 
 // What reaches the states q, q + states / 4 …, `lane` and on: of the 2^kBits windows that end in a
-// state, which begin in states side by side.
-template <int kBits>
+// state, which begin in states side by side. kDecide: whether which ones is kept.
+template <int kBits, bool kDecide>
 inline void choose_windows(const PathScratch& scratch, const PathRow* before, int q, int lane,
                            PathRow* after, PathRow* decisions, ShortVec& least) noexcept {
   constexpr int kStates = 1 << (kWindowBits - kBits);
   constexpr int kInto = 1 << kBits;
   constexpr int kStride = kStates / kPathStates;
   const PathRow* from[kPathStates];
-  const std::uint8_t* levels[kPathStates];
+  const std::uint16_t* distances[kPathStates];
   ShortVec best[kPathStates];
   ShortVec chosen[kPathStates];
   for (int j = 0; j < kPathStates; ++j) {
     const int window = (q + j * kStride) * kInto;
     from[j] = before + (window & (kStates - 1));
-    levels[j] = scratch.level_of + window;
+    distances[j] = scratch.distance_of + window;
     best[j] = add_shorts(load_shorts(from[j][0] + lane),
-                         load_shorts(scratch.distances[levels[j][0]] + lane));
+                         load_shorts(scratch.distances[0] + distances[j][0] + lane));
     chosen[j] = broadcast_short(0);
   }
   for (int h = 1; h < kInto; ++h) {
     const ShortVec number = broadcast_short(static_cast<std::int16_t>(h));
     for (int j = 0; j < kPathStates; ++j) {
-      keep_lesser(add_shorts(load_shorts(from[j][h] + lane),
-                             load_shorts(scratch.distances[levels[j][h]] + lane)),
-                  number, best[j], chosen[j]);
+      const ShortVec cost = add_shorts(load_shorts(from[j][h] + lane),
+                                       load_shorts(scratch.distances[0] + distances[j][h] + lane));
+      if constexpr (kDecide) {
+        keep_lesser(cost, number, best[j], chosen[j]);
+      } else {
+        best[j] = least_shorts(cost, best[j]);
+      }
     }
   }
   const ShortVec base = load_shorts(scratch.least + lane);
@@ -189,8 +195,10 @@ inline void choose_windows(const PathScratch& scratch, const PathRow* before, in
     least = least_shorts(least, cost);
     store_shorts(after[q + j * kStride] + lane, cost);
   }
-  store_shorts(decisions[q] + lane, join_shorts<8>(join_shorts<4>(chosen[0], chosen[1]),
-                                                   join_shorts<4>(chosen[2], chosen[3])));
+  if constexpr (kDecide) {
+    store_shorts(decisions[q] + lane, join_shorts<8>(join_shorts<4>(chosen[0], chosen[1]),
+                                                     join_shorts<4>(chosen[2], chosen[3])));
+  }
 }
 
 // Levels of one ring of codes, `stride` apart; of at least 8 bits.
@@ -223,24 +231,28 @@ struct Paths {
     return reinterpret_cast<PathRow*>(&scratch + 1) + static_cast<std::ptrdiff_t>(step) * kRows;
   }
 
-  // Decisions of `count` steps, from step `first` of a ring, after costs[0]. Returns what it costs
-  // to end in each state.
-  const PathRow* search(int first, int count) const noexcept {
+  // Steps until `count`, from step `first` of a ring, after costs[0]; decisions of those from
+  // `decided` on. Returns what it costs to end in each state.
+  const PathRow* search(int first, int decided, int count) const noexcept {
     std::memset(scratch.least, 0, sizeof scratch.least);
-    for (int step = 0; step < count; ++step) {
-      measure_distances(targets + (first + step) % steps * stride, scratch);
-      const PathRow* before = scratch.costs[step % 2];
-      PathRow* after = scratch.costs[1 - step % 2];
-      PathRow* to = decisions(step);
-      for (int lane = 0; lane < kPathLanes; lane += kShortLanes) {
-        ShortVec least = broadcast_short(kMostCost);
-        for (int q = 0; q < kRows; ++q) {
-          choose_windows<kBits>(scratch, before, q, lane, after, to, least);
-        }
-        store_shorts(scratch.least + lane, subtract_shorts(least, broadcast_short(kLeastCost)));
-      }
-    }
+    for (int step = 0; step < decided; ++step) go_on<false>(first, step);
+    for (int step = decided; step < count; ++step) go_on<true>(first, step);
     return scratch.costs[count % 2];
+  }
+
+  template <bool kDecide>
+  void go_on(int first, int step) const noexcept {
+    measure_distances(targets + (first + step) % steps * stride, scratch);
+    const PathRow* before = scratch.costs[step % 2];
+    PathRow* after = scratch.costs[1 - step % 2];
+    PathRow* to = decisions(step);
+    for (int lane = 0; lane < kPathLanes; lane += kShortLanes) {
+      ShortVec least = broadcast_short(kMostCost);
+      for (int q = 0; q < kRows; ++q) {
+        choose_windows<kBits, kDecide>(scratch, before, q, lane, after, to, least);
+      }
+      store_shorts(scratch.least + lane, subtract_shorts(least, broadcast_short(kLeastCost)));
+    }
   }
 
   // Goes from scratch.states, after a step, to those before it: all paths side by side, as each has
@@ -261,7 +273,7 @@ struct Paths {
   void find_starts() const noexcept {
     constexpr int kSeam = seam_steps(kBits);
     std::fill_n(scratch.costs[0][0], kStates * kPathLanes, kLeastCost);
-    const PathRow* costs = search((steps - kSeam % steps) % steps, 2 * kSeam);
+    const PathRow* costs = search((steps - kSeam % steps) % steps, kSeam, 2 * kSeam);
     PathRow least;
     PathRow best = {};
     std::memcpy(least, costs[0], sizeof least);
@@ -286,7 +298,7 @@ struct Paths {
         scratch.costs[0][state][i] = state == scratch.starts[i] ? kLeastCost : kMostCost;
       }
     }
-    search(0, steps);
+    search(0, 0, steps);
     std::memcpy(scratch.states, scratch.starts, sizeof scratch.states);
     for (int step = steps - 1; step >= 0; --step) {
       std::uint8_t windows[kPathLanes];

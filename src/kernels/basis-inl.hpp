@@ -11,6 +11,7 @@
 
 #include "encode-inl.hpp"
 #include "key-paths-inl.hpp"
+#include "key-state-lanes-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
@@ -209,6 +210,22 @@ void closed_loop_of(const SegmentPlan& segment, const float* lower, int dim, Bas
             [&]<int kBits>() { closed_loop<kBits, Lanes>(segment, lower, dim, scratch, tried); });
 }
 
+// Calls `function` with the search of a segment's codes.
+template <typename Function>
+inline void with_key_paths(const SegmentPlan& segment, const float* lower, int dim,
+                           KeyPathScratch& scratch, const Function& function) noexcept {
+  const KeyTrellis& trellis = *segment.key_trellis;
+  switch (trellis.bits) {
+#ifdef TQAI_KEY_STATE_LANES
+    case 2: return function(KeyStateLanes{{trellis, lower, dim, segment.step, scratch}});
+#else
+    case 2: return function(KeyPaths<2>{trellis, lower, dim, segment.step, scratch});
+#endif
+    case 3: return function(KeyPaths<3>{trellis, lower, dim, segment.step, scratch});
+    default: return function(KeyPaths<4>{trellis, lower, dim, segment.step, scratch});
+  }
+}
+
 // The same of trellis codes, for the first norms; codes: bytes of levels.
 template <typename Search>
 inline void path_loops(const Search& search, BasisScratch& scratch, Tried& tried) noexcept {
@@ -337,11 +354,13 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
   widen_matrix(transform.analysis, static_cast<std::ptrdiff_t>(dim) * dim, transform.analysis_scale,
                analysis);
   widen_feedback(transform.feedback, dim, lower);
-  for (int c = dim; c < side.padded; ++c) {
+  int places[kMaxDim];  // of coordinates' codes in quads, of token 0
+  for (int c = 0; c < side.padded; ++c) {
     const int at = stored_coordinate(side, c);
-    for (int t = 0; t < kTileTokens; ++t) {
-      scratch.coding.codes[at / 4 * (4 * kTileTokens) + 4 * t + at % 4] = 0;
-    }
+    places[c] = at / 4 * (4 * kTileTokens) + at % 4;
+  }
+  for (int c = dim; c < side.padded; ++c) {
+    for (int t = 0; t < kTileTokens; ++t) scratch.coding.codes[places[c] + 4 * t] = 0;
   }
   KeyPathScratch* paths = nullptr;
   if (segment.key_trellis != nullptr) {  // behind the matrices
@@ -390,12 +409,11 @@ void encode_in_basis(const SidePlan& side, const KeyTransform& transform, const 
         search.to_codes(best, scratch.codes[0], kTriedLanes);
       });
     }
+    for (int c = 0; c < dim; ++c) {
+      std::uint8_t* to = scratch.coding.codes + places[c] + 4 * start;
+      for (int i = 0; i < kLanes; ++i) to[4 * i] = scratch.codes[c][best[i]];
+    }
     for (int i = 0; i < kLanes; ++i) {
-      for (int c = 0; c < dim; ++c) {
-        const int at = stored_coordinate(side, c);
-        scratch.coding.codes[at / 4 * (4 * kTileTokens) + 4 * (start + i) + at % 4] =
-            scratch.codes[c][best[i]];
-      }
       halves[start + i] = to_half(norms[i] < kMaxHalf ? norms[i] : kMaxHalf);
     }
   }

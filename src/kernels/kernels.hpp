@@ -37,7 +37,7 @@ constexpr std::size_t basis_coding_bytes(int dim) noexcept {
 }
 
 /// What the search for a trellis's paths (trellis-inl.hpp) needs besides its decisions.
-inline constexpr std::size_t kPathScratchBytes = 25152;
+inline constexpr std::size_t kPathScratchBytes = 33408;
 /// Bytes of working memory that coding values in trellis codes needs.
 constexpr std::size_t trellis_coding_bytes(int dim, int bits) noexcept {
   constexpr std::size_t kTargets = std::size_t{2} * kMaxDim * kLineBytes;

@@ -415,18 +415,6 @@ struct KeyPaths {
   }
 };
 
-// Calls `function` with the search of a segment's codes.
-template <typename Function>
-inline void with_key_paths(const SegmentPlan& segment, const float* lower, int dim,
-                           KeyPathScratch& scratch, const Function& function) noexcept {
-  const KeyTrellis& trellis = *segment.key_trellis;
-  switch (trellis.bits) {
-    case 2: return function(KeyPaths<2>{trellis, lower, dim, segment.step, scratch});
-    case 3: return function(KeyPaths<3>{trellis, lower, dim, segment.step, scratch});
-    default: return function(KeyPaths<4>{trellis, lower, dim, segment.step, scratch});
-  }
-}
-
 }  // namespace TQAI_LOCAL
 }  // namespace tqai::kernels::TQAI_LEVEL_NAMESPACE
 

@@ -363,23 +363,29 @@ TEST_P(BasisCaches, ScoreStructuredKeysBetterThanRotatedOnes) {
 // What a basis is learnt from stands at the beginning of a text, what is read may stand far in it.
 TEST(BasisCache, ScoresKeysFromFarPositionsAsWellAsARotatedOne) {
   constexpr int kDim = 64;
+  constexpr int kHeads = 4;  // one alone may fare otherwise by chance
   const Rope rope = test::rope_of(kDim);
-  const Structured all(1, 300, kDim, 40);
-  KeyMoments moments(1, kDim, rope);
-  moments.add_keys(0, all.keys.data, std::vector<std::int64_t>(300));
-  moments.add_queries(0, all.queries.data, std::vector<std::int64_t>(80));
+  const Structured all(kHeads, 300, kDim, 40);
+  KeyMoments moments(kHeads, kDim, rope);
+  for (int head = 0; head < kHeads; ++head) {
+    moments.add_keys(head, {all.keys.at(0, head, 0), 300 * kDim}, std::vector<std::int64_t>(300));
+    moments.add_queries(head, {all.queries.at(0, 2 * head, 0), 80 * kDim},
+                        std::vector<std::int64_t>(80));
+  }
   const auto basis = std::make_shared<const KeyBasis>(KeyBasis::learn(moments, 2));
   for (const std::int64_t first : {0, 1000, 4000, 12000, 30000}) {
     Structured there = all;
-    for (std::int64_t t = 0; t < 300; ++t) {
-      test::turn(rope, static_cast<double>(first + t), there.keys.at(0, 0, t));
+    for (std::int64_t h = 0; h < kHeads; ++h) {
+      for (std::int64_t t = 0; t < 300; ++t) {
+        test::turn(rope, static_cast<double>(first + t), there.keys.at(0, h, t));
+      }
     }
-    for (std::int64_t h = 0; h < 2; ++h) {
+    for (std::int64_t h = 0; h < 2 * kHeads; ++h) {
       for (std::int64_t q = 0; q < 40; ++q) {
         test::turn(rope, static_cast<double>(first + 300), there.queries.at(0, h, q));
       }
     }
-    CacheOptions options = geometry(kDim, 2, 4, 1);
+    CacheOptions options = geometry(kDim, 2, 4, kHeads);
     options.rope = rope;
     KvCache rotated(options);
     options.key_basis = basis;

@@ -125,7 +125,8 @@ TEST(Decompositions, GeometricMeansStandOnTheDiagonal) {
       }
       mean = std::exp(mean);
       SquareMatrix rows = SquareMatrix::identity(size);  // becomes Pᵀ
-      const SquareMatrix lower = geometric_mean_decomposition(lengths, rows);
+      const SquareMatrix lower =
+          geometric_mean_decomposition(lengths, rows, SquareMatrix::identity(size));
       for (std::size_t i = 0; i < size; ++i) {
         EXPECT_EQ(lower.row(i)[i], 1.0);
         for (std::size_t j = i + 1; j < size; ++j) EXPECT_EQ(lower.row(i)[j], 0.0);
@@ -140,6 +141,34 @@ TEST(Decompositions, GeometricMeansStandOnTheDiagonal) {
                 1e-11 * *std::max_element(squares.begin(), squares.end()))
           << "d " << dim << ", spread " << spread;
     }
+  }
+}
+
+TEST(Decompositions, GeometricMeansSpreadMoments) {
+  for (const int dim : {16, 64, 128}) {
+    const auto size = static_cast<std::size_t>(dim);
+    auto engine = random_engine(5);
+    std::vector<double> lengths;
+    double mean = 0.0;
+    for (const float value : random_normal(size, engine)) {
+      lengths.push_back(std::exp(0.5 * static_cast<double>(value)));
+      mean += 0.5 * static_cast<double>(value) / dim;
+    }
+    mean = std::exp(mean);
+    // Larger where lengths are, as queries' are.
+    const SquareMatrix a = product(diagonal(lengths), gaussian(size, 6));
+    const SquareMatrix moments = product(a, transposed(a));
+    SquareMatrix rows = SquareMatrix::identity(size);  // becomes Pᵀ
+    const SquareMatrix lower = geometric_mean_decomposition(lengths, rows, moments);
+    // Qᵀ = R⁻ᵀ Pᵀ diag(s), R = mean · Lᵀ.
+    const SquareMatrix columns = product(inverse(lower), product(rows, diagonal(lengths)));
+    double largest = 0.0;
+    const SquareMatrix turned = product(columns, product(moments, transposed(columns)));
+    for (std::size_t i = 0; i < size; ++i) {
+      largest = std::max(largest, turned.row(i)[i] / (mean * mean));
+    }
+    EXPECT_NEAR(turned.trace() / (mean * mean), moments.trace(), 1e-9 * moments.trace());
+    EXPECT_LE(largest, 2.0 * moments.trace() / dim) << "d " << dim;  // 3.7 to 9.2 otherwise
   }
 }
 
