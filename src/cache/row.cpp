@@ -250,30 +250,50 @@ TQAI_INLINE std::size_t encoding_bytes(const Context& context) noexcept {
   return context.coding_bytes() + static_cast<std::size_t>(kTileTokens * dim) * sizeof(float);
 }
 
-TQAI_INLINE void encode_tile(const Context& context, const Row& row, Sealing& sealing,
+namespace TQAI_LOCAL {
+
+struct TileToEncode {
+  std::size_t from;  // the first token, of the tail
+  const BlockView& view;
+  std::uint8_t* tile;
+  float* rows;  // in working memory
+};
+
+TQAI_INLINE TileToEncode tile_to_encode(const Context& context, Sealing& sealing,
+                                        std::int64_t index, int head, std::byte* memory) noexcept {
+  BlockView& view = sealing.blocks[static_cast<std::size_t>(index)];
+  return {static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens), view,
+          reinterpret_cast<std::uint8_t*>(view.block.payload()) +
+              static_cast<std::size_t>(head) * context.codec->layout().bytes(),
+          reinterpret_cast<float*>(memory + context.coding_bytes())};
+}
+
+}  // namespace TQAI_LOCAL
+
+TQAI_INLINE void encode_keys(const Context& context, const Row& row, Sealing& sealing,
                              std::int64_t index, int head, std::byte* memory) noexcept {
   const CacheOptions& options = context.options;
-  const Codec& codec = *context.codec;
-  const auto from = static_cast<std::size_t>(sealing.new_sinks + index * kTileTokens);
-  BlockView& view = sealing.blocks[static_cast<std::size_t>(index)];
-  auto* tile = reinterpret_cast<std::uint8_t*>(view.block.payload()) +
-               static_cast<std::size_t>(head) * codec.layout().bytes();
-  auto* rows = reinterpret_cast<float*>(memory + context.coding_bytes());
-
-  context.kernels->widen(exact_keys(context, row.tail, head) + from * context.key_bytes(),
-                         options.dtype, std::int64_t{kTileTokens} * options.head_dim, rows);
-  add_centre(context, sealing.centre_sets[static_cast<std::size_t>(view.set)], head,
-             positions_of(view), -1.0F, rows);
+  const TileToEncode to = tile_to_encode(context, sealing, index, head, memory);
+  context.kernels->widen(exact_keys(context, row.tail, head) + to.from * context.key_bytes(),
+                         options.dtype, std::int64_t{kTileTokens} * options.head_dim, to.rows);
+  add_centre(context, sealing.centre_sets[static_cast<std::size_t>(to.view.set)], head,
+             positions_of(to.view), -1.0F, to.rows);
+  const kernels::SidePlan& side = context.codec->plan().keys;
   if (options.key_basis) {
-    context.kernels->encode_in_basis(codec.plan().keys, context.transform(head), rows, tile,
-                                     memory);
+    context.kernels->encode_in_basis(side, context.transform(head), to.rows, to.tile, memory);
   } else {
-    context.kernels->encode(codec.plan().keys, true, rows, tile, memory);
+    context.kernels->encode(side, true, to.rows, to.tile, memory);
   }
+}
 
-  context.kernels->widen(exact_values(context, row.tail, head) + from * context.value_bytes(),
-                         options.dtype, std::int64_t{kTileTokens} * options.value_head_dim, rows);
-  context.kernels->encode(codec.plan().values, false, rows, tile, memory);
+TQAI_INLINE void encode_values(const Context& context, const Row& row, Sealing& sealing,
+                               std::int64_t index, int head, std::byte* memory) noexcept {
+  const CacheOptions& options = context.options;
+  const TileToEncode to = tile_to_encode(context, sealing, index, head, memory);
+  context.kernels->widen(exact_values(context, row.tail, head) + to.from * context.value_bytes(),
+                         options.dtype, std::int64_t{kTileTokens} * options.value_head_dim,
+                         to.rows);
+  context.kernels->encode(context.codec->plan().values, false, to.rows, to.tile, memory);
 }
 
 TQAI_INLINE void commit(Row& row, Sealing&& sealing) noexcept {

@@ -138,14 +138,18 @@ std::int64_t encodable(const Context& context, const Row& row, std::int64_t toke
                        const Resources& resources);
 
 /// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
-/// sinks and tail. The blocks' tiles are left to `encode_tile`. May throw.
+/// sinks and tail. The blocks' tiles are left to `encode_keys` and
+/// `encode_values`. May throw.
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens,
                         const Resources& resources);
 
-/// Encodes one head of block `index`. Thread-safe for different (index, head).
-void encode_tile(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
+/// Encodes one head's keys of block `index`. Thread-safe beside others, and beside `encode_values`.
+void encode_keys(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
                  int head, std::byte* memory) noexcept;
-/// Bytes of its working memory, 64-byte aligned.
+/// The same of its values.
+void encode_values(const Context& context, const Row& row, Sealing& sealing, std::int64_t index,
+                   int head, std::byte* memory) noexcept;
+/// Bytes of their working memory, 64-byte aligned.
 std::size_t encoding_bytes(const Context& context) noexcept;
 
 /// Makes the sealing the row's state.

@@ -234,22 +234,28 @@ class Sealings {
     }
     std::vector<Job> jobs;
     std::size_t memory_bytes = 0;
+    bool searches = false;
     for (RowSealing& each : rows_) {
       if (each.tokens == 0) continue;
       memory_bytes = std::max(memory_bytes, detail::encoding_bytes(*each.context));
+      const CacheOptions& options = each.context->options;
+      searches = searches || options.key_codes == CodeKind::trellis ||
+                 options.value_codes == CodeKind::trellis;
       for (std::int64_t block = 0; block < each.tokens / kTileTokens; ++block) {
-        for (int head = 0; head < each.context->options.kv_heads; ++head) {
-          jobs.push_back({&each, block, head});
+        for (int head = 0; head < options.kv_heads; ++head) {
+          jobs.push_back({&each, block, head, &detail::encode_keys});
+          jobs.push_back({&each, block, head, &detail::encode_values});
         }
       }
     }
     if (jobs.empty()) return;
-    parallel_for(resources, std::ssize(jobs), 8, memory_bytes,
-                 [&](std::int64_t i, std::byte* memory) {
-                   const Job& job = jobs[static_cast<std::size_t>(i)];
-                   detail::encode_tile(*job.of->context, *job.of->row, job.of->sealing, job.block,
-                                       job.head, memory);
-                 });
+    // A microsecond or two each; a search for codes some hundred.
+    const std::int64_t worth = searches ? 2 : 16;
+    parallel_for(
+        resources, std::ssize(jobs), worth, memory_bytes, [&](std::int64_t i, std::byte* memory) {
+          const Job& job = jobs[static_cast<std::size_t>(i)];
+          job.encode(*job.of->context, *job.of->row, job.of->sealing, job.block, job.head, memory);
+        });
   }
 
   // Of the n-th row of all caches; null where nothing is sealed.
@@ -273,6 +279,7 @@ class Sealings {
     RowSealing* of;
     std::int64_t block;
     int head;
+    decltype(&detail::encode_keys) encode;
   };
 
   void add(const Context& context, Row& row, const Resources& resources) {
