@@ -235,6 +235,14 @@ TQAI_INLINE SquareMatrix product(const SquareMatrix& a, const SquareMatrix& b) {
   return result;
 }
 
+TQAI_INLINE SquareMatrix transposed(const SquareMatrix& matrix) {
+  SquareMatrix turned(matrix.dim());
+  for (std::size_t i = 0; i < matrix.dim(); ++i) {
+    for (std::size_t j = 0; j < matrix.dim(); ++j) turned.row(j)[i] = matrix.row(i)[j];
+  }
+  return turned;
+}
+
 TQAI_INLINE Spectrum eigenvectors(const SquareMatrix& symmetric) {
   const std::size_t dim = symmetric.dim();
   auto [d, e, rows] = tridiagonal(symmetric);

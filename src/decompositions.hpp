@@ -27,6 +27,8 @@ class SquareMatrix {
 /// a · b.
 SquareMatrix product(const SquareMatrix& a, const SquareMatrix& b);
 
+SquareMatrix transposed(const SquareMatrix& matrix);
+
 /// Eigenvalues, largest first, and their vectors of length 1, as rows.
 struct Spectrum {
   std::vector<double> values;

@@ -137,6 +137,7 @@ inline namespace local {}
 #include "kernels/neon.cpp"
 #include "kernels/scalar.cpp"
 #include "key_basis.cpp"
+#include "key_moments.cpp"
 #include "packing.cpp"
 #include "quantizer.cpp"
 #include "resources.cpp"

@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
 #include <random>
+#include <span>
 #include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
 #include <tuple>
@@ -16,6 +18,20 @@
 #include "reference.hpp"
 
 namespace tqai::test {
+
+inline double largest_difference(const SquareMatrix& a, const SquareMatrix& b) {
+  double most = 0.0;
+  for (std::size_t i = 0; i < a.dim() * a.dim(); ++i) {
+    most = std::max(most, std::abs(a.row(0)[i] - b.row(0)[i]));
+  }
+  return most;
+}
+
+inline SquareMatrix matrix(std::span<const double> values, std::size_t dim) {
+  SquareMatrix result(dim);
+  std::copy(values.begin(), values.end(), result.row(0));
+  return result;
+}
 
 inline SquareMatrix gaussian(std::size_t dim, std::uint64_t seed) {
   auto engine = random_engine(seed);
