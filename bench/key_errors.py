@@ -68,11 +68,11 @@ def read_back(model: Any, layers: list[Layer], codec: str, bits: int) -> list[to
 def score_error(queries: torch.Tensor, keys: torch.Tensor, held: torch.Tensor) -> float:
     """Of one kv head, over the energy of the scores."""
     queries = queries.double().flatten(0, 1)
+    moments = queries.T @ queries
 
     def energy(vectors: torch.Tensor) -> float:
         centred = vectors.double() - vectors.double().mean(0)
-        second = queries.T @ queries
-        return float(((centred @ second) * centred).sum())
+        return float(((centred @ moments) * centred).sum())
 
     sealed = slice(_SINKS, _SINKS + (len(keys) - _SINKS) // 64 * 64)
     return energy((held - keys)[sealed]) / energy(keys[sealed])

@@ -115,6 +115,12 @@ TQAI_INLINE void check_moments(const char* name, std::span<const double> moments
   }
 }
 
+TQAI_INLINE void check_seen(double count, int head, const char* name) {
+  if (count > 0.0) return;
+  throw ValueError("kv head " + std::to_string(head) + " has no " + name +
+                   " to learn from: add some, or a prior");
+}
+
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE SquareMatrix detail::matrix_of(const std::vector<double>& values, std::size_t dim,
@@ -306,10 +312,7 @@ TQAI_INLINE std::vector<double> KeyMoments::keys_until(int head, std::int64_t la
   check_head(head);
   check_range("last_position", last_position, 0, KvCache::kMaxPosition);
   const Sums& sums = keys_[static_cast<std::size_t>(head)];
-  if (sums.count == 0.0) {
-    throw ValueError("kv head " + std::to_string(head) +
-                     " has no keys to learn from: add some, or a prior");
-  }
+  check_seen(sums.count, head, "keys");
   return averaged(moments(sums, true), last_position);
 }
 
@@ -318,10 +321,7 @@ TQAI_INLINE std::vector<double> KeyMoments::queries_until(int head,
   check_head(head);
   check_range("last_position", last_position, 0, KvCache::kMaxPosition);
   const Sums& sums = queries_[static_cast<std::size_t>(head)];
-  if (sums.count == 0.0) {
-    throw ValueError("kv head " + std::to_string(head) +
-                     " has no queries to learn from: add some, or a prior");
-  }
+  check_seen(sums.count, head, "queries");
   return averaged(moments(sums, false), last_position);
 }
 

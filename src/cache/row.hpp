@@ -138,8 +138,7 @@ std::int64_t encodable(const Context& context, const Row& row, std::int64_t toke
                        const Resources& resources);
 
 /// Allocates all that sealing `tokens` > 0 tokens needs, chooses the blocks' centres, and fills
-/// sinks and tail. The blocks' tiles are left to `encode_keys` and
-/// `encode_values`. May throw.
+/// sinks and tail. The blocks' tiles are left to `encode_keys` and `encode_values`. May throw.
 Sealing prepare_sealing(const Context& context, Row& row, std::int64_t tokens,
                         const Resources& resources);
 
