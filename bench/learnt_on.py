@@ -5,7 +5,7 @@
 
 A model reads Python code from one cache after another: by rotation (codec="trellis"), in bases that
 are learnt on what the model itself writes (codec="adaptive", as `tqai.patch` has it), on English
-prose and on other Python code. Of the texts, as many rows of 8 tokens are read as the model would
+prose and on other Python code. Of the texts, as many rows of 5 tokens are read as the model would
 write itself, from all over the text. Both are of the Python that runs this.
 """
 
@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--read", type=int)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--rows", type=int, default=learn.TOKENS // learn.ROW_TOKENS)
+    counting = learn.ROW_TOKENS - learn.SINK_TOKENS
+    parser.add_argument("--rows", type=int, default=learn.TOKENS // counting)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     model, tokenizer = load(options.folder, "float32", None)

@@ -32,11 +32,13 @@ from tqai.transformers.model.parts import keeper_of
 from tqai.transformers.model.shadow import shadow_of
 from tqai.transformers.weights.identity import watch_of
 
-ROW_TOKENS = 8
+ROW_TOKENS = 5
 """Of what a model writes: many beginnings differ more than few long texts."""
+TOKENS = 640
+"""Of what it writes, all rows together, and without what is left out of each."""
 RANDOM_ROW_TOKENS = 64
-TOKENS = 1024
-"""With half as many, what is learnt depends on which tokens they happen to be."""
+RANDOM_TOKENS = 1024
+"""The same of random tokens, which say less."""
 TOKENS_A_COORDINATE = 4
 """Of heads so wide that this is more."""
 SINK_TOKENS = 1
@@ -113,7 +115,7 @@ def _write(
     device = device_of(shadow)
     length = min(ROW_TOKENS, first_too_far(geometry.config))
     generator = torch.Generator("cpu").manual_seed(seed)
-    ids = _first_ids(geometry, _rows(geometry, length), generator)
+    ids = _first_ids(geometry, _rows(geometry, length, TOKENS), generator)
     copies = 1
     if shared and length > SINK_TOKENS and (ids == ids[0]).all():
         copies = max(len(ids) // SAME_ROWS, 1)
@@ -211,17 +213,18 @@ def _alone(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _rows(geometry: Geometry, length: int) -> int:
+def _rows(geometry: Geometry, length: int, tokens: int) -> int:
+    """Of so many tokens, how many have `tokens` that count, or as many as wide heads want."""
     dims = [heads.dim for heads in geometry.heads if heads is not None]
-    tokens = max(TOKENS, TOKENS_A_COORDINATE * max(dims, default=0))
-    return -(-tokens // length)
+    counting = max(length - SINK_TOKENS, 1)
+    return -(-max(tokens, TOKENS_A_COORDINATE * max(dims, default=0)) // counting)
 
 
 def _random_ids(geometry: Geometry, seed: int) -> torch.Tensor:
     """[rows, tokens] int64; each row begins with the token that the model's texts begin with."""
     length = min(RANDOM_ROW_TOKENS, first_too_far(geometry.config))
     generator = torch.Generator("cpu").manual_seed(seed)
-    first = _first_ids(geometry, _rows(geometry, length), generator)
+    first = _first_ids(geometry, _rows(geometry, length, RANDOM_TOKENS), generator)
     shape = len(first), length - 1
     vocabulary = geometry.config.vocab_size
     others = torch.randint(vocabulary, shape, generator=generator, device="cpu")

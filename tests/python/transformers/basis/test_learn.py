@@ -33,6 +33,9 @@ def make(name: str, **fields: Any) -> Any:
     return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
+ROWS = learn.TOKENS // (learn.ROW_TOKENS - learn.SINK_TOKENS)
+
+
 def written_by(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, list[Any]]:
     """[rows, tokens] int64 that the model writes while it is learnt from, and what is learnt."""
     drawn: list[torch.Tensor] = []
@@ -81,7 +84,7 @@ def test_they_are_the_moments_of_what_attention_reads(
 ) -> None:
     model = models(family)
     ids, moments = written_by(model, monkeypatch)
-    assert ids.shape == (learn.TOKENS // learn.ROW_TOKENS, learn.ROW_TOKENS)
+    assert ids.shape == (ROWS, learn.ROW_TOKENS)
     checked(model, ids, moments[1])
 
 
@@ -90,7 +93,6 @@ def test_few_rows_read_a_first_token_that_all_have(
     known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(seed=13)
-    rows = learn.TOKENS // learn.ROW_TOKENS
     sizes: list[int] = []
     forward = type(model).forward
 
@@ -104,7 +106,7 @@ def test_few_rows_read_a_first_token_that_all_have(
         monkeypatch.setattr(learn, "_spread", lambda cache, copies: False)
     ids, moments = written_by(model, monkeypatch)
     passes = learn.ROW_TOKENS - 2 if known else learn.ROW_TOKENS  # the last is the decoder's alone
-    assert sizes == [learn.SAME_ROWS] + [rows] * passes
+    assert sizes == [learn.SAME_ROWS] + [ROWS] * passes
     checked(model, ids, moments[1])
 
 
@@ -170,7 +172,8 @@ def test_the_number_of_threads_does_not_show() -> None:
 def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> None:
     geometry = geometry_of(models("llama"))
     ids = learn._random_ids(geometry, 1)
-    assert ids.shape == (learn.TOKENS // learn.RANDOM_ROW_TOKENS, learn.RANDOM_ROW_TOKENS)
+    counting = learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS
+    assert ids.shape == (-(-learn.RANDOM_TOKENS // counting), learn.RANDOM_ROW_TOKENS)
     assert (ids[:, 0] == SMALL["bos_token_id"]).all()
     assert torch.equal(ids, learn._random_ids(geometry, 1))
     assert not torch.equal(ids, learn._random_ids(geometry, 2))
@@ -178,12 +181,13 @@ def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> Non
 
 def test_wide_heads_are_shown_more_tokens() -> None:
     model = make("Llama", head_dim=512)
-    assert learn._random_ids(geometry_of(model), 1).numel() == 4 * 512
+    rows = -(-4 * 512 // (learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS))
+    assert learn._random_ids(geometry_of(model), 1).shape == (rows, learn.RANDOM_ROW_TOKENS)
 
 
 def test_a_short_model_reads_shorter_rows() -> None:
     model = make("Llama", max_position_embeddings=24)
-    assert learn._random_ids(geometry_of(model), 1).shape == (43, 24)
+    assert learn._random_ids(geometry_of(model), 1).shape == (45, 24)
     assert codecs_of(model) == {"adaptive": 2}
 
 
@@ -267,10 +271,9 @@ def test_queries_of_layers_that_share_keys_count() -> None:
 
 
 def test_sliding_layers_have_bases_of_all_rows() -> None:
-    model = make_model("mistral")  # whose window is shorter than a row
+    model = make_model("mistral", sliding_window=learn.ROW_TOKENS - 2)
     found = moments_of(model)[0]
-    rows = learn.TOKENS // learn.ROW_TOKENS
-    assert found.tokens(0) == rows * (learn.ROW_TOKENS - learn.SINK_TOKENS)
+    assert found.tokens(0) == ROWS * (learn.ROW_TOKENS - learn.SINK_TOKENS)
     cache = filled(model, tqai.patch(model, residual_window=4, codec="adaptive"), make_ids(1, 200))
     assert cache.memory_report()["packed_tokens"] >= 0
     assert cache.memory_report()["codecs"] == {"adaptive": 2}
