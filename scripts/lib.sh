@@ -47,6 +47,9 @@ setup_compiler() {
   if [ "${1:-}" = tests ]; then
     has_header gtest/gtest.h || missing+=(libgtest-dev)
     has_header Eigen/Core -I/usr/include/eigen3 || missing+=(libeigen3-dev)
+    # The module and the C++ tests have the same library to compile.
+    [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null || command -v ccache > /dev/null ||
+      missing+=(ccache)
   fi
   debian_packages "${missing[@]}"
 }
