@@ -1,7 +1,7 @@
 // Decode attention of one query per head: compressed, the exact window, and uncompressed bf16
 // beside them; calls with masks and many queries, and what cropping takes; what a prompt takes to
-// get into a cache. The benchmarks' names say all but the number of threads, which is
-// OMP_NUM_THREADS, or all cores, where they do not.
+// get into a cache; and a whole model's layers, which come from memory. The benchmarks' names say
+// all but the number of threads, which is OMP_NUM_THREADS, or all cores, where they do not.
 #include <benchmark/benchmark.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -152,17 +152,21 @@ void report(benchmark::State& state, const Shape& shape, double bytes) {
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
+// `layers`: as many caches one after another, as a model has them; of enough of them each one's
+// bytes come from memory.
 void attend_cache(benchmark::State& state, const Shape& shape, Level level, Centering centering,
-                  bool exact = false) {
+                  bool exact = false, int layers = 1) {
   // The benchmark is called several times, with more rounds each time.
-  static std::tuple<Shape, Level, Centering, bool> filled_as;
-  static std::optional<KvCache> filled;
-  if (const auto now = std::tuple{shape, level, centering, exact}; !filled || now != filled_as) {
-    filled.reset();  // before another one
-    filled = filled_cache(shape, level, centering, exact);
+  static std::tuple<Shape, Level, Centering, bool, int> filled_as;
+  static std::vector<KvCache> filled;
+  if (const auto now = std::tuple{shape, level, centering, exact, layers};
+      filled.empty() || now != filled_as) {
+    filled.clear();  // before others
+    for (int i = 0; i < layers; ++i) {
+      filled.push_back(filled_cache(shape, level, centering, exact));
+    }
     filled_as = now;
   }
-  const KvCache& cache = *filled;
   const std::int64_t heads = kKvHeads * shape.group;
   const auto queries = random_floats(static_cast<std::size_t>(heads * shape.dim));
   std::vector<float> output(queries.size());
@@ -171,11 +175,17 @@ void attend_cache(benchmark::State& state, const Shape& shape, Level level, Cent
   const Tensor out{
       output.data(), DType::f32, {1, 1, heads, shape.dim}, {0, heads * shape.dim, shape.dim, 1}};
   for (auto _ : state) {
-    cache.attend(query, out);
-    benchmark::DoNotOptimize(output.data());
+    for (const KvCache& cache : filled) {
+      cache.attend(query, out);
+      benchmark::DoNotOptimize(output.data());
+    }
   }
-  report(state, shape,
-         static_cast<double>(cache.memory().packed_bytes + cache.memory().exact_bytes));
+  Shape all = shape;
+  all.tokens *= layers;
+  const MemoryReport memory = filled[0].memory();
+  report(
+      state, all,
+      static_cast<double>(layers) * static_cast<double>(memory.packed_bytes + memory.exact_bytes));
 }
 
 void attend_bf16(benchmark::State& state, const Shape& shape) {
@@ -389,9 +399,37 @@ void register_calls() {
   }
 }
 
+// More than processors' caches hold.
+void register_layers() {
+  constexpr int kLayers = 32;
+  for (const int dim : {64, 128}) {
+    for (const auto& [bits_k, bits_v] : {std::pair{4, 4}, {4, 2}, {2, 2}}) {
+      for (const Level level : available_levels()) {
+        if (level == Level::scalar) continue;
+        for (const CodeKind codes : {CodeKind::scalar, CodeKind::trellis}) {
+          Shape shape{dim, 1, bits_k, bits_v, 32768, codes};
+          shape.key_codes = codes;
+          const std::string rest = "/bits=" + std::to_string(bits_k) + "," +
+                                   std::to_string(bits_v) +
+                                   "/level=" + std::string(name_of(level)) +
+                                   (codes == CodeKind::scalar ? "" : "/adaptive");
+          benchmark::RegisterBenchmark(
+              name_of_shape("layers", shape, "/layers=" + std::to_string(kLayers) + rest).c_str(),
+              [=](auto& state) {
+                attend_cache(state, shape, level, Centering::mean, false, kLayers);
+              })
+              ->UseRealTime()
+              ->Unit(benchmark::kMillisecond);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void register_all() {
+  register_layers();
   register_prompts();
   register_calls();
   for (const int dim : {64, 96, 128, 256}) {
