@@ -5,7 +5,7 @@
 
 A model reads Python code from one cache after another: by rotation (codec="trellis"), in bases that
 are learnt on what the model itself writes (codec="adaptive", as `tqai.patch` has it), on English
-prose and on other Python code. Of the texts, as many rows of 5 tokens are read as the model would
+prose and on other Python code. Of the texts, as many rows of 8 tokens are read as the model would
 write itself, from all over the text. Both are of the Python that runs this.
 """
 

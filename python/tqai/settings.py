@@ -263,15 +263,14 @@ class Settings:
         return cls.named(**options)
 
     def of_layer(self, layer: int, layers: int) -> Settings:
-        """The settings of layer `layer` of `layers`, with its own bits.
+        """The settings of layer `layer` of `layers`, with its own bits; these where none differ.
 
         Raises:
             ValueError: for bits of layers that do not exist.
         """
-        bits = {
-            name: _bits_of_layer(name, getattr(self, name), layer, layers) for name in DEFAULT_BITS
-        }
-        return replace(self, **bits)
+        given = {name: getattr(self, name) for name in DEFAULT_BITS}
+        bits = {name: _bits_of_layer(name, own, layer, layers) for name, own in given.items()}
+        return self if bits == given else replace(self, **bits)
 
     def of_latents(self) -> Settings:
         """The settings of a layer that caches latents and rotary keys, with bits of its own.

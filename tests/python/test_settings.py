@@ -77,6 +77,8 @@ def test_bits_by_layer() -> None:
     listed = Settings(bits_k=[4, 3, 2], bits_v={0: 8, -1: 6})
     assert [listed.of_layer(layer, 3).bits_k for layer in range(3)] == [4, 3, 2]
     assert [listed.of_layer(layer, 3).bits_v for layer in range(3)] == [8, 2, 6]
+    same = Settings(bits_k=4, bits_v=2)
+    assert same.of_layer(1, 3) is same
 
 
 @pytest.mark.parametrize(

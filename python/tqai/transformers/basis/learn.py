@@ -9,6 +9,7 @@ docs/algorithm.md. A decoder without a head that tells next tokens reads random 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,14 +33,14 @@ from tqai.transformers.model.parts import keeper_of
 from tqai.transformers.model.shadow import shadow_of
 from tqai.transformers.weights.identity import watch_of
 
-ROW_TOKENS = 5
+ROW_TOKENS = 8
 """Of what a model writes: many beginnings differ more than few long texts."""
-TOKENS = 640
+TOKENS = 560
 """Of what it writes, all rows together, and without what is left out of each."""
 RANDOM_ROW_TOKENS = 64
 RANDOM_TOKENS = 1024
 """The same of random tokens, which say less."""
-TOKENS_A_COORDINATE = 4
+TOKENS_A_COORDINATE = 3.5
 """Of heads so wide that this is more."""
 SINK_TOKENS = 1
 """Of each row, left out: attention's sinks look like no other token's keys."""
@@ -217,7 +218,7 @@ def _rows(geometry: Geometry, length: int, tokens: int) -> int:
     """Of so many tokens, how many have `tokens` that count, or as many as wide heads want."""
     dims = [heads.dim for heads in geometry.heads if heads is not None]
     counting = max(length - SINK_TOKENS, 1)
-    return -(-max(tokens, TOKENS_A_COORDINATE * max(dims, default=0)) // counting)
+    return math.ceil(max(tokens, TOKENS_A_COORDINATE * max(dims, default=0)) / counting)
 
 
 def _random_ids(geometry: Geometry, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -172,8 +173,8 @@ def test_the_number_of_threads_does_not_show() -> None:
 def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> None:
     geometry = geometry_of(models("llama"))
     ids = learn._random_ids(geometry, 1)
-    counting = learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS
-    assert ids.shape == (-(-learn.RANDOM_TOKENS // counting), learn.RANDOM_ROW_TOKENS)
+    rows = math.ceil(learn.RANDOM_TOKENS / (learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS))
+    assert ids.shape == (rows, learn.RANDOM_ROW_TOKENS)
     assert (ids[:, 0] == SMALL["bos_token_id"]).all()
     assert torch.equal(ids, learn._random_ids(geometry, 1))
     assert not torch.equal(ids, learn._random_ids(geometry, 2))
@@ -181,7 +182,7 @@ def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> Non
 
 def test_wide_heads_are_shown_more_tokens() -> None:
     model = make("Llama", head_dim=512)
-    rows = -(-4 * 512 // (learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS))
+    rows = math.ceil(3.5 * 512 / (learn.RANDOM_ROW_TOKENS - learn.SINK_TOKENS))
     assert learn._random_ids(geometry_of(model), 1).shape == (rows, learn.RANDOM_ROW_TOKENS)
 
 
