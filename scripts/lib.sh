@@ -54,6 +54,13 @@ setup_compiler() {
   debian_packages "${missing[@]}"
 }
 
+# use_ccache ROOT: where there is ccache, sources below ROOT are known by their place in it.
+use_ccache() {
+  command -v ccache > /dev/null || return 0
+  # By one name for all: ccache takes c++ and g++ for two compilers.
+  export CMAKE_CXX_COMPILER_LAUNCHER=ccache CXX=${CXX:-c++} CCACHE_BASEDIR=$1
+}
+
 # pip install at the pinned versions.
 pip_install() {
   "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
