@@ -229,25 +229,50 @@ struct WholeLineLanes : PlainLanes {
   }
 
   // Two rows of what is left to add share a register after each step: fewer exchanges than turning
-  // all rows. Which do is chosen so that the last step leaves their order.
+  // all rows.
   static void sum_trees(const float (*rows)[kLanes], float* sums) noexcept {
-    __m512 a[4];  // lanes 4 g …: row 4 g + i
+    FloatVec rests[4];
     for (int i = 0; i < 4; ++i) {
-      const __m512 low = half_trees(rows[i], rows[4 + i]);
-      const __m512 high = half_trees(rows[8 + i], rows[12 + i]);
-      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
-                           _mm512_shuffle_f32x4(low, high, 0xDD));
+      rests[i] = begin_trees(load_floats(rows[4 * i]), load_floats(rows[4 * i + 1]),
+                             load_floats(rows[4 * i + 2]), load_floats(rows[4 * i + 3]));
     }
-    const __m512 first = add_pairs(a[0], a[1]);
-    const __m512 last = add_pairs(a[2], a[3]);
-    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_ps(first, last, 0x88),
-                                         _mm512_shuffle_ps(first, last, 0xDD)));
+    end_trees(rests, sums);
   }
-  // Lanes i + (i + 8) of two rows.
-  static __m512 half_trees(const float* a, const float* b) noexcept {
-    const __m512 x = _mm512_loadu_ps(a);
-    const __m512 y = _mm512_loadu_ps(b);
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+  // The first two steps of four rows, which have a quarter of a register each then, or the first of
+  // two.
+  static FloatVec begin_trees(FloatVec a, FloatVec b, FloatVec c, FloatVec d) noexcept {
+    return half_trees<0x88, 0xDD>(begin_trees(a, b), begin_trees(c, d));
+  }
+  static FloatVec begin_trees(FloatVec a, FloatVec b) noexcept {
+    return half_trees<0x44, 0xEE>(a, b);
+  }
+  // rests: what begin_trees leaves of 16 rows, kGiven after kGiven.
+  template <int kGiven>
+  static void end_trees(const float (*rests)[kLanes], float* sums) noexcept {
+    FloatVec fours[4];
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kGiven == 4) {
+        fours[i] = load_floats(rests[i]);
+      } else {
+        fours[i] = half_trees<0x88, 0xDD>(load_floats(rests[2 * i]), load_floats(rests[2 * i + 1]));
+      }
+    }
+    end_trees(fours, sums);
+  }
+  static void end_trees(const FloatVec (&fours)[4], float* sums) noexcept {
+    const __m512 first = add_pairs(native(fours[0]), native(fours[1]));
+    const __m512 last = add_pairs(native(fours[2]), native(fours[3]));
+    const __m512 all =
+        _mm512_add_ps(_mm512_shuffle_ps(first, last, 0x88), _mm512_shuffle_ps(first, last, 0xDD));
+    // Lane 4 g + i: row 4 i + g.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, all));
+  }
+  // Of two registers, the quarters that kOne chooses plus those that kOther does.
+  template <int kOne, int kOther>
+  static FloatVec half_trees(FloatVec a, FloatVec b) noexcept {
+    return from_native(_mm512_add_ps(_mm512_shuffle_f32x4(native(a), native(b), kOne),
+                                     _mm512_shuffle_f32x4(native(a), native(b), kOther)));
   }
   // In each 128 bits lanes 0 + 2 and 1 + 3 of a, then of b.
   static __m512 add_pairs(__m512 a, __m512 b) noexcept {

@@ -93,11 +93,67 @@ inline void sum_products(const float* queries, const Number<kType>* keys, int pa
   }
 }
 
+// What is left of rows kRow and on after a step or two of their tokens' trees. Row by row by
+// recursion: of a loop GCC keeps the sums in memory.
+template <typename Lanes, int kRow = 0, int kRows, int kTokens>
+TQAI_ALWAYS_INLINE void begin_trees(const FloatVec (&acc)[kRows][kTokens],
+                                    float (*rests)[kLanes][kLanes], int at) noexcept {
+  if constexpr (kTokens == 4) {
+    store_floats(rests[kRow][at],
+                 Lanes::begin_trees(acc[kRow][0], acc[kRow][1], acc[kRow][2], acc[kRow][3]));
+  } else {
+    store_floats(rests[kRow][at], Lanes::begin_trees(acc[kRow][0], acc[kRow][1]));
+  }
+  if constexpr (kRow + 1 < kRows) begin_trees<Lanes, kRow + 1>(acc, rests, at);
+}
+
+// The same where a register has all lanes: what is left of the tokens' trees after a step or two is
+// stored, in place of all their sums.
+template <typename Lanes, DType kType, int kRows, int kTokens>
+inline void begin_products(const float* queries, const Number<kType>* keys, int padded, int first,
+                           TokenSums& sums) noexcept {
+  const Number<kType>* key = keys + static_cast<std::ptrdiff_t>(first) * padded;
+  FloatVec acc[kRows][kTokens] = {};
+  for (int c = 0; c < padded; c += kLanes) {
+    FloatVec parts[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      parts[t] = load_numbers<kType>(key + c + static_cast<std::ptrdiff_t>(t) * padded);
+      if (fetches_ahead(kRows)) {
+        fetch_soon(key + c + static_cast<std::ptrdiff_t>(t + kTokens) * padded);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const FloatVec query =
+          in_register(load_floats(queries + c + static_cast<std::ptrdiff_t>(r) * padded));
+      for (int t = 0; t < kTokens; ++t) acc[r][t] = acc[r][t] + query * parts[t];
+    }
+  }
+  begin_trees<Lanes>(acc, sums.lanes, first / kTokens);
+}
+
+// score_exact of 16 tokens.
+template <typename Lanes, DType kType, int kRows>
+inline void score_sixteen(const float* queries, const Number<kType>* keys, int padded,
+                          TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
+  constexpr int kTokens = kRows <= 4 ? 4 : 2;
+  for (int t = 0; t < kLanes; t += kTokens) {
+    begin_products<Lanes, kType, kRows, kTokens>(queries, keys, padded, t, sums);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    Lanes::template end_trees<kTokens>(sums.lanes[r], scores[r] + at);
+  }
+}
+
 // scores[r, t] = q[r] · keys[t] of up to 16 tokens, summed in 16 lanes and then as a tree, whatever
 // a register holds. Trees of 16 tokens are added up side by side.
 template <typename Lanes, DType kType, int kRows>
 inline void score_exact(const float* queries, const Number<kType>* keys, int padded, int tokens,
                         TokenSums& sums, float (*scores)[kTileTokens], int at) noexcept {
+  if constexpr (kLaneParts == 1) {
+    if (tokens == kLanes) {
+      return score_sixteen<Lanes, kType, kRows>(queries, keys, padded, sums, scores, at);
+    }
+  }
   constexpr int kTokens = kRows <= (kVectorLanes == 16 ? 4 : 2) ? 4 : 2;
   // Where a pass reads a quarter of each line, long keys of one row take one pass each.
   const bool one_by_one = kRows == 1 && kLaneParts == 4 && padded > 64;
