@@ -52,13 +52,16 @@ TQAI_INLINE float log_of(float sum, float max, bool is_finite) noexcept {
                             (static_cast<double>(max) + std::log2(static_cast<double>(sum))));
 }
 
-// Coordinates of rows [rows, padded] as trellis codes of keys are stored.
+// Coordinates of rows [rows, padded] as trellis codes of keys are stored: key_coordinate(c,
+// padded), without its divisions.
 TQAI_INLINE void order_as_stored(float* rows, int count, std::int64_t padded) noexcept {
   float row[kernels::kMaxDim];
-  const auto width = static_cast<int>(padded);
+  const std::int64_t quads = padded / 4;
   for (int r = 0; r < count; ++r, rows += padded) {
     std::copy_n(rows, padded, row);
-    for (int c = 0; c < width; ++c) rows[key_coordinate(c, width)] = row[c];
+    for (std::int64_t i = 0; i < quads; ++i) {
+      for (std::int64_t part = 0; part < 4; ++part) rows[4 * i + part] = row[part * quads + i];
+    }
   }
 }
 
