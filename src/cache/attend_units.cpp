@@ -52,8 +52,8 @@ TQAI_INLINE float log_of(float sum, float max, bool is_finite) noexcept {
                             (static_cast<double>(max) + std::log2(static_cast<double>(sum))));
 }
 
-// Coordinates of rows [rows, padded] as trellis codes of keys are stored: key_coordinate(c,
-// padded), without its divisions.
+// Coordinates of rows [rows, padded] as trellis codes of keys are stored: by key_coordinate,
+// without its divisions.
 TQAI_INLINE void order_as_stored(float* rows, int count, std::int64_t padded) noexcept {
   float row[kernels::kMaxDim];
   const std::int64_t quads = padded / 4;

@@ -107,8 +107,8 @@ TQAI_ALWAYS_INLINE void begin_trees(const FloatVec (&acc)[kRows][kTokens],
   if constexpr (kRow + 1 < kRows) begin_trees<Lanes, kRow + 1>(acc, rests, at);
 }
 
-// The same where a register has all lanes: what is left of the tokens' trees after a step or two is
-// stored, in place of all their sums.
+// sum_products where a register has all lanes: what is left of the tokens' trees after a step or
+// two is stored, in place of all their sums.
 template <typename Lanes, DType kType, int kRows, int kTokens>
 inline void begin_products(const float* queries, const Number<kType>* keys, int padded, int first,
                            TokenSums& sums) noexcept {
