@@ -30,6 +30,15 @@ struct TileScratch {
   bool matter;               // whether any row's weights are more than negligible
 };
 
+// Two terms' sums of a row as one, in the place of the coarse one's. wide: in steps twice as large.
+inline void join_terms(std::int32_t* sums, const std::int32_t* fine, bool wide) noexcept {
+  if (wide) {
+    for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio / 2 * sums[t] + (fine[t] >> 1);
+  } else {
+    for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
+  }
+}
+
 // One segment's part of a row's q·k, added to `vecs`.
 inline void add_products(const std::int32_t* sums, float step, const float* norms,
                          RowVecs& vecs) noexcept {
@@ -112,14 +121,7 @@ inline void weigh_tile(const TilePlan& plan, const HeadRows& head, const Tile& t
     const bool last = s + 1 == keys.segment_count && head.rope.count == 0;
     for (int r = 0; r < rows; ++r) {
       std::int32_t* sums = scratch.scores[terms * r];
-      if (terms == 2) {
-        const std::int32_t* fine = scratch.scores[2 * r + 1];
-        if (wide) {
-          for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio / 2 * sums[t] + (fine[t] >> 1);
-        } else {
-          for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
-        }
-      }
+      if (terms == 2) join_terms(sums, scratch.scores[2 * r + 1], wide);
       RowVecs one[1];
       RowVecs& vecs = one[0];
       if (s == 0) {
@@ -231,25 +233,41 @@ struct SharedTile {
   std::int64_t start;  // its first token among those given
 };
 
+// `limit` of rows `row` and on. Out of the way: inside, it has compilers keep rows in memory.
+template <int kRows>
+TQAI_NEVER_INLINE void limit_in_memory(const Softmax& softmax, int row, const SharedTile& tile,
+                                       float (*scores)[kTileTokens]) noexcept {
+  for (int r = 0; r < kRows; ++r) {
+    RowVecs vecs;
+    load_row(scores[r], vecs);
+    limit(softmax, row + r, tile.start, tile.span.tokens, vecs);
+    store_row(scores[r], vecs);
+  }
+}
+template <int kRows>
+TQAI_ALWAYS_INLINE void limit_rows(const Softmax& softmax, int row, const SharedTile& tile,
+                                   RowVecs (&rows)[kRows]) noexcept {
+  alignas(64) float scores[kRows][kTileTokens];
+  unrolled<kRows>([&](int r) { store_row(scores[r], rows[r]); });
+  limit_in_memory<kRows>(softmax, row, tile, scores);
+  unrolled<kRows>([&](int r) { load_row(scores[r], rows[r]); });
+}
+
 // Turns scores of rows `row` and on into products of 2^(score − max) and the values' norms, in
 // scratch.block, and finds the largest.
 template <int kRows>
 TQAI_ALWAYS_INLINE void weigh_rows(const Softmax& softmax, int row, const SharedTile& tile,
                                    const float* value_norms, RowVecs (&rows)[kRows],
                                    RowsScratch& scratch) noexcept {
-  if (!scratch.whole) {
-    for (int r = 0; r < kRows; ++r) {
-      limit(softmax, row + r, tile.start, tile.span.tokens, rows[r]);
-    }
-  }
+  if (!scratch.whole) limit_rows(softmax, row, tile, rows);
   scratch.matter |= weigh_roughly(softmax, row, rows);
-  for (int r = 0; r < kRows; ++r) {
+  unrolled<kRows>([&](int r) {
     for (int v = 0; v < kRowVecs; ++v) {
       rows[r][v] = rows[r][v] * load_floats(value_norms + v * kVectorLanes);
     }
     store_row(scratch.block.scores[row + r], rows[r]);
     store_floats(scratch.largest[row + r], largest_parts(rows[r]));
-  }
+  });
 }
 
 // What a segment adds to a head's scores.
@@ -262,38 +280,37 @@ struct ScorePart {
   bool first;  // the first segment
 };
 
-// Those of rows `row` and on, with what was there before.
+// Those of rows `row` and on, with what was there before. No loop has two ways: compilers would
+// leave it a loop, and the rows in memory.
 template <int kRows>
-inline void add_part(const ScorePart& part, int row, const float* key_norms, RowsScratch& scratch,
-                     RowVecs (&rows)[kRows]) noexcept {
-  for (int r = 0; r < kRows; ++r) {
-    std::int32_t* sums = scratch.scores[part.terms * (row + r)];
-    if (part.terms == 2) {
-      const std::int32_t* fine = scratch.scores[2 * (row + r) + 1];
-      if (part.wide) {
-        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio / 2 * sums[t] + (fine[t] >> 1);
-      } else {
-        for (int t = 0; t < kTileTokens; ++t) sums[t] = kTermRatio * sums[t] + fine[t];
-      }
+TQAI_ALWAYS_INLINE void add_part(const ScorePart& part, int row, const float* key_norms,
+                                 RowsScratch& scratch, RowVecs (&rows)[kRows]) noexcept {
+  if (part.terms == 2) {
+    for (int r = row; r < row + kRows; ++r) {
+      join_terms(scratch.scores[2 * r], scratch.scores[2 * r + 1], part.wide);
     }
-    if (part.first) {
-      fill_row(part.head.centre_scores[row + r], rows[r]);
-    } else {
-      load_row(scratch.block.scores[row + r], rows[r]);
-    }
-    add_products(sums, part.queries.steps[row + r] * part.step, key_norms, rows[r]);
   }
+  if (part.first) {
+    unrolled<kRows>([&](int r) { fill_row(part.head.centre_scores[row + r], rows[r]); });
+  } else {
+    unrolled<kRows>([&](int r) { load_row(scratch.block.scores[row + r], rows[r]); });
+  }
+  unrolled<kRows>([&](int r) {
+    add_products(scratch.scores[part.terms * (row + r)], part.queries.steps[row + r] * part.step,
+                 key_norms, rows[r]);
+  });
 }
 
 // Scores of rows `row` and on become products, where this was the last part of them. The next tile
 // is fetched a row's share at a time: twice as much at once makes what is needed now wait.
 template <typename Integer, int kRows>
-inline void weigh_part(const ScorePart& part, bool last, int row, const SharedTile& tile,
-                       SetsScratch& scratch, RowsScratch& own, Fetch& fetch) noexcept {
+TQAI_ALWAYS_INLINE void weigh_part(const ScorePart& part, bool last, int row,
+                                   const SharedTile& tile, SetsScratch& scratch, RowsScratch& own,
+                                   Fetch& fetch) noexcept {
   RowVecs rows[kRows];
   add_part(part, row, scratch.key_norms, own, rows);
   if (!last) {
-    for (int r = 0; r < kRows; ++r) store_row(own.block.scores[row + r], rows[r]);
+    unrolled<kRows>([&](int r) { store_row(own.block.scores[row + r], rows[r]); });
     return;
   }
   for (int r = 1; r < kRows; ++r) Integer::fetch(fetch);
@@ -303,10 +320,11 @@ inline void weigh_part(const ScorePart& part, bool last, int row, const SharedTi
 
 // The same of scores that are whole.
 template <typename Integer, int kRows>
-inline void weigh_scores(const Softmax& softmax, int row, const SharedTile& tile,
-                         SetsScratch& scratch, RowsScratch& own, Fetch& fetch) noexcept {
+TQAI_ALWAYS_INLINE void weigh_scores(const Softmax& softmax, int row, const SharedTile& tile,
+                                     SetsScratch& scratch, RowsScratch& own,
+                                     Fetch& fetch) noexcept {
   RowVecs rows[kRows];
-  for (int r = 0; r < kRows; ++r) load_row(own.block.scores[row + r], rows[r]);
+  unrolled<kRows>([&](int r) { load_row(own.block.scores[row + r], rows[r]); });
   for (int r = 1; r < kRows; ++r) Integer::fetch(fetch);
   weigh_rows(softmax, row, tile, scratch.value_norms, rows, own);
   Integer::fetch(fetch);

@@ -161,12 +161,12 @@ static_assert(kLanes * kNegligibleSum <= 0x1p-24F / 16.0F && kHeadroom == 4.0F);
 template <int kRows>
 TQAI_ALWAYS_INLINE bool weigh_roughly(const Softmax& softmax, int row,
                                       RowVecs (&rows)[kRows]) noexcept {
-  for (int r = 0; r < kRows; ++r) bound(softmax, row + r, rows[r]);
+  unrolled<kRows>([&](int r) { bound(softmax, row + r, rows[r]); });
   raise_two<true>(softmax, row, rows);
   FloatVec largest = add_to_lanes(rows[0], softmax.sums[row]);
-  for (int r = 1; r < kRows; ++r) {
-    largest = larger(largest, add_to_lanes(rows[r], softmax.sums[row + r]));
-  }
+  unrolled<kRows - 1>([&](int r) {
+    largest = larger(largest, add_to_lanes(rows[r + 1], softmax.sums[row + r + 1]));
+  });
   return any_above(largest, kNegligibleSum);
 }
 

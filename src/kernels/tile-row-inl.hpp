@@ -2,6 +2,8 @@
 #ifndef TQAI_TILE_ROW_INL
 #define TQAI_TILE_ROW_INL
 
+#include <utility>
+
 #include "floats-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
@@ -9,6 +11,15 @@ namespace TQAI_LOCAL {
 
 constexpr int kRowVecs = kTileTokens / kVectorLanes;
 using RowVecs = FloatVec[kRowVecs];
+
+// body(0), … body(kCount − 1), each with a number that compilers know: what a loop indexes they may
+// keep in memory.
+template <int kCount, typename Body>
+TQAI_ALWAYS_INLINE void unrolled(Body&& body) noexcept {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    (body(kIndex), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 
 inline void fill_row(float value, RowVecs& row) noexcept {
   for (FloatVec& vec : row) vec = broadcast_float<FloatVec>(value);
