@@ -14,6 +14,7 @@
 #include "decompositions.hpp"
 #include "key_moments.hpp"
 #include "ranges.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -170,11 +171,22 @@ TQAI_INLINE std::size_t KeyBasis::head_halves() const noexcept {
 
 TQAI_INLINE KeyBasis KeyBasis::learn(const KeyMoments& moments, int bits,
                                      std::int64_t last_position) {
+  const UsualArithmetic usual;
   KeyBasis basis(moments.kv_heads(), moments.head_dim(), bits);
   basis.halves_.resize(static_cast<std::size_t>(basis.kv_heads_) * basis.head_halves());
   for (int head = 0; head < basis.kv_heads_; ++head) {
     const std::vector<double> keys = moments.keys_until(head, last_position);
-    basis.learn_head(head, keys, moments.queries_until(head, last_position));
+    const std::vector<double> queries = moments.queries_until(head, last_position);
+    const auto finite = [](double moment) { return std::isfinite(moment); };
+    if (!std::ranges::all_of(keys, finite) || !std::ranges::all_of(queries, finite)) {
+      throw ValueError("kv head " + std::to_string(head) +
+                       " has moments that are too large to be finite: of its prior, or of keys or "
+                       "queries far from what a model has");
+    }
+    basis.learn_head(head, keys, queries);
+  }
+  if (const std::string fault = basis.fault(); !fault.empty()) {
+    throw ValueError("keys or queries of a size that no basis is for (" + fault + ")");
   }
   basis.finish();
   return basis;
@@ -250,6 +262,34 @@ TQAI_INLINE KeyBasis::Head KeyBasis::head(int head) const {
           scales_[2 * index], scales_[2 * index + 1]};
 }
 
+TQAI_INLINE std::string KeyBasis::fault() const {
+  for (const float scale : scales_) {
+    int exponent = 0;
+    if (!(std::isfinite(scale) && std::frexp(scale, &exponent) == 0.5F &&
+          std::abs(exponent) <= kMostScale)) {
+      return "a scale of " + detail::number_text(scale);
+    }
+  }
+  for (int head = 0; head < kv_heads_; ++head) {
+    if (scales_[2 * static_cast<std::size_t>(head) + 1] > std::ldexp(1.0F, kLargestExponent)) {
+      return "a synthesis that is too large";
+    }
+  }
+  for (const std::uint16_t half : halves_) {
+    if ((half & 0x7C00U) == 0x7C00U) return "a number that is NaN or infinite";
+  }
+  for (int head = 0; head < kv_heads_; ++head) {
+    const Head of = this->head(head);
+    for (const auto& square : {of.analysis, of.synthesis}) {
+      constexpr std::uint16_t kOne = 0x3C00;
+      for (const std::uint16_t half : square) {
+        if ((half & 0x7FFFU) > kOne) return "a number that is larger than its scale";
+      }
+    }
+  }
+  return {};
+}
+
 TQAI_INLINE void KeyBasis::finish() {
   const auto dim = static_cast<std::size_t>(head_dim_);
   double largest = 0.0;
@@ -292,6 +332,7 @@ TQAI_INLINE std::vector<std::byte> KeyBasis::serialize() const {
 }
 
 TQAI_INLINE KeyBasis KeyBasis::deserialize(std::span<const std::byte> bytes) {
+  const UsualArithmetic usual;
   check_basis_order();
   BasisBytes beginning;
   if (bytes.size() < sizeof beginning) refuse_basis("it ends too early");
@@ -318,31 +359,7 @@ TQAI_INLINE KeyBasis KeyBasis::deserialize(std::span<const std::byte> bytes) {
   std::uint64_t id = 0;
   std::memcpy(&id, bytes.data() + bytes.size() - sizeof id, sizeof id);
   if (id != hash_of(bytes.first(bytes.size() - sizeof id))) refuse_basis("its hash does not fit");
-  for (const float scale : basis.scales_) {
-    int exponent = 0;
-    if (!(std::isfinite(scale) && std::frexp(scale, &exponent) == 0.5F &&
-          std::abs(exponent) <= kMostScale)) {
-      refuse_basis("a scale of " + detail::number_text(scale));
-    }
-  }
-  for (int head = 0; head < basis.kv_heads_; ++head) {
-    if (basis.scales_[2 * static_cast<std::size_t>(head) + 1] >
-        std::ldexp(1.0F, kLargestExponent)) {
-      refuse_basis("a synthesis that is too large");
-    }
-  }
-  for (const std::uint16_t half : basis.halves_) {
-    if ((half & 0x7C00U) == 0x7C00U) refuse_basis("a number that is NaN or infinite");
-  }
-  for (int head = 0; head < basis.kv_heads_; ++head) {
-    const Head of = basis.head(head);
-    for (const auto& square : {of.analysis, of.synthesis}) {
-      constexpr std::uint16_t kOne = 0x3C00;
-      for (const std::uint16_t half : square) {
-        if ((half & 0x7FFFU) > kOne) refuse_basis("a number that is larger than its scale");
-      }
-    }
-  }
+  if (const std::string fault = basis.fault(); !fault.empty()) refuse_basis(fault);
   basis.finish();
   return basis;
 }

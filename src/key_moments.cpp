@@ -9,6 +9,7 @@
 
 #include "cache/check.hpp"
 #include "ranges.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -105,7 +106,8 @@ TQAI_INLINE void check_moments(const char* name, std::span<const double> moments
   for (int i = 0; i < dim; ++i) {
     for (int j = 0; j < dim; ++j) {
       // No moments of anything are larger than this off the diagonal.
-      const double most = 1.0001 * std::sqrt(std::max(at(i, i), 0.0) * std::max(at(j, j), 0.0));
+      const double most =
+          1.0001 * std::sqrt(std::max(at(i, i), 0.0)) * std::sqrt(std::max(at(j, j), 0.0));
       if (std::isfinite(at(i, j)) && std::abs(at(i, j)) <= most) continue;
       throw ValueError(std::string(name) + " are no second moments: number [" + std::to_string(i) +
                        ", " + std::to_string(j) + "] is " +
@@ -169,6 +171,7 @@ TQAI_INLINE void KeyMoments::add_queries(int head, std::span<const float> querie
 
 TQAI_INLINE void KeyMoments::add(Sums& sums, const char* name, std::span<const float> vectors,
                                  std::span<const std::int64_t> positions) const {
+  const UsualArithmetic usual;
   const auto dim = static_cast<std::size_t>(head_dim_);
   const std::size_t tokens = vectors.size() / dim;
   const auto sections = static_cast<std::size_t>(rope_ ? rope_->section_count() : 1);
@@ -238,6 +241,7 @@ TQAI_INLINE void KeyMoments::add(Sums& sums, const char* name, std::span<const f
 
 TQAI_INLINE void KeyMoments::add_prior(int head, std::span<const double> keys,
                                        std::span<const double> queries, double tokens) {
+  const UsualArithmetic usual;
   check_head(head);
   check_moments("the prior's keys", keys, head_dim_);
   check_moments("the prior's queries", queries, head_dim_);
@@ -309,6 +313,7 @@ TQAI_INLINE std::vector<double> KeyMoments::averaged(std::vector<double> moments
 }
 
 TQAI_INLINE std::vector<double> KeyMoments::keys_until(int head, std::int64_t last_position) const {
+  const UsualArithmetic usual;
   check_head(head);
   check_range("last_position", last_position, 0, KvCache::kMaxPosition);
   const Sums& sums = keys_[static_cast<std::size_t>(head)];
@@ -318,6 +323,7 @@ TQAI_INLINE std::vector<double> KeyMoments::keys_until(int head, std::int64_t la
 
 TQAI_INLINE std::vector<double> KeyMoments::queries_until(int head,
                                                           std::int64_t last_position) const {
+  const UsualArithmetic usual;
   check_head(head);
   check_range("last_position", last_position, 0, KvCache::kMaxPosition);
   const Sums& sums = queries_[static_cast<std::size_t>(head)];

@@ -49,7 +49,8 @@ struct CacheOptions {
       0x7461'6971;             ///< of the key rotation; the value rotation takes another from it
   std::optional<Level> level;  ///< default: default_level()
   /// What keys are quantised in, in place of the rotation, which then is of values alone; learnt
-  /// for as many heads, coordinates and bits (<tqai/key_basis.hpp>). Null: none.
+  /// for as many heads, coordinates and bits (<tqai/key_basis.hpp>). Null: none. A cache takes
+  /// the object of another cache of this process where that one has the same matrices.
   std::shared_ptr<const KeyBasis> key_basis = nullptr;
   /// What codes of keys stand for. A trellis takes kMinKeyTrellisBits…kMaxTrellisBits bits, the
   /// same bytes, and a `key_basis`.
@@ -89,7 +90,8 @@ struct Mask {
   /// What the elements are.
   enum class Kind : std::uint8_t { boolean, f32, f16, bf16 };
   const void* data = nullptr;  ///< first element
-  Kind kind = Kind::boolean;   ///< boolean: bytes, nonzero = may be seen; else added to the scores
+  Kind kind = Kind::boolean;   ///< boolean: bytes, nonzero = may be seen; else added to the scores,
+                               ///< where −2.36e38 is the least that is not −∞
   std::array<std::int64_t, 4> shape{};    ///< as above
   std::array<std::int64_t, 4> strides{};  ///< in elements
 };
@@ -98,7 +100,8 @@ struct Mask {
 struct AttendOptions {
   /// Multiplies q·k; finite. Nothing: 1/√head_dim.
   std::optional<float> scale;
-  /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask. Finite and normal.
+  /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask. Finite, and
+  /// 1e-10 or more.
   float soft_cap = 0.0F;
   /// The last query stands at the last token, and none sees later tokens than its own.
   bool causal = true;
@@ -109,7 +112,7 @@ struct AttendOptions {
   /// Applied together with `causal` and `window`.
   std::optional<Mask> mask;
   /// [query_heads] fp32 attention sinks: a score that joins the softmax's sum with no value of its
-  /// own; null: none.
+  /// own; null: none. One of +∞ has all weight, and the output is 0; NaN gives NaN.
   const float* sink_scores = nullptr;
   /// To be written beside the output: log Σ exp(score) of what each query saw, sinks included, fp32
   /// [batch, queries, query_heads, 1], any strides, overlapping nothing else. −∞ for a query that

@@ -5,7 +5,10 @@
 #include <tqai/quantizer.hpp>
 
 #if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
-#if defined(TQAI_CACHE_READ) && defined(TQAI_QUANTIZER_READ)
+#ifdef TQAI_CACHE_READ  // whose names it uses
+#include <tqai/sequences.hpp>
+#endif
+#if defined(TQAI_CACHE_READ) && defined(TQAI_QUANTIZER_READ) && defined(TQAI_SEQUENCES_READ)
 #if __has_include("../tqai/src/header_only_sources.hpp")
 #include "../tqai/src/header_only_sources.hpp"
 #else

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <tqai/centering.hpp>
 #include <tqai/error.hpp>
 #include <tqai/export.hpp>
@@ -134,7 +135,8 @@ class TQAI_API KeyBasis {
   KeyBasis(int kv_heads, int head_dim, int bits);
   std::size_t head_halves() const noexcept;
   void learn_head(int head, const std::vector<double>& keys, const std::vector<double>& queries);
-  void finish();  // what follows from the matrices
+  void finish();              // what follows from the matrices
+  std::string fault() const;  // what is wrong with its numbers; empty: nothing
 
   int kv_heads_;
   int head_dim_;

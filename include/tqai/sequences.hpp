@@ -79,5 +79,6 @@ TQAI_API void attend(std::span<const KvCache* const> caches, std::span<const std
 }  // namespace tqai
 
 #if defined(TQAI_HEADER_ONLY) || defined(TQAI_IMPLEMENTATION)
+#define TQAI_SEQUENCES_READ
 #include <tqai/header_only.hpp>
 #endif

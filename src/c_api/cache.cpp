@@ -224,7 +224,13 @@ tqai_status tqai_cache_sealed_blocks(const tqai_cache* cache, int32_t row, tqai_
     (void)given(count, "count");
     if (capacity > 0) (void)given(blocks, "blocks");
     const std::size_t step = capacity > 0 ? blocks->size : 0;
-    for (std::size_t i = 0; i < std::min(capacity, held.size()); ++i) {
+    // A caller's array has elements of the caller's size.
+    const auto place = [&](std::size_t i) {
+      return reinterpret_cast<tqai_block*>(reinterpret_cast<char*>(blocks) + i * step);
+    };
+    const std::size_t answers = std::min(capacity, held.size());
+    for (std::size_t i = 0; i < answers; ++i) (void)room(place(i), "blocks[…]");
+    for (std::size_t i = 0; i < answers; ++i) {
       const tqai::SealedBlock& block = held[i];
       tqai_block answer{};
       answer.first_token = block.first_token;
@@ -240,9 +246,7 @@ tqai_status tqai_cache_sealed_blocks(const tqai_cache* cache, int32_t row, tqai_
       answer.value_codes = block.layout->value_codes();
       answer.key_norms = block.layout->key_norms();
       answer.value_norms = block.layout->value_norms();
-      // A caller's array has elements of the caller's size.
-      give(answer, reinterpret_cast<tqai_block*>(reinterpret_cast<char*>(blocks) + i * step),
-           "blocks[…]");
+      give(answer, place(i), "blocks[…]");
     }
     *count = held.size();
   });

@@ -112,14 +112,21 @@ T known(const T* structure, const char* name, void (*init)(T*, std::size_t)) {
   return copy;
 }
 
-// Writes the members that the caller has room for.
+// Bytes of a structure that the caller has room for.
 template <typename T>
-void give(T answer, T* to, const char* name) {
+std::size_t room(const T* to, const char* name) {
   const std::size_t size = given(to, name).size;
   if (size < sizeof(std::size_t) || size > std::size_t{1} << 16) {
     throw ValueError(std::string(name) + "->size = " + std::to_string(size) +
                      "; fill the structure with its _init function first");
   }
+  return size;
+}
+
+// Writes the members that the caller has room for.
+template <typename T>
+void give(T answer, T* to, const char* name) {
+  const std::size_t size = room(to, name);
   answer.size = size;
   std::memcpy(to, &answer, std::min(size, sizeof(T)));
 }
@@ -229,7 +236,9 @@ inline Mask mask_of(const tqai_tensor& tensor) {
 inline std::optional<PositionTensor> positions_of(const tqai_positions* positions) {
   if (positions == nullptr) return std::nullopt;
   PositionTensor places;
-  places.data = &given(positions->data, "positions->data");
+  // As of tensors: of nothing there may be no data.
+  const bool any = std::ranges::find(positions->shape, 0) == std::end(positions->shape);
+  places.data = any ? &given(positions->data, "positions->data") : positions->data;
   std::copy_n(positions->shape, 3, places.shape.begin());
   std::copy_n(positions->strides, 3, places.strides.begin());
   return places;

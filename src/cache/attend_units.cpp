@@ -19,6 +19,8 @@ using kernels::MaskRun;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504F;
+// Larger caps change no score of a size that there is, and queries over them would be too small.
+constexpr float kLargestSoftCap = 1e10F;
 
 // What 64 bytes of a boolean mask add, eight at a time.
 TQAI_INLINE std::uint8_t run_of(const std::uint8_t* seen) noexcept {
@@ -42,6 +44,13 @@ TQAI_INLINE bool ten_alike(const std::uint8_t* runs) noexcept {
   std::memcpy(&first, runs, sizeof first);
   std::memcpy(&last, runs + 2, sizeof last);
   return first == last && first == runs[0] * 0x0101'0101'0101'0101U;
+}
+
+// An attention sink's score in base 2, finite if it is.
+TQAI_INLINE float sink_of(float score) noexcept {
+  if (!std::isfinite(score)) return score;
+  constexpr float kMost = std::numeric_limits<float>::max();
+  return std::clamp(score * kLog2E, -kMost, kMost);
 }
 
 // ln(sum · 2^max). In double, since it is a difference of such numbers that counts.
@@ -74,9 +83,10 @@ TQAI_INLINE AttendUnits::AttendUnits(const AttendCall& call)
       queries_(*call.queries),
       output_(*call.output),
       options_(*call.options),
+      soft_cap_(options_.soft_cap <= kLargestSoftCap ? options_.soft_cap : 0.0F),
       query_factor_(
           options_.scale.value_or(1.0F / std::sqrt(static_cast<float>(context_.options.head_dim))) *
-          (options_.soft_cap > 0.0F ? 1.0F / options_.soft_cap : kLog2E)),
+          (soft_cap_ > 0.0F ? 1.0F / soft_cap_ : kLog2E)),
       query_count_(queries_.shape[2]),
       group_(queries_.shape[1] / context_.options.kv_heads),
       blocks_(divide_up(group_ * query_count_, kMaxRows)),
@@ -366,7 +376,7 @@ TQAI_INLINE kernels::Softmax AttendUnits::begin(const Unit& unit, const Work& wo
   PartState& state = work.states[part];
   kernels::Softmax softmax{};
   softmax.rows = unit.rows;
-  softmax.soft_cap = options_.soft_cap;
+  softmax.soft_cap = soft_cap_;
   softmax.mask_stride = mask_stride_;
   softmax.mask_run_stride = run_stride_;
   softmax.max = state.max;
@@ -483,13 +493,14 @@ TQAI_INLINE void AttendUnits::finish(const Batch& batch, std::int64_t index) con
   float unrotated[kernels::kMaxDim];
   for (int r = 0; r < unit.rows; ++r) {
     const Place at = place(unit, r);
-    float max =
-        options_.sink_scores != nullptr ? options_.sink_scores[at.query_head] * kLog2E : -kInfinity;
+    const float sink =
+        options_.sink_scores != nullptr ? sink_of(options_.sink_scores[at.query_head]) : -kInfinity;
+    if (std::isnan(sink)) work.finite[r] = false;
+    float max = sink;
     for (std::int64_t p = 0; p < parts; ++p) max = std::max(max, work.states[p].max[r]);
     float sums[kernels::kLanes] = {};
-    if (options_.sink_scores != nullptr) {
-      sums[0] = std::exp2(options_.sink_scores[at.query_head] * kLog2E - max);
-    }
+    // One of +inf has all weight, and differs from itself by NaN.
+    if (sink > -kInfinity) sums[0] = sink == max ? 1.0F : std::exp2(sink - max);
     std::fill_n(packed, dim, 0.0F);
     std::fill_n(merged, dim, 0.0F);
     for (std::int64_t p = 0; p < parts; ++p) {

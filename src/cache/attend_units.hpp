@@ -174,6 +174,7 @@ class AttendUnits {
   const ConstTensor& queries_;
   const Tensor& output_;
   const AttendOptions& options_;
+  float soft_cap_;      // 0: none
   float query_factor_;  // kernels::Softmax
   std::int64_t query_count_;
   std::int64_t group_;   // query heads of a kv head

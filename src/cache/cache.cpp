@@ -5,6 +5,7 @@
 #include <string>
 #include <tqai/cache.hpp>
 #include <tqai/key_basis.hpp>
+#include <utility>
 #include <vector>
 
 #include "../ranges.hpp"
@@ -49,6 +50,7 @@ TQAI_INLINE KvCache::KvCache(const CacheOptions& options, int batch)
   const UsualArithmetic usual;
   Context& context = state_->context;
   context.options = detail::checked(options);
+  context.options.key_basis = detail::shared_basis(std::move(context.options.key_basis));
   if (context.options.rope) context.rope = detail::shared_rope_tables(*context.options.rope);
   context.kernels = &kernels::kernels(*context.options.level);
   context.codec = detail::shared_codec(context.options);

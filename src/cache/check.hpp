@@ -11,6 +11,8 @@ namespace tqai::detail {
 
 /// That a cache takes or reads from bytes.
 inline constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
+/// Queries over a smaller one could be too large.
+inline constexpr float kLeastSoftCap = 1e-10F;
 
 /// The options with their defaults filled in.
 CacheOptions checked(CacheOptions options);

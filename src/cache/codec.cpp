@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <tqai/key_basis.hpp>
 #include <tuple>
 #include <utility>
 
@@ -219,6 +220,22 @@ TQAI_INLINE std::shared_ptr<const Codec> shared_codec(const CacheOptions& option
     std::erase_if(table, [](const auto& each) { return each.second.expired(); });
   }
   return codec;
+}
+
+TQAI_INLINE std::shared_ptr<const KeyBasis> shared_basis(std::shared_ptr<const KeyBasis> basis) {
+  if (!basis) return basis;
+  // Never destroyed: caches in static storage may outlive any order of destruction.
+  static auto& mutex = *new std::mutex;
+  static auto& table = *new std::map<std::uint64_t, std::weak_ptr<const KeyBasis>>;
+  const std::scoped_lock lock(mutex);
+  std::weak_ptr<const KeyBasis>& entry = table[basis->id()];
+  std::shared_ptr<const KeyBasis> known = entry.lock();
+  if (known == basis) return basis;
+  // Whoever wrote the bytes may have chosen them for their id.
+  if (known) return known->serialize() == basis->serialize() ? known : basis;
+  entry = basis;
+  std::erase_if(table, [](const auto& each) { return each.second.expired(); });
+  return basis;
 }
 
 }  // namespace tqai::detail

@@ -62,4 +62,8 @@ class Codec {
 /// The codec of these options; one for all caches that need the same. Thread-safe.
 std::shared_ptr<const Codec> shared_codec(const CacheOptions& options);
 
+/// A basis with the same matrices that a cache of this process has, or had it not, this one: bytes
+/// of many caches each bring theirs. Null stays null. Thread-safe.
+std::shared_ptr<const KeyBasis> shared_basis(std::shared_ptr<const KeyBasis> basis);
+
 }  // namespace tqai::detail

@@ -81,8 +81,9 @@ TQAI_INLINE void copy_in(const Context& context, const detail::ExactTokens& tail
         static_cast<const std::byte*>(from.data) +
         (batch_row * from.strides[0] + head * from.strides[1] + first * from.strides[2]) * element;
     to += static_cast<std::size_t>(tail.header().tokens + first) * bytes;
-    const std::int64_t apart = from.strides[2] * element;
-    if (std::cmp_equal(apart, bytes)) {
+    // The stride of a single token is nobody's, and may be any number.
+    const std::int64_t apart = count > 1 ? from.strides[2] * element : 0;
+    if (count == 1 || std::cmp_equal(apart, bytes)) {
       std::memcpy(to, source, static_cast<std::size_t>(count) * bytes);
       return;
     }
@@ -177,10 +178,11 @@ TQAI_INLINE void check_attend(const CacheState& state, const ConstTensor& querie
     throw ValueError("scale = " + std::to_string(*options.scale) +
                      "; allowed: finite numbers, or nothing for 1/√head_dim");
   }
-  if (options.soft_cap != 0.0F && !(options.soft_cap > 0.0F && std::isnormal(options.soft_cap))) {
+  if (options.soft_cap != 0.0F &&
+      !(options.soft_cap >= detail::kLeastSoftCap && std::isfinite(options.soft_cap))) {
     throw ValueError("soft_cap = " + detail::number_text(options.soft_cap) +
                      "; allowed: 0 for none, or a finite number from " +
-                     detail::number_text(std::numeric_limits<float>::min()) + " up");
+                     detail::number_text(detail::kLeastSoftCap) + " up");
   }
   if (options.first_token < 0 || options.first_token > state.tokens || options.window < 0) {
     throw ValueError("first_token = " + std::to_string(options.first_token) +
@@ -415,7 +417,8 @@ template <class T>
 T part_of(T tensor, std::size_t axis, std::int64_t first, std::int64_t count, std::size_t element) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor.data)>>,
                                   const std::byte, std::byte>;
-  if (tensor.data != nullptr) {
+  // Without any, `first` may be a place that the stride does not reach.
+  if (tensor.data != nullptr && count > 0) {
     tensor.data = reinterpret_cast<decltype(tensor.data)>(reinterpret_cast<Byte*>(tensor.data) +
                                                           first * tensor.strides[axis] *
                                                               static_cast<std::int64_t>(element));

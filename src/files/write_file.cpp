@@ -44,6 +44,16 @@ TQAI_INLINE std::optional<std::uint64_t> bytes_of(const FileEntry& entry) {
   return bytes;
 }
 
+TQAI_INLINE void check_name(const std::string& name, std::size_t place) {
+  try {
+    const std::string text = json_string(name);
+    (void)detail::JsonReader(text).string();
+  } catch (const ValueError& error) {
+    throw ValueError("the name of tensor " + std::to_string(place) + " is " + error.what() +
+                     "; allowed: UTF-8");
+  }
+}
+
 TQAI_INLINE std::vector<Part> parts_of(std::span<const FileEntry> entries) {
   std::vector<Part> parts;
   std::set<std::string> names;
@@ -52,6 +62,7 @@ TQAI_INLINE std::vector<Part> parts_of(std::span<const FileEntry> entries) {
       throw ValueError("a tensor is named \"" + entry.name +
                        "\"; allowed is what no other tensor nor safetensors itself uses");
     }
+    check_name(entry.name, parts.size());
     (void)bytes_of(entry);
     parts.push_back({&entry});
   }

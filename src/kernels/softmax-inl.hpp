@@ -83,7 +83,7 @@ inline void limit(const Softmax& softmax, int row, std::int64_t start, int token
     std::fill_n(scores, kTileTokens, -kInfinity);
   } else if (run == MaskRun::mixed) {
     const float* mask = softmax.mask + row * softmax.mask_stride + start;
-    for (int t = 0; t < tokens; ++t) scores[t] = scores[t] + mask[t] * kLog2E;
+    for (int t = 0; t < tokens; ++t) scores[t] = scores[t] + in_base_two(mask[t]);
   }
   const std::int64_t first = softmax.first[row] - start;
   const std::int64_t end = std::min<std::int64_t>(softmax.end[row] - start, tokens);

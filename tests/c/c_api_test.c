@@ -242,6 +242,12 @@ static void test_append(void) {
   positions.data = NULL;
   EXPECT_ERROR(tqai_cache_append(cache, &keys, &values, &positions), TQAI_VALUE_ERROR,
                "positions->data is NULL");
+  {
+    const tqai_tensor nothing = tensor(NULL, kHeads, 0, 0);
+    positions.shape[2] = 0;
+    EXPECT(tqai_cache_append(cache, &nothing, &nothing, &positions) == TQAI_OK);
+    EXPECT(tokens_of(cache) == kTokens);
+  }
   EXPECT_ERROR(tqai_cache_append(NULL, &keys, &values, NULL), TQAI_VALUE_ERROR, "cache is NULL");
   EXPECT_ERROR(tqai_cache_append(cache, NULL, &values, NULL), TQAI_VALUE_ERROR, "keys is NULL");
   EXPECT_ERROR(tqai_cache_append(cache, &keys, NULL, NULL), TQAI_VALUE_ERROR, "values is NULL");
@@ -1021,6 +1027,11 @@ static void test_blocks(void) {
                "blocks is NULL");
   more.size = 1;
   EXPECT_ERROR(tqai_cache_sealed_blocks(copy, 0, &more, 1, &count), TQAI_VALUE_ERROR, "size = 1");
+  blocks[0].first_token = 99;
+  blocks[1].size = 0;
+  count = 7;
+  EXPECT_ERROR(tqai_cache_sealed_blocks(copy, 0, blocks, 2, &count), TQAI_VALUE_ERROR, "size = 0");
+  EXPECT(blocks[0].first_token == 99 && count == 7);
   EXPECT(tqai_cache_reserve(copy, 6400) == TQAI_OK);
   tqai_memory_init(&memory, sizeof(memory));
   EXPECT(tqai_cache_get_memory(copy, &memory) == TQAI_OK);

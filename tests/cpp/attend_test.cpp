@@ -216,6 +216,117 @@ TEST_P(EveryLevel, NothingToSeeGivesZeros) {
   for (const float value : output.data) EXPECT_EQ(value, 0.0F);
 }
 
+// In units of the longest of the outputs.
+double largest_difference(const Array& a, const Array& b) {
+  double most = 0.0;
+  double scale = 0.0;
+  for (std::size_t i = 0; i < a.data.size(); ++i) {
+    most =
+        std::max(most, std::abs(static_cast<double>(a.data[i]) - static_cast<double>(b.data[i])));
+    scale = std::max(scale, std::abs(static_cast<double>(b.data[i])));
+  }
+  return most / scale;
+}
+
+TEST_P(EveryLevel, LargeSoftCapsAreAsGoodAsNone) {
+  CacheOptions options = geometry(64);
+  options.residual_window = 1000;
+  options.level = GetParam();
+  KvCache cache(options);
+  auto engine = test::random_engine(25);
+  const Tokens all(1, 2, 150, 64, engine);
+  all.append_to(cache, 0, 150);
+  const Array queries({1, 4, 3, 64}, engine);
+  const Array none = attend(cache, queries);
+  AttendOptions capped;
+  for (const float cap : {1e6F, 1e8F, 1e15F, 1e30F, std::numeric_limits<float>::max()}) {
+    capped.soft_cap = cap;
+    EXPECT_LT(largest_difference(attend(cache, queries, capped), none), 1e-5) << cap;
+  }
+  capped.soft_cap = 50.0F;
+  test::ReferenceOptions reference;
+  reference.soft_cap = 50.0;
+  EXPECT_LT(worst_error(cache, queries, attend(cache, queries, capped), reference), 1e-5);
+}
+
+// Sums with the lowest numbers are all the same, as in any softmax in fp32.
+TEST_P(EveryLevel, AdditiveMasksOfTheLowestNumbersHideUnlessAllIsHidden) {
+  constexpr std::int64_t kTokens = 400;
+  auto engine = test::random_engine(26);
+  const Tokens all(1, 2, kTokens, 64, engine);
+  const Array queries({1, 2, 2, 64}, engine);
+  for (const int window : {16, 1000}) {
+    CacheOptions cache_options = geometry(64);
+    cache_options.residual_window = window;
+    cache_options.level = GetParam();
+    KvCache cache(cache_options);
+    all.append_to(cache, 0, kTokens);
+    cache.seal();
+    const Gathered held = gather(cache, 0, kTokens);
+    const double bound = window == 16 ? test::kPackedError : kExactError;
+    for (const float lowest : {std::numeric_limits<float>::lowest(), -3e38F}) {
+      Array mask({1, 1, 2, kTokens}, lowest);
+      mask.at(0, 0, 1)[200] = 0.0F;
+      AttendOptions options;
+      options.causal = false;
+      options.mask = Mask{mask.data.data(), Mask::Kind::f32, mask.shape, {0, 0, kTokens, 1}};
+      Array logs({1, 2, 2, 1});
+      options.log_sum_exp = logs;
+      const Array output = attend(cache, queries, options);
+      for (std::int64_t h = 0; h < 2; ++h) {
+        for (int c = 0; c < 64; ++c) {
+          double mean = 0.0;
+          for (std::int64_t t = 0; t < kTokens; ++t) {
+            mean += static_cast<double>(held.values.at(0, h, t)[c]) / kTokens;
+          }
+          EXPECT_NEAR(output.at(0, 0, h)[c], mean, bound) << lowest;
+          EXPECT_NEAR(output.at(0, 1, h)[c], held.values.at(0, h, 200)[c], bound) << lowest;
+        }
+        EXPECT_TRUE(std::isfinite(*logs.at(0, 0, h)));
+        EXPECT_LT(*logs.at(0, 0, h), -2e38F);
+        EXPECT_LT(std::abs(*logs.at(0, 1, h)), 100.0F);
+      }
+      std::fill_n(mask.data.data(), kTokens, -std::numeric_limits<float>::infinity());
+      const Array hidden = attend(cache, queries, options);
+      for (std::int64_t h = 0; h < 2; ++h) {
+        EXPECT_EQ(hidden.at(0, 0, h)[5], 0.0F);
+        EXPECT_EQ(*logs.at(0, 0, h), -std::numeric_limits<float>::infinity());
+      }
+    }
+  }
+}
+
+TEST_P(EveryLevel, SinksOfAnyScoreTakeTheirShare) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  CacheOptions cache_options = geometry(64);
+  cache_options.level = GetParam();
+  KvCache cache(cache_options);
+  auto engine = test::random_engine(27);
+  const Tokens all(1, 2, 400, 64, engine);
+  all.append_to(cache, 0, 400);
+  cache.seal();
+  const Array queries({1, 6, 1, 64}, engine);
+  const float sinks[6] = {
+      std::numeric_limits<float>::quiet_NaN(), kInfinity, 3e38F, -kInfinity, -3e38F, 1e30F};
+  AttendOptions options;
+  options.sink_scores = sinks;
+  Array logs({1, 1, 6, 1});
+  options.log_sum_exp = logs;
+  const Array output = attend(cache, queries, options);
+  const Array none = attend(cache, queries);
+  for (int c = 0; c < 64; ++c) {
+    EXPECT_TRUE(std::isnan(output.at(0, 0, 0)[c]));
+    for (const int h : {1, 2, 5}) EXPECT_EQ(output.at(0, 0, h)[c], 0.0F) << h;
+    for (const int h : {3, 4}) EXPECT_EQ(output.at(0, 0, h)[c], none.at(0, 0, h)[c]) << h;
+  }
+  EXPECT_TRUE(std::isnan(*logs.at(0, 0, 0)));
+  EXPECT_EQ(*logs.at(0, 0, 1), kInfinity);
+  EXPECT_GT(*logs.at(0, 0, 2), 2e38F);
+  EXPECT_TRUE(std::isfinite(*logs.at(0, 0, 2)));
+  for (const int h : {3, 4}) EXPECT_LT(std::abs(*logs.at(0, 0, h)), 100.0F) << h;
+  EXPECT_FLOAT_EQ(*logs.at(0, 0, 5), 1e30F);
+}
+
 class Attention : public testing::Test {
  protected:
   // Random tokens, two heads of 64.

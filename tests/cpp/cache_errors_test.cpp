@@ -115,9 +115,12 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   for (const float scale : {kNan, kInfinity, -kInfinity}) {
     EXPECT_TRUE(contains(refused([&](auto& o) { o.scale = scale; }), "scale = ")) << scale;
   }
-  for (const float cap : {kNan, kInfinity, -1.0F, 1e-39F}) {
+  for (const float cap : {kNan, kInfinity, -1.0F, 1e-39F, 1e-30F, 9.9e-11F}) {
     EXPECT_TRUE(contains(refused([&](auto& o) { o.soft_cap = cap; }), "soft_cap = ")) << cap;
   }
+  AttendOptions least;
+  least.soft_cap = 1e-10F;
+  EXPECT_NO_THROW(attend(cache, good, least));
   const Tensor nothing{nullptr, DType::f32, {1, 2, 0, 64}, {0, 64, 64, 1}};
   EXPECT_NO_THROW(cache.gather(3, nothing, nothing));  // UBSan: nothing is added to null
   // Outputs whose elements share addresses: threads would write the same bytes.

@@ -298,6 +298,21 @@ TEST_F(Files, TensorsThatCannotBeWrittenAreRefusedAndLeaveNothing) {
   EXPECT_EQ(files_in_folder(), 1U);
 }
 
+TEST_F(Files, NamesThatAreNotUtf8AreRefusedAndTheFileStays) {
+  const auto one = [](const ByteSink& sink) { sink(std::as_bytes(std::span("x", 1))); };
+  const FileEntry named[] = {{"käse", "U8", {}, one}};
+  write_file(path_, named);
+  const std::vector<char> before = bytes();
+  for (const char* name : {"\xff\xfe", "a\xc3", "\xed\xa0\x80"}) {
+    const FileEntry entries[] = {{"a", "U8", {}, one}, {name, "U8", {}, one}};
+    const std::string message = message_of([&] { write_file(path_, entries); });
+    EXPECT_TRUE(contains(message, "name of tensor 1")) << message;
+    EXPECT_EQ(bytes(), before);
+    EXPECT_EQ(files_in_folder(), 1U);
+  }
+  EXPECT_EQ(CacheFile(path_).tensors().front().name, "käse");
+}
+
 TEST_F(Files, WhatTheSystemRefusesIsAFileError) {
   const KvCache* none[] = {nullptr};
   const std::span<const KvCache* const> no_layers(none, 0);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
+#include <tqai/key_basis.hpp>
 #include <tqai/quantizer.hpp>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -184,6 +185,68 @@ TEST(ArithmeticOfVectors, IsTheUsualToo) {
     ASSERT_EQ(now.size(), expected.size());
     EXPECT_EQ(std::memcmp(now.data(), expected.data(), now.size() * sizeof(float)), 0)
         << setting.name;
+    EXPECT_EQ(after, setting.control) << setting.name;
+  }
+}
+
+TEST(ArithmeticOfKeyBases, IsTheUsualToo) {
+  constexpr int kDim = 32;
+  constexpr std::int64_t kTokens = 100;
+  std::mt19937_64 engine = test::random_engine(17);
+  const Rope rope = test::rope_of(kDim);
+  const std::vector<float> keys = test::random_normal(kTokens * kDim, engine);
+  const std::vector<float> queries = test::random_normal(kTokens * kDim, engine);
+  const std::vector<float> nan(kDim, std::numeric_limits<float>::quiet_NaN());
+  std::vector<std::int64_t> positions;
+  for (std::int64_t t = 0; t < kTokens; ++t) positions.push_back(7 * t);
+  std::vector<double> prior(kDim * kDim);
+  std::vector<double> bad(kDim * kDim);
+  for (std::size_t i = 0; i < kDim; ++i) prior[i * kDim + i] = 1.0 / static_cast<double>(3 + i);
+  bad[0] = std::numeric_limits<double>::quiet_NaN();
+  struct Results {
+    std::uint64_t id = 0;
+    std::vector<double> moments;
+    float ratio = 0.0F;  // of the basis that is read from bytes
+    bool refused = false;
+    bool operator==(const Results&) const = default;
+  };
+  const auto results = [&](const std::vector<std::byte>& bytes) {
+    KeyMoments moments(1, kDim, rope);
+    moments.add_keys(0, keys, positions);
+    moments.add_queries(0, queries, positions);
+    moments.add_prior(0, prior, prior, 30.0);
+    const auto refuses = [](const auto& call) {
+      try {
+        call();
+      } catch (const ValueError&) {
+        return true;
+      }
+      return false;
+    };
+    Results all;
+    all.id = KeyBasis::learn(moments, 4).id();
+    all.moments = moments.keys_until(0, 5000);
+    all.ratio = KeyBasis::deserialize(bytes).largest_ratio();
+    all.refused = refuses([&] { moments.add_keys(0, nan); }) &&
+                  refuses([&] { moments.add_queries(0, nan); }) &&
+                  refuses([&] { moments.add_prior(0, bad, prior, 1.0); });
+    return all;
+  };
+  KeyMoments plain(1, kDim);
+  plain.add_keys(0, keys);
+  plain.add_queries(0, queries);
+  const std::vector<std::byte> bytes = KeyBasis::learn(plain, 4).serialize();
+  const Results expected = results(bytes);
+  EXPECT_TRUE(expected.refused);
+  for (const Setting& setting : kSettings) {
+    std::optional<Results> now;
+    unsigned after = 0;
+    {
+      const Control control(setting.control);
+      now = results(bytes);
+      after = control_now();
+    }
+    EXPECT_TRUE(*now == expected) << setting.name;
     EXPECT_EQ(after, setting.control) << setting.name;
   }
 }

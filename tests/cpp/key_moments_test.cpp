@@ -137,6 +137,40 @@ TEST(KeyMoments, PriorsWeighAsManyTokensAsTheySay) {
   EXPECT_NEAR(alone.keys_until(0, 0)[0], 800.0, 1e-9);
 }
 
+TEST(KeyMoments, PriorsOfAnySizeAreBlendedOrRefused) {
+  constexpr int kDim = 16;
+  auto engine = random_engine(11);
+  const auto keys = correlated(kDim, 100, mixture(kDim, 12), engine);
+  const auto prior_of = [](double size) {
+    std::vector<double> prior(kDim * kDim);
+    for (std::size_t i = 0; i < kDim; ++i) {
+      prior[i * kDim + i] = size * static_cast<double>(1 + i % 3);
+    }
+    return prior;
+  };
+  const auto blended = [&](double size) {
+    KeyMoments moments(1, kDim);
+    moments.add_keys(0, keys);
+    moments.add_queries(0, keys);
+    moments.add_prior(0, prior_of(size), prior_of(size), 50.0);
+    return moments;
+  };
+  const KeyMoments expected = blended(1.0);
+  for (const double size : {1e-163, 1e-300, 1e200}) {
+    const KeyMoments moments = blended(size);
+    EXPECT_LE(largest_difference(matrix(moments.keys_until(0, 0), kDim),
+                                 matrix(expected.keys_until(0, 0), kDim)),
+              1e-9)
+        << size;
+    EXPECT_NEAR(KeyBasis::learn(moments, 4).largest_ratio(),
+                KeyBasis::learn(expected, 4).largest_ratio(), 1e-3)
+        << size;
+  }
+  KeyMoments alone(1, kDim);
+  alone.add_prior(0, prior_of(1e300), prior_of(1e300), 1e10);
+  EXPECT_TRUE(contains(message_of([&] { KeyBasis::learn(alone, 4); }), "too large"));
+}
+
 TEST(KeyMoments, RefuseWhatHasNone) {
   KeyMoments moments(2, 16, rope_of(16));
   std::vector<float> keys(32, 1.0F);

@@ -97,6 +97,24 @@ TEST_P(EveryLevel, IsThatOfDoublePrecision) {
   }
 }
 
+TEST_P(EveryLevel, UnderLargeSoftCapsIsThatWithoutOne) {
+  auto engine = test::random_engine(308);
+  const Tokens tokens(1, 2, 300, kDim, engine);
+  KvCache cache(exact(GetParam()));
+  tokens.append_to(cache, 0, 300);
+  const Array queries({1, kHeads, 1, kDim}, engine);
+  for (const float cap : {50.0F, 1e6F, 1e8F, 1e15F, 1e30F}) {
+    AttendOptions capped;
+    capped.soft_cap = cap;
+    const Array logs = attend_with_logs(cache, queries, capped).logs;
+    if (cap > 50.0F) capped.soft_cap = 0.0F;
+    for (std::int64_t h = 0; h < kHeads; ++h) {
+      const double expected = expected_log(cache, queries, h, 0, capped);
+      EXPECT_NEAR(*logs.at(0, 0, h), expected, 1e-5 * expected) << cap;
+    }
+  }
+}
+
 // Tiles are read by integer arithmetic, which scores feel less than outputs do.
 TEST_P(EveryLevel, OfTilesIsWithinTheKernelsBound) {
   auto engine = test::random_engine(302);

@@ -422,6 +422,33 @@ TEST_F(SequencesAtFaults, MemoryThatRunsOutChangesNoCache) {
             0);
 }
 
+// UBSan: they are not multiplied.
+TEST(Sequences, StridesOfSingleElementsAreNeverUsed) {
+  constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
+  auto engine = test::random_engine(323);
+  const Array numbers({1, 1, 1, 8}, engine);
+  const auto odd = [](auto tensor) {
+    tensor.strides = {kLargest, kLargest, kLargest, 1};
+    return tensor;
+  };
+  const auto all = [&](const auto& strides) {
+    KvCache one(geometry(8, 4, 4, 1));
+    KvCache none(geometry(8, 4, 4, 1));
+    const ConstTensor tokens = strides(ConstTensor(numbers));
+    one.append(tokens, tokens);
+    KvCache* const written[] = {&one, &none};
+    const KvCache* const read[] = {&one, &none};
+    const std::int64_t counts[] = {1, 0};
+    tqai::append(written, counts, tokens, tokens);
+    Array output({1, 1, 1, 8});
+    tqai::attend(read, counts, tokens, strides(Tensor(output)));
+    EXPECT_EQ(one.tokens(), 2);
+    EXPECT_EQ(none.tokens(), 0);
+    return std::pair(one.serialize(), output.data);
+  };
+  EXPECT_EQ(all(odd), all([](auto tensor) { return tensor; }));
+}
+
 TEST(Sequences, NoneIsNothing) {
   tqai::append(std::span<const SequenceTokens>{});
   tqai::attend(std::span<const SequenceQueries>{});

@@ -80,6 +80,7 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
 def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inner: bool) -> None:
     decoder = decoder_of(model)
     before = _hook_of(decoder)
+    _drop_manager(model)
     if before is not None:
         before.remove()
     hook = _CacheHook(settings, configs, decoder)
@@ -114,10 +115,18 @@ def remove(model: PreTrainedModel) -> None:
 def _remove(hook: _CacheHook) -> None:
     for model in list(_overridden):
         if decoder_of(model) is hook.decoder:
+            _drop_manager(model)
             for name in [name for name, own in vars(model).items() if isinstance(own, _Override)]:
                 del vars(model)[name]
             _overridden.discard(model)
     hook.remove()
+
+
+def _drop_manager(model: PreTrainedModel) -> None:
+    """Ends the manager of continuous batching that a model keeps (``persistent_manager``): its
+    requests have caches of the kind that the model had then."""
+    if vars(model).get("_cached_continuous_batching_manager") is not None:
+        model.destroy_cached_continuous_batching_manager()
 
 
 def override(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> None:

@@ -169,7 +169,8 @@ def _spread(cache: DynamicCache, copies: int) -> bool:
 
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """[rows, 1] int64: a next token of each row, of logits [rows, tokens]."""
-    shares = torch.rand(len(logits), 1, generator=generator, device="cpu")
+    size = len(logits), 1
+    shares = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
     found = []
     # A few rows at a time stay in a processor's cache.
     for rows, share in zip(logits.split(_DRAWN_ROWS), shares.split(_DRAWN_ROWS), strict=True):

@@ -183,6 +183,28 @@ def _in_place(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     )
 
 
+def _check_options(config: Any) -> None:
+    """Raises NotImplementedError for what needs the plain paged cache's memory."""
+    if config.use_async_batching or any(config.cuda_graph_booleans):
+        raise NotImplementedError(
+            "continuous batching over compressed caches prepares a pass when the one before is "
+            "done, and captures no graph: leave out use_async_batching and use_cuda_graph, or call "
+            "tqai.unpatch(model)"
+        )
+    if config.varlen_compile_config is not None or config.decode_compile_config is not None:
+        raise NotImplementedError(
+            "continuous batching over compressed caches runs the model as it is; a compiled pass "
+            "has tokens that are of no request: leave out varlen_compile_config, "
+            "decode_compile_config, default_compile_level and the generation config's "
+            "compile_config, or call tqai.unpatch(model)"
+        )
+    if config.cpu_offload_space:
+        raise NotImplementedError(
+            "cpu_offload_space moves the plain paged cache's blocks; compressed caches have none: "
+            "leave it out, or call tqai.unpatch(model)"
+        )
+
+
 def init_continuous_batching(
     make_cache: Callable[[], TqaiCache], model: PreTrainedModel, *args: Any, **kwargs: Any
 ) -> Any:
@@ -194,42 +216,38 @@ def init_continuous_batching(
     """
     check_supported()
 
-    class Manager(api.ContinuousBatchingManager):  # type: ignore[name-defined]
-        """One whose batches have a ``PackedPagedCache``."""
+    begin = _in_place(
+        api.ContinuousMixin.init_continuous_batching, ContinuousBatchingManager=_Manager
+    )
+    with torch.no_grad():
+        manager = begin(model, *args, **kwargs)
+    manager.tqai_make_cache = make_cache
+    return manager
+
+
+if api is not None and _allocators is not None:
+
+    class _Manager(api.ContinuousBatchingManager):
+        """One whose batches have a ``PackedPagedCache``. One class: a manager that a model keeps
+        is known by it."""
+
+        tqai_make_cache: Callable[[], TqaiCache]
 
         def switch_to_cb_friendly_attn(self, *args: Any, **kwargs: Any) -> None:
             """tqai's attention is."""
 
         def _create_batch_processor(self) -> Any:
             config = self.continuous_batching_config
-            if config.use_async_batching or any(config.cuda_graph_booleans):
-                raise NotImplementedError(
-                    "continuous batching over compressed caches prepares a pass when the one "
-                    "before is done, and captures no graph: leave out use_async_batching and "
-                    "use_cuda_graph, or call tqai.unpatch(model)"
-                )
-            if config.cpu_offload_space:
-                raise NotImplementedError(
-                    "cpu_offload_space moves the plain paged cache's blocks; compressed caches "
-                    "have none: leave it out, or call tqai.unpatch(model)"
-                )
+            _check_options(config)
             config.max_blocks_per_request = 0  # block tables are flash attention's
             create = _in_place(
                 api.ContinuousBatchingManager._create_batch_processor,
-                PagedAttentionCache=partial(PackedPagedCache, make_cache),
+                PagedAttentionCache=partial(PackedPagedCache, self.tqai_make_cache),
                 ContinuousBatchProcessor=_Processor,
             )
             return create(self)
 
-    Manager.__name__ = Manager.__qualname__ = "ContinuousBatchingManager"
-    begin = _in_place(
-        api.ContinuousMixin.init_continuous_batching, ContinuousBatchingManager=Manager
-    )
-    with torch.no_grad():
-        return begin(model, *args, **kwargs)
-
-
-if api is not None and _allocators is not None:
+    _Manager.__name__ = _Manager.__qualname__ = "ContinuousBatchingManager"
 
     class _Processor(api.ContinuousBatchProcessor):
         """One that prepares no masks, and ends the requests that a pass failed for."""

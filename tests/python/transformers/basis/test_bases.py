@@ -214,6 +214,21 @@ def test_copies_share_them(models: Models) -> None:
         )
 
 
+def test_bytes_that_bring_them_share_them_too(models: Models, tmp_path: Path) -> None:
+    model = models("llama")
+    cache = filled(model, tqai.patch(model, **ADAPTIVE), make_ids(1, 200))
+    tqai.save_cache(cache, tmp_path / "with", basis=True)
+    tqai.save_cache(cache, tmp_path / "named")
+    others = [
+        tqai.load_cache(tmp_path / "with", model),
+        tqai.load_cache(tmp_path / "named", model),
+        pickle.loads(pickle.dumps(cache)),
+    ]
+    for other in others:
+        for own, given in zip(other.layers, cache.layers, strict=True):
+            assert own.core.key_basis is given.core.key_basis
+
+
 def test_rows_and_crops_go_on(models: Models) -> None:
     model = models("llama")
     cache = filled(model, tqai.patch(model, **ADAPTIVE), make_ids(2, 200))

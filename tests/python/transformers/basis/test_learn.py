@@ -170,6 +170,19 @@ def test_the_number_of_threads_does_not_show() -> None:
         assert np.array_equal(one, two)
 
 
+def test_the_default_dtype_does_not_show() -> None:
+    model = make_model(seed=11)
+    usual = [each.queries_until(0, 0) for each in moments_of(model)]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        other = [each.queries_until(0, 0) for each in moments_of(model)]
+    finally:
+        torch.set_default_dtype(before)
+    for one, two in zip(usual, other, strict=True):
+        assert np.array_equal(one, two)
+
+
 def test_rows_begin_as_texts_do_and_are_drawn_by_the_seed(models: Models) -> None:
     geometry = geometry_of(models("llama"))
     ids = learn._random_ids(geometry, 1)

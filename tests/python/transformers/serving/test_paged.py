@@ -12,7 +12,7 @@ from conftest import Models, make_ids, make_model
 from tqai import _core
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.serving import paged
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 if not paged.serves_requests():
     pytest.skip("a paged cache of another interface", allow_module_level=True)
@@ -233,6 +233,8 @@ def test_layers_that_stay_exact(models: Models) -> None:
     [
         ({"use_async_batching": True}, "use_async_batching"),
         ({"cpu_offload_space": 1.0}, "cpu_offload_space"),
+        ({"varlen_compile_config": CompileConfig(backend="eager")}, "varlen_compile_config"),
+        ({"default_compile_level": 1}, "default_compile_level"),
     ],
 )
 def test_what_needs_the_plain_cache_is_refused(
@@ -267,6 +269,37 @@ def test_unpatched_the_model_has_its_own_again(models: Models) -> None:
     )
     expected = [alone(model, prompt) for prompt in given]
     assert [result.generated_tokens for result in results.values()] == expected
+
+
+def kept(model: Any, given: list[list[int]]) -> Any:
+    """The manager that the model keeps when it has given the right answers."""
+    expected = [alone(model, prompt) for prompt in given]
+    results = model.generate_batch(
+        given,
+        generation_config=config(),
+        continuous_batching_config=batching(),
+        persistent_manager=True,
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
+    return model._cached_continuous_batching_manager
+
+
+def test_a_manager_that_is_kept_is_used_again_until_the_patch_changes(
+    made: list[paged.PackedPagedCache],
+) -> None:
+    model = make_model("llama")
+    given = prompts((60, 100))
+    plain = kept(model, given)
+    tqai.patch(model, **SEALING)
+    first = kept(model, given)
+    assert first is not plain and first is kept(model, given)
+    assert len(made) == 1
+    tqai.patch(model, bits_k=3, **SEALING)
+    other = kept(model, given)
+    assert other is not first and len(made) == 2
+    tqai.unpatch(model)
+    assert not hasattr(model, "_cached_continuous_batching_manager")
+    assert kept(model, given) is not other and len(made) == 2
 
 
 def poison(model: Any, token: int) -> None:
