@@ -93,7 +93,7 @@ class TQAI_API KeyBasis {
   /// The basis for codes of `bits` bits. The same moments give the same basis on one build of the
   /// library; elsewhere sums may round otherwise, and its `id` differ. O(kv_heads · head_dim³): 5
   /// ms a head for 64, 0.3 s for 256. Throws ValueError for numbers out of range and for a head
-  /// without keys or queries.
+  /// without keys or queries, or with some of a size far from what models have.
   static KeyBasis learn(const KeyMoments& moments, int bits,
                         std::int64_t last_position = kLastPosition);
 
