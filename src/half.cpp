@@ -3,6 +3,8 @@
 #include <cstring>
 #include <tqai/half.hpp>
 
+#include "threads.hpp"
+
 // Every conversion here computes all cases and selects, so that compilers turn the loops into SIMD;
 // the readable versions, and the specification, are the scalar functions of the header.
 
@@ -79,6 +81,7 @@ void narrow_all(const float* __restrict from, std::size_t count, void* to, Conve
 TQAI_INLINE void convert_to_float(const void* from, DType dtype, std::size_t count,
                                   float* to) noexcept {
   if (count == 0) return;
+  const UsualArithmetic usual;
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;
     case DType::f16: widen_all(from, count, to, [](auto h) { return widen_half(h); }); return;
@@ -89,6 +92,7 @@ TQAI_INLINE void convert_to_float(const void* from, DType dtype, std::size_t cou
 TQAI_INLINE void convert_from_float(const float* from, std::size_t count, DType dtype,
                                     void* to) noexcept {
   if (count == 0) return;
+  const UsualArithmetic usual;
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, count * sizeof(float)); return;
     case DType::f16: narrow_all(from, count, to, [](float v) { return narrow_half(v); }); return;

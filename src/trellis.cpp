@@ -2,6 +2,7 @@
 #include <tqai/trellis.hpp>
 
 #include "ranges.hpp"
+#include "threads.hpp"
 
 namespace tqai {
 namespace TQAI_LOCAL {
@@ -45,6 +46,7 @@ constexpr KeyTrellis kKeyTrellises[] = {
 }  // namespace TQAI_LOCAL
 
 TQAI_INLINE float Trellis::step(int head_dim) const noexcept {
+  const UsualArithmetic usual;
   return static_cast<float>(unit / std::sqrt(static_cast<double>(head_dim)));
 }
 
@@ -54,6 +56,7 @@ TQAI_INLINE const Trellis& trellis(int bits) {
 }
 
 TQAI_INLINE float KeyTrellis::step(int head_dim) const noexcept {
+  const UsualArithmetic usual;
   return static_cast<float>(unit / std::sqrt(static_cast<double>(head_dim)));
 }
 

@@ -6,8 +6,11 @@
 #include <optional>
 #include <tqai/cache.hpp>
 #include <tqai/codebook.hpp>
+#include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
 #include <tqai/quantizer.hpp>
+#include <tqai/trellis.hpp>
+#include <tuple>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/wait.h>
@@ -186,6 +189,30 @@ TEST(ArithmeticOfVectors, IsTheUsualToo) {
     EXPECT_EQ(std::memcmp(now.data(), expected.data(), now.size() * sizeof(float)), 0)
         << setting.name;
     EXPECT_EQ(after, setting.control) << setting.name;
+  }
+}
+
+TEST(ArithmeticOfNumbers, IsTheUsualToo) {
+  std::mt19937_64 engine = test::random_engine(18);
+  std::vector<float> floats = test::random_normal(64, engine);
+  for (std::size_t i = 0; i < 32; ++i) floats[i] *= 1e-6F;  // subnormal as FP16
+  floats[0] = std::numeric_limits<float>::signaling_NaN();
+  const auto results = [&] {
+    std::vector<std::uint16_t> halves(floats.size());
+    convert_from_float(floats.data(), floats.size(), DType::f16, halves.data());
+    std::vector<float> back(floats.size());
+    convert_to_float(halves.data(), DType::f16, halves.size(), back.data());
+    back[0] = 0.0F;  // NaN equals nothing
+    return std::tuple(halves, back, trellis(3).step(96), key_trellis(3).step(96));
+  };
+  const auto expected = results();
+  for (const Setting& setting : kSettings) {
+    std::optional<decltype(results())> now;
+    {
+      const Control control(setting.control);
+      now = results();
+    }
+    EXPECT_TRUE(*now == expected) << setting.name;
   }
 }
 

@@ -80,7 +80,6 @@ def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncod
 def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inner: bool) -> None:
     decoder = decoder_of(model)
     before = _hook_of(decoder)
-    _drop_manager(model)
     if before is not None:
         before.remove()
     hook = _CacheHook(settings, configs, decoder)
@@ -97,6 +96,7 @@ def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inn
     for name, function in _OVERRIDES.items():
         if hasattr(type(model), name):
             model.__dict__[name] = _Override(function, model)
+    _drop_manager(model)
 
 
 def remove(model: PreTrainedModel) -> None:
