@@ -1,13 +1,11 @@
 """``--cache FILE`` of ``tqai run``: a prompt that was read is kept, with what it was.
 
-A file of ``tqai.save_cache`` does not say which tokens it has read, so they stand in a file of JSON
-beside it, with a digest that ties the two together.
+It is a file of ``tqai.save_cache`` whose header also says which tokens it has read, so that both
+are of one moment, whoever writes to the same place.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +15,20 @@ if TYPE_CHECKING:
 
     from tqai.transformers.cache.cache import TqaiCache
 
+_READ = "read"
+"""What the header calls the tokens."""
+
 
 def keep(path: Path, cache: TqaiCache, tokens: list[int]) -> None:
-    """Writes `cache`, which has read `tokens`, to `path`, and the tokens beside it.
+    """Writes `cache`, which has read `tokens`, to `path`.
 
     Raises:
         NotImplementedError: for a cache that cannot be saved.
-        OSError: where a file cannot be written.
+        OSError: where the file cannot be written.
     """
-    import tqai
+    from tqai.transformers.files.save_load import write_cache
 
-    tqai.save_cache(cache, path)
-    beside(path).write_text(json.dumps({"sha256": _digest(path), "tokens": tokens}))
+    write_cache(cache, path, False, {_READ: tokens})
 
 
 def recall(path: Path, model: PreTrainedModel, tokens: list[int]) -> tuple[TqaiCache, int] | str:
@@ -41,23 +41,24 @@ def recall(path: Path, model: PreTrainedModel, tokens: list[int]) -> tuple[TqaiC
         ValueError: for a file that is not a kept prompt, and so must not be written over.
     """
     import tqai
+    from tqai import container
+    from tqai.transformers.files.save_load import read_cache
 
-    if not path.exists():
+    try:
+        file, header = container.opened(path)
+    except FileNotFoundError:
         return f"{path} does not exist yet"
+    except ValueError as error:
+        raise _not_kept(path, str(error)) from error
+    read = header.get(_READ)
+    if not isinstance(read, list) or any(type(token) is not int for token in read):
+        raise _not_kept(path, "its header names no tokens")
     try:
-        noted = json.loads(beside(path).read_text())
-        digest, read = noted["sha256"], list(map(int, noted["tokens"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--cache {path}: not a prompt that tqai run has kept, as {beside(path).name} is not "
-            "beside it; name another file, or remove this one"
-        ) from None
-    if digest != _digest(path):
-        return f"{path} was changed after it was kept"
-    try:
-        cache: Any = tqai.load_cache(path, model)
+        cache: Any = read_cache(path, file, header, model, False)
     except ValueError as error:
         return str(error)
+    if cache.get_seq_length() != len(read):
+        return f"{path} has read {cache.get_seq_length()} tokens, and names {len(read)}"
     here = tqai.new_cache(model).settings
     if replace(cache.settings, backend=here.backend, level=here.level) != here:
         return f"{path} was kept with other settings"
@@ -72,17 +73,11 @@ def recall(path: Path, model: PreTrainedModel, tokens: list[int]) -> tuple[TqaiC
     return cache, common
 
 
-def beside(path: Path) -> Path:
-    """The file with the tokens of `path`."""
-    return path.with_name(f"{path.name}.tokens")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _not_kept(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"--cache {path}: not a prompt that tqai run has kept ({reason}); name another file, or "
+        "remove this one"
+    )
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 from conftest import VOCABULARY
+from tqai import container, new_cache, patch, save_cache
 from tqai.cli import kept_prompt, main
 from tqai.cli.run import _Conversation
+from tqai.transformers.loading import load
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 8
 GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
@@ -98,16 +101,66 @@ def test_a_kept_prompt(
         return error
 
     assert "kept with other settings" in read_again(*other, "--bits-v", "4")
-    with kept.open("ab") as file:
-        file.write(b"x")
-    assert "was changed after it was kept" in read_again(*other)
+    damaged = bytearray(kept.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    kept.write_bytes(damaged)
+    assert "damaged" in read_again(*other)
     assert main(["run", folder, "Something else", *once[2:], *GREEDY]) == 0
     assert f"from {kept}: {len('<user>')} of" in capsys.readouterr().err
-    kept_prompt.beside(kept).unlink()
-    before = kept.read_bytes()
-    assert main(["run", *other]) == 2
-    assert "not a prompt that tqai run has kept" in capsys.readouterr().err
-    assert kept.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_what_is_no_kept_prompt_is_left(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    model, _ = load(folder)
+    cache = patch(model)
+    with torch.no_grad():
+        model(torch.ones(1, 300, dtype=torch.long), past_key_values=cache)
+    saved, text, folder_there = tmp_path / "saved", tmp_path / "text", tmp_path / "folder"
+    save_cache(cache, saved)
+    text.write_text(LONG)
+    folder_there.mkdir()
+    for path in (saved, text):
+        before = path.read_bytes()
+        assert main(["run", folder, LONG, "--cache", str(path)]) == 2
+        assert "not a prompt that tqai run has kept" in capsys.readouterr().err
+        assert path.read_bytes() == before
+    assert main(["run", folder, LONG, "--cache", str(folder_there)]) == 2
+
+
+def test_tokens_are_those_of_the_cache_that_lies_there(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever else keeps a prompt in the same place, before or while this one is read.
+    model, _ = load(folder)
+    patch(model, residual_window=32)
+    path = tmp_path / "kept"
+
+    def read(first: int) -> tuple[Any, list[int]]:
+        cache, tokens = new_cache(model), [first] * 300
+        with torch.no_grad():
+            model(torch.tensor([tokens]), past_key_values=cache)
+        return cache, tokens
+
+    one, other = read(5), read(6)
+    kept_prompt.keep(path, *one)
+    opened = container.opened
+
+    def replaced_meanwhile(at: Path) -> Any:
+        found = opened(at)
+        kept_prompt.keep(path, *other)
+        return found
+
+    monkeypatch.setattr(container, "opened", replaced_meanwhile)
+    found = kept_prompt.recall(path, model, [5] * 301)
+    assert not isinstance(found, str) and found[1] == 300
+    assert torch.equal(found[0].layers[0].keys, one[0].layers[0].keys)
+    monkeypatch.undo()
+    assert kept_prompt.recall(path, model, [5] * 301) == f"{path} holds another text"
+    found = kept_prompt.recall(path, model, [6] * 301)
+    assert not isinstance(found, str)
+    assert torch.equal(found[0].layers[0].keys, other[0].layers[0].keys)
 
 
 @pytest.fixture
@@ -161,9 +214,6 @@ def test_a_conversation(
 
 
 def test_an_interrupted_answer_is_not_said(folder: str, lines: list[str]) -> None:
-    from tqai import patch
-    from tqai.transformers.loading import load
-
     model, tokenizer = load(folder)
     patch(model, residual_window=32)
     sampling = {"max_new_tokens": 6, "do_sample": False}

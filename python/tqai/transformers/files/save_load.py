@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,16 @@ def save_cache(
             recurrent state of a hybrid model), naming it, and for layers beyond the model's.
         OSError: where the file cannot be written; what was there before is still there.
     """
+    write_cache(cache, path, basis, {})
+
+
+def write_cache(
+    cache: TqaiCache | TqaiEncoderDecoderCache,
+    path: str | os.PathLike[str],
+    basis: bool,
+    notes: Mapping[str, Any],
+) -> None:
+    """``save_cache``, with `notes` beside what the file's header says itself."""
     if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
         raise ValueError(
             "save_cache(cache, path) takes a cache that tqai made (TqaiCache, "
@@ -124,6 +135,7 @@ def save_cache(
         "settings": _of_any_machine(cache.settings),
         "sliding": cache.sliding,
         **described,
+        **notes,
     }
     container.write(path, header, tensors)
 
@@ -158,10 +170,20 @@ def load_cache(
         raise ValueError(
             f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
         )
+    path = Path(path)
+    return read_cache(path, *container.opened(path), model, mapped)
+
+
+def read_cache(
+    path: Path,
+    file: _core.CacheFile,
+    header: Mapping[str, Any],
+    model: PreTrainedModel,
+    mapped: bool,
+) -> TqaiCache | TqaiEncoderDecoderCache:
+    """``load_cache`` of a file that is open, whatever lies at `path` by now."""
     here = hooks.settings_of(model)
     geometry, decoder = geometry_of(model, afresh=True), decoder_of(model)
-    path = Path(path)
-    file, header = container.opened(path)
     file_checks.check_header(path, header)
     if mapped and file.version < _MAPPED_SINCE:
         raise ValueError(
