@@ -78,6 +78,8 @@ def _check_layer(path: Path, place: str, layer: Any) -> None:
         _check(path, place, layer, {"rotated": _is(str)})
     if layer["rope"] is not None:
         needed = {"inv_freq": _list(_either(_is(float), _count)), "layout": _is(str)}
+        if "sections" in layer["rope"]:
+            needed["sections"] = _list(_count)
         _check(path, f"the rotary embedding of {place}", layer["rope"], needed)
 
 

@@ -341,6 +341,8 @@ LIES = [
     (set_in("layers", 1, "rope", "inv_freq", to=[]), "another rotary embedding"),
     (set_in("layers", 1, "rope", "inv_freq", to=[10**400] * 8), "rotary"),
     (set_in("layers", 1, "rope", "layout", to="interleaved"), "another rotary embedding"),
+    (set_in("layers", 1, "rope", "sections", to=None), "has 'sections': None"),
+    (set_in("layers", 1, "rope", "sections", to=[0] * 8), "another rotary embedding"),
     (set_in("settings", to=[]), "has 'settings'"),
     (set_in("settings", "bits_k", to=5), "layer 0 was compressed with bits_k=4, .*say 5"),
     (set_in("settings", "bits_v", to={"1": 7}), "layer 1 was compressed with bits_v=2, .*say 7"),
@@ -557,6 +559,36 @@ def places_in(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield (*at, key)
         if isinstance(each, (dict, list)):
             yield from places_in(each, (*at, key))
+
+
+ODD = (None, True, [], {}, "", -1, 0, 0.5, 1 << 70, [None], [[1]], {"a": 1}, ...)
+
+
+@pytest.mark.parametrize("codec", ["scalar", "adaptive"])
+def test_each_value_of_a_header_may_be_any_other(
+    models: Models, tmp_path: Path, codec: str
+) -> None:
+    model, saved = models("llama"), tmp_path / "saved"
+    cache = filled(model, tqai.patch(model, codec=codec, bits_k=2, **SEALING), make_ids(1, 150))
+    tqai.save_cache(cache, saved, basis=True)
+    original = saved.read_bytes()
+    read: dict[str, Any] = {}
+    rewritten(saved, read.update)
+    # Of a list's items the first two, as the others are like these.
+    alike = {
+        tuple(min(at, 1) if isinstance(at, int) else at for at in p): p for p in places_in(read)
+    }
+    assert len(alike) > 30
+    for place in alike.values():
+        for value in ODD:
+            saved.write_bytes(original)
+            rewritten(saved, set_in(*place, to=value))
+            try:
+                loaded = tqai.load_cache(saved, model)
+            except ValueError as error:
+                assert str(saved) in str(error), (place, value)
+            else:
+                assert_equal(loaded, cache)
 
 
 ADAPTIVE: Any = {"codec": "adaptive", "bits_k": 2, **SEALING}
