@@ -44,6 +44,10 @@ _PAUSE = 30.0
 _AT_ONCE = 32
 """Blocks that are asked for before it is known that there are more."""
 _TENSORS = frozenset({"input_ids", "attention_mask"})
+_OF_ALL = ("output_hidden_states", "output_attentions")
+"""What ``generate`` gives of each token that it reads."""
+_OWN_SHARE = 0.9
+"""Of a store's bytes, what one text may take: without its beginning, nothing of it can be read."""
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 _COUNTED = ("prompts", "hits", "loaded_tokens", "stored_blocks", "unusable_entries", "failures")
@@ -270,7 +274,7 @@ class PrefixStore:
             return None
         # Over a part of the prompt, assisted decoding gives other tokens, with transformers' own
         # cache too; chunks begin with the first token in versions until 5.17 at least.
-        anew = option("prefill_chunk_size") is not None or any(map(option, _ASSISTED))
+        anew = option("prefill_chunk_size") is not None or any(map(option, (*_ASSISTED, *_OF_ALL)))
         facts = self._facts(cache) if anew else self._load(cache, model, ids.cpu(), padding)
         if facts is None:
             return None
@@ -428,13 +432,30 @@ class PrefixStore:
             return 0
         payload = centres.payload()
         own = chains.name_of_centres(facts, payload)
-        self._shelf.put(own, envelope.sealed("centres", {**facts, "name": own}, [payload]))
+        entry = envelope.sealed("centres", {**facts, "name": own}, [payload])
+        room = _OWN_SHARE * self.max_bytes - len(entry)
+        self._shelf.put(own, entry)
+        # Whatever leaves for what comes now is another text's.
+        self._shelf.use(
+            [own, *(name for name, is_there in zip(wanted, held, strict=True) if is_there)]
+        )
         stored = 0
-        for name, is_there, block in zip(wanted, held, blocks, strict=False):
-            if not is_there:
-                parts = block._replace(centres=own).parts()
-                self._shelf.put(name, envelope.sealed("block", {**facts, "name": name}, parts))
-                stored += 1
+        for at, (name, is_there, block) in enumerate(zip(wanted, held, blocks, strict=False)):
+            if is_there:
+                continue
+            parts = block._replace(centres=own).parts()
+            entry = envelope.sealed("block", {**facts, "name": name}, parts)
+            if (at + 1) * len(entry) > room:
+                self._say(
+                    "small",
+                    f"the prefix store {without_password(self.url)} may hold {self.max_bytes} "
+                    f"bytes, and a text of {len(blocks) * TILE_TOKENS} tokens takes about "
+                    f"{len(blocks) * len(entry)}: only its first {at * TILE_TOKENS} are kept; "
+                    "give the store more max_bytes",
+                )
+                break
+            self._shelf.put(name, entry)
+            stored += 1
         self._shelf.use([own, *wanted[: len(blocks)]])
         return stored
 

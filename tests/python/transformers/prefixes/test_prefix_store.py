@@ -266,15 +266,79 @@ def test_bounded_and_the_start_of_a_text_leaves_last(models: Models, url: str) -
     tqai.patch(model, **SMALL)
     unbounded = PrefixStore(url + "-whole")
     cache = filled(model, tqai.new_cache(model), ids)
-    unbounded.save(cache, ids)
-    most = unbounded.used_bytes() // 2
+    assert unbounded.save(cache, ids) == 6
+    most = unbounded.used_bytes() * 6 // 5
     store = PrefixStore(url, max_bytes=most)
-    store.save(cache, ids)
+    assert store.save(cache, ids) == 6
+    other = make_ids(1, 16 + 2 + 3 * 64, seed=1)
+    assert store.save(filled(model, tqai.new_cache(model), other), other) == 3
     assert store.used_bytes() <= most
-    found = store.load(model, ids).get_seq_length()
-    store.save(filled(model, tqai.new_cache(model), make_ids(1, 16 + 2 + 64)), make_ids(1, 82))
-    assert store.used_bytes() <= most
-    assert 0 < store.load(model, ids).get_seq_length() <= found or found == 0
+    assert store.load(model, other).get_seq_length() == 2 + 3 * 64
+    assert 2 <= store.load(model, ids).get_seq_length() // 64 < 6
+
+
+@pytest.mark.parametrize("kind", ["folder", "redis"])
+def test_a_store_that_is_smaller_than_a_text_holds_its_beginning(
+    models: Models, url: str, tmp_path: Path, kind: str
+) -> None:
+    model, ids = models(), make_ids(1, 16 + 2 + 6 * 64)
+    tqai.patch(model, **SMALL)
+    cache = filled(model, tqai.new_cache(model), ids)
+    whole = PrefixStore(url + "-whole")
+    whole.save(cache, ids)
+    server = Server(tmp_path)
+    if kind == "redis":
+        skip_without_redis()
+        server.start()
+        url = server.url
+    try:
+        store = PrefixStore(url, max_bytes=whole.used_bytes() * 2 // 3)
+        with pytest.warns(UserWarning, match="only its first .* are kept; give the store more"):
+            kept = store.save(cache, ids)
+        assert 2 <= kept < 6
+        for _ in range(3):
+            assert store.used_bytes() <= store.max_bytes
+            assert store.load(model, ids).get_seq_length() == 2 + 64 * kept
+            assert store.save(cache, ids) == 0  # and nothing more is said
+    finally:
+        server.kill()
+
+
+def test_a_text_that_is_stored_does_not_push_its_own_beginning_out(
+    models: Models, url: str
+) -> None:
+    model, ids = models(), make_ids(1, 16 + 2 + 6 * 64)
+    tqai.patch(model, **SMALL)
+    cache = filled(model, tqai.new_cache(model), ids)
+    whole = PrefixStore(url + "-whole")
+    whole.save(cache, ids)
+    store = PrefixStore(url, max_bytes=whole.used_bytes() * 6 // 5)
+    beginning = copy.deepcopy(cache)
+    beginning.crop(2 + 64 * 2 + 16)
+    assert store.save(beginning, ids[:, : 2 + 64 * 2 + 16]) == 2
+    other = make_ids(1, 16 + 2 + 3 * 64, seed=1)
+    assert store.save(filled(model, tqai.new_cache(model), other), other) == 3
+    assert store.save(cache, ids) == 4  # the other one leaves, which was used later
+    assert store.load(model, ids).get_seq_length() == 2 + 6 * 64
+
+
+def test_what_generate_gives_of_each_token_is_given_of_all(models: Models, url: str) -> None:
+    model, ids = models(attn_implementation="eager"), make_ids(1, TOKENS)
+    tqai.patch(model, **SMALL)
+    store = PrefixStore(url)
+    store.attach(model)
+    options = {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+    }
+    for hits in (0, 0, 1):
+        if hits:
+            generate(model, ids)
+        assert store.report()["hits"] == hits
+        out = generate(model, ids, **options)
+        assert [each.shape[1] for each in out.hidden_states[0]] == [TOKENS] * 3
+        assert [tuple(each.shape[2:]) for each in out.attentions[0]] == [(TOKENS, TOKENS)] * 2
 
 
 def entries(url: str) -> list[Path]:
