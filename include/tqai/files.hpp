@@ -100,8 +100,12 @@ class TQAI_API CacheFile {
   /// Whether there is a tensor of this name.
   bool holds(std::string_view name) const noexcept;
 
-  /// Bytes [first, first + to.size()) of a tensor. Throws IndexError for what does not exist.
+  /// Bytes [first, first + to.size()) of a tensor, whatever they are. Throws IndexError for what
+  /// does not exist.
   void read(std::string_view name, std::uint64_t first, std::span<std::byte> to) const;
+  /// All bytes of a tensor, and compares the checksum of these very bytes, whoever changes the file
+  /// meanwhile. Throws IndexError for a span of another size, ValueError for a damaged tensor.
+  void read(std::string_view name, std::span<std::byte> to) const;
   /// Throws ValueError where a tensor's checksum does not fit.
   void verify(std::string_view name) const;
   /// The cache that a tensor holds. Takes memory for that alone. Throws IndexError, ValueError for

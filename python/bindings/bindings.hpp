@@ -23,15 +23,18 @@ namespace py = pybind11;
 /// Element types as Python sees them; bool for masks alone.
 enum class ElementType : std::uint8_t { float32, float16, bfloat16, boolean };
 
-/// A tensor as Python hands it in: (address, ElementType, shape, strides in elements). The caller
-/// keeps it alive during the call. Integers cost a third of what DLPack does.
+/// A tensor as Python hands it in: (address, ElementType, shape, strides in elements), and as a
+/// fifth whether it may only be read, where that is so. The caller keeps it alive during the call.
+/// Integers cost a third of what DLPack does.
 struct TensorReference {
   void* data;
   ElementType type;
   std::array<std::int64_t, 4> shape;
   std::array<std::int64_t, 4> strides;
+  bool read_only;
 
   ConstTensor constant(const char* name) const;
+  /// Throws ValueError where it may only be read.
   Tensor writable(const char* name) const;
   Mask mask() const;
 };
@@ -39,8 +42,8 @@ struct TensorReference {
 /// Throws ValueError where the tuple is not such a reference.
 TensorReference reference_of(const py::tuple& tuple, const char* name);
 
-/// (address, ElementType, shape, strides in elements) of what has the buffer protocol: numpy's
-/// arrays and mlx's, which are evaluated for it. `dtype` says what the elements are where the
+/// A TensorReference of what has the buffer protocol: numpy's arrays and mlx's, which are evaluated
+/// for it. `dtype` says what the elements are where the
 /// buffer does not; throws ValueError where it cannot be.
 py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dtype);
 

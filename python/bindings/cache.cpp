@@ -276,7 +276,8 @@ nothing changed; 0: no limit.)");
   module.def(
       "borrowed", &borrowed, arg("array"), arg("dtype") = py::none(),
       R"((address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
-or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are
+or mlx's, which is evaluated for it; and True behind these where it is read-only, and so is no place
+for results. The caller keeps it alive. dtype says what the elements are
 where the buffer does not. ValueError for elements of another kind or size.)");
 
   py::class_<LockedCache>(module, "KvCache", R"(Compressed keys and values of one attention layer.

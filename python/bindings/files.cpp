@@ -99,6 +99,17 @@ ValueError for one that is none, or damaged; OSError where it cannot be read.)")
           arg("name"), arg("to"), arg("first") = 0,
           "Fills a buffer with a tensor's bytes from `first` on, without looking at its checksum.")
       .def(
+          "read_all",
+          [](const CacheFile& file, const std::string& name, py::buffer to) {
+            const py::buffer_info info = to.request(true);
+            const std::span<std::byte> bytes = bytes_of(info);
+            const py::gil_scoped_release release;
+            file.read(name, bytes);
+          },
+          arg("name"), arg("to"),
+          "Fills a buffer with all of a tensor's bytes; ValueError where their checksum does not "
+          "fit.")
+      .def(
           "verify",
           [](const CacheFile& file, const std::string& name) {
             const py::gil_scoped_release release;

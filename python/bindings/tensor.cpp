@@ -89,12 +89,13 @@ py::ssize_t bytes_of(ElementType type) {
 }  // namespace
 
 TensorReference reference_of(const py::tuple& tuple, const char* name) {
-  if (tuple.size() != 4) {
+  if (tuple.size() != 4 && tuple.size() != 5) {
     throw ValueError(std::string(name) + " is a tuple of " + std::to_string(tuple.size()) +
                      "; (address, dtype, shape, strides) is needed");
   }
   return {reinterpret_cast<void*>(tuple[0].cast<std::uintptr_t>()), type_of(tuple[1]),
-          numbers<4>(tuple[2], name), numbers<4>(tuple[3], name)};
+          numbers<4>(tuple[2], name), numbers<4>(tuple[3], name),
+          tuple.size() == 5 && tuple[4].cast<bool>()};
 }
 
 py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dtype) {
@@ -109,7 +110,9 @@ py::tuple borrowed(const py::object& array, const std::optional<ElementType>& dt
     shape[i] = view->shape[i];
     strides[i] = view->strides[i] / view->itemsize;
   }
-  return py::make_tuple(reinterpret_cast<std::uintptr_t>(view->buf), type, shape, strides);
+  const auto address = reinterpret_cast<std::uintptr_t>(view->buf);
+  if (view->readonly != 0) return py::make_tuple(address, type, shape, strides, true);
+  return py::make_tuple(address, type, shape, strides);
 }
 
 PositionTensor positions_of(const py::tuple& tuple) {
@@ -126,6 +129,9 @@ ConstTensor TensorReference::constant(const char* name) const {
 }
 
 Tensor TensorReference::writable(const char* name) const {
+  if (read_only) {
+    throw ValueError(std::string(name) + " is read-only; what is written to must be writable");
+  }
   return {data, dtype_of(type, name), shape, strides};
 }
 

@@ -397,6 +397,10 @@ class CacheFile:
         The cache that a tensor holds. mapped: tiles stay in the file's pages; nobody may shorten the
         file, or change it in place, while any such cache lives. key_bases: as KvCache.deserialize.
         """
+    def read_all(self, name: str, to: typing_extensions.Buffer) -> None:
+        """
+        Fills a buffer with all of a tensor's bytes; ValueError where their checksum does not fit.
+        """
     def read_into(self, name: str, to: typing_extensions.Buffer, first: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Fills a buffer with a tensor's bytes from `first` on, without looking at its checksum.
@@ -497,7 +501,8 @@ def available_levels() -> list[str]:
 def borrowed(array: typing.Any, dtype: DType | None = None) -> tuple:
     """
     (address, DType, shape, strides in elements) of an array with the buffer protocol: numpy's,
-    or mlx's, which is evaluated for it. The caller keeps it alive. dtype says what the elements are
+    or mlx's, which is evaluated for it; and True behind these where it is read-only, and so is no place
+    for results. The caller keeps it alive. dtype says what the elements are
     where the buffer does not. ValueError for elements of another kind or size.
     """
 def crop_sequences(caches: collections.abc.Sequence[KvCache], tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:

@@ -39,7 +39,7 @@ def write(
         (name, dtype, None if shape is None else list(shape), source)
         for name, dtype, shape, source in tensors
     ]
-    _core.write_file(path, entries, json.dumps(header))
+    _core.write_file(_named(path), entries, json.dumps(header))
 
 
 def opened(path: Path) -> tuple[_core.CacheFile, dict[str, Any]]:
@@ -49,8 +49,20 @@ def opened(path: Path) -> tuple[_core.CacheFile, dict[str, Any]]:
         ValueError: for a file of another kind or version, or a damaged one.
         OSError: where it cannot be read.
     """
-    file = _core.CacheFile(path)
+    file = _core.CacheFile(_named(path))
     return file, header_of(path, file.header)
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    """A path as the library takes it.
+
+    Raises:
+        ValueError: for a name that no file has.
+    """
+    name = os.fsdecode(path)
+    if "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file: there is a zero byte in it")
+    return name
 
 
 def header_of(path: Path, text: str) -> dict[str, Any]:
@@ -68,10 +80,20 @@ def header_of(path: Path, text: str) -> dict[str, Any]:
     return header
 
 
-def bytes_of(file: _core.CacheFile, name: str, most: int | None = None) -> np.ndarray:
-    """A tensor's bytes, or the first `most` of them, in memory of their own."""
-    size = file.tensors[name][2]
-    data = np.empty(size if most is None else min(size, most), dtype=np.uint8)
+def bytes_of(file: _core.CacheFile, name: str) -> np.ndarray:
+    """A tensor's bytes, in memory of their own.
+
+    Raises:
+        ValueError: where they are not those that were written.
+    """
+    data = np.empty(file.tensors[name][2], dtype=np.uint8)
+    file.read_all(name, data)
+    return data
+
+
+def first_bytes_of(file: _core.CacheFile, name: str, most: int) -> np.ndarray:
+    """The first `most` of a tensor's bytes, or all where there are fewer, whatever they are."""
+    data = np.empty(min(file.tensors[name][2], most), dtype=np.uint8)
     file.read_into(name, data)
     return data
 
@@ -88,7 +110,7 @@ def layers(
         ValueError: for a file of another kind or version, or a damaged one.
         OSError: where it cannot be read.
     """
-    file = _core.CacheFile(path)
+    file = _core.CacheFile(_named(path))
     numbers = {}
     for name in file.tensors:
         part, _, rest = name.partition(".")

@@ -287,6 +287,16 @@ TQAI_INLINE void CacheFile::read(std::string_view name, std::uint64_t first,
   state_->file.read(held.first + first, to);
 }
 
+TQAI_INLINE void CacheFile::read(std::string_view name, std::span<std::byte> to) const {
+  const FileTensor& held = tensor(name);
+  if (to.size() != held.bytes) {
+    throw IndexError("tensor \"" + held.name + "\" has " + std::to_string(held.bytes) +
+                     " bytes; there is room for " + std::to_string(to.size()));
+  }
+  state_->file.read(held.first, to);
+  if (detail::crc32(to) != held.checksum) state_->refuse_damaged(held.name);
+}
+
 TQAI_INLINE void CacheFile::verify(std::string_view name) const {
   const FileTensor& held = tensor(name);
   if (Stream(state_->file, held).checksum() != held.checksum) {

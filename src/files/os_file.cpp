@@ -97,17 +97,19 @@ TQAI_INLINE InputFile::InputFile(const std::filesystem::path& path)
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) cannot("read", path_);
   struct stat status{};
+  const char* be_done = "read";
   std::error_code reason;
   if (::fstat(file, &status) != 0) {
     reason = last_error();
   } else if (S_ISDIR(status.st_mode)) {
     reason = make_error_code(std::errc::is_a_directory);
   } else if (!S_ISREG(status.st_mode)) {
-    reason = make_error_code(std::errc::invalid_seek);  // a pipe or a device
+    be_done = "read, as it is a pipe, a socket or a device";
+    reason = make_error_code(std::errc::invalid_seek);
   }
   if (reason) {
     ::close(file);
-    cannot("read", path_, reason);
+    cannot(be_done, path_, reason);
   }
   handle_ = file;
   size_ = static_cast<std::uint64_t>(status.st_size);
@@ -208,12 +210,14 @@ TQAI_INLINE Replacement::Replacement(const std::filesystem::path& path)
   if (file < 0) fail();
   handle_ = file;
   struct stat held{};
+  const char* be_done = "written";
   std::error_code reason;
   if (::stat(target_.c_str(), &held) != 0) {
     if (errno != ENOENT) reason = last_error();
   } else if (S_ISDIR(held.st_mode)) {
     reason = make_error_code(std::errc::is_a_directory);
-  } else if (!S_ISREG(held.st_mode)) {  // a pipe, a socket or a device
+  } else if (!S_ISREG(held.st_mode)) {
+    be_done = "written, as it is a pipe, a socket or a device";
     reason = make_error_code(std::errc::file_exists);
   } else if (::fchmod(file, held.st_mode & 07777) != 0) {
     reason = last_error();
@@ -221,7 +225,7 @@ TQAI_INLINE Replacement::Replacement(const std::filesystem::path& path)
   if (reason) {
     close();
     ::unlink(partial_.c_str());
-    cannot("written", path_, reason);
+    cannot(be_done, path_, reason);
   }
 #endif
 }

@@ -164,6 +164,11 @@ TEST_F(Files, HoldOtherTensorsToo) {
   float back = 0.0F;
   file.read("keys", 4, std::as_writable_bytes(std::span(&back, 1)));
   EXPECT_EQ(back, 2.0F);
+  float all[3] = {};
+  file.read("keys", std::as_writable_bytes(std::span(all)));
+  EXPECT_EQ(all[1], 2.0F);
+  EXPECT_THROW(file.read("keys", std::as_writable_bytes(std::span(all, 2))), IndexError);
+  file.read("nothing", {});
   file.verify("keys");
   file.verify("nothing");
   EXPECT_TRUE(file.holds("nothing"));
@@ -210,6 +215,10 @@ TEST_F(Files, DamageIsFound) {
   const std::string message = message_of([&] { (void)load_caches(path_); });
   EXPECT_TRUE(contains(message, "checksum of \"layers.0.packed\"")) << message;
   EXPECT_THROW(CacheFile(path_).verify("layers.0.packed"), ValueError);
+  const CacheFile file(path_);
+  std::vector<std::byte> read(file.tensor("layers.0.packed").bytes);
+  EXPECT_THROW(file.read("layers.0.packed", read), ValueError);
+  file.read("layers.0.packed", 0, read);  // whatever they are
   LoadOptions unverified;
   unverified.verify = false;
   (void)CacheFile(path_).load("layers.0.packed", unverified);  // codes and norms are any
@@ -337,6 +346,11 @@ TEST_F(Files, WhatTheSystemRefusesIsAFileError) {
   ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
   EXPECT_EQ(code_of([&] { CacheFile file(pipe); }), std::errc::invalid_seek);
   EXPECT_EQ(code_of([&] { save_caches(pipe, no_layers); }), std::errc::file_exists);
+  try {
+    CacheFile file(pipe);
+  } catch (const FileError& error) {
+    EXPECT_TRUE(contains(error.what(), "as it is a pipe, a socket or a device")) << error.what();
+  }
   fs::create_symlink("b", folder_ / "a");
   fs::create_symlink("a", folder_ / "b");
   EXPECT_EQ(code_of([&] { save_caches(folder_ / "a", no_layers); }),

@@ -40,6 +40,21 @@ def test_what_has_no_memory_is_refused() -> None:
         _core.borrowed(3)
 
 
+def test_what_may_only_be_read_is_no_place_for_results() -> None:
+    cache = _core.KvCache(batch=1, kv_heads=2, head_dim=32)
+    tokens = np.random.default_rng(0).standard_normal((1, 2, 10, 32), np.float32)
+    tokens.flags.writeable = False
+    cache.append(_core.borrowed(tokens), _core.borrowed(tokens))
+    queries, output = np.ones((1, 8, 1, 32), np.float32), np.zeros((1, 1, 8, 32), np.float32)
+    output.flags.writeable = False
+    assert _core.borrowed(output)[4:] == (True,)
+    with pytest.raises(ValueError, match="output is read-only"):
+        cache.attend(_core.borrowed(queries), _core.borrowed(output))
+    with pytest.raises(ValueError, match="keys is read-only"):
+        cache.gather(0, _core.borrowed(tokens), _core.borrowed(tokens))
+    assert not output.any()
+
+
 def test_an_array_is_let_go_afterwards() -> None:
     array = bytearray(4)
     _core.borrowed(np.frombuffer(array, np.float32))

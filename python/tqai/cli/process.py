@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -26,10 +27,17 @@ def fresh_process() -> Iterator[Callable[..., Any]]:
     with ProcessPoolExecutor(
         max_workers=1, mp_context=context, initializer=_end_with_parent
     ) as pool:
+        known = pool.submit(os.getpid)
 
         def call(function: Callable[..., Any], *arguments: Any) -> Any:
             try:
-                return pool.submit(function, *arguments).result()
+                process = known.result()
+                try:
+                    return pool.submit(function, *arguments).result()
+                except KeyboardInterrupt:
+                    with suppress(OSError):  # it has ended
+                        os.kill(process, signal.SIGTERM)  # or the pool waits until it is done
+                    raise
             except BrokenProcessPool:
                 raise OSError(
                     "the process that ran the model ended early (out of memory?)"

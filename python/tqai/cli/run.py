@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -87,6 +88,11 @@ def run(options: argparse.Namespace) -> None:
     _say("Ctrl-D ends the conversation, Ctrl-C an answer.")
     while (line := _ask()) is not None:
         if line.strip():
+            try:
+                _check_letters(line)
+            except ValueError as error:
+                _say(str(error))
+                continue
             text, first = first + line, ""
             try:
                 result = talk.answer(text)
@@ -104,16 +110,25 @@ def _texts(options: argparse.Namespace) -> tuple[str, bool]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--file {options.file}: expected a text in UTF-8, {error}") from None
     prompt = options.prompt
-    if prompt is None and options.file is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
-    if prompt is None:
-        # A file alone is a prompt where nobody sits, and where the model only goes on with a text.
-        more = sys.stdin.isatty() and not options.raw
-        return (text + "\n\n" if more and text else text), more or not text
-    whole = f"{text}\n\n{prompt}" if text else prompt
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if prompt is None and options.file is None and not at_terminal:
+        prompt = "" if sys.stdin is None else sys.stdin.read()
+    # A file alone is a prompt where nobody sits, and where the model only goes on with a text.
+    if prompt is None and at_terminal and not (options.raw and text):
+        return (text + "\n\n" if text else text), True
+    whole = f"{text}\n\n{prompt}" if text and prompt else text or prompt or ""
     if not whole.strip():
         raise ValueError("the prompt is empty")
+    _check_letters(whole)
     return whole, False
+
+
+def _check_letters(text: str) -> None:
+    """Raises ValueError for bytes that were no UTF-8, which Python keeps as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no text in UTF-8: {error}") from None
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--max-new-tokens {count}: expected at least 1")
     chosen: dict[str, Any] = {"max_new_tokens": count}
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
-    if given["temperature"] is not None and given["temperature"] < 0:
+    if given["temperature"] is not None and not 0 <= given["temperature"] < math.inf:
         raise ValueError(f"--temperature {given['temperature']}: expected at least 0")
     if given["top_p"] is not None and not 0 < given["top_p"] <= 1:
         raise ValueError(f"--top-p {given['top_p']}: expected a share, above 0 and up to 1")

@@ -33,11 +33,18 @@ _PUT = """
 local entry, order, clock, sizes, used = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local name, prefix, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = redis.call('INCR', clock)
-if redis.call('EXISTS', entry) == 1 then
+local kind = redis.call('TYPE', entry).ok
+if kind == 'string' then
   redis.call('ZADD', order, now, name)
   return 0
+elseif kind ~= 'none' then  -- somebody else's
+  redis.call('DEL', entry)
 end
 local sum = tonumber(redis.call('GET', used) or '0')
+if not sum then  -- not a number that this has written
+  sum = 0
+  for _, held in ipairs(redis.call('HVALS', sizes)) do sum = sum + tonumber(held) end
+end
 sum = sum - tonumber(redis.call('HGET', sizes, name) or '0')  -- the server itself dropped it
 local size = #ARGV[4]
 while sum + size > most do

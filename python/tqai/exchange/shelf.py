@@ -63,6 +63,8 @@ def shelf_at(url: str, max_bytes: int) -> Shelf:
         ValueError: for another kind of address.
         ImportError: without the package redis, where the address asks for it.
     """
+    if not url:
+        raise ValueError("the address of a store is empty; expected a folder, or redis://…")
     address = urlsplit(url)
     if address.scheme in REDIS:
         needs("redis", what="a store in Redis")
@@ -73,11 +75,15 @@ def shelf_at(url: str, max_bytes: int) -> Shelf:
 
     if address.scheme == "file":
         if address.netloc not in ("", "localhost"):
-            raise ValueError(f"{url!r}: a folder of another machine; expected file:///path")
+            raise ValueError(
+                f"{without_password(url)!r}: a folder of another machine; expected file:///path"
+            )
+        if not address.path:
+            raise ValueError(f"{url!r} names no folder; expected file:///path")
         return FolderShelf(unquote(address.path), max_bytes)
     if "://" in url:
         raise ValueError(
-            f"{url!r}: expected a folder, or an address that begins with "
+            f"{without_password(url)!r}: expected a folder, or an address that begins with "
             f"{', '.join(f'{scheme}://' for scheme in ('file', *REDIS))}"
         )
     return FolderShelf(url, max_bytes)

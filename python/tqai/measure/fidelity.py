@@ -146,7 +146,7 @@ def evaluate(
     ):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
-    if temperature < 0 or (temperature > 0 and not own):
+    if not 0 <= temperature < math.inf or (temperature > 0 and not own):
         raise ValueError(
             f"temperature={temperature}: expected at least 0, and 0 where the text is read"
         )

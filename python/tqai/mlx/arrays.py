@@ -42,7 +42,7 @@ def rows_contiguous(array: mx.array) -> tuple[mx.array, Ref]:
 def mask_ref(mask: mx.array, queries: int) -> Ref:
     """As ``_core.KvCache.attend`` takes a mask, of one with 1 to 4 dimensions, broadcast to
     [batch or 1, heads or 1, queries, columns]."""
-    address, dtype, shape, strides = _core.borrowed(mask)
+    address, dtype, shape, strides = _core.borrowed(mask)[:4]
     missing = 4 - len(shape)
     shape, strides = (1,) * missing + shape, (0,) * missing + strides
     if shape[2] != queries:  # one row for all of them

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import pickle
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,8 @@ def load(
     weights are unpacked to `dtype`, one of `DTYPES`. `device` is as torch names it; None: the CPU.
 
     Raises:
-        ValueError: for a dtype or device that does not exist, or is not there.
+        ValueError: for a dtype or device that does not exist, or is not there, and for damaged
+            files.
         MissingPackage: for what is not installed.
         OSError: from transformers, for what it cannot find.
     """
@@ -61,12 +64,29 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, options = _locate(model)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if "gguf_file" in options:
-        options |= _unpacked()
-    with _quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
+    with _whole_files(model):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if "gguf_file" in options:
+            options |= _unpacked()
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, dtype), **options
+            )
     return loaded.eval().to(where), tokenizer
+
+
+@contextlib.contextmanager
+def _whole_files(model: str | Path | None):
+    """Turns what the readers of files raise of one that is cut off or damaged into ValueError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, struct.error, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{model or 'the default model'} cannot be loaded: a file of it is damaged or not "
+            f"whole ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -265,6 +265,7 @@ def test_memory_of_smollm2_is_the_growth_of_the_process() -> None:
         (["info", "--bits-k", "9"], "bits_k=9: expected an integer from 1 to 8"),
         (["info", "--skip-layers", "7"], "skip_layers=7: the model's cache has 2 layers"),
         (["eval", "--setting", "4bits"], "setting '4bits'"),
+        (["eval", "--own", "--temperature", "nan"], "temperature=nan: expected at least 0"),
         (["eval", "--chunk", "129"], "chunk=129: setting 'k4v4' has a window of 128 tokens"),
         (["eval", "--prefill", "32"], "no packed token was read"),
         (["eval", "--text", "/nonexistent/text"], "No such file"),
@@ -326,12 +327,33 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         ["info", "--level", "sse2"],
         ["eval", "--dtype", "int8"],
         ["info", "--threads", "0"],
+        ["info", "--threads", "1025"],
+        ["info", "--threads", "99999999999999999999"],
     ],
 )
 def test_unknown_options_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
+
+
+VERB = [sys.executable, "-m", "tqai"]
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "ascii"])
+def test_a_terminal_without_some_letters_still_shows_the_text(encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    ran = subprocess.run([*VERB, "run", "--help"], env=environment, capture_output=True, check=True)
+    assert b"--bits-k" in ran.stdout and ran.stderr == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes as on POSIX")
+def test_a_reader_that_goes_away_is_no_error(folder: str) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", '"$@" | true', "sh", *VERB, "info", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Broken pipe" not in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_unknown_level_in_the_environment(folder: str) -> None:

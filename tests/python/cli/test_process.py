@@ -41,6 +41,24 @@ def test_ends_when_its_parent_is_killed(tmp_path):
             raise
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+def test_ends_when_its_parent_alone_is_interrupted(tmp_path):
+    program = tmp_path / "tireless.py"
+    program.write_text(TIRELESS)
+    with subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as parent:
+        child = int(parent.stdout.readline())
+        try:
+            parent.send_signal(signal.SIGINT)
+            assert b"KeyboardInterrupt" in parent.communicate(timeout=60)[1]
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
 def test_result_and_exceptions_pass_through():
     assert run_fresh(divmod, 7, 3) == (2, 1)
     with pytest.raises(ZeroDivisionError):

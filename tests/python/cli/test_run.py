@@ -80,6 +80,36 @@ def test_where_the_prompt_comes_from(
     assert raw["prompt_tokens"] == len(LONG)
 
 
+def test_a_prompt_may_begin_with_a_dash(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    plain = result(capsys, folder, "item")
+    for place in (("--", folder, "- item"), (folder, *GREEDY, "--json", "--", "- item")):
+        options = () if "--json" in place else (*GREEDY, "--json")
+        assert main(["run", *options, *place]) == 0
+        read = json.loads(capsys.readouterr().out)
+        assert read["prompt_tokens"] == plain["prompt_tokens"] + len("- ")
+
+
+def test_what_is_no_prompt(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    for given in ((), ("",), ("--file", str(empty)), ("--file", str(empty), "--json")):
+        assert main(["run", folder, *given]) == 2, given
+        assert "the prompt is empty" in capsys.readouterr().err
+    # What Python makes of bytes that are no UTF-8.
+    assert main(["run", folder, "caf\udce9"]) == 2
+    assert "the prompt is no text in UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)  # it was closed
+    assert main(["run", folder]) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    for temperature in ("nan", "inf", "-1"):
+        assert main(["run", folder, "x", "--temperature", temperature]) == 2
+
+
 def test_a_kept_prompt(
     capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -185,7 +215,7 @@ def test_a_conversation(
     lines: list[str],
     tmp_path: Path,
 ) -> None:
-    lines += ["One?", "", "Two?", "Three?"]
+    lines += ["One?", "", "Tw\udcff", "Two?", "Three?"]
     asked: list[tuple[str, dict[str, Any]]] = []
     answer = _Conversation.answer
 

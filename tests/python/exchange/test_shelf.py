@@ -205,6 +205,21 @@ def test_other_addresses_are_refused_by_name(url: str) -> None:
         shelf_at(url, MOST)
 
 
+@pytest.mark.parametrize("url", ["", "file://", "file://localhost"])
+def test_an_address_that_names_nothing_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="empty|names no folder"):
+        shelf_at(url, MOST)
+
+
+@pytest.mark.parametrize(
+    "url", ["valkey://:s3cret@host:1/0", "http://me:s3cret@host", "file://me:s3cret@host/folder"]
+)
+def test_an_address_that_is_refused_is_shown_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="host") as error:
+        shelf_at(url, MOST)
+    assert "s3cret" not in str(error.value)
+
+
 def test_a_server_that_is_gone_is_said_without_its_password_and_found_again(tmp_path: Path) -> None:
     skip_without_redis()
     with pytest.raises(ShelfError, match="…@localhost:1") as said:
@@ -306,6 +321,25 @@ def test_a_server_that_drops_entries_itself_is_counted_right(tmp_path: Path) -> 
         server.client().delete(f"{{tqai}}:{name(1)}")
         shelf.put(name(1), bytes(3000))
         assert shelf.used() == 3000
+    finally:
+        server.kill()
+
+
+def test_what_others_have_put_in_the_place_of_a_server_s_entries_is_replaced(
+    tmp_path: Path,
+) -> None:
+    skip_without_redis()
+    server = Server(tmp_path)
+    server.start()
+    try:
+        shelf = shelf_at(server.url, MOST)
+        shelf.put(name(1), bytes(4000))
+        server.client().hset(f"{{tqai}}:{name(2)}", "field", "value")
+        shelf.put(name(2), bytes(3000))
+        assert shelf.fetch([name(2)]) == [bytes(3000)]
+        server.client().set("{tqai}:used", "many")
+        shelf.put(name(3), bytes(1000))
+        assert shelf.used() == 8000
     finally:
         server.kill()
 

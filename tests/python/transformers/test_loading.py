@@ -37,6 +37,20 @@ def test_unknown_dtype() -> None:
         loading.load(dtype="int8")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_file_that_is_cut_off_is_a_value_error(tmp_path: Path, name: str) -> None:
+    folder = toy.folder(tmp_path)
+    path = Path(folder) / name
+    if name.endswith(".gguf"):
+        pytest.importorskip("gguf")
+        path.write_bytes(loading.default_model().read_bytes()[:100_000])
+        folder = path
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be loaded: a file of it is damaged or not whole"):
+        loading.load(folder)
+
+
 def test_missing_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file: .*none\.gguf"):
         loading.load(tmp_path / "none.gguf")

@@ -31,6 +31,7 @@ def decoder_only(path: Path) -> int:
     branch.crop(-1)
     tqai.save_cache(cache, path)
     again = tqai.load_cache(path, model)
+    assert_type(tqai.load_cache(path, model, mapped=True), tqai.TqaiCache)
     assert_type(again, tqai.TqaiCache)
     report: dict[str, Any] = again.memory_report()
     print(report["total_bytes"], len(cache.layers), cache.settings.residual_window)

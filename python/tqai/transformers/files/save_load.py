@@ -141,9 +141,13 @@ def write_cache(
 
 
 @overload
-def load_cache(path: str | os.PathLike[str], model: EncoderDecoder) -> TqaiEncoderDecoderCache: ...
+def load_cache(
+    path: str | os.PathLike[str], model: EncoderDecoder, *, mapped: bool = False
+) -> TqaiEncoderDecoderCache: ...
 @overload
-def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> TqaiCache: ...
+def load_cache(
+    path: str | os.PathLike[str], model: PreTrainedModel, *, mapped: bool = False
+) -> TqaiCache: ...
 def load_cache(
     path: str | os.PathLike[str], model: PreTrainedModel, *, mapped: bool = False
 ) -> TqaiCache | TqaiEncoderDecoderCache:
@@ -166,11 +170,11 @@ def load_cache(
             format before 3.
         OSError: where the file cannot be read.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, bytes, os.PathLike)):
         raise ValueError(
             f"load_cache(path, model) takes the path of a file; got {type(path).__name__}"
         )
-    path = Path(path)
+    path = Path(os.fsdecode(path))
     return read_cache(path, *container.opened(path), model, mapped)
 
 
@@ -313,7 +317,7 @@ def _restore(
             "files where they are: load it without mapped"
         )
     core = _load_packed(path, layer, described, packed)
-    beginning = container.bytes_of(packed.file, packed.name, most=_OPTIONS_BYTES)
+    beginning = container.first_bytes_of(packed.file, packed.name, _OPTIONS_BYTES)
     file_checks.check_store(path, layer, beginning.data, core, dtypes)
     file_checks.check_basis(path, layer, core, described)
     layer.basis = core.key_basis
@@ -525,11 +529,11 @@ def _entry(
 
 def _tensor(path: Path, file: _core.CacheFile, name: str) -> torch.Tensor:
     """A tensor of a file, on the CPU."""
-    file.verify(name)
     dtype, shape, _ = file.tensors[name]
     known = {held: each for each, held in _FILE_DTYPES.items()}
     if dtype not in known:
         raise ValueError(f"{path}: {name} is of dtype {dtype}; allowed are {', '.join(known)}")
     if 0 in shape:
+        file.verify(name)
         return torch.empty(shape, dtype=known[dtype], device="cpu")
     return torch.from_numpy(container.bytes_of(file, name)).view(known[dtype]).view(shape)

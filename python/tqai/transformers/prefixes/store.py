@@ -24,6 +24,7 @@ from tqai.settings import Settings
 from tqai.signals import is_of_a_handler
 from tqai.transformers import hooks
 from tqai.transformers.cache.cache import TqaiCache
+from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model import names
 from tqai.transformers.prefixes import chains
@@ -160,9 +161,15 @@ class PrefixStore:
         it.
 
         Raises:
-            ValueError: for ids of other rows than the cache's, and a mask of another shape.
+            ValueError: for something else than a cache of tqai's; for ids of other rows than the
+                cache's, and a mask of another shape.
             NotImplementedError: as ``attach``.
         """
+        if not isinstance(cache, (TqaiCache, TqaiEncoderDecoderCache)):
+            raise ValueError(
+                "save(cache, input_ids) takes a cache that tqai made (TqaiCache); got "
+                f"{type(cache).__name__}"
+            )
         ids = _rows(input_ids)
         padding = _padding(ids, attention_mask)
         if padding is None:
