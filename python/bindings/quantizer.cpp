@@ -40,8 +40,20 @@ py::tuple encode(const VectorQuantizer& quantizer, const Array<float>& vectors) 
   return py::make_tuple(codes, norms.attr("view")("float16"));
 }
 
+[[noreturn]] void refuse_dtype(const py::array& array, const char* name, const char* needed) {
+  throw ValueError(std::string(name) + " are of " + py::str(array.dtype()).cast<std::string>() +
+                   "; needed: " + needed + ", as encode gives");
+}
+
+// Other numbers would wrap.
+Array<std::uint8_t> code_bytes(const py::array& codes) {
+  if (codes.dtype().kind() != 'u' || codes.itemsize() != 1) refuse_dtype(codes, "codes", "uint8");
+  return Array<std::uint8_t>(codes);
+}
+
 // Norms are numpy float16; their bits are what the library reads.
 Array<std::uint16_t> norm_bits(const py::array& norms) {
+  if (norms.dtype().kind() != 'f') refuse_dtype(norms, "norms", "float16");
   return Array<std::uint16_t>(norms.attr("astype")("float16").attr("view")("uint16"));
 }
 
@@ -56,8 +68,9 @@ std::int64_t encoded_rows(const VectorQuantizer& quantizer, const Array<std::uin
   return rows;
 }
 
-py::array_t<float> decode(const VectorQuantizer& quantizer, const Array<std::uint8_t>& codes,
+py::array_t<float> decode(const VectorQuantizer& quantizer, const py::array& given,
                           const py::array& norms) {
+  const Array<std::uint8_t> codes = code_bytes(given);
   const Array<std::uint16_t> bits = norm_bits(norms);
   const std::int64_t rows = encoded_rows(quantizer, codes, bits);
   py::array_t<float> vectors({rows, static_cast<std::int64_t>(quantizer.head_dim())});
@@ -70,7 +83,8 @@ py::array_t<float> decode(const VectorQuantizer& quantizer, const Array<std::uin
 }
 
 py::array_t<float> inner_products(const VectorQuantizer& quantizer, const Array<float>& queries,
-                                  const Array<std::uint8_t>& codes, const py::array& norms) {
+                                  const py::array& given, const py::array& norms) {
+  const Array<std::uint8_t> codes = code_bytes(given);
   const std::int64_t query_rows = rows_of(queries, quantizer.head_dim(), "queries");
   const Array<std::uint16_t> bits = norm_bits(norms);
   const std::int64_t rows = encoded_rows(quantizer, codes, bits);

@@ -426,7 +426,7 @@ class VectorQuantizer:
     """
     What both quantisers do. Thread-safe; the GIL is released.
     """
-    def decode(self, codes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
+    def decode(self, codes: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
         """
         The inverse, up to the quantisation error: [rows, head_dim] float32.
         """
@@ -435,7 +435,7 @@ class VectorQuantizer:
         vectors [rows, head_dim] to codes [rows, code_bytes] uint8 and norms
         [rows, norm_count] float16. ValueError for NaN, infinity and norms beyond FP16.
         """
-    def inner_products(self, queries: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], codes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
+    def inner_products(self, queries: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], codes: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]], norms: numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]) -> numpy.typing.NDArray[numpy.float32]:
         """
         [query_rows, rows] float32: each query [query_rows, head_dim] with each vector.
         """
