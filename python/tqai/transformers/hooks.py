@@ -19,9 +19,10 @@ nothing is serialised with the config.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -58,6 +59,9 @@ _patched: WeakSet[torch.nn.Module] = WeakSet()
 """The decoders that have a hook."""
 _overridden: WeakSet[PreTrainedModel] = WeakSet()
 """The models that have methods of ours."""
+_lock = threading.Lock()
+"""Of these two: threads may patch models of their own. What is in them may be half made, as models
+are that another thread copies."""
 
 
 def install(model: PreTrainedModel, settings: Settings) -> TqaiCache | TqaiEncoderDecoderCache:
@@ -95,7 +99,7 @@ def _install(model: PreTrainedModel, settings: Settings, configs: list[Any], inn
         raise
     for name, function in _OVERRIDES.items():
         if hasattr(type(model), name):
-            model.__dict__[name] = _Override(function, model)
+            model.__dict__[name] = _Override(name, function, model)
     _drop_manager(model)
 
 
@@ -113,12 +117,19 @@ def remove(model: PreTrainedModel) -> None:
 
 
 def _remove(hook: _CacheHook) -> None:
-    for model in list(_overridden):
-        if decoder_of(model) is hook.decoder:
+    with _lock:
+        overridden = list(_overridden)
+    for model in overridden:
+        try:
+            decoder = decoder_of(model)
+        except AttributeError:  # half made
+            continue
+        if decoder is hook.decoder:
             _drop_manager(model)
             for name in [name for name, own in vars(model).items() if isinstance(own, _Override)]:
                 del vars(model)[name]
-            _overridden.discard(model)
+            with _lock:
+                _overridden.discard(model)
     hook.remove()
 
 
@@ -137,7 +148,7 @@ def override(model: PreTrainedModel, name: str, function: Callable[..., Any]) ->
         ValueError: when `model` is not patched.
     """
     _require_hook(model)
-    model.__dict__[name] = _Override(function, model)
+    model.__dict__[name] = _Override(name, function, model)
 
 
 def override_of(model: PreTrainedModel, name: str) -> Callable[..., Any] | None:
@@ -188,7 +199,7 @@ def is_patched(model: Any) -> bool:
 
 
 def _hook_of(decoder: torch.nn.Module) -> _CacheHook | None:
-    hooks = decoder._forward_pre_hooks.values()
+    hooks = list(vars(decoder).get("_forward_pre_hooks", {}).values())
     return next((hook for hook in hooks if isinstance(hook, _CacheHook)), None)
 
 
@@ -214,11 +225,18 @@ class _CacheHook:
         """Those whose attention implementation is tqai's."""
         self.named: list[str | None] = [None] * len(configs)
         """tqai's own name, of those whose user has given it, for caches made by hand."""
-        self.decoder = decoder
+        self._decoder = ref(decoder)
         self.said: set[str] | None = None
         """Kinds of caches remarked on, where each is once enough: a model around this one may call
         its ``generate`` for each token."""
         self.turns = TurnWatch()
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The module that has this hook: it is held by that, and would keep it alive otherwise."""
+        decoder = self._decoder()
+        assert decoder is not None
+        return decoder
 
     def install(self) -> None:
         self.turns.install(self.decoder)
@@ -232,7 +250,8 @@ class _CacheHook:
 
     def remove(self) -> None:
         """Takes the hook off, and puts the configs back as they were."""
-        _patched.discard(self.decoder)
+        with _lock:
+            _patched.discard(self.decoder)
         self.turns.remove(self.decoder)
         hooks = self.decoder._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is self]:
@@ -243,7 +262,9 @@ class _CacheHook:
             del after[key]
             self.decoder._forward_hooks_with_kwargs.pop(key, None)
         # A config may serve several models; it stays tqai's while one of them is patched.
-        hooked = (_hook_of(decoder) for decoder in _patched)
+        with _lock:
+            patched = list(_patched)
+        hooked = map(_hook_of, patched)
         others = [config for hook in hooked if hook is not None for config in hook.configs]
         for config, named in zip(self.configs, self.named, strict=True):
             if not any(config is other for other in others):
@@ -266,17 +287,19 @@ class _CacheHook:
 
     def _make_known(self) -> None:
         attention.register()
-        _patched.add(self.decoder)
+        with _lock:
+            _patched.add(self.decoder)
         self.handle = compiled.handle_of(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         del state["handle"]
+        state["_decoder"] = self.decoder
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For a copied model, and for one that comes from another process."""
-        vars(self).update(state)
+        vars(self).update(state, _decoder=ref(state["_decoder"]))
         self._make_known()
 
     def __call__(
@@ -284,6 +307,8 @@ class _CacheHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if compiled.is_tracing():
             return self._traced(decoder, args, kwargs)
+        if _is_transformed():  # its tensors have no numbers to be kept
+            return None
         self.set_names()
         given = names.given(decoder, args, kwargs)
         cache = given.get(str(names.cache_name(decoder)))
@@ -374,6 +399,14 @@ def _hand_over(cache: Any, turned: Turned | None) -> None:
         cache.turned = turned
 
 
+def _is_transformed() -> bool:
+    """Whether one of torch.func's transforms runs, as grad and vmap, which no public function of
+    PyTorch's tells."""
+    functorch = getattr(torch._C, "_functorch", None)
+    innermost = getattr(functorch, "peek_interpreter_stack", lambda: None)
+    return innermost() is not None
+
+
 def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
@@ -382,20 +415,36 @@ def _uses_cache(decoder: torch.nn.Module, given: dict[str, Any]) -> bool:
 class _Override:
     """A function in the place of a method of one model.
 
-    Unlike a bound method it can be pickled: those are found by name in their model's class.
+    Unlike a bound method it can be pickled: those are found by name in their model's class. The
+    model holds it, and would be kept alive by it otherwise.
     """
 
-    def __init__(self, function: Callable[..., Any], model: PreTrainedModel) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], model: PreTrainedModel) -> None:
+        self.name = name
         self.function = function
-        self.model = model
-        _overridden.add(model)
+        self._model = ref(model)
+        with _lock:
+            _overridden.add(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.model, *args, **kwargs)
+        model = self._model()
+        if model is None:
+            raise ValueError(
+                f"{self.name} is of a model that is gone, and this is a copy.copy() of it: call "
+                "tqai.patch(model) with the copy"
+            )
+        if _hook_of(decoder_of(model)) is None:  # a copy.copy() of it has been unpatched
+            return getattr(type(model), self.name)(model, *args, **kwargs)
+        return self.function(model, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "function": self.function, "model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        _overridden.add(self.model)
+        self.name, self.function = state["name"], state["function"]
+        self._model = ref(state["model"])
+        with _lock:
+            _overridden.add(state["model"])
 
 
 def _prepare_cache_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

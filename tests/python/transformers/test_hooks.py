@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +192,152 @@ tqai.unpatch(model)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(expected.tolist())
+
+
+def test_a_patched_model_that_is_let_go_is_gone_at_once(greedy: dict[str, Any]) -> None:
+    enabled = gc.isenabled()
+    gc.disable()  # memory of a device is wanted before the collector comes
+    try:
+        model = make_model()
+        tqai.patch(model, **SEALING)
+        model.generate(make_ids(tokens=200), **greedy)
+        weight = weakref.ref(model.model.embed_tokens.weight)
+        del model
+        assert weight() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def test_a_shallow_copy_stays_usable_when_its_model_is_unpatched(greedy: dict[str, Any]) -> None:
+    model, ids = make_model(), make_ids(tokens=40)
+    expected = model.generate(ids, **greedy)
+    tqai.patch(model, **SEALING)
+    other = copy.copy(model)
+    tqai.unpatch(model)
+    assert not tqai.is_patched(other)
+    assert torch.equal(other.generate(ids, **greedy), expected)
+    tqai.patch(other, residual_window=100)
+    assert torch.equal(other.generate(ids, **greedy), expected)
+
+
+# Several threads.
+
+
+def in_threads(*work: Callable[[], Any]) -> list[BaseException]:
+    """What they raise that are called side by side, switched between as often as can be."""
+    raised: list[BaseException] = []
+
+    def run(one: Callable[[], Any]) -> None:
+        try:
+            one()
+        except BaseException as error:
+            raised.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(one,)) for one in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    return raised
+
+
+def test_threads_patch_models_of_their_own(greedy: dict[str, Any]) -> None:
+    def work(model: Any) -> None:
+        for _ in range(15):
+            with tqai.patched(model, **SEALING):
+                model.generate(make_ids(tokens=60), **greedy)
+
+    models = [make_model() for _ in range(6)]
+    assert in_threads(*(partial(work, model) for model in models)) == []
+    assert not any(map(tqai.is_patched, models))
+
+
+def test_a_model_is_copied_while_another_is_patched() -> None:
+    patched, other = make_model(), make_model()
+    tqai.patch(patched)
+
+    def copies() -> None:
+        for _ in range(40):
+            assert tqai.is_patched(copy.deepcopy(patched))
+
+    def patches() -> None:
+        for _ in range(40):
+            tqai.patch(other)
+            tqai.unpatch(other)
+
+    assert in_threads(copies, patches) == []
+
+
+# What other libraries make of models.
+
+
+def test_transforms_of_torch_func_are_left_alone() -> None:
+    model, ids = make_model(), make_ids(2, 30)
+    weights = {name: each.detach() for name, each in model.named_parameters()}
+
+    def loss(weights: Any, row: Any) -> Any:
+        output = torch.func.functional_call(model, weights, (row[None],))
+        return output.logits.square().mean()
+
+    each_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    expected = torch.func.grad(loss)(weights, ids[0])
+    tqai.patch(model)
+    got = torch.func.grad(loss)(weights, ids[0])
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert each_row(weights, ids)["lm_head.weight"].shape[0] == 2
+
+
+def test_heads_that_are_split_over_processes_are_refused() -> None:
+    model = make_model()
+    model._tp_size = 2
+    with pytest.raises(NotImplementedError, match="split over 2 processes"):
+        tqai.patch(model)
+
+
+def test_weights_that_fsdp_has_sharded(tmp_path: Path, greedy: dict[str, Any]) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard") or not torch.distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no fully_shard on the CPU")
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import tqai
+from conftest import make_ids, make_model
+from torch.distributed.fsdp import fully_shard
+file = "file://{tmp_path}/rendezvous"
+torch.distributed.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+greedy, ids, expected = {greedy!r}, make_ids(tokens=200), None
+for patch_first in (None, True, False):
+    model = make_model()
+    if patch_first is not False:
+        tqai.patch(model, residual_window=16)
+    if patch_first is not None:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    if patch_first is False:
+        tqai.patch(model, residual_window=16)
+    got = model.generate(ids, **greedy).tolist()
+    assert expected in (None, got), patch_first
+    expected = got
+tqai.unpatch(model)
+try:
+    tqai.patch(model, codec="adaptive")
+except NotImplementedError as error:
+    assert "use codec='scalar'" in str(error)
+else:
+    raise AssertionError("bases were learnt of shards")
+torch.distributed.destroy_process_group()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("done"), done.stderr[-2000:]
 
 
 # A model and the model inside it.

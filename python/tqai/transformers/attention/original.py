@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,16 +195,18 @@ def formula_of(
     heads: query heads, key/value heads, head_dim, value_head_dim. device: where `module` computes.
     """
     key = attention, type(module), soft_cap is not None, sinks is not None
-    if key not in _formulas:
-        try:
-            _formulas[key] = _probe(attention, module, heads, soft_cap is not None, sinks, device)
-        except Exception as error:
-            if is_of_a_handler(error):
-                raise
-            if lacks_memory(error):
-                return None  # says nothing of the function: the next call tries again
-            _formulas[key] = None  # whatever it needs, it is not what the kernel does
-    return _formulas[key]
+    with suppress(KeyError):  # another thread may take it away at any time
+        return _formulas[key]
+    formula = None
+    try:
+        formula = _probe(attention, module, heads, soft_cap is not None, sinks, device)
+    except Exception as error:  # whatever it needs, it is not what the kernel does
+        if is_of_a_handler(error):
+            raise
+        if lacks_memory(error):
+            return None  # says nothing of the function: the next call tries again
+    _formulas[key] = formula
+    return formula
 
 
 @torch.no_grad()

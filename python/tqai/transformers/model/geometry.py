@@ -176,6 +176,12 @@ def check_model(model: Any, settings: Settings) -> None:
             f"{name}: its {type(decoder).__name__} has no configuration of its own, so tqai cannot "
             "tell what cache it needs"
         )
+    split = getattr(model, "_tp_size", None)
+    if isinstance(split, int) and split > 1:
+        raise NotImplementedError(
+            f"{name}: its heads are split over {split} processes (tensor parallelism), and tqai "
+            "compresses caches of whole models; FSDP, which brings weights together, is fine"
+        )
     config = config_of(model)
     if not _has_attention(model, decoder, config):
         raise ValueError(f"{name} has no causal attention layers; its layers are {_kinds(decoder)}")

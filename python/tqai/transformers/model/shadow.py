@@ -42,7 +42,7 @@ def with_constants(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _copy(module: torch.nn.Module) -> torch.nn.Module:
-    shadow = type(module).__new__(type(module))
+    shadow = object.__new__(type(module))  # classes may have a __new__ of another's, as FSDP's
     for name, value in vars(module).items():
         if name in _OWN:
             value = copy.copy(value)

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from tqai.exchange import envelope
 from tqai.exchange.cache_bytes import TILE_TOKENS
 from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.layer import TqaiLayer
+from tqai.transformers.model.devices import device_of
 from tqai.transformers.model.other_layers import holds_nothing
 
 _LOCAL = ("backend", "level")
@@ -54,7 +56,9 @@ def facts_of(cache: TqaiCache) -> dict[str, Any]:
         )
     layers = [layer for layer in cache.layers if isinstance(layer, TqaiLayer)]
     chosen = asdict(settings)
+    cast = _cast_to(cache, layers)
     return {
+        **({} if cast is None else {"autocast": str(cast)}),
         "model": f"{geometry.model} {identity.digest()}",
         "constants": _digest(geometry.constants),
         "heads": [None if heads is None else list(heads) for heads in geometry.heads],
@@ -71,6 +75,23 @@ def facts_of(cache: TqaiCache) -> dict[str, Any]:
         ),
         "settings": {name: _plain(value) for name, value in chosen.items() if name not in _LOCAL},
     }
+
+
+def _cast_to(cache: TqaiCache, layers: Sequence[TqaiLayer]) -> torch.dtype | None:
+    """What autocast makes of keys and values that would be of the weights' dtype; None: nothing.
+
+    Of an empty cache what it would make of them now."""
+    assert cache.geometry.decoder is not None
+    decoder = cache.geometry.decoder()
+    weights = {each.dtype for each in decoder.parameters()} if decoder is not None else set()
+    dtypes = next((layer.dtypes for layer in layers if layer.dtypes is not None), ())
+    if not dtypes and decoder is not None:
+        device = device_of(decoder).type
+        if torch.is_autocast_enabled(device):
+            dtypes = (torch.get_autocast_dtype(device),)
+    # A model may keep keys in more digits than its weights have, also under autocast.
+    half = (torch.bfloat16, torch.float16)
+    return next((each for each in dtypes if each in half and each not in weights), None)
 
 
 def names_of(

@@ -27,6 +27,7 @@ from tqai.transformers.cache.cache import TqaiCache
 from tqai.transformers.cache.encoder_decoder import TqaiEncoderDecoderCache
 from tqai.transformers.cache.layer import TqaiLayer
 from tqai.transformers.model import names
+from tqai.transformers.model.geometry import decoder_of
 from tqai.transformers.prefixes import chains
 from tqai.transformers.prefixes.blocks import (
     Centres,
@@ -35,6 +36,7 @@ from tqai.transformers.prefixes.blocks import (
     fill,
     stored_blocks,
 )
+from tqai.transformers.weights.held import adapters_of_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -262,6 +264,13 @@ class PrefixStore:
                 "more",
                 f"generate() was given {', '.join(more)}, which keys and values may depend on; a "
                 "prefix store goes by tokens alone, and does nothing for this call",
+            )
+            return None
+        if adapters_of_rows(decoder_of(model)):
+            self._say(
+                "rows",
+                "generate() computes rows with adapters of their own (adapter_names), which keys "
+                "and values depend on; a prefix store does nothing for this call",
             )
             return None
         ids, mask = given, kwargs.get("attention_mask")

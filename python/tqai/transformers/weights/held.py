@@ -8,6 +8,7 @@ accelerate keeps elsewhere are found there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 
 _INNER = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 """What a wrapper calls the module that it wraps."""
+_OF_ROWS = frozenset({"adapter_names", "alora_offsets"})
+"""Arguments by which PEFT's layers compute each row of a batch in its own way."""
 CHANGING = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose frequencies depend on the length of the text."""
 
@@ -130,6 +133,18 @@ class Part(NamedTuple):
         return value.to(tensor.dtype) if value.dtype != tensor.dtype else value
 
 
+def adapters_of_rows(decoder: nn.Module) -> bool:
+    """Whether rows are computed with adapters that the pass was given for each of them, as PEFT's
+    ``adapter_names``, which come by hooks on the adapter layers."""
+    for module in decoder.modules():
+        if Adapter.of(module) is None:
+            continue
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and _OF_ROWS & hook.keywords.keys():
+                return True
+    return False
+
+
 def parts_of(decoder: nn.Module) -> Iterator[Part]:
     """All modules that compute; a module that is held in two places comes twice."""
     return _walk(decoder, "", None, (), ())
@@ -235,7 +250,8 @@ def inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return []
     names, _ = tensor.__tensor_flatten__()
-    return [(name, getattr(tensor, name)) for name in names]
+    inner = [(name, getattr(tensor, name)) for name in names]
+    return [(name, each) for name, each in inner if isinstance(each, torch.Tensor)]  # no meshes
 
 
 def leaves_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

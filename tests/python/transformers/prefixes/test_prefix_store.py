@@ -341,6 +341,49 @@ def test_what_generate_gives_of_each_token_is_given_of_all(models: Models, url: 
         assert [tuple(each.shape[2:]) for each in out.attentions[0]] == [(TOKENS, TOKENS)] * 2
 
 
+def test_rows_with_adapters_of_their_own_are_not_served(url: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), lora, adapter_name="a")
+    model.add_adapter("b", lora)
+    base, ids = model.eval().get_base_model(), make_ids(1, TOKENS)
+    tqai.patch(base, bits_k=8, bits_v=8, **SMALL)
+
+    def answer(adapter: str) -> Any:
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=[adapter], **NEVER
+        )
+
+    alone = answer("b")
+    store = PrefixStore(url)
+    store.attach(base)
+    with pytest.warns(UserWarning, match="adapters of their own .*does nothing for this call"):
+        answer("a")
+    assert torch.equal(answer("b"), alone)
+    assert store.report()["stored_blocks"] == store.report()["hits"] == 0
+    for hits in (0, 1):
+        generate(base, ids)
+        assert store.report()["hits"] == hits
+
+
+def test_an_entry_is_of_the_autocast_that_it_was_read_under(models: Models, url: str) -> None:
+    model, ids = models(), make_ids(1, TOKENS)
+    tqai.patch(model, bits_k=8, bits_v=8, **SMALL)
+    store = PrefixStore(url)
+    store.attach(model)
+    plain = generate(model, ids)
+    for hits in (0, 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, ids)
+        assert store.report()["hits"] == hits
+    assert torch.equal(generate(model, ids), plain) and store.report()["hits"] == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = filled(model, tqai.new_cache(model), ids)
+    assert store.save(cache, ids) == 0  # it is there, of autocast
+    assert store.load(model, ids).layers[0].dtypes == (torch.float32, torch.float32)
+
+
 def entries(url: str) -> list[Path]:
     return sorted(Path(url).glob("*/*.tqai"))
 
