@@ -5,6 +5,8 @@ Memory is read where it lies, without a copy; for that arrays are evaluated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -72,6 +74,24 @@ def from_memory(memory: np.ndarray, dtype: mx.Dtype) -> mx.array:
     """What was written into memory that ``blank`` gave for `dtype`, copied."""
     array = mx.array(memory)
     return array if array.dtype == dtype else array.view(dtype)
+
+
+@mx.custom_function
+def without_gradient(result: mx.array, *of: mx.array) -> mx.array:
+    """`result`, computed of the arrays `of` outside of mlx: where a gradient is asked for by way of
+    these, an error says that there is none, as there would be zeros otherwise."""
+    return result
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "gradients do not flow through tokens that a compressed cache holds: train without a "
+        "cache, or call tqai.unpatch(model); backend='mlx-ops' has gradients of what is new"
+    )
+
+
+without_gradient.vjp(_refuse)
+without_gradient.jvp(_refuse)
 
 
 def promoted(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -24,8 +24,9 @@ from tqai.mlx.model.geometry import Geometry, geometry_of
 from tqai.settings import Settings
 
 _make_prompt_cache = mlx_caches.make_prompt_cache
-_patched: dict[int, ref[nn.Module]] = {}
-"""Models that have a ``make_cache`` of ours, by their addresses: modules have no hash."""
+_patched: dict[int, ref[_CacheMaker]] = {}
+"""What stands in the place of models' ``make_cache``, by address; of copies of patched models from
+their first cache on."""
 
 
 class _CacheMaker:
@@ -42,6 +43,7 @@ class _CacheMaker:
         return self.geometry.compresses(self.settings)
 
     def __call__(self) -> TqaiPromptCache:
+        _note(self)
         return TqaiPromptCache(self.geometry, self.settings)
 
 
@@ -63,15 +65,16 @@ def install(model: Any, settings: Settings) -> TqaiPromptCache:
     maker = _CacheMaker(geometry, settings, before)
     model.make_cache = maker
     calls.watch(model)
-    _note(model)
-    functions.install()
-    patching.put(make_prompt_cache, _make_prompt_cache)
     return maker()
 
 
-def _note(model: nn.Module) -> None:
-    key = id(model)
-    _patched[key] = ref(model, lambda _: _forget(key))
+def _note(maker: _CacheMaker) -> None:
+    """Has tqai's functions stand in the place of mlx-lm's as long as the maker is there."""
+    key = id(maker)
+    if key not in _patched:
+        _patched[key] = ref(maker, lambda _: _forget(key))
+    functions.install()
+    patching.put(make_prompt_cache, _make_prompt_cache)
 
 
 def _forget(key: int) -> None:
@@ -93,7 +96,7 @@ def remove(model: Any) -> None:
     del model.make_cache
     if maker.before is not None:
         model.make_cache = maker.before
-    _forget(id(model))
+    _forget(id(maker))
 
 
 def fresh_cache(model: Any) -> TqaiPromptCache:

@@ -12,7 +12,7 @@ import pytest
 from tqai.cli.process import run_fresh
 
 TIRELESS = """
-import os, time
+import os, signal, time
 from tqai.cli.process import run_fresh
 
 def for_ever():
@@ -20,6 +20,7 @@ def for_ever():
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     run_fresh(for_ever)
 """
 

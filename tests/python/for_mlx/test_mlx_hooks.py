@@ -16,6 +16,7 @@ import mlx.nn as nn
 import tqai
 from mlx_lm.models import base, llama
 from mlx_lm.models.cache import KVCache
+from tqai.mlx.attention import functions
 
 TEXT = 400
 
@@ -201,6 +202,47 @@ assert qwen2.scaled_dot_product_attention.__module__.startswith("tqai.mlx")
     folder = str(Path(__file__).parents[1])
     path = f"import sys; sys.path[:0] = {[folder, *filter(None, sys.path)]!r}\n"
     subprocess.run([sys.executable, "-c", path + code], check=True)
+
+
+def test_a_copy_is_patched_as_long_as_it_is_there() -> None:
+    model = make_model("llama")
+    tqai.patch(model, residual_window=16)
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        cache = make_prompt_cache(twin)
+        read(twin, cache, tokens(TEXT), [TEXT - 1, 1])
+        assert functions.is_installed()
+        assert cache.memory_report()["dequantised"] == []
+        if tqai.is_patched(model):
+            tqai.unpatch(model)
+    del model
+    gc.collect()
+    assert tqai.is_patched(twin) and functions.is_installed()
+    tqai.unpatch(twin)
+    assert not functions.is_installed()
+    assert type(make_prompt_cache(twin)[0]) is KVCache
+
+
+def test_gradients_by_way_of_a_cache_are_an_error() -> None:
+    model, text = make_model("llama"), tokens(20)
+
+    def gradients(cache: object) -> object:
+        mx.eval(model(tokens(300), cache=cache))
+
+        def loss(model: nn.Module) -> mx.array:
+            output = model(text, cache=cache)
+            return nn.losses.cross_entropy(output[:, :-1], text[:, 1:]).mean()
+
+        return nn.value_and_grad(model, loss)(model)[1]["model"]["layers"][0]["self_attn"]
+
+    expected = gradients(plain_cache(model))
+    for window in (16, 1024):  # some of it packed, and nothing
+        cache = tqai.patch(model, bits_k=8, bits_v=8, residual_window=window)
+        with pytest.raises(NotImplementedError, match="gradients do not flow"):
+            gradients(cache)
+    got = gradients(tqai.patch(model, bits_k=8, bits_v=8, residual_window=16, backend="mlx-ops"))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert error(got[name]["weight"], expected[name]["weight"]) < 0.05
 
 
 def test_a_model_that_is_gone_leaves_nothing_behind() -> None:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from tqai.mlx.arrays import without_gradient
+
 _NAMES = ("keys", "values")
 
 
@@ -23,6 +25,7 @@ class Layer(Protocol):
     reads: int
     soft_cap: float
 
+    def is_native(self) -> bool: ...
     def is_packed(self) -> bool: ...
     def gather(self, first: int, length: int) -> tuple[mx.array, mx.array]: ...
     def settle(self) -> None: ...
@@ -46,6 +49,7 @@ class Update:
         length: int,
         queries: int,
         fresh: tuple[mx.array, mx.array] | None,
+        given: tuple[mx.array, ...] = (),
     ) -> None:
         self.layer = layer
         self.first = first
@@ -56,6 +60,8 @@ class Update:
         """New tokens, the last of the span."""
         self.fresh = fresh
         """The exact keys and values, where the layer was empty before."""
+        self.given = given
+        """The new keys and values, as the layer got them."""
         self.reads_left = layer.reads
         """How often attention is still to read it before the layer may seal what it brought."""
         self._version = layer.version
@@ -79,7 +85,11 @@ class Update:
                     f"the {_NAMES[which]} of layer {self.layer.index} are from before the cache "
                     "was changed; read them before the next update or trim"
                 )
-            self._dense = self.layer.gather(self.first, self.length)
+            dense = self.layer.gather(self.first, self.length)
+            if self.given and self.layer.is_native():
+                keys, values = (without_gradient(each, *self.given) for each in dense)
+                dense = keys, values
+            self._dense = dense
         return self._dense[which]
 
     def was_read(self) -> None:

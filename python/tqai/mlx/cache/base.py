@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_caches
 
-from tqai.mlx.arrays import DTYPES
+from tqai.mlx.arrays import DTYPES, without_gradient
 from tqai.mlx.attention import functions
 from tqai.mlx.attention.masks import Meaning, meaning_of
 from tqai.mlx.attention.view import TqaiView, Update
@@ -201,7 +201,8 @@ class Compressed(mlx_caches._BaseCache):
             mx.eval(queries, [array for array in read if array is not None])
         given = mask if says is None else says
         assert not isinstance(given, str) and given is not None
-        return self._attend(update, queries, scale, given, sinks)
+        output = self._attend(update, queries, scale, given, sinks)
+        return without_gradient(output, queries, *update.given) if self.is_native() else output
 
     def _fits(self, update: Update, queries: mx.array, mask: Any, says: Meaning | None) -> bool:
         """Whether the kernel computes this."""

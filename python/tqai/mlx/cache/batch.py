@@ -107,7 +107,8 @@ class TqaiBatchKVCache(Compressed):
         self._changed()
         first = self._first_seen(before, count)
         fresh = (keys, values) if before == 0 else None
-        self._update = update = Update(self, first, self._idx - first, count, fresh)
+        given = keys, values
+        self._update = update = Update(self, first, self._idx - first, count, fresh, given)
         return self._handed(update)
 
     def make_mask(

@@ -72,7 +72,8 @@ class TqaiKVCache(Compressed):
         self.version += 1
         first = self._first_seen(before, count)
         fresh = (keys, values) if before == 0 else None
-        self._update = update = Update(self, first, self._tokens - first, count, fresh)
+        given = keys, values
+        self._update = update = Update(self, first, self._tokens - first, count, fresh, given)
         return self._handed(update)
 
     def make_mask(
