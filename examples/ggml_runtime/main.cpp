@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <optional>
@@ -22,6 +23,8 @@ namespace {
 
 using ggml_runtime::CacheKind;
 using ggml_runtime::Runtime;
+
+constexpr int kMostThreads = 512;  // as ggml has
 
 constexpr const char* kHelp = R"(ggml_runtime --model FILE [options]
 
@@ -60,19 +63,22 @@ struct Arguments {
   std::exit(2);
 }
 
-int whole(const std::string& name, const std::string& text, int smallest) {
+int whole(const std::string& name, const std::string& text, int smallest, int largest = 1 << 30) {
   char* end = nullptr;
   const long value = std::strtol(text.c_str(), &end, 10);
-  if (text.empty() || *end != '\0' || value < smallest || value > (1 << 30)) {
-    wrong(name + " is " + text + "; expected a number, " + std::to_string(smallest) + " or more");
+  if (text.empty() || *end != '\0' || value < smallest || value > largest) {
+    wrong(name + " is " + text + "; expected a number from " + std::to_string(smallest) + " to " +
+          std::to_string(largest));
   }
   return static_cast<int>(value);
 }
 
 std::string contents(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
-  if (!stream) wrong("cannot read " + path);
-  return {std::istreambuf_iterator<char>(stream), {}};
+  std::ostringstream text;
+  if (stream) text << stream.rdbuf();  // of a folder, whose reading fails, nothing
+  if (!stream || std::filesystem::is_directory(path)) wrong("cannot read " + path);
+  return text.str();
 }
 
 Arguments parse(int argc, char** argv) {
@@ -113,7 +119,7 @@ Arguments parse(int argc, char** argv) {
     } else if (name == "--ctx") {
       settings.context = whole(name, value, 1);
     } else if (name == "--threads") {
-      settings.threads = whole(name, value, 1);
+      settings.threads = whole(name, value, 1, kMostThreads);
     } else if (name == "--batch") {
       settings.batch = whole(name, value, 1);
     } else if (name == "--kl") {
@@ -124,6 +130,7 @@ Arguments parse(int argc, char** argv) {
       wrong(name + " is not an option; --help lists them");
     }
   }
+  if (arguments.tokens && !arguments.prompt.empty()) wrong("--tokens goes without another prompt");
   if (arguments.model.empty()) wrong("--model is needed; --help tells more");
   return arguments;
 }
@@ -287,10 +294,11 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Arguments arguments = parse(argc, argv);
   llama_log_set(quiet, nullptr);
   try {
-    return run(arguments);
+    const int code = run(parse(argc, argv));
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) wrong("cannot write the text");
+    return code;
   } catch (const std::exception& error) {
     wrong(error.what());
   }

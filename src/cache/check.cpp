@@ -152,14 +152,16 @@ TQAI_INLINE CacheOptions checked(CacheOptions options) {
         "centering is rope, but no rope was given; say how keys are rotated, or let it "
         "be automatic, mean or none");
   }
+  if (options.level) check_enumerator("level", *options.level, Level::avx512);
   if (!options.level) options.level = default_level();
   return options;
 }
 
-TQAI_INLINE std::string shape_text(const std::array<std::int64_t, 4>& shape) {
+TQAI_INLINE std::string shape_text(const std::array<std::int64_t, 4>& shape, bool wanted) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
+    text += i == 0 ? "" : ", ";
+    text += wanted && shape[i] < 0 ? std::string("any") : std::to_string(shape[i]);
   }
   return text + "]";
 }
@@ -169,7 +171,7 @@ TQAI_INLINE void check_shape(const char* name, const std::array<std::int64_t, 4>
   for (std::size_t i = 0; i < shape.size(); ++i) {
     if (shape[i] < 0 || (wanted[i] >= 0 && shape[i] != wanted[i])) {
       throw ValueError(std::string(name) + " has shape " + shape_text(shape) +
-                       "; needed: " + shape_text(wanted) + " = [" + axes + "]");
+                       "; needed: " + shape_text(wanted, true) + " = [" + axes + "]");
     }
   }
 }

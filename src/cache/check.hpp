@@ -20,7 +20,8 @@ CacheOptions checked(CacheOptions options);
 /// Throws ValueError for an embedding that heads of so many coordinates cannot have gone through.
 void check_rope(const Rope& rope, int head_dim);
 
-std::string shape_text(const std::array<std::int64_t, 4>& shape);
+/// wanted: whether what is negative stands for any size.
+std::string shape_text(const std::array<std::int64_t, 4>& shape, bool wanted = false);
 
 /// `name` must have this shape; −1 stands for any size ≥ 0. `axes` names them for the message.
 void check_shape(const char* name, const std::array<std::int64_t, 4>& shape,

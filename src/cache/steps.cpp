@@ -28,6 +28,7 @@ namespace TQAI_LOCAL {
 
 TQAI_INLINE void check_dtype(const char* name, DType given, DType needed) {
   if (given == needed) return;
+  check_enumerator("a tensor's dtype", given, DType::bf16);
   throw ValueError(std::string(name) + " are " + name_of(given) + "; this cache holds " +
                    name_of(needed) + ": convert them, or make a cache of that dtype");
 }

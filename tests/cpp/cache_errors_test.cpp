@@ -47,9 +47,8 @@ TEST_F(CacheErrors, RefusesOptionsOutOfRange) {
                          o.rope->layout = static_cast<Rope::Layout>(2);
                        }),
                        "layout = 2"));
-  CacheOptions other_level = geometry(64);
-  other_level.level = static_cast<Level>(99);
-  EXPECT_THROW(KvCache{other_level}, UnsupportedError);
+  EXPECT_TRUE(contains(make([](auto& o) { o.level = static_cast<Level>(44); }),
+                       "level = 44; allowed: 0…5"));
   CacheOptions haar = geometry(96);
   haar.rotation = RotationKind::hadamard;
   EXPECT_TRUE(contains(message_of([&] { KvCache cache(haar); }), "96"));
@@ -93,6 +92,12 @@ TEST_F(CacheErrors, RefusesBadTensorsAndStaysAsItWas) {
   ConstTensor half = Tokens::slice(all.keys, 0, 5);
   half.dtype = DType::f16;
   EXPECT_TRUE(contains(message_of([&] { cache.append(half, half); }), "float16"));
+  half.dtype = static_cast<DType>(77);
+  EXPECT_TRUE(contains(message_of([&] { cache.append(half, half); }), "dtype = 77"));
+  ConstTensor negative = Tokens::slice(all.keys, 0, 5);
+  negative.shape[2] = -1;
+  EXPECT_TRUE(contains(message_of([&] { cache.append(negative, negative); }),
+                       "keys has shape [1, 2, -1, 64]; needed: [1, 2, any, 64]"));
   ConstTensor sparse = Tokens::slice(all.keys, 0, 5);
   sparse.strides[3] = 2;
   EXPECT_TRUE(contains(message_of([&] { cache.append(sparse, sparse); }), "contiguous"));
@@ -217,7 +222,7 @@ TEST_F(CacheErrors, RefusesMemoryThatNoTensorHas) {
     }
   }
   const auto dtype = static_cast<DType>(3);
-  EXPECT_TRUE(contains(append([&](auto& t) { t.dtype = dtype; }), "this cache holds float32"));
+  EXPECT_TRUE(contains(append([&](auto& t) { t.dtype = dtype; }), "dtype = 3; allowed: 0…2"));
   EXPECT_TRUE(contains(attend([&](auto& q, auto&, auto&) { q.dtype = dtype; }),
                        "a tensor's dtype = 3; allowed: 0…2"));
   EXPECT_TRUE(contains(attend([&](auto&, auto& o, auto&) { o.dtype = dtype; }), "allowed: 0…2"));
