@@ -91,9 +91,8 @@ def mlx_models_as_they_were() -> Iterator[None]:
     """Tests leave no patched model of mlx-lm's behind: all others would have tqai's attention."""
     yield
     hooks = sys.modules.get("tqai.mlx.hooks")
-    for reference in [] if hooks is None else list(hooks._patched.values()):
-        if (model := reference()) is not None:
-            hooks.remove(model)
+    for maker in [] if hooks is None else list(hooks._patched):
+        hooks._forget(maker)
 
 
 @pytest.fixture(autouse=True)
