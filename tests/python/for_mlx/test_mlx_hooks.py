@@ -9,7 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_mlx import FAMILIES, error, make_model, make_prompt_cache, mx, plain_cache, read, tokens
+from small_mlx import (
+    FAMILIES,
+    compiled_alone,
+    error,
+    make_model,
+    make_prompt_cache,
+    mx,
+    plain_cache,
+    read,
+    tokens,
+)
 
 # isort: split
 import mlx.nn as nn
@@ -223,6 +233,7 @@ def test_a_copy_is_patched_as_long_as_it_is_there() -> None:
     assert type(make_prompt_cache(twin)[0]) is KVCache
 
 
+@compiled_alone
 def test_gradients_by_way_of_a_cache_are_an_error() -> None:
     model, text = make_model("llama"), tokens(20)
 
