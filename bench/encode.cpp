@@ -1,4 +1,5 @@
-// Sealing: norm, rotation, codes and packing of whole tiles, one thread.
+// Sealing: norm, rotation, codes and packing of whole tiles; and queries for keys in a basis. One
+// thread.
 #include <benchmark/benchmark.h>
 
 #include <memory>
@@ -16,6 +17,14 @@
 namespace tqai::bench {
 namespace {
 
+std::vector<float> random_rows(int dim, int count) {
+  std::mt19937_64 engine(0xBE7C);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<std::size_t>(dim * count));
+  for (float& value : rows) value = normal(engine);
+  return rows;
+}
+
 void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, Level level,
             bool keys, CodeKind value_codes = CodeKind::scalar) {
   CacheOptions options;
@@ -25,10 +34,7 @@ void encode(benchmark::State& state, int dim, int bits, RotationKind rotation, L
   options.rotation = rotation;
   options.value_codes = value_codes;
   const detail::Codec codec(options);
-  std::mt19937_64 engine(0xBE7C);
-  std::normal_distribution<float> normal;
-  std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens);
-  for (float& value : rows) value = normal(engine);
+  const auto rows = random_rows(dim, kTileTokens);
   std::vector<std::uint8_t> tile(codec.layout().bytes());
   const kernels::Kernels& kernels = kernels::kernels(level);
   const std::size_t bytes = value_codes == CodeKind::trellis
@@ -61,24 +67,24 @@ void register_trellises() {
   }
 }
 
-// Keys in a basis, of white moments: which makes no difference to times.
-void encode_in_basis(benchmark::State& state, int dim, int bits, Level level, CodeKind codes) {
-  std::mt19937_64 engine(0xBE7C);
-  std::normal_distribution<float> normal;
-  std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens);
-  for (float& value : rows) value = normal(engine);
+// Of white moments: which makes no difference to times.
+std::shared_ptr<const KeyBasis> white_basis(int dim, int bits) {
+  const auto rows = random_rows(dim, kTileTokens);
   KeyMoments moments(1, dim);
   moments.add_keys(0, rows);
   moments.add_queries(0, rows);
+  return std::make_shared<const KeyBasis>(KeyBasis::learn(moments, bits));
+}
+
+void encode_in_basis(benchmark::State& state, int dim, int bits, Level level, CodeKind codes) {
+  const auto rows = random_rows(dim, kTileTokens);
   CacheOptions options;
   options.kv_heads = 1;
   options.head_dim = options.value_head_dim = dim;
   options.bits_k = options.bits_v = bits;
   options.key_codes = codes;
-  options.key_basis = std::make_shared<const KeyBasis>(KeyBasis::learn(moments, bits));
-  const KeyBasis::Head of = options.key_basis->head(0);
-  const kernels::KeyTransform transform{of.analysis.data(), of.feedback.data(), of.synthesis.data(),
-                                        of.analysis_scale, of.synthesis_scale};
+  options.key_basis = white_basis(dim, bits);
+  const kernels::KeyTransform transform(options.key_basis->head(0));
   const detail::Codec codec(options);
   std::vector<std::uint8_t> tile(codec.layout().bytes());
   const kernels::Kernels& kernels = kernels::kernels(level);
@@ -92,8 +98,30 @@ void encode_in_basis(benchmark::State& state, int dim, int bits, Level level, Co
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
+// A kv head's query rows, as each call of attention has them multiplied.
+void transform_queries(benchmark::State& state, int dim, int rows, Level level) {
+  const auto basis = white_basis(dim, 4);
+  const kernels::QueryTransform transform(basis->head(0));
+  const auto queries = random_rows(dim, rows);
+  std::vector<float> transformed(queries.size());
+  const kernels::Kernels& kernels = kernels::kernels(level);
+  for (auto _ : state) {
+    kernels.transform_queries(transform, dim, queries.data(), rows, dim, transformed.data());
+    benchmark::DoNotOptimize(transformed.data());
+  }
+}
+
 void register_bases() {
   for (const int dim : {64, 128, 256}) {
+    for (const int rows : {1, 4, 7}) {
+      for (const Level level : available_levels()) {
+        const std::string name = "transform/d=" + std::to_string(dim) +
+                                 "/rows=" + std::to_string(rows) +
+                                 "/level=" + std::string(name_of(level));
+        benchmark::RegisterBenchmark(
+            name.c_str(), [=](auto& state) { transform_queries(state, dim, rows, level); });
+      }
+    }
     for (const int bits : {2, 4}) {
       for (const Level level : available_levels()) {
         for (const CodeKind codes : {CodeKind::scalar, CodeKind::trellis}) {

@@ -126,6 +126,12 @@ TQAI_INLINE SquareMatrix inverse_of_lower(const SquareMatrix& lower) {
   return result;
 }
 
+// Where Head::query_numbers has F_kc.
+TQAI_INLINE std::size_t query_index(std::size_t k, std::size_t c, std::size_t dim) {
+  constexpr std::size_t kColumns = kCoordinateBlock;
+  return ((c / kColumns * ((dim + 1) / 2) + k / 2) * kColumns + c % kColumns) * 2 + k % 2;
+}
+
 // FNV-1a (draft-eastlake-fnv).
 TQAI_INLINE std::uint64_t hash_of(std::span<const std::byte> bytes) {
   std::uint64_t hash = 0xCBF2'9CE4'8422'2325;
@@ -161,12 +167,32 @@ TQAI_INLINE KeyBasis::KeyBasis(int kv_heads, int head_dim, int bits)
       head_dim_(checked_head_dim("head_dim", head_dim)),
       bits_(checked_bits("bits", bits)) {
   check_range("kv_heads", kv_heads, 1, detail::kMostKvHeads);
-  scales_.resize(2 * static_cast<std::size_t>(kv_heads));
+  const auto heads = static_cast<std::size_t>(kv_heads);
+  scales_.resize(2 * heads);
+  numbers_.resize(heads * head_numbers());
+  factors_.resize(heads * (static_cast<std::size_t>(head_dim) + 1));
 }
 
 TQAI_INLINE std::size_t KeyBasis::head_halves() const noexcept {
   const auto dim = static_cast<std::size_t>(head_dim_);
   return 2 * dim * dim + (dim * dim - dim) / 2;
+}
+
+TQAI_INLINE std::size_t KeyBasis::head_numbers() const noexcept {
+  const auto padded = static_cast<std::size_t>(padded_dim(head_dim_));
+  return (static_cast<std::size_t>(head_dim_) + 1) / 2 * padded * 2;
+}
+
+TQAI_INLINE std::size_t KeyBasis::bytes() const noexcept {
+  return halves_.size() * sizeof(std::uint16_t) + numbers_.size() * sizeof(std::int16_t) +
+         (scales_.size() + factors_.size()) * sizeof(float);
+}
+
+TQAI_INLINE std::size_t KeyBasis::bytes_of(int kv_heads, int head_dim) {
+  const KeyBasis head(1, head_dim, 1);
+  check_range("kv_heads", kv_heads, 1, detail::kMostKvHeads);
+  return static_cast<std::size_t>(kv_heads) *
+         (head.bytes() + head.head_halves() * sizeof(std::uint16_t));
 }
 
 TQAI_INLINE KeyBasis KeyBasis::learn(const KeyMoments& moments, int bits,
@@ -258,8 +284,12 @@ TQAI_INLINE KeyBasis::Head KeyBasis::head(int head) const {
   const std::size_t full = dim * dim;
   const std::span<const std::uint16_t> all =
       std::span(halves_).subspan(index * head_halves(), head_halves());
-  return {all.first(full), all.subspan(full, all.size() - 2 * full), all.last(full),
-          scales_[2 * index], scales_[2 * index + 1]};
+  const std::size_t count = head_numbers();
+  const auto factors = std::span(factors_).subspan(index * (dim + 1), dim + 1);
+  return {all.first(full),        all.subspan(full, all.size() - 2 * full),
+          all.last(full),         scales_[2 * index],
+          scales_[2 * index + 1], std::span(numbers_).subspan(index * count, count),
+          factors.first(dim),     factors.back()};
 }
 
 TQAI_INLINE std::string KeyBasis::fault() const {
@@ -290,7 +320,45 @@ TQAI_INLINE std::string KeyBasis::fault() const {
   return {};
 }
 
+// Rows by powers of two alike in length, so that each part of a query is rounded alike in what it
+// adds to the product: queries may have coordinates hundreds of times as large as others.
+TQAI_INLINE void KeyBasis::round_for_queries(int head) {
+  const auto dim = static_cast<std::size_t>(head_dim_);
+  const Head of = this->head(head);
+  std::int16_t* numbers = numbers_.data() + static_cast<std::size_t>(head) * head_numbers();
+  float* factors = factors_.data() + static_cast<std::size_t>(head) * (dim + 1);
+  SquareMatrix rows(dim);
+  std::vector<double> columns2(dim);
+  for (std::size_t k = 0; k < dim; ++k) {
+    double length2 = 0.0;
+    for (std::size_t c = 0; c < dim; ++c) {
+      const double number =
+          static_cast<double>(from_half(of.synthesis[k * dim + c]) * of.synthesis_scale);
+      rows.row(k)[c] = number;
+      length2 += number * number;
+    }
+    const double factor = length2 > 0.0 ? std::ldexp(1.0, exponent_above(std::sqrt(length2))) : 0.0;
+    factors[k] = static_cast<float>(factor);
+    for (std::size_t c = 0; c < dim && factor > 0.0; ++c) {
+      rows.row(k)[c] /= factor;
+      columns2[c] += rows.row(k)[c] * rows.row(k)[c];
+    }
+  }
+  constexpr int kLonger = 12;  // by rounding: √dim / 2
+  static_assert(kMaxHeadDim <= 4 * kLonger * kLonger);
+  const double longest = std::sqrt(*std::ranges::max_element(columns2));
+  const double scale = longest > 0.0 ? longest / (kMostColumn - kLonger) : 1.0;
+  for (std::size_t k = 0; k < dim; ++k) {
+    for (std::size_t c = 0; c < dim; ++c) {
+      numbers[query_index(k, c, dim)] =
+          static_cast<std::int16_t>(std::lround(rows.row(k)[c] / scale));
+    }
+  }
+  factors[dim] = static_cast<float>(scale);
+}
+
 TQAI_INLINE void KeyBasis::finish() {
+  for (int h = 0; h < kv_heads_; ++h) round_for_queries(h);
   const auto dim = static_cast<std::size_t>(head_dim_);
   double largest = 0.0;
   for (int h = 0; h < kv_heads_; ++h) {
@@ -320,7 +388,7 @@ TQAI_INLINE std::vector<std::byte> KeyBasis::serialize() const {
   const BasisBytes beginning{.kv_heads = kv_heads_, .head_dim = head_dim_, .bits = bits_};
   const std::size_t scale_bytes = scales_.size() * sizeof(float);
   std::vector<std::byte> all;
-  all.reserve(sizeof beginning + scale_bytes + bytes() + sizeof id_);
+  all.reserve(sizeof beginning + scale_bytes + halves_.size() * sizeof(std::uint16_t) + sizeof id_);
   const auto write = [&all](std::span<const std::byte> part) {
     std::copy(part.begin(), part.end(), std::back_inserter(all));
   };

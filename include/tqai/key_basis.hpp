@@ -83,7 +83,8 @@ class TQAI_API KeyMoments {
 /// closed loop, so that L z, L unit lower triangular, comes near to y over its norm n. It is read
 /// as n F z with F = E⁻¹ L: a query is multiplied by Fᵀ once, and then with codes as ever.
 ///
-/// All are FP16, and the two square matrices have a power of two as a factor. Immutable; one object
+/// All are FP16, and the two square matrices have a power of two as a factor; F is there once more
+/// for queries, in 16-bit integers. Immutable; one object
 /// serves any number of caches (`CacheOptions::key_basis`), from any threads.
 class TQAI_API KeyBasis {
  public:
@@ -106,8 +107,10 @@ class TQAI_API KeyBasis {
   /// A number that tells it from others: the 64-bit FNV-1a hash of what `serialize` writes before
   /// it.
   std::uint64_t id() const noexcept { return id_; }
-  /// Of all matrices.
-  std::size_t bytes() const noexcept { return halves_.size() * sizeof(std::uint16_t); }
+  /// Of all matrices, including F once more for queries.
+  std::size_t bytes() const noexcept;
+  /// What `bytes` is for so many heads. Throws ValueError for numbers out of range.
+  static std::size_t bytes_of(int kv_heads, int head_dim);
 
   /// A kv head's matrices, as FP16 bits.
   struct Head {
@@ -118,7 +121,16 @@ class TQAI_API KeyBasis {
         synthesis;          ///< [head_dim, head_dim] row-major F / synthesis_scale
     float analysis_scale;   ///< a power of two
     float synthesis_scale;  ///< a power of two
+    /// F for queries, as integers whose products are added up in 32 bits: F_kc is
+    /// query_scale · query_factors[k] · query_numbers[c / 16][k / 2][c % 16][k % 2].
+    /// [padded_dim(head_dim) / 16, ⌈head_dim / 2⌉, 16, 2], 0 where F has no such row or column; no
+    /// column is longer than kMostColumn.
+    std::span<const std::int16_t> query_numbers;
+    std::span<const float> query_factors;  ///< [head_dim], powers of two, or 0 for a row of zeros
+    float query_scale;
   };
+  /// √Σ n² of a column of Head::query_numbers is at most that.
+  static constexpr int kMostColumn = 32'710;
   /// Throws IndexError.
   Head head(int head) const;
 
@@ -134,8 +146,10 @@ class TQAI_API KeyBasis {
  private:
   KeyBasis(int kv_heads, int head_dim, int bits);
   std::size_t head_halves() const noexcept;
+  std::size_t head_numbers() const noexcept;
   void learn_head(int head, const std::vector<double>& keys, const std::vector<double>& queries);
-  void finish();              // what follows from the matrices
+  void finish();  // what follows from the matrices
+  void round_for_queries(int head);
   std::string fault() const;  // what is wrong with its numbers; empty: nothing
 
   int kv_heads_;
@@ -144,6 +158,8 @@ class TQAI_API KeyBasis {
   float largest_ratio_ = 0.0F;
   std::uint64_t id_ = 0;
   std::vector<float> scales_;          // [kv_heads, 2]
+  std::vector<std::int16_t> numbers_;  // [kv_heads][query_numbers]
+  std::vector<float> factors_;         // [kv_heads][query_factors, query_scale]
   std::vector<std::uint16_t> halves_;  // [kv_heads][E, L, F]
 };
 

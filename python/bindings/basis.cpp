@@ -145,6 +145,8 @@ head without keys or queries.)")
       .def_property_readonly("bits", &KeyBasis::bits)
       .def_property_readonly("id", &KeyBasis::id, "Tells it from others.")
       .def_property_readonly("nbytes", &KeyBasis::bytes, "Bytes of its matrices.")
+      .def_static("bytes_of", &KeyBasis::bytes_of, arg("kv_heads"), arg("head_dim"),
+                  "nbytes of one for so many heads.")
       .def_property_readonly("largest_ratio", &KeyBasis::largest_ratio,
                              "|E r| / |L z| is up to this many times |r| / |z|, in any head.")
       .def(

@@ -58,6 +58,11 @@ class KeyBasis:
     Immutable. See include/tqai/key_basis.hpp.
     """
     @staticmethod
+    def bytes_of(kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        nbytes of one for so many heads.
+        """
+    @staticmethod
     def deserialize(data: bytes) -> KeyBasis:
         """
         The basis that serialize() wrote; ValueError for bytes that it did not write.

@@ -202,8 +202,9 @@ TQAI_INLINE void AttendUnits::prepare(const Batch& batch, std::int64_t index) co
   const kernels::SidePlan& keys = context_.codec->plan().keys;
   std::fill_n(rotated, unit.rows * key_padded_, 0.0F);
   if (context_.options.key_basis) {
-    context_.kernels->transform_queries(context_.transform(unit.kv_head), static_cast<int>(dim),
-                                        work.plain, unit.rows, key_padded_, rotated);
+    context_.kernels->transform_queries(context_.query_transform(unit.kv_head),
+                                        static_cast<int>(dim), work.plain, unit.rows, key_padded_,
+                                        rotated);
     if (context_.options.key_codes == CodeKind::trellis) {
       order_as_stored(rotated, unit.rows, key_padded_);
     }

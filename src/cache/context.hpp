@@ -43,10 +43,11 @@ struct Context {
     return std::min(KvCache::kMaxNorm, codec->longest_value());
   }
   /// A head's matrices. Only where there is a basis.
-  kernels::KeyTransform transform(int head) const noexcept {
-    const KeyBasis::Head of = options.key_basis->head(head);
-    return {of.analysis.data(), of.feedback.data(), of.synthesis.data(), of.analysis_scale,
-            of.synthesis_scale};
+  kernels::KeyTransform key_transform(int head) const noexcept {
+    return kernels::KeyTransform(options.key_basis->head(head));
+  }
+  kernels::QueryTransform query_transform(int head) const noexcept {
+    return kernels::QueryTransform(options.key_basis->head(head));
   }
   /// Of the kernels' working memory for a tile's keys and values.
   std::size_t coding_bytes() const noexcept {

@@ -90,7 +90,7 @@ TQAI_INLINE void gather_head(const Context& context, const Row& row, int head, c
       const int dim = context.options.head_dim;
       const kernels::SidePlan& side = context.codec->plan().keys;
       if (context.options.key_basis) {
-        context.kernels->decode_in_basis(side, context.transform(head), tile, vectors, memory);
+        context.kernels->decode_in_basis(side, context.key_transform(head), tile, vectors, memory);
       } else {
         context.kernels->decode(side, true, tile, vectors, memory);
       }

@@ -280,7 +280,7 @@ TQAI_INLINE void encode_keys(const Context& context, const Row& row, Sealing& se
              positions_of(to.view), -1.0F, to.rows);
   const kernels::SidePlan& side = context.codec->plan().keys;
   if (options.key_basis) {
-    context.kernels->encode_in_basis(side, context.transform(head), to.rows, to.tile, memory);
+    context.kernels->encode_in_basis(side, context.key_transform(head), to.rows, to.tile, memory);
   } else {
     context.kernels->encode(side, true, to.rows, to.tile, memory);
   }

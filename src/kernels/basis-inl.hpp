@@ -1,5 +1,5 @@
-// Keys in a learnt basis (tqai/key_basis.hpp): queries for them, and tiles sealed by a closed loop
-// and opened. 16 tokens side by side in lanes, at kTried norms each.
+// Keys in a learnt basis (tqai/key_basis.hpp): tiles sealed by a closed loop, and opened. 16 tokens
+// side by side in lanes, at kTried norms each.
 #ifndef TQAI_BASIS_INL
 #define TQAI_BASIS_INL
 
@@ -15,85 +15,6 @@
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {
-
-// FP16 numbers as a register of floats.
-inline FloatVec load_halves(const std::uint16_t* from) noexcept {
-#if defined(TQAI_X86) && TQAI_VECTOR_LANES == 16
-  __m256i halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return from_native(_mm512_cvtph_ps(halves));
-#elif defined(TQAI_X86) && TQAI_VECTOR_LANES == 8
-  __m128i halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return from_native(_mm256_cvtph_ps(halves));
-#elif defined(TQAI_NEON) && defined(__GNUC__)
-  return FloatVec(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
-#else
-  float lanes[kVectorLanes];
-  for (int i = 0; i < kVectorLanes; ++i) lanes[i] = half_lane(from[i]);
-  return load_floats(lanes);
-#endif
-}
-
-// kVecs registers of kRows rows of y = scale · Fᵀ x, summed in order of F's rows. x, y: [kRows,
-// stride].
-template <int kRows, int kVecs>
-inline void transform_columns(const KeyTransform& transform, int dim, int first, const float* x,
-                              std::int64_t stride, float* y) noexcept {
-  FloatVec sums[kRows][kVecs] = {};
-  for (int k = 0; k < dim; ++k) {
-    const std::uint16_t* row = transform.synthesis + static_cast<std::ptrdiff_t>(k) * dim + first;
-    for (int v = 0; v < kVecs; ++v) {
-      const FloatVec part = load_halves(row + v * kVectorLanes);
-      for (int r = 0; r < kRows; ++r) sums[r][v] = sums[r][v] + x[r * stride + k] * part;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) {
-      store_floats(y + r * stride + first + v * kVectorLanes,
-                   transform.synthesis_scale * sums[r][v]);
-    }
-  }
-}
-
-// All columns of kRows rows, as many sums in registers as hide the additions' latency.
-template <int kRows>
-inline void transform_rows(const KeyTransform& transform, int dim, const float* x,
-                           std::int64_t stride, float* y) noexcept {
-  constexpr int kVecs = 8 / kRows;
-  int c = 0;
-  for (; c + kVecs * kVectorLanes <= dim; c += kVecs * kVectorLanes) {
-    transform_columns<kRows, kVecs>(transform, dim, c, x, stride, y);
-  }
-  for (; c + kVectorLanes <= dim; c += kVectorLanes) {
-    transform_columns<kRows, 1>(transform, dim, c, x, stride, y);
-  }
-  for (; c < dim; ++c) {
-    for (int r = 0; r < kRows; ++r) {
-      float sum = 0.0F;
-      for (int k = 0; k < dim; ++k) {
-        sum = sum + x[r * stride + k] *
-                        half_lane(transform.synthesis[static_cast<std::ptrdiff_t>(k) * dim + c]);
-      }
-      y[r * stride + c] = transform.synthesis_scale * sum;
-    }
-  }
-}
-
-// Kernels::transform_queries. All rows at once, as reading the matrix takes most of the time.
-TQAI_INLINE void transform_queries(const KeyTransform& transform, int dim, const float* queries,
-                                   int rows, std::int64_t stride, float* transformed) noexcept {
-  switch (rows) {
-    case 1: return transform_rows<1>(transform, dim, queries, stride, transformed);
-    case 2: return transform_rows<2>(transform, dim, queries, stride, transformed);
-    case 3: return transform_rows<3>(transform, dim, queries, stride, transformed);
-    case 4: return transform_rows<4>(transform, dim, queries, stride, transformed);
-    case 5: return transform_rows<5>(transform, dim, queries, stride, transformed);
-    case 6: return transform_rows<6>(transform, dim, queries, stride, transformed);
-    case 7: return transform_rows<7>(transform, dim, queries, stride, transformed);
-    default: return transform_rows<8>(transform, dim, queries, stride, transformed);
-  }
-}
 
 // A closed loop cannot know beforehand which norm suits the errors that it will feed back, and with
 // one that is too small a coordinate beyond the outermost level spoils those after it. So several

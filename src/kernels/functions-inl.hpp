@@ -94,6 +94,9 @@ inline void exp2_rough(FloatVec (&vecs)[kCount]) noexcept {
   for (int i = 0; i < kCount; ++i) vecs[i] = raise_exponent(vecs[i], shifted[i]);
 }
 
+// A row's largest query that is too small to matter; the inverse of what is larger is finite.
+constexpr float kNegligible = 1e-30F;
+
 // To the nearest integer, halves away from zero; |x| < 2^23. Bits, as compilers make a branch of a
 // comparison, which queries' signs would mispredict.
 inline std::int32_t round_lane(float x) noexcept {

@@ -8,6 +8,7 @@
 #include <tqai/codebook.hpp>
 #include <tqai/cpu.hpp>
 #include <tqai/half.hpp>
+#include <tqai/key_basis.hpp>
 #include <tqai/limits.hpp>
 #include <tqai/packing.hpp>
 #include <tqai/trellis.hpp>
@@ -118,14 +119,42 @@ struct SidePlan {
   const float* transposed;
 };
 
-/// A kv head's part of a KeyBasis (tqai/key_basis.hpp, KeyBasis::Head), FP16.
+/// A kv head's part of a KeyBasis (tqai/key_basis.hpp, KeyBasis::Head), FP16: of its keys.
 struct KeyTransform {
+  explicit KeyTransform(const KeyBasis::Head& of) noexcept
+      : analysis(of.analysis.data()),
+        feedback(of.feedback.data()),
+        synthesis(of.synthesis.data()),
+        analysis_scale(of.analysis_scale),
+        synthesis_scale(of.synthesis_scale) {}
+
   const std::uint16_t* analysis;   // [dim, dim], E / analysis_scale
   const std::uint16_t* feedback;   // [dim (dim − 1) / 2], L below its diagonal, row by row
   const std::uint16_t* synthesis;  // [dim, dim], F / synthesis_scale
   float analysis_scale;
   float synthesis_scale;
 };
+
+/// The same of its queries: F_kc = scale · factors[k] · numbers[c / 16][k / 2][c % 16][k % 2].
+struct QueryTransform {
+  explicit QueryTransform(const KeyBasis::Head& of) noexcept
+      : numbers(of.query_numbers.data()), factors(of.query_factors.data()), scale(of.query_scale) {}
+
+  const std::int16_t*
+      numbers;           // [padded / 16, ⌈dim / 2⌉, 16, 2], no column longer than kMostColumn
+  const float* factors;  // [dim]
+  float scale;
+};
+
+/// Integers that stand for a query are within ± this, so that its length times a column's, which
+/// no sum is beyond, stays below 2^31.
+constexpr int most_query_number(int dim) noexcept {
+  constexpr int kLongest = 65'400;
+  static_assert(std::int64_t{kLongest} * KeyBasis::kMostColumn < std::int64_t{1} << 31);
+  int root = 1;
+  while (root * root < dim) ++root;
+  return std::min(kLongest / root, 32'767);
+}
 
 struct TilePlan {
   SidePlan keys;
@@ -293,10 +322,10 @@ struct Kernels {
 
   /// Of keys in a basis, which take the place of `rotate`, and of `encode` and `decode` for keys,
   /// otherwise as these: y = Fᵀ x of each row, for prepare_queries; queries: [rows, stride], those
-  /// of [rows, dim] finite, up to kMaxRows; transformed: the same shape, of which columns from dim
-  /// on are left.
-  void (*transform_queries)(const KeyTransform& transform, int dim, const float* queries, int rows,
-                            std::int64_t stride, float* transformed) noexcept;
+  /// of [rows, dim] finite, up to kMaxRows; transformed: [rows, stride], padding 0. Each
+  /// factors[k] · x_k is rounded to 1 / (2 most_query_number) of their largest.
+  void (*transform_queries)(const QueryTransform& transform, int dim, const float* queries,
+                            int rows, std::int64_t stride, float* transformed) noexcept;
   /// The closed loop with several norms a key, of which the best is kept. side: of keys; memory:
   /// basis_coding_bytes.
   void (*encode_in_basis)(const SidePlan& side, const KeyTransform& transform, const float* rows,

@@ -18,9 +18,6 @@ namespace TQAI_LOCAL {
 // much time as the first.
 constexpr int kTermRatio = 254;
 
-// A row's largest query that is too small to matter; the inverse of what is larger is finite.
-constexpr float kNegligible = 1e-30F;
-
 constexpr int kOneTermBits = 4;
 
 // The largest magnitude of `count` numbers, a multiple of 16.

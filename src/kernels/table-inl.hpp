@@ -9,6 +9,7 @@
 #include "exact-inl.hpp"
 #include "paths-inl.hpp"
 #include "rotate-row-inl.hpp"
+#include "transform-inl.hpp"
 
 namespace tqai::kernels::TQAI_LEVEL_NAMESPACE {
 namespace TQAI_LOCAL {

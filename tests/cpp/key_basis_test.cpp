@@ -29,7 +29,11 @@ TEST(KeyBasis, SynthesisUndoesAnalysisUpToTheFeedback) {
   for (const int dim : {8, 9, 40, 64}) {
     for (const int bits : {1, 4, 8}) {
       const KeyBasis basis = KeyBasis::learn(moments_of(dim, 4 * dim, 2), bits);
-      EXPECT_EQ(basis.bytes(), static_cast<std::size_t>(2 * (5 * dim * dim - dim) / 2 * 2));
+      const int halves = (5 * dim * dim - dim) / 2;
+      const int numbers = (dim + 1) / 2 * 2 * padded_dim(dim);
+      EXPECT_EQ(basis.bytes(),
+                static_cast<std::size_t>(2 * (2 * (halves + numbers) + 4 * (dim + 3))));
+      EXPECT_EQ(KeyBasis::bytes_of(2, dim), basis.bytes());
       for (int head = 0; head < 2; ++head) {
         const Matrices of = matrices_of(basis, head);
         double most = 0.0;
@@ -39,6 +43,39 @@ TEST(KeyBasis, SynthesisUndoesAnalysisUpToTheFeedback) {
         EXPECT_LE(largest_difference(product(of.analysis, of.synthesis), of.lower), 2e-3 * most)
             << "d " << dim << ", bits " << bits;
       }
+    }
+  }
+}
+
+// To half of a unit, and with columns whose products with queries stay in 32 bits.
+TEST(KeyBasis, HasTheSynthesisInIntegersForQueries) {
+  for (const int dim : {8, 9, 40, 64, 256}) {
+    const KeyBasis basis = KeyBasis::learn(moments_of(dim, 4 * dim, 2), 4);
+    const auto size = static_cast<std::size_t>(dim);
+    const auto padded = static_cast<std::size_t>(padded_dim(dim));
+    for (int head = 0; head < 2; ++head) {
+      const KeyBasis::Head of = basis.head(head);
+      const Matrices matrices = matrices_of(basis, head);
+      ASSERT_EQ(of.query_numbers.size(), (size + 1) / 2 * padded * 2);
+      ASSERT_EQ(of.query_factors.size(), size);
+      double longest = 0.0;
+      for (std::size_t c = 0; c < padded; ++c) {
+        double length2 = 0.0;
+        for (std::size_t k = 0; k < (size + 1) / 2 * 2; ++k) {
+          const int number =
+              of.query_numbers[((c / 16 * ((size + 1) / 2) + k / 2) * 16 + c % 16) * 2 + k % 2];
+          length2 += static_cast<double>(number) * number;
+          if (k >= size || c >= size) {
+            ASSERT_EQ(number, 0);
+          } else {
+            const double unit = static_cast<double>(of.query_scale) * of.query_factors[k];
+            ASSERT_NEAR(matrices.synthesis.row(k)[c], number * unit, 0.501 * unit);
+          }
+        }
+        longest = std::max(longest, std::sqrt(length2));
+      }
+      EXPECT_LE(longest, KeyBasis::kMostColumn);
+      EXPECT_GE(longest, KeyBasis::kMostColumn - 24);
     }
   }
 }

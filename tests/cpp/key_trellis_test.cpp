@@ -45,12 +45,6 @@ CacheOptions options_of(int dim, int bits, int heads = 1) {
   return options;
 }
 
-kernels::KeyTransform transform_of(const KeyBasis& basis) {
-  const KeyBasis::Head of = basis.head(0);
-  return {of.analysis.data(), of.feedback.data(), of.synthesis.data(), of.analysis_scale,
-          of.synthesis_scale};
-}
-
 // Levels of a token by what trellis.hpp says, in the order of its path.
 std::vector<int> levels_of(const std::uint8_t* packed, int padded, int bits, int token) {
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(padded) * kTileTokens);
@@ -194,7 +188,7 @@ TEST_P(KeyPathLevels, GiveTheSameBits) {
     for (int bits = kMinKeyTrellisBits; bits <= kMaxTrellisBits; ++bits) {
       const CacheOptions options = options_of(dim, bits);
       const detail::Codec codec(options);
-      const auto transform = transform_of(*options.key_basis);
+      const kernels::KeyTransform transform(options.key_basis->head(0));
       const kernels::SidePlan& side = codec.plan().keys;
       std::vector<std::uint8_t> expected(codec.layout().bytes(), 0);
       std::vector<std::uint8_t> found(expected.size(), 0);
@@ -225,8 +219,8 @@ TEST_P(KeyPathLevels, AreReadAsDescribed) {
         std::memcpy(tile.data() + codec.layout().key_norms() + 2 * t, &two, sizeof two);
       }
       std::vector<float> rows(static_cast<std::size_t>(dim) * kTileTokens);
-      level().decode_in_basis(codec.plan().keys, transform_of(*options.key_basis), tile.data(),
-                              rows.data(), memory.bytes());
+      level().decode_in_basis(codec.plan().keys, kernels::KeyTransform(options.key_basis->head(0)),
+                              tile.data(), rows.data(), memory.bytes());
       const double step = double(key_trellis(bits).step(dim));
       for (int t = 0; t < kTileTokens; ++t) {
         const auto levels = levels_of(tile.data(), padded_dim(dim), bits, t);
@@ -251,7 +245,7 @@ TEST_P(KeyPathLevels, AreReadAsDescribed) {
 double error_of(const CacheOptions& options, float size) {
   const int dim = options.head_dim;
   const detail::Codec codec(options);
-  const auto transform = transform_of(*options.key_basis);
+  const kernels::KeyTransform transform(options.key_basis->head(0));
   const test::Matrices of = test::matrices_of(*options.key_basis, 0);
   test::Memory memory(kernels::key_path_coding_bytes(dim));
   const auto& kernels = kernels::kernels(default_level());

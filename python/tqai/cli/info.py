@@ -116,7 +116,7 @@ def _model(name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
             "float32": exact * 4,
         }
         if codec == "adaptive":
-            sizes = (shape.count * (5 * shape.dim - 1) * shape.dim for shape in known)
+            sizes = (_core.KeyBasis.bytes_of(*shape) for shape in known)
             result["basis_bytes_at_most"] = sum(sizes)
     return result
 

@@ -16,6 +16,9 @@ from tqai import _core
 from tqai.cli import main
 from tqai.measure.text import prose
 
+_BASIS_BYTES = 2 * (5 * 16 * 16 - 16) // 2 + 2 * 16 * 16 + 4 * (16 + 3)
+"""Of one of the toy model's four heads: FP16 matrices, one of integers, and factors."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -70,8 +73,7 @@ def test_info_says_what_bases_take_without_learning_any(
 ) -> None:
     info = ("info", "--model", folder, "--codec", "adaptive")
     model = run_json(capsys, *info)["model"]
-    # (5 · 16² − 16) / 2 FP16 numbers for each of two heads in two layers
-    assert model["basis_bytes_at_most"] == 4 * (5 * 16 * 16 - 16)
+    assert model["basis_bytes_at_most"] == 4 * _BASIS_BYTES
     assert model["settings"]["codec"] == "adaptive"
     assert model["attention"] == ["kernel", "kernel"]
     assert "Bases that keys are quantised in: at most 0.01 MB" in run(capsys, *info)
@@ -235,7 +237,7 @@ def test_memory_of_keys_in_bases(capsys: pytest.CaptureFixture[str], folder: str
     memory = ("memory", "--model", folder, "--context", "900", "--codec", "adaptive")
     report = run_json(capsys, *memory)["report"]
     assert report["codecs"] == {"adaptive": 2}
-    assert report["basis_bytes"] == 4 * (5 * 16 * 16 - 16)
+    assert report["basis_bytes"] == 4 * _BASIS_BYTES
     text = run(capsys, *memory)
     assert "bases of keys, beside it" in text
     assert "+0 bytes from the report" in text
