@@ -167,10 +167,7 @@ TQAI_INLINE KeyBasis::KeyBasis(int kv_heads, int head_dim, int bits)
       head_dim_(checked_head_dim("head_dim", head_dim)),
       bits_(checked_bits("bits", bits)) {
   check_range("kv_heads", kv_heads, 1, detail::kMostKvHeads);
-  const auto heads = static_cast<std::size_t>(kv_heads);
-  scales_.resize(2 * heads);
-  numbers_.resize(heads * head_numbers());
-  factors_.resize(heads * (static_cast<std::size_t>(head_dim) + 1));
+  scales_.resize(2 * static_cast<std::size_t>(kv_heads));
 }
 
 TQAI_INLINE std::size_t KeyBasis::head_halves() const noexcept {
@@ -183,23 +180,31 @@ TQAI_INLINE std::size_t KeyBasis::head_numbers() const noexcept {
   return (static_cast<std::size_t>(head_dim_) + 1) / 2 * padded * 2;
 }
 
+TQAI_INLINE void KeyBasis::reserve() {
+  const auto heads = static_cast<std::size_t>(kv_heads_);
+  halves_.resize(heads * head_halves());
+  numbers_.resize(heads * head_numbers());
+  factors_.resize(heads * (static_cast<std::size_t>(head_dim_) + 1));
+}
+
 TQAI_INLINE std::size_t KeyBasis::bytes() const noexcept {
   return halves_.size() * sizeof(std::uint16_t) + numbers_.size() * sizeof(std::int16_t) +
          (scales_.size() + factors_.size()) * sizeof(float);
 }
 
 TQAI_INLINE std::size_t KeyBasis::bytes_of(int kv_heads, int head_dim) {
-  const KeyBasis head(1, head_dim, 1);
-  check_range("kv_heads", kv_heads, 1, detail::kMostKvHeads);
-  return static_cast<std::size_t>(kv_heads) *
-         (head.bytes() + head.head_halves() * sizeof(std::uint16_t));
+  const KeyBasis none(kv_heads, head_dim, 1);
+  const std::size_t head = none.head_halves() * sizeof(std::uint16_t) +
+                           none.head_numbers() * sizeof(std::int16_t) +
+                           (static_cast<std::size_t>(head_dim) + 3) * sizeof(float);
+  return static_cast<std::size_t>(kv_heads) * head;
 }
 
 TQAI_INLINE KeyBasis KeyBasis::learn(const KeyMoments& moments, int bits,
                                      std::int64_t last_position) {
   const UsualArithmetic usual;
   KeyBasis basis(moments.kv_heads(), moments.head_dim(), bits);
-  basis.halves_.resize(static_cast<std::size_t>(basis.kv_heads_) * basis.head_halves());
+  basis.reserve();
   for (int head = 0; head < basis.kv_heads_; ++head) {
     const std::vector<double> keys = moments.keys_until(head, last_position);
     const std::vector<double> queries = moments.queries_until(head, last_position);
@@ -421,7 +426,7 @@ TQAI_INLINE KeyBasis KeyBasis::deserialize(std::span<const std::byte> bytes) {
                  std::to_string(needed));
   }
   std::memcpy(basis.scales_.data(), bytes.data() + sizeof beginning, scale_bytes);
-  basis.halves_.resize(count);
+  basis.reserve();
   std::memcpy(basis.halves_.data(), bytes.data() + sizeof beginning + scale_bytes,
               count * sizeof(std::uint16_t));
   std::uint64_t id = 0;

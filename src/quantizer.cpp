@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <numbers>
 #include <string>
@@ -120,9 +121,12 @@ TQAI_INLINE float projection_scale(int dim) {
   return static_cast<float>(std::sqrt(std::numbers::pi / 2.0) / dim);
 }
 
-TQAI_INLINE void check_count(const char* name, std::int64_t count) {
-  if (count >= 0) return;
-  throw ValueError(std::string(name) + " = " + std::to_string(count) + "; allowed: 0 or more");
+// row_floats: of the largest of a row's buffers.
+TQAI_INLINE void check_count(const char* name, std::int64_t count, std::int64_t row_floats) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::ptrdiff_t>::max() / sizeof(float);
+  if (count >= 0 && count <= kMost / std::max<std::int64_t>(row_floats, 1)) return;
+  throw ValueError(std::string(name) + " = " + std::to_string(count) + "; allowed: 0 or more" +
+                   (count < 0 ? "" : ", of as many as fit into memory"));
 }
 
 TQAI_INLINE void check_buffer(const char* name, const void* data, std::int64_t rows) {
@@ -140,7 +144,7 @@ TQAI_INLINE VectorQuantizer::~VectorQuantizer() = default;
 
 TQAI_INLINE void VectorQuantizer::encode(const float* vectors, std::int64_t rows,
                                          std::uint8_t* codes, std::uint16_t* norms) const {
-  check_count("rows", rows);
+  check_count("rows", rows, head_dim_);
   check_buffer("vectors", vectors, rows);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
@@ -150,7 +154,7 @@ TQAI_INLINE void VectorQuantizer::encode(const float* vectors, std::int64_t rows
 
 TQAI_INLINE void VectorQuantizer::decode(const std::uint8_t* codes, const std::uint16_t* norms,
                                          std::int64_t rows, float* vectors) const {
-  check_count("rows", rows);
+  check_count("rows", rows, head_dim_);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);
   check_buffer("vectors", vectors, rows);
@@ -162,8 +166,8 @@ TQAI_INLINE void VectorQuantizer::inner_products(const float* queries, std::int6
                                                  const std::uint8_t* codes,
                                                  const std::uint16_t* norms, std::int64_t rows,
                                                  float* products) const {
-  check_count("query_rows", query_rows);
-  check_count("rows", rows);
+  check_count("query_rows", query_rows, head_dim_);
+  check_count("rows", rows, std::max<std::int64_t>(head_dim_, query_rows));
   check_buffer("queries", queries, query_rows);
   check_buffer("codes", codes, rows);
   check_buffer("norms", norms, rows);

@@ -98,7 +98,7 @@ struct Mask {
 
 /// What of the tokens a query sees, and how scores become weights.
 struct AttendOptions {
-  /// Multiplies q·k; finite. Nothing: 1/√head_dim.
+  /// Multiplies q·k; up to ± 1e28. Nothing: 1/√head_dim.
   std::optional<float> scale;
   /// > 0: scores become soft_cap · tanh(score / soft_cap), before the mask. Finite, and
   /// 1e-10 or more.

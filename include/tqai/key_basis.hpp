@@ -147,6 +147,7 @@ class TQAI_API KeyBasis {
   KeyBasis(int kv_heads, int head_dim, int bits);
   std::size_t head_halves() const noexcept;
   std::size_t head_numbers() const noexcept;
+  void reserve();  // room for all numbers
   void learn_head(int head, const std::vector<double>& keys, const std::vector<double>& queries);
   void finish();  // what follows from the matrices
   void round_for_queries(int head);

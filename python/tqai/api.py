@@ -101,10 +101,10 @@ def patch(
         codec: how codes are chosen, at the same bytes. "scalar": each coordinate by itself.
             "trellis": values of up to 4 bits in trellis codes, which take a third of their squared
             error away. "adaptive": those, and keys in a basis that is learnt from the model here,
-            in about the time of a prompt of 1 024 tokens, which takes the error of scores to a
-            fraction; the report of a cache says which layers have one. "auto": as "adaptive" where
-            the model can be run for that, else as "trellis"; ``settings.codec`` of the cache says
-            which.
+            once, in the time of a prompt of 1 000 tokens or a few of them (large vocabularies),
+            which takes the error of scores to a fraction; the report of a cache says which layers
+            have one. "auto": as "adaptive" where the model can be run for that, else as "trellis";
+            ``settings.codec`` of the cache says which.
         rotation: "auto", "hadamard" or "haar"; of values, and of keys that are in no basis.
         centering: what is left out of the keys' codes: "mean", "rope" (the mean before rotary
             embedding, turned to each position), "none", or "auto": the best for each head.

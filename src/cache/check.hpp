@@ -13,6 +13,8 @@ namespace tqai::detail {
 inline constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
 /// Queries over a smaller one could be too large.
 inline constexpr float kLeastSoftCap = 1e-10F;
+/// Over the least soft cap it is finite.
+inline constexpr float kLargestScale = 1e28F;
 
 /// The options with their defaults filled in.
 CacheOptions checked(CacheOptions options);

@@ -385,6 +385,8 @@ TQAI_INLINE Row read_row(const Context& context, const Parts& parts, std::uint32
     row.next_position = tail + row.tail_tokens();
     require_position(row.next_position);
   }
+  // Where no positions are kept, the next token follows.
+  if (!context.uses_positions() && row.held() > 0) row.next_position = position_after(row);
   return row;
 }
 

@@ -113,7 +113,8 @@ TQAI_INLINE void compact_sets(Row& row) noexcept {
   for (BlockView& view : row.sealed) view.set = places[view.set];
 }
 
-// What follows the last of the row's tokens, of which there is at least one.
+}  // namespace TQAI_LOCAL
+
 TQAI_INLINE std::int64_t position_after(const Row& row) noexcept {
   if (row.tail_positions.count() > 0) return row.tail_positions.next();
   if (row.sealed.empty()) return row.sink_positions.next();
@@ -126,8 +127,6 @@ TQAI_INLINE std::int64_t position_after(const Row& row) noexcept {
   }
   return std::int64_t{most} + 1;
 }
-
-}  // namespace TQAI_LOCAL
 
 TQAI_INLINE std::byte* exact_keys(const Context& context, const ExactTokens& tokens,
                                   int head) noexcept {

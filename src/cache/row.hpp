@@ -95,6 +95,9 @@ struct Row {
   std::int64_t held() const noexcept { return sink_tokens() + sealed_tokens + tail_tokens(); }
 };
 
+/// What follows the last of the row's tokens, of which there is at least one.
+std::int64_t position_after(const Row& row) noexcept;
+
 /// The place of token `token`; in a gap, that of the next token.
 inline std::int64_t place_of(const Row& row, std::int64_t token) noexcept {
   std::int64_t before = 0;

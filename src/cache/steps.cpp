@@ -175,9 +175,9 @@ TQAI_INLINE void check_attend(const CacheState& state, const ConstTensor& querie
   detail::check_layout("queries", queries);
   detail::check_written("output", output);
   detail::check_apart("output", output, "the queries", queries);
-  if (options.scale && !std::isfinite(*options.scale)) {
-    throw ValueError("scale = " + std::to_string(*options.scale) +
-                     "; allowed: finite numbers, or nothing for 1/√head_dim");
+  if (options.scale && !(std::abs(*options.scale) <= detail::kLargestScale)) {
+    throw ValueError("scale = " + detail::number_text(*options.scale) + "; allowed: up to ± " +
+                     detail::number_text(detail::kLargestScale) + ", or nothing for 1/√head_dim");
   }
   if (options.soft_cap != 0.0F &&
       !(options.soft_cap >= detail::kLeastSoftCap && std::isfinite(options.soft_cap))) {

@@ -349,6 +349,8 @@ static void test_attend(void) {
   EXPECT(error_of(queries, out, 0, kTokens, 10) < 1e-4);
   settings.scale = NAN;
   EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, &settings), TQAI_VALUE_ERROR, "scale = ");
+  settings.scale = -2.4e38F; /* queries in base 2 would be infinite */
+  EXPECT_ERROR(tqai_cache_attend(cache, &q, &o, &settings), TQAI_VALUE_ERROR, "scale = -2.4e+38");
   /* The same ten tokens by a mask. */
   tqai_attend_options_init(&settings, sizeof(settings));
   memset(seen, 0, sizeof(seen));
@@ -808,6 +810,13 @@ static void test_quantizers(void) {
     EXPECT(products[0] > 0.0F);
     EXPECT_ERROR(tqai_quantizer_encode(quantizer, NULL, 8, codes, fp16), TQAI_VALUE_ERROR, "");
     EXPECT_ERROR(tqai_quantizer_encode(quantizer, g_keys, -1, codes, fp16), TQAI_VALUE_ERROR, "-1");
+    EXPECT_ERROR(tqai_quantizer_encode(quantizer, g_keys, INT64_MAX, codes, fp16), TQAI_VALUE_ERROR,
+                 "rows = 9223372036854775807");
+    EXPECT_ERROR(tqai_quantizer_decode(quantizer, codes, fp16, INT64_MAX / kDim, back),
+                 TQAI_VALUE_ERROR, "rows = ");
+    EXPECT_ERROR(tqai_quantizer_inner_products(quantizer, g_keys, INT64_MAX, codes, fp16, 8,
+                                               products),
+                 TQAI_VALUE_ERROR, "query_rows = 9223372036854775807");
     EXPECT_ERROR(tqai_quantizer_decode(quantizer, NULL, fp16, 8, back), TQAI_VALUE_ERROR, "");
     EXPECT_ERROR(tqai_quantizer_inner_products(quantizer, NULL, 8, codes, fp16, 8, products),
                  TQAI_VALUE_ERROR, "");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <span>
 #include <tqai/half.hpp>
 #include <tqai/key_basis.hpp>
@@ -147,6 +148,15 @@ TEST(KeyBasis, HeadsWithoutEnergyGetOneAllTheSame) {
   const Matrices of = matrices_of(KeyBasis::learn(moments, 4), 0);
   EXPECT_LE(largest_difference(of.lower, SquareMatrix::identity(16)), 1e-6);
   EXPECT_LE(largest_difference(product(of.analysis, of.synthesis), of.lower), 1e-3);
+}
+
+// Before there is room for what they say they hold.
+TEST(KeyBasis, IsRefusedByTheLengthOfItsBytes) {
+  std::vector<std::byte> bytes = KeyBasis::learn(moments_of(8, 30), 2).serialize();
+  const std::int32_t most[] = {65536, 576};  // kv_heads, head_dim: 75 GB
+  std::memcpy(bytes.data() + 8, most, sizeof most);
+  EXPECT_TRUE(contains(message_of([&] { (void)KeyBasis::deserialize(bytes); }),
+                       "bytes where its numbers make"));
 }
 
 TEST(KeyBasis, ComesBackFromItsBytes) {

@@ -332,6 +332,25 @@ TEST(HostileBytes, AreRefusedWithWhatTheyGiveAndWhatIsAllowed) {
   }
 }
 
+// Positions mean nothing there, but tokens that follow one another must go on to: else what is
+// sealed has positions of its own, which no reader accepts.
+TEST(HostileBytes, WithoutPositionsGoOnWhereTheirTokensEnd) {
+  auto engine = test::random_engine(5);
+  const Tokens more(1, 1, 100, Hostile::kDim, engine);
+  for (const std::int64_t wrong : {-5, 0, 1000}) {
+    Hostile hostile;
+    hostile.rope = false;
+    hostile.kind = Centering::mean;
+    hostile.next_position = wrong;
+    KvCache cache = KvCache::deserialize(hostile.bytes());
+    cache.append(more.keys, more.values);
+    cache.seal();
+    EXPECT_GT(cache.packed_tokens(0), 64);
+    const std::vector<std::byte> bytes = cache.serialize();
+    EXPECT_EQ(KvCache::deserialize(bytes).serialize(), bytes);
+  }
+}
+
 #if defined(__linux__)
 
 std::size_t most_resident_bytes() {

@@ -117,6 +117,8 @@ def _locate(model: str | Path | None) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     needs("gguf", "accelerate")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     return str(path.parent), {"gguf_file": path.name}
 
 

@@ -56,6 +56,12 @@ def test_missing_gguf_file(tmp_path: Path) -> None:
         loading.load(tmp_path / "none.gguf")
 
 
+def test_empty_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.gguf").touch()
+    with pytest.raises(ValueError, match=r"empty\.gguf is empty"):
+        loading.load(tmp_path / "empty.gguf")
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     for function in (loading.load, loading.load_config):
         with pytest.raises(ValueError, match="no config.json in it"):
