@@ -80,8 +80,9 @@ def save_cache(
     The file takes about ``cache.nbytes`` bytes; writing it takes memory for one layer at most.
 
     basis: whether the bases go into it that keys are quantised in (codec="adaptive"), which takes
-    ``memory_report()["basis_bytes"]`` more. Without them the file only names them, and is read
-    where the same ones are learnt: from the same weights, on a like machine with the same PyTorch.
+    up to ``memory_report()["basis_bytes"]`` more. Without them the file only names them, and is
+    read where the same ones are learnt: from the same weights, on a like machine with the same
+    PyTorch.
 
     Raises:
         ValueError: for something else than a cache of tqai's; for layers that have not read the
