@@ -127,7 +127,7 @@ class TQAI_API KeyBasis {
     /// column is longer than kMostColumn.
     std::span<const std::int16_t> query_numbers;
     std::span<const float> query_factors;  ///< [head_dim], powers of two, or 0 for a row of zeros
-    float query_scale;
+    float query_scale;                     ///< above 0
   };
   /// √Σ n² of a column of Head::query_numbers is at most that.
   static constexpr int kMostColumn = 32'710;
